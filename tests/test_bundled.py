@@ -1,0 +1,61 @@
+"""The bundled model: small, the same picture in diffusers, and as good as its README says."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tinyldm
+from tinyldm.metrics.judge import score
+
+FOLDER = Path(__file__).parents[1] / "weights" / "shapes"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tinyldm.load()
+
+
+def test_size():
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 20e6
+
+
+def test_readme_states_what_was_measured(pipe):
+    readme = (FOLDER / "README.md").read_text()
+    accuracy = json.loads((FOLDER / "accuracy.json").read_text())
+    assert accuracy["prompts"] >= 200
+    assert f"{accuracy['prompts']} held-out prompts" in readme
+    for name, value in accuracy.items():
+        if name != "prompts":
+            assert f"| {name} | {100 * value:.1f} % |" in readme, name
+    for part in ("vae", "text_encoder", "unet"):
+        count = sum(p.data.size for p in getattr(pipe, part).parameters())
+        assert f"| {count:,} |" in readme, (part, count)
+
+
+def test_it_draws_what_is_asked(pipe):
+    """A few backgrounds: below what accuracy.json measured, above chance (1 in 10)."""
+    prompts = ["a big red circle on a white background", "a big blue square on a yellow background",
+               "a big green cross on a black background",
+               "a big yellow circle on a purple background"]
+    accuracy = score([np.asarray(pipe(prompt)[0]) for prompt in prompts], prompts)
+    assert accuracy["background"] >= 0.75
+
+
+@pytest.mark.parametrize("sampler", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_diffusers_draws_the_same_picture(pipe, sampler):
+    import diffusers
+    import torch
+
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    reference.scheduler = getattr(diffusers, sampler).from_config(reference.scheduler.config)
+    reference.set_progress_bar_config(disable=True)
+    prompt = "a small red star left of a big blue ring on a yellow background"
+    for seed in (0, 1):
+        theirs = reference(prompt, num_inference_steps=12, guidance_scale=7.5,
+                           generator=torch.Generator().manual_seed(seed)).images[0]
+        ours = pipe(prompt, num_inference_steps=12, seed=seed,
+                    sampler="euler" if sampler.startswith("Euler") else "dpmpp_2m")[0]
+        difference = abs(np.asarray(ours).astype(int) - np.asarray(theirs))
+        assert difference.max() <= 2 and (difference <= 1).mean() >= 0.99

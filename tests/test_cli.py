@@ -1,0 +1,261 @@
+"""python -m tinyldm, run as a person does: what it draws, writes, says, and makes of bad input."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from tinyldm.__main__ import main
+from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.pipeline import load
+
+from .small_pipelines import change_json, smallest
+
+ROOT = Path(__file__).parents[1]
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return smallest(tmp_path_factory.mktemp("tiny-weights"))
+
+
+@pytest.fixture
+def bad_weights(weights, tmp_path):
+    """A copy to spoil."""
+    return Path(shutil.copytree(weights, tmp_path / "bad-weights"))
+
+
+@pytest.fixture
+def out(tmp_path):
+    """The folder that pictures are to be written in."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "tinyldm", *map(str, arguments)]
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def run(*arguments, folder):
+    return subprocess.run(command(*arguments), cwd=folder, env=environment(), capture_output=True,
+                          text=True, timeout=300)
+
+
+def assert_refused(process, message, folder):
+    """One clear line, exit status 2, no traceback, nothing written."""
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    assert process.stdout == ""
+    error = process.stderr[process.stderr.index("error: "):]
+    assert re.search(message, error), error
+    lists = error.count("\n  ")                         # weights that do not fit: three lists
+    assert error.count("\n") == 1 + lists and lists in (0, 3), error
+    assert list(folder.iterdir()) == []
+
+
+# ---- what it does ---------------------------------------------------------------------------
+
+def test_a_picture_with_its_parameters(weights, out):
+    process = run("a red cat", "--weights", weights, "--steps", 3, "--guidance", 4, "--seed", 9,
+                  "--negative", "löw", "--width", 24, "--sampler", "pndm", folder=out)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "out.png\n"
+    assert [path.name for path in out.iterdir()] == ["out.png"]
+    picture = Image.open(out / "out.png")
+    assert picture.text["parameters"] == (
+        "a red cat\nNegative prompt: löw\nSteps: 3, Sampler: pndm, CFG scale: 4, Seed: 9, "
+        f"Size: 24x16, Model: {weights.name}")
+    expected, = load(weights)("a red cat", "löw", 3, 4, seed=9, width=24, sampler="pndm")
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+    said = process.stderr.replace("\r", "\n")
+    for stage in (r"loading: \d+\.\d s", r"reading the prompt: \d+\.\d s",
+                  r"drawing: 100%\|.*\| 3/3 \[.* *\d+\.\d\ds/step\]", r"decoding: \d+\.\d s"):
+        assert re.search(stage, said), said
+
+
+def test_count_draws_consecutive_seeds(weights, out, capsys):
+    assert main(["a cat", "--weights", str(weights), "--steps", "2", "--seed", "4", "--count", "3",
+                 "--output", str(out / "many.png")]) == 0
+    names = [f"many-{i}.png" for i in range(3)]
+    assert capsys.readouterr().out.split() == [str(out / name) for name in names]
+    assert sorted(path.name for path in out.iterdir()) == names
+    expected = load(weights)("a cat", num_inference_steps=2, seed=4, num_images=3)
+    for i, name in enumerate(names):
+        picture = Image.open(out / name)
+        assert f"Seed: {4 + i}, " in picture.text["parameters"]
+        difference = np.asarray(picture).astype(int) - np.asarray(expected[i])
+        assert abs(difference).max() <= 1               # there in one batch, here one by one
+
+
+@pytest.mark.parametrize("suffix, image_format", [
+    (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP"), (".bmp", "BMP"), (".tiff", "TIFF"),
+    (".gif", "GIF")])
+def test_formats(weights, out, suffix, image_format):
+    path = out / f"picture{suffix}"
+    path.write_text("an older file, which is replaced")
+    arguments = ["", "--weights", str(weights), "--steps", "1", "--output", str(path)]
+    assert main(arguments) == 0                         # and an empty prompt works
+    with Image.open(path) as picture:
+        assert picture.format == image_format and picture.size == (16, 16)
+    assert list(out.iterdir()) == [path]
+
+
+def test_a_long_prompt_is_cut_and_said_in_one_line(weights, out):
+    process = run("cat " * 75 + "dog", "--weights", weights, "--steps", 1, "--count", 2, folder=out)
+    assert process.returncode == 0, process.stderr
+    notes = [line for line in process.stderr.splitlines() if "note" in line]
+    assert [line[line.index("note"):] for line in notes] == [
+        "note: the prompt is longer than 77 tokens: ignored is 'dog'"]
+
+
+def test_help_names_every_sampler():
+    process = run("--help", folder=ROOT)
+    words = re.split(r"[,\s]+", process.stdout)
+    assert process.returncode == 0 and set(SAMPLERS) <= set(words)
+
+
+def test_interrupt(weights, out):
+    process = subprocess.Popen(
+        command("a cat", "--weights", weights, "--steps", 1000), cwd=out, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a background shell ignores Ctrl-C and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    said = b""
+    while b"drawing:   1%" not in said:
+        said += (piece := os.read(process.stderr.fileno(), 1000))
+        assert piece, said
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.decode().endswith("\ninterrupted\n") and b"Traceback" not in stderr
+    assert stdout == b"" and list(out.iterdir()) == []
+
+
+def test_the_bundled_model(tmp_path):
+    process = run("a red circle on a blue background", folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    picture = Image.open(tmp_path / "out.png")
+    assert picture.size == (64, 64) and "Model: shapes" in picture.text["parameters"]
+
+
+# ---- what bad input gets --------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--width", 18], "width must be a multiple of 4, not 18: the nearest is 16 or 20"),
+    (["--height", 0], "height must be from 4 to 8192 pixels, not 0"),
+    (["--steps", 0], "from 1 to 1000, not 0"), (["--steps", 1001], "from 1 to 1000, not 1001"),
+    (["--steps", "many"], "invalid int value: 'many'"),
+    (["--guidance", "nan"], "guidance_scale must be a finite number"),
+    (["--seed", 2**64], "a seed is a whole number"), (["--count", 0], "--count must be at least 1"),
+    (["--sampler", "heun"], f"unknown sampler 'heun'; known: {', '.join(SAMPLERS)}"),
+    (["--negative", "\udcff"], "valid Unicode"),
+    (["--output", "nowhere/out.png"], "there is no folder nowhere"),
+    (["--output", "."], "it is a folder"), (["--output", "x" * 300 + ".png"], "too long"),
+    (["--output", "out.txt"], r"out.txt must end as a picture format .* \.jpg .*\.png"),
+    (["--output", "out"], "must end as a picture format"),
+    (["--output", "out.h5"], "cannot write out.h5 .*HDF5"),
+    (["--output", "out.blp", "--count", "2"], "cannot write out-0.blp: BLP does not take"),
+    (["--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
+    (["--colour", "red"], "unrecognized arguments: --colour red"),
+    (["--weights", "nowhere"], "there is no folder nowhere"),
+])
+def test_bad_arguments(arguments, message, weights, out):
+    process = run("a cat", "--weights", weights, *arguments, folder=out)
+    assert_refused(process, message, out)
+
+
+def test_no_prompt(out):
+    assert_refused(run(folder=out), "required: prompt", out)
+
+
+def test_no_gpu(weights, out):
+    try:
+        import cupy
+        if cupy.cuda.runtime.getDeviceCount():
+            pytest.skip("this machine has a GPU")
+    except Exception:                                   # no CuPy, or no driver: what is tested
+        pass
+    process = run("a cat", "--weights", weights, "--device", "cuda", folder=out)
+    assert_refused(process, "device cuda needs .*--device cpu", out)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write in")
+def test_a_folder_that_cannot_be_written_in(weights, out):
+    process = run("a cat", "--weights", weights, "--output", "/proc/out.png", folder=out)
+    assert_refused(process, "cannot write /proc/out.png", out)
+    assert "loading" not in process.stderr              # found at once
+
+
+def truncate(folder):
+    (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-100])
+
+
+def corrupt(folder):
+    (folder / UNET).write_bytes(b"\xff" * 1000)
+
+
+def change(**changes):
+    """Weights with some tensors replaced; None takes one away."""
+    def spoil(folder):
+        tensors = safetensors.torch.load_file(folder / UNET)
+        tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        safetensors.torch.save_file(kept, folder / UNET)
+    return spoil
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (remove(UNET), "expected weights in .*unet .* is the folder complete"),
+    (remove("model_index.json"), "expected a file .*model_index.json"),
+    (remove("vae/config.json"), "expected a file .*vae/config.json"),
+    (remove("scheduler/scheduler_config.json"), "scheduler_config.json"),
+    (lambda folder: shutil.rmtree(folder / "tokenizer"), "expected a folder .*tokenizer"),
+    (truncate, f"{UNET} is missing, truncated or corrupt"),
+    (corrupt, f"{UNET} is missing, truncated or corrupt"),
+    (change(conv_in__bias=torch.zeros(9)),
+     r"wrong shape: 1: conv_in.bias \(expected \(8,\), found \(9,\)\)"),
+    (change(conv_in__bias=None), "missing: 1: conv_in.bias\n"),
+    (change(extra__bias=torch.zeros(1)), "unexpected: 1: extra.bias\n"),
+    (change(conv_in__bias=torch.full((8,), torch.nan)), "conv_in.bias holds NaN"),
+    (lambda folder: (folder / "unet" / "config.json").write_text('{"in_channels": 4,'),
+     "unet/config.json is not readable JSON"),
+    (lambda folder: change_json(folder / "unet" / "config.json", _class_name="UNet3D"),
+     "names the model UNet3D, supported are"),
+    (lambda folder: change_json(folder / "unet" / "config.json", act_fn="mish"), "act_fn = 'mish'"),
+    (lambda folder: change_json(folder / "scheduler" / "scheduler_config.json",
+                                _class_name="UniPCMultistepScheduler"),
+     "scheduler class 'UniPCMultistepScheduler' is not supported"),
+    (lambda folder: change_json(folder / "scheduler" / "scheduler_config.json",
+                                beta_schedule="sideways"), "beta_schedule 'sideways'"),
+    (lambda folder: change_json(folder / "model_index.json", _class_name="FluxPipeline"),
+     "names the pipeline FluxPipeline"),
+])
+def test_bad_weights(spoil, message, bad_weights, out):
+    spoil(bad_weights)
+    process = run("a cat", "--weights", bad_weights, "--steps", 1, folder=out)
+    assert_refused(process, message, out)
+
+
+def test_an_index_that_is_no_index(bad_weights, out):
+    (bad_weights / "model_index.json").write_text(json.dumps([1]))
+    process = run("a cat", "--weights", bad_weights, folder=out)
+    assert_refused(process, "must hold a JSON object", out)

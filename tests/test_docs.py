@@ -1,0 +1,107 @@
+"""The book: every snippet runs and prints what its page shows, and all that is named exists."""
+import contextlib
+import importlib
+import io
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+ALL = [*PAGES, ROOT / "README.md"]
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+DOTTED = re.compile(r"\btinyldm(?:\.\w+)+")
+PATH = re.compile(r"\b(?:tinyldm|tests|docs|weights)/[\w./-]*\w")
+
+
+def each(pages):
+    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@each(ALL)
+def test_snippets_print_what_the_page_shows(page, tmp_path, monkeypatch):
+    """A page's blocks share their names, as if pasted into Python one after another."""
+    monkeypatch.chdir(tmp_path)                                     # the README saves a picture
+    text = page.read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert text.count("```") == 2 * len(blocks), "a fence is not closed, or says no language"
+    names = {"__name__": page.stem}
+    for block, following in zip(blocks, [*blocks[1:], None]):
+        if block[1] != "python":
+            continue
+        line = text.count("\n", 0, block.start(2))                  # errors point into the page
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * line + block[2], str(page), "exec"), names)
+        shown = following[2] if following and following[1] == "text" else ""
+        assert_same_output(printed.getvalue(), shown, f"{page.name}, snippet in line {line + 1}")
+
+
+def assert_same_output(printed, shown, where):
+    """Words are the same; numbers agree to 1e-3; an error shown as 1e-15 may be 10 times that."""
+    message = f"{where} printed\n{printed}where the page shows\n{shown}"
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split(), message
+    for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown)):
+        if "e-" in theirs:
+            assert abs(float(ours)) <= 10 * float(theirs), message
+        else:
+            assert math.isclose(float(ours), float(theirs), rel_tol=1e-3), message
+
+
+@pytest.mark.parametrize("printed, shown, same", [
+    ("error 3e-16\n", "error 1e-16\n", True), ("error 0e+00\n", "error 1e-16\n", True),
+    ("error 2e-15\n", "error 1e-16\n", False), ("a 1.0003\n", "a 1.0\n", True),
+    ("a 1.01\n", "a 1.0\n", False), ("a 1\nb", "a 1\n", False), ("a 1\n", "", False),
+    ("-1", "1", False)])
+def test_outputs_are_compared(printed, shown, same):
+    if same:
+        assert_same_output(printed, shown, "here")
+    else:
+        with pytest.raises(AssertionError):
+            assert_same_output(printed, shown, "here")
+
+
+@each(ALL)
+def test_links_lead_to_files(page):
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+@each(ALL)
+def test_named_code_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for path in PATH.findall(text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for name in DOTTED.findall(text):
+        assert resolve(name), f"{page.name} names {name}"
+
+
+def resolve(name):
+    """Whether a dotted name is a module, or something in one."""
+    module, rest = importlib.import_module("tinyldm"), name.split(".")[1:]
+    for i, part in enumerate(rest):
+        if not hasattr(module, part):
+            try:
+                importlib.import_module(".".join(["tinyldm", *rest[:i + 1]]))
+            except ImportError:
+                return False
+        module = getattr(module, part)
+    return True
+
+
+def test_pages_named_in_the_code_exist():
+    for file in (ROOT / "tinyldm").rglob("*.py"):
+        for path in re.findall(r"(?<!/)\bdocs/[\w-]+\.md", file.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), f"{file.relative_to(ROOT)} names {path}"
+
+
+def test_every_page_is_in_the_order_to_read():
+    first = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    listed = LINK.findall(first)
+    assert sorted(listed) == [page.name for page in PAGES if page.name != "README.md"]

@@ -1,0 +1,91 @@
+"""Imports point one way, and the mathematics needs NumPy alone: read from the source."""
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "tinyldm"
+
+# What a part may import besides itself. The entry points and the package's __init__ may all.
+BOTTOM = {"errors", "backend"}
+MAY_IMPORT = {
+    "errors": set(),
+    "backend": {"errors"},
+    "noise": {"errors"},
+    "kernels": BOTTOM,
+    "ops": BOTTOM | {"kernels"},
+    "layers": BOTTOM | {"ops"},
+    "models": BOTTOM | {"ops", "layers"},
+    "diffusion": BOTTOM,
+    "tokenizer": BOTTOM,
+    "checkpoints": BOTTOM | {"layers", "models"},
+    "pipeline": BOTTOM | {"noise", "layers", "models", "diffusion", "tokenizer", "checkpoints"},
+    "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "tokenizer",
+                          "checkpoints"},
+    "metrics": BOTTOM | {"pipeline"},
+}
+ENTRY_POINTS = {"__init__.py", "__main__.py", "training/__main__.py"}
+# Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.
+LIBRARIES = {"numpy", "tokenizers", "safetensors", "threadpoolctl", "huggingface_hub",
+             "PIL", "tqdm", "matplotlib"}
+
+SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imports(file, source):
+    """Every module imported anywhere in a file, inside functions too, by its full dotted name."""
+    package = ["tinyldm", *file.split("/")[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[:len(package) - node.level + 1] + [node.module or ""]
+            yield from (".".join(filter(None, [*parent, alias.name])) for alias in node.names)
+
+
+def violations(file, source):
+    part = file.split("/")[0].removesuffix(".py")
+    found = []
+    for name in imports(file, source):
+        top, *rest = name.split(".")
+        if top == "tinyldm":
+            target = rest[0] if rest else "the package itself"
+            allowed = file in ENTRY_POINTS or target == part or target in MAY_IMPORT[part]
+        else:
+            allowed = (top in LIBRARIES or top in sys.stdlib_module_names
+                       or top == "cupy" and part in ("backend", "kernels"))
+        if not allowed:
+            found.append(f"{file} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_imports_point_one_way(file):
+    assert file in ENTRY_POINTS or file.split("/")[0].removesuffix(".py") in MAY_IMPORT, (
+        f"{file} is new: give it a place in MAY_IMPORT")
+    assert not violations(file, (PACKAGE / file).read_text(encoding="utf-8"))
+
+
+def test_the_judge_shares_no_code_with_what_it_judges():
+    """metrics/judge.py measures pictures by itself, or a mistake in drawing would go unseen."""
+    names = imports("metrics/judge.py", (PACKAGE / "metrics/judge.py").read_text(encoding="utf-8"))
+    assert {name for name in names if name.startswith("tinyldm")} == {"tinyldm.errors.TinyldmError"}
+
+
+@pytest.mark.parametrize("file, source", [
+    ("ops/norm.py", "from ..layers import Tape"), ("ops/norm.py", "from .. import layers"),
+    ("ops/norm.py", "def f():\n    import tinyldm.models.unet"),
+    ("models/vae.py", "import torch.nn"), ("noise.py", "from scipy.stats import norm"),
+    ("models/unet.py", "from ..pipeline import load"), ("layers.py", "from .models import clip"),
+    ("layers.py", "from tinyldm import pipeline"),
+    ("metrics/judge.py", "from ..training.data import draw"),
+    ("diffusion/samplers.py", "from ..models import clip"),
+    ("training/unet.py", "from .. import metrics"),
+    ("tokenizer.py", "from transformers import CLIPTokenizer"),
+    ("layers.py", "import cupy"), ("pipeline.py", "import diffusers"), ("backend.py", "import jax"),
+])
+def test_a_wrong_import_is_seen(file, source):
+    assert violations(file, source)

@@ -1,0 +1,184 @@
+"""Every fast twin in kernels/ against the plain op it stands for, float32, inputs read-only."""
+import numpy as np
+import pytest
+
+from tests.reference import assert_close
+from tinyldm import backend, ops
+from tinyldm.kernels import activations, attention, blocks, im2col, norm, winograd
+
+TOLERANCE = 2e-4            # of the output's standard deviation
+
+
+def normal(*shape, seed=0, scale=1.0, mean=0.0):
+    x = np.random.default_rng(seed).normal(mean, scale, size=shape).astype(np.float32)
+    x.flags.writeable = False
+    return x
+
+
+def plain(op, *args, **options):
+    with backend.plain():
+        return op(*args, **options)[0]
+
+
+# ---- convolution ----------------------------------------------------------------------------
+
+CONV_SHAPES = [             # B, H, W, C, O
+    (2, 16, 16, 32, 48), (1, 7, 9, 5, 3), (1, 1, 1, 4, 8), (3, 16, 18, 8, 8), (3, 5, 4, 33, 70),
+    (1, 64, 64, 4, 32), (2, 64, 9, 32, 4), (1, 3, 200, 8, 6), (40, 8, 8, 16, 16),
+    (1, 70, 33, 6, 130)]
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (0, 1), (0, 0), (2, 2)])
+@pytest.mark.parametrize("shape", CONV_SHAPES, ids=str)
+@pytest.mark.parametrize("strip_tiles", [16, 128])
+def test_winograd(shape, padding, strip_tiles, monkeypatch):
+    B, H, W, C, O = shape
+    if min(H, W) + sum(padding) < 3:
+        pytest.skip("the kernel does not fit in the map")
+    monkeypatch.setattr(winograd, "STRIP_TILES", strip_tiles)            # strips and whole maps
+    x, bias = normal(B, H, W, C), normal(O, seed=2)
+    weight = normal(3, 3, C, O, seed=1, scale=(9 * C) ** -0.5)
+    y = winograd.conv3x3(x, weight, bias, padding)
+    assert y.dtype == np.float32
+    assert_close(y, plain(ops.conv2d, x, weight, bias, 1, padding), TOLERANCE)
+    without = winograd.conv3x3(x, weight, None, padding)
+    assert_close(without, plain(ops.conv2d, x, weight, None, 1, padding), TOLERANCE)
+
+
+def test_winograd_is_as_accurate_as_its_points_promise():
+    """Root mean square error 8e-7 at 64 channels: half of what the points 0, +-1, +-2 give."""
+    x, weight = normal(2, 32, 32, 64), normal(3, 3, 64, 64, seed=1, scale=1 / 24)
+    exact = plain(ops.conv2d, x.astype(np.float64), weight.astype(np.float64), None, 1, (1, 1))
+    error = winograd.conv3x3(x, weight, None) - exact
+    assert np.sqrt((error ** 2).mean()) < 1e-6 * exact.std()
+
+
+@pytest.mark.parametrize("stride, padding", [(1, (1, 1)), (1, (0, 0)), (2, (1, 1)), (2, (0, 1))])
+@pytest.mark.parametrize("shape", CONV_SHAPES, ids=str)
+def test_im2col(shape, stride, padding, monkeypatch):
+    B, H, W, C, O = shape
+    if min(H, W) + sum(padding) < 3:
+        pytest.skip("the kernel does not fit in the map")
+    monkeypatch.setattr(im2col, "STRIP_BYTES", 1 << 16)     # small maps have strips too
+    x, bias = normal(B, H, W, C), normal(O, seed=2)
+    weight = normal(3, 3, C, O, seed=1, scale=(9 * C) ** -0.5)
+    y = im2col.conv2d(x, weight, bias, stride, padding)
+    assert_close(y, plain(ops.conv2d, x, weight, bias, stride, padding), TOLERANCE)
+
+
+# ---- norms ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape, groups", [
+    ((2, 8, 8, 64), 32), ((3, 7, 9, 32), 8), ((1, 1, 1, 64), 4), ((1, 64, 64, 320), 32),
+    ((70, 4, 4, 32), 32),
+    ((2, 5, 12), 3), ((3, 4), 1), ((1, 300, 200, 4), 2)], ids=str)
+@pytest.mark.parametrize("mean", [0, 30])
+def test_group_norm(shape, groups, mean):
+    x = normal(*shape, mean=mean)
+    weight, bias = normal(shape[-1], seed=1, mean=1), normal(shape[-1], seed=2)
+    exact = [a.astype(np.float64) for a in (x, weight, bias)]
+    for op, silu in ((ops.group_norm, False), (ops.group_norm_silu, True)):
+        y, *statistics = norm.group_norm(x, weight, bias, groups, 1e-5, silu)
+        assert y.dtype == np.float32
+        assert_close(y, plain(op, *exact, groups, 1e-5), TOLERANCE)
+    with backend.plain():
+        _, (_, _, *expected) = ops.group_norm(*exact, groups, 1e-5)
+    for ours, theirs in zip(statistics, expected, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm_survives_a_mean_a_thousand_deviations_away():
+    x, ones = normal(1, 64, 64, 32, mean=1000), normal(32, scale=0, mean=1)
+    y, _, rstd = norm.group_norm(x, ones, 0 * ones, 8, 1e-6, False)
+    exact = plain(ops.group_norm, x.astype(np.float64), ones, 0 * ones, 8, 1e-6)
+    deviation = x.astype(np.float64).reshape(-1, 8, 4).std(axis=(0, 2))
+    np.testing.assert_allclose(rstd.ravel(), 1 / deviation, rtol=1e-5)
+    assert_close(y, exact, 1e-3)        # x itself is known to 6e-5 of its deviation only
+
+
+@pytest.mark.parametrize("shape", [
+    (2, 77, 64), (1, 1, 4), (3, 7, 33), (5, 12), (1, 4096, 32), (2, 3, 1280)], ids=str)
+def test_layer_norm(shape):
+    x = normal(*shape, mean=3)
+    weight, bias = normal(shape[-1], seed=1, mean=1), normal(shape[-1], seed=2)
+    y, mean, rstd = norm.layer_norm(x, weight, bias, 1e-5)
+    with backend.plain():
+        expected, (_, _, *statistics) = ops.layer_norm(x, weight, bias, 1e-5)
+    assert_close(y, expected, TOLERANCE)
+    for ours, theirs in zip((mean, rstd), statistics, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# ---- activations ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu", "geglu"])
+@pytest.mark.parametrize("shape", [
+    (2, 8), (1, 1, 4), (3, 7, 9, 6), (2, 1500, 66), (3, 70000), (0, 4)], ids=str)
+def test_activations(name, shape):
+    x = normal(*shape, scale=3)
+    y, expected = getattr(activations, name)(x), plain(getattr(ops, name), x)
+    assert y.dtype == np.float32 and y.shape == expected.shape
+    if x.size:
+        assert_close(y, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu"])
+def test_activations_everywhere(name):
+    """Error below 1e-6, relative where the result is large, also far out; NaN stays NaN."""
+    x = np.concatenate([np.linspace(-12, 12, 200001), [-1e30, -1e4, 1e4, 1e30, np.nan]])
+    x = x.astype(np.float32)[:, None]
+    expected = plain(getattr(ops, name), x.astype(np.float64))
+    y = getattr(activations, name)(x)
+    assert np.isnan(y[-1]) and not np.isnan(y[:-1]).any()
+    assert (abs(y - expected)[:-1] <= 1e-6 * np.maximum(1, abs(expected[:-1]))).all()
+
+
+# ---- attention ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("B, N, M, C, heads", [
+    (2, 64, 64, 32, 4), (1, 1, 1, 4, 1), (3, 63, 77, 40, 5), (1, 1, 77, 8, 2), (2, 300, 1, 12, 3),
+    (1, 1500, 1100, 16, 2), (1, 77, 77, 48, 12)])
+@pytest.mark.parametrize("scale", [1, 12])          # 12: scores of 1000, softmax nearly a step
+def test_attention(B, N, M, C, heads, scale):
+    q, k = normal(B, N, C, scale=scale), normal(B, M, C, seed=1, scale=scale)
+    v = normal(B, M, C, seed=2)
+    y = attention.attention(q, k, v, heads)
+    exact = plain(ops.attention, *(a.astype(np.float64) for a in (q, k, v)), heads)
+    # Large scores are known to float32's 6e-8 of their size only, in the plain op as well.
+    allowed = TOLERANCE if scale == 1 else 2 * max(
+        abs(plain(ops.attention, q, k, v, heads) - exact).max() / exact.std(), TOLERANCE)
+    assert y.dtype == np.float32
+    assert_close(y, exact, allowed)
+
+
+@pytest.mark.parametrize("N, heads", [(1, 1), (7, 2), (77, 4), (1500, 1)])
+@pytest.mark.parametrize("scale", [1, 12])
+def test_causal_attention(N, heads, scale):
+    q, k, v = normal(2, N, 16, scale=scale), normal(2, N, 16, seed=1), normal(2, N, 16, seed=2)
+    y = attention.attention(q, k, v, heads, causal=True)
+    assert_close(y, plain(ops.attention, q, k, v, heads, causal=True), TOLERANCE)
+
+
+def test_attention_passes_nan_on_and_does_not_overflow():
+    q, k, v = (normal(1, 300, 8, seed=seed) for seed in range(3))
+    assert np.isfinite(attention.attention(q * 1e4, k * 1e4, v, 2)).all()
+    broken = q.copy()
+    broken[0, 5] = np.nan
+    y = attention.attention(broken, k, v, 2)
+    assert np.isnan(y[0, 5]).all() and np.isfinite(np.delete(y, 5, axis=1)).all()
+
+
+# ---- blocks ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [
+    (1, 1, 1), (3, 7, 5), (70, 16, 32), (2, 5000, 320), (1, 3, 200000), (1, 0, 4)], ids=str)
+def test_blocks_cover_everything_once(shape):
+    counted = np.zeros(shape)
+
+    def count(block):
+        counted[block] += 1
+        assert counted[block].size <= max(blocks.BLOCK, shape[-1])
+    blocks.over_blocks(count, *shape)
+    assert (counted == 1).all()

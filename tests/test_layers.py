@@ -1,0 +1,370 @@
+"""The tape, parameters and their names; under the layers worker threads, plain or fast."""
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+import threadpoolctl
+
+from tinyldm import backend
+from tinyldm.layers import (
+    NO_TAPE,
+    Activation,
+    Conv2d,
+    Embedding,
+    GroupNormSiLU,
+    LayerNorm,
+    Linear,
+    Module,
+    Parameter,
+    Tape,
+    Upsample,
+)
+
+
+def filled(module, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    for parameter in module.parameters():
+        parameter.data = rng.normal(size=parameter.shape).astype(dtype)
+        parameter.data.flags.writeable = False
+    return module
+
+
+class Perceptron(Module):
+    """Layers in attributes, in lists and in lists of lists; a place left out; what is no layer."""
+
+    def __init__(self):
+        self.config = {"width": 5}
+        self.norm = LayerNorm(3, 1e-5)
+        self.layers = [Linear(3, 5), None, Activation("silu"), [Linear(5, 2, bias=False)]]
+        self.scale = Parameter(2)
+
+    def forward(self, x, tape=NO_TAPE):
+        first, _, act, (last,) = self.layers
+        h = self.norm(x, tape)
+        h = first(h, tape)
+        h = act(h, tape)
+        return last(h, tape)
+
+    def backward(self, dy, tape):
+        first, _, act, (last,) = self.layers
+        dh = last.backward(dy, tape)
+        dh = act.backward(dh, tape)
+        dh = first.backward(dh, tape)
+        return self.norm.backward(dh, tape)
+
+
+# ---- tape -----------------------------------------------------------------------------------
+
+def test_a_tape_gives_back_the_last_first():
+    tape, a, b = Tape(), Linear(1, 1), Linear(1, 1)
+    tape.save(a, "first")
+    tape.save(b, "second")
+    tape.save(a, "third")                               # a layer used twice has two entries
+    assert len(tape) == 3
+    assert [tape.load(layer) for layer in (a, b, a)] == ["third", "second", "first"]
+    assert len(tape) == 0
+
+
+def test_a_tape_refuses_another_layer_than_the_last():
+    tape, a, b = Tape(), Linear(1, 1), Activation("silu")
+    tape.save(a, "a")
+    tape.save(b, "b")
+    with pytest.raises(AssertionError, match="Linear runs .* Activation ran forward last"):
+        tape.load(a)
+
+
+def test_a_twin_of_the_layer_is_another_layer():
+    tape = Tape()
+    tape.save(Linear(1, 1), "a")
+    with pytest.raises(AssertionError, match="Linear"):
+        tape.load(Linear(1, 1))
+
+
+def test_an_empty_tape_refuses():
+    with pytest.raises(AssertionError, match="Linear runs backward, but the tape is empty"):
+        Tape().load(Linear(1, 1))
+
+
+def test_backward_in_the_wrong_order_is_refused():
+    module, tape = filled(Perceptron()), Tape()
+    y = module(np.ones((4, 3)), tape)
+    with pytest.raises(AssertionError, match="LayerNorm runs backward, but Linear"):
+        module.norm.backward(y, tape)
+
+
+@pytest.mark.parametrize("layer, x", [
+    (Linear(3, 5), (2, 3)), (Conv2d(3, 4), (1, 5, 5, 3)),
+    (GroupNormSiLU(4, 2, 1e-5), (1, 3, 3, 4)), (LayerNorm(3, 1e-5), (2, 3)),
+    (Activation("gelu"), (2, 3)), (Upsample(), (1, 3, 3, 2)),
+], ids=lambda value: type(value).__name__)
+def test_a_layer_saves_one_entry_and_takes_it_back(layer, x):
+    filled(layer)
+    x, tape = np.random.default_rng(0).normal(size=x), Tape()
+    y = layer(x, tape=tape)
+    assert len(tape) == 1
+    np.testing.assert_array_equal(y, layer(x))          # the tape changes no number
+    assert layer.backward(y, tape).shape == x.shape
+    assert len(tape) == 0
+    assert all(parameter.grad.shape == parameter.shape for parameter in layer.parameters())
+
+
+def test_embedding_layer():
+    layer, tape = filled(Embedding(7, 3)), Tape()
+    y = layer(np.array([[1, 1, 4]]), tape)
+    assert layer.backward(np.ones_like(y), tape) is None        # ids have no gradient
+    np.testing.assert_array_equal(layer.weight.grad[:, 0], [0, 2, 0, 0, 1, 0, 0])
+
+
+# ---- what is kept ---------------------------------------------------------------------------
+
+@pytest.fixture
+def outputs(monkeypatch):
+    """Weak references to the memory of every layer's output."""
+    references, call = [], Module.__call__
+
+    def recording(self, *inputs, **options):
+        y = call(self, *inputs, **options)
+        owner = y
+        while owner.base is not None:                   # a view: what it shows is what stays
+            owner = owner.base
+        references.append(weakref.ref(owner))
+        return y
+    monkeypatch.setattr(Module, "__call__", recording)
+    return references
+
+
+def alive(references):
+    return sum(reference() is not None for reference in references)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_without_a_tape_nothing_is_kept(outputs, dtype):
+    module, x = filled(Perceptron(), dtype), np.ones((4, 3), dtype)
+    y = module(x)
+    assert len(outputs) == 5 and alive(outputs) == 2    # the last layer's output is the module's
+    del y
+    assert alive(outputs) == 0                          # at once, without the garbage collector
+
+
+def test_after_backward_nothing_is_kept_but_gradients(outputs):
+    module, tape = filled(Perceptron()), Tape()
+    y = module(np.ones((4, 3)), tape)
+    dy = np.ones_like(y)
+    del y
+    assert alive(outputs) == 3                          # each is an input of the next
+    module.backward(dy, tape)
+    assert len(tape) == 0 and alive(outputs) == 0
+
+
+# ---- parameters -----------------------------------------------------------------------------
+
+def test_named_parameters():
+    module = Perceptron()
+    named = dict(module.named_parameters())
+    assert list(named) == ["norm.weight", "norm.bias", "layers.0.weight", "layers.0.bias",
+                           "layers.3.0.weight", "scale"]
+    assert named["layers.3.0.weight"] is module.layers[3][0].weight
+    assert list(named.values()) == module.parameters()
+    assert list(dict(module.named_parameters("model."))) == ["model." + name for name in named]
+    assert [p.shape for p in named.values()] == [(3,), (3,), (5, 3), (5,), (2, 5), (2,)]
+    assert all(p.data is None and p.grad is None for p in named.values())
+
+
+def test_gradients_add_up_and_have_the_parameter_s_shape():
+    parameter = Parameter(2, 3)
+    first = np.ones((2, 3))
+    parameter.add_grad(first)
+    parameter.add_grad(np.full((2, 3), 0.5))
+    np.testing.assert_array_equal(parameter.grad, np.full((2, 3), 1.5))
+    np.testing.assert_array_equal(first, np.ones((2, 3)))       # the caller's array stays
+    for shape in ((3,), (1, 3), (3, 2), ()):
+        with pytest.raises(AssertionError, match="gradient"):
+            parameter.add_grad(np.ones(shape))
+
+
+def test_a_layer_used_twice_adds_its_gradients():
+    layer, tape = filled(Linear(3, 3)), Tape()
+    x = np.random.default_rng(1).normal(size=(4, 3))
+    y = layer(layer(x, tape), tape)
+    dh = layer.backward(np.ones_like(y), tape)
+    second = layer.weight.grad.copy()
+    layer.backward(dh, tape)
+    np.testing.assert_allclose(layer.weight.grad, second + dh.T @ x)
+
+
+class SlowSum(np.ndarray):
+    """Takes so long to add that another thread gets in between, if it can."""
+
+    def __add__(self, other):
+        time.sleep(0.001)
+        return super().__add__(other)
+
+
+def test_gradients_from_several_threads_are_all_counted():
+    parameter = Parameter(2, 3)
+
+    def work():
+        for _ in range(5):
+            parameter.add_grad(np.ones((2, 3)).view(SlowSum))
+    run_threads(work, 8)
+    np.testing.assert_array_equal(parameter.grad, np.full((2, 3), 40))
+
+
+def run_threads(work, count):
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+# ---- worker threads -------------------------------------------------------------------------
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """A pool of two workers, whatever this machine has."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(backend, "_workers", None)
+    yield
+    if backend._workers is not None:
+        backend._workers.shutdown()
+
+
+def blas_threads():
+    pools = threadpoolctl.threadpool_info()
+    return [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]
+
+
+def test_parallel_keeps_the_order(two_threads):
+    first_may_end = threading.Event()
+
+    def work(item):
+        if item == 0:
+            assert first_may_end.wait(10)               # a serial run would wait in vain
+        if item == 7:
+            first_may_end.set()
+        return item, threading.current_thread().name
+    results = backend.parallel(work, iter(range(8)))
+    assert [item for item, _ in results] == list(range(8))
+    assert all(name.startswith("tinyldm") for _, name in results)
+
+
+@pytest.mark.parametrize("items", [[], [3]])
+def test_parallel_of_one_item_stays_here(items, two_threads):
+    here = threading.current_thread()
+    assert backend.parallel(lambda item: (item, threading.current_thread()), items) == [
+        (item, here) for item in items]
+
+
+def test_parallel_within_a_worker_is_serial(two_threads):
+    """Workers waiting for workers would wait for ever; the cores are taken anyhow."""
+    def outer(item):
+        here = threading.current_thread()
+        inner = backend.parallel(lambda i: (item, i, threading.current_thread() is here), range(3))
+        assert all(same for *_, same in inner)
+        return [i for _, i, _ in inner]
+    assert backend.parallel(outer, range(6)) == [[0, 1, 2]] * 6
+    assert not backend._in_worker.get()
+
+
+def test_parallel_hands_over_an_exception_and_goes_on(two_threads):
+    before = blas_threads()
+
+    def work(item):
+        if item == 2:
+            raise KeyError(item)
+        return item
+    with pytest.raises(KeyError, match="2"):
+        backend.parallel(work, range(5))
+    assert blas_threads() == before
+    assert backend.parallel(work, [0, 1]) == [0, 1]
+
+
+def test_parallel_holds_blas_to_one_thread_and_lets_it_go(two_threads):
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        before = blas_threads()
+        inside = backend.parallel(lambda _: blas_threads(), range(4))
+        assert inside == [[1] * len(before)] * 4
+        assert blas_threads() == before
+
+
+def test_blas_is_let_go_by_the_last_of_several_callers(two_threads):
+    """Callers overlap in time: the one that ends first must not free BLAS for the other."""
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        before, limited = blas_threads(), []
+        with backend._one_blas_thread:                  # the caller that stays longer
+            run_threads(lambda: backend.parallel(abs, range(4)), 3)
+            limited += blas_threads()
+        assert limited == [1] * len(before)
+        assert blas_threads() == before
+
+
+def test_blas_is_held_and_let_go_by_any_thread(two_threads):
+    """threadpoolctl may ignore all threads but the first that set a limit: here this one."""
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        before, inside = blas_threads(), []
+        run_threads(lambda: inside.extend(backend.parallel(lambda _: blas_threads(), range(4))), 1)
+        assert inside == [[1] * len(before)] * 4
+        backend._one_blas_thread.__enter__()            # first in: this thread; last out: another
+        run_threads(lambda: backend._one_blas_thread.__exit__(None, None, None), 1)
+        assert blas_threads() == before
+
+
+def test_num_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert backend.num_threads() == 3
+    for nonsense in ("", "0", "many", "-1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", nonsense)
+        assert 1 <= backend.num_threads() <= os.cpu_count()
+
+
+# ---- plain or fast --------------------------------------------------------------------------
+
+X = np.ones(3, np.float32)
+
+
+@pytest.fixture
+def fast_by_default():
+    token = backend._plain.set(False)                   # also under TINYLDM_PLAIN=1
+    yield
+    backend._plain.reset(token)
+
+
+def test_fast_is_for_float32_numpy_arrays(fast_by_default):
+    assert backend.fast(X)
+    assert not backend.fast(X.astype(np.float64)) and not backend.fast(X.astype(np.float16))
+
+
+def test_plain_ends_with_its_block_and_nests(fast_by_default):
+    with backend.plain():
+        with backend.plain():
+            assert not backend.fast(X)
+        assert not backend.fast(X)
+    assert backend.fast(X)
+    with pytest.raises(KeyError), backend.plain():
+        raise KeyError
+    assert backend.fast(X)
+
+
+def test_plain_reaches_the_workers_and_no_other_thread(fast_by_default, two_threads):
+    with backend.plain():
+        assert backend.parallel(lambda _: backend.fast(X), range(4)) == [False] * 4
+        seen = []
+        run_threads(lambda: seen.append(backend.fast(X)), 1)
+        default = os.environ.get("TINYLDM_PLAIN", "0") != "1"
+        assert seen == [default]
+    assert backend.parallel(lambda _: backend.fast(X), range(4)) == [True] * 4
+
+
+@pytest.mark.parametrize("value, fast", [("1", False), ("0", True), ("", True)])
+def test_plain_by_the_environment(value, fast):
+    code = ("import numpy; from tinyldm import backend; "
+            "print(backend.fast(numpy.ones(3, numpy.float32)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "TINYLDM_PLAIN": value})
+    assert done.stdout.strip() == str(fast)

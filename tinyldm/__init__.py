@@ -1,0 +1,26 @@
+"""tinyldm: a latent diffusion model by hand, on NumPy.
+
+    pipe = tinyldm.load()                       # the bundled model, a folder, or a name on the hub
+    pipe("a red circle on a blue background")[0].save("out.png")
+
+Public names only. Each is imported when it is first asked for, so that `import tinyldm` is instant.
+"""
+import importlib
+
+__version__ = "0.1.0"
+__all__ = ["StableDiffusion", "TinyldmError", "load", "load_model", "noise"]
+
+_HOMES = {"StableDiffusion": "pipeline", "TinyldmError": "errors", "load": "pipeline",
+          "load_model": "checkpoints"}
+
+
+def __getattr__(name):
+    if name == "noise":
+        return importlib.import_module(".noise", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tinyldm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

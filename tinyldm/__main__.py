@@ -1,0 +1,196 @@
+"""python -m tinyldm "a prompt": the command line over pipeline.py.
+
+What a person may get wrong ends in one line, `error: ...`, and exit status 2; Ctrl-C in exit
+status 130. A picture is drawn, written under a temporary name and moved into place, one by one.
+"""
+import argparse
+import os
+import sys
+import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import TinyldmError
+
+BUNDLED = "shapes"
+# The time a step takes; tqdm's own format switches to steps a second where they are quick.
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_inv_fmt}]"
+CLOCK = "{desc}: {elapsed_s:.1f} s"
+
+
+def main(arguments=None):
+    """Run the command with a list of arguments (None: the process's own) -> exit status."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            draw(parse(arguments))
+    except TinyldmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: not enough memory: choose a smaller --width and --height", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def show_warning(message, *_):
+    """A warning as one line, without the source line that gave it."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but its errors are one line like all others."""
+
+    def error(self, message):
+        raise TinyldmError(f"{message} (--help lists what there is)")
+
+
+def parse(arguments):
+    parser = Parser("python -m tinyldm", description="Draw a picture of a prompt.")
+    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("--weights", help="a folder in the diffusers layout, or a name on the "
+                        "Hugging Face hub (the bundled model)")
+    parser.add_argument("--output", type=Path, default=Path("out.png"),
+                        help="the file, in any format Pillow writes (out.png)")
+    parser.add_argument("--steps", type=int, help="1 to 1000; more is slower and finer "
+                        "(what the weights recommend)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="how strongly to follow the "
+                        "prompt; up to 1 the negative one plays no part (7.5)")
+    parser.add_argument("--seed", type=int, default=0, help="where the noise comes from (0)")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
+    parser.add_argument("--width", type=int, help="in pixels (the weights' own)")
+    parser.add_argument("--height", type=int, help="in pixels (the weights' own)")
+    parser.add_argument("--count", type=int, default=1, help="how many pictures, of the seeds "
+                        "K, K + 1, ...: out-0.png, out-1.png, ... (1)")
+    parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, "
+                        "euler_ancestral, dpmpp_2m or dpmpp_2m_karras (the weights' own)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    return parser.parse_args(arguments)
+
+
+def draw(args):
+    """Draw, save and print the path of every picture asked for."""
+    paths = output_paths(args.output, args.count)
+    check_output(paths[0])
+    with stage("loading"):
+        from .pipeline import load, to_pil
+        pipe = load(args.weights, args.device)
+    for seed, path in enumerate(paths, args.seed):
+        with stage("reading the prompt"):
+            width, height = pipe.size(args.width, args.height)
+            sampler = pipe.sampler(args.sampler)
+            steps = pipe.num_inference_steps if args.steps is None else args.steps
+            states = pipe.stream(args.prompt, args.negative, steps, args.guidance, seed, width,
+                                 height, sampler=sampler)
+        latents = draw_latents(states, steps, sampler)
+        with stage("decoding"):
+            image, = to_pil(pipe.decode(latents))
+            save(image, path, parameters(args, steps, sampler, seed, image.size))
+        print(path)
+
+
+def draw_latents(states, steps, sampler):
+    """Run through a stream with a progress bar -> the last state's latents."""
+    # PNDM makes its first step twice; diffusers does not count the second time either.
+    uncounted = sampler == "pndm" and steps > 1
+    with progress("drawing", BAR, steps) as bar:
+        for state in states:
+            bar.update(state.step >= uncounted)
+    return state.latents
+
+
+def progress(name, bar_format, total):
+    from tqdm import tqdm  # after the arguments are read: a wrong one is answered at once
+    return tqdm(desc=name, total=total, unit="step", bar_format=bar_format, file=sys.stderr)
+
+
+@contextmanager
+def stage(name):
+    """Say what is being done, and afterwards how long it took."""
+    with progress(name, CLOCK, 1) as bar:
+        yield
+        bar.update()
+
+
+def parameters(args, steps, sampler, seed, size):
+    """How a picture was made, as the text that web interfaces store in PNG files and read back."""
+    negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
+    model = Path(args.weights).resolve().name if args.weights else BUNDLED
+    return (f"{args.prompt}{negative}\nSteps: {steps}, Sampler: {sampler}, "
+            f"CFG scale: {args.guidance:g}, Seed: {seed}, Size: {size[0]}x{size[1]}, "
+            f"Model: {model}")
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+def output_paths(output, count):
+    """One path a picture: out.png, or for several out-0.png, out-1.png, ..."""
+    if count < 1:
+        raise TinyldmError(f"--count must be at least 1, not {count}")
+    if os.path.isdir(output):
+        raise TinyldmError(f"cannot write {output}: it is a folder; name a file in it")
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+
+
+def check_output(path):
+    """Find out before the long drawing whether a picture can be saved there: write a small one.
+
+    Raises TinyldmError.
+    """
+    from PIL import Image
+
+    if not os.path.isdir(path.parent):
+        raise TinyldmError(f"cannot write {path}: there is no folder {path.parent}")
+    with temporary_beside(path) as temporary:
+        write(Image.new("RGB", (16, 16)), path, temporary, "")
+
+
+def save(image, path, text):
+    """Write under a temporary name, then move into place: the file is whole or not there."""
+    with temporary_beside(path) as temporary:
+        write(image, path, temporary, text)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def temporary_beside(path):
+    """A name in the folder of `path`, which is free again afterwards."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    except OSError as error:
+        raise TinyldmError(f"cannot write {path} ({error.strerror or error}): "
+                           "choose another file") from None
+    finally:
+        with suppress(OSError):                         # moved away, or never made
+            temporary.unlink()
+
+
+def write(image, path, temporary, text):
+    """Save as `temporary` in the format of path's suffix; PNG carries the text as `parameters`."""
+    from PIL import Image, PngImagePlugin
+
+    suffix = path.suffix.lower()
+    Image.preinit()                                     # the usual formats; all take 0.2 s more
+    image_format = Image.EXTENSION.get(suffix) or Image.registered_extensions().get(suffix)
+    if image_format not in Image.SAVE:
+        known = sorted(end for end, name in Image.EXTENSION.items() if name in Image.SAVE)
+        raise TinyldmError(f"{path} must end as a picture format does that Pillow writes: "
+                           f"{' '.join(known)}")
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", text)
+    options = {"PNG": {"pnginfo": chunks}, "JPEG": {"quality": 95}}.get(image_format, {})
+    try:
+        image.save(temporary, image_format, **options)
+    except (KeyError, ValueError) as error:             # what plugins say of a mode or a size
+        raise TinyldmError(f"cannot write {path}: {image_format} does not take this picture "
+                           f"({error}): choose another format") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

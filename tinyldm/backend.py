@@ -1,0 +1,158 @@
+"""The machine under the arrays: NumPy or CuPy, worker threads, and the plain/fast switch.
+
+Everything above asks an array which library it belongs to (`get_xp`) and never imports CuPy itself,
+so the same code runs on the CPU and on the GPU. Nothing in tinyldm lies below this file.
+"""
+import contextlib
+import contextvars
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from .errors import TinyldmError
+
+_plain = contextvars.ContextVar("plain", default=os.environ.get("TINYLDM_PLAIN", "0") == "1")
+_in_worker = contextvars.ContextVar("in_worker", default=False)
+
+
+def get_xp(array):
+    """The library an array belongs to: numpy or cupy."""
+    if isinstance(array, (np.ndarray, np.generic)):
+        return np
+    import cupy
+    return cupy.get_array_module(array)
+
+
+def asarray(array, like):
+    """Move an array to the device of `like`; its dtype stays."""
+    return get_xp(like).asarray(array)
+
+
+def to_host(array):
+    """A NumPy array with the same numbers."""
+    return array if get_xp(array) is np else array.get()
+
+
+def widen(x):
+    """float16 as float32, for sums and exponentials, which want more digits; others as they are."""
+    return x.astype(np.float32) if x.dtype == np.float16 else x
+
+
+def array_library(device):
+    """numpy for "cpu", cupy for "cuda".
+
+    Raises TinyldmError for another name, and where CuPy or a GPU is missing.
+    """
+    if device == "cpu":
+        return np
+    if device != "cuda":
+        raise TinyldmError(f"device must be cpu or cuda, not {device!r}")
+    try:
+        import cupy
+        count = cupy.cuda.runtime.getDeviceCount()
+    except ImportError:
+        raise TinyldmError("device cuda needs CuPy, which is not installed: "
+                           "pip install 'tinyldm[gpu]', or use --device cpu") from None
+    except Exception as error:                          # CuPy raises its own kinds without a driver
+        raise TinyldmError(f"device cuda needs an NVIDIA GPU, and CuPy finds none "
+                           f"({str(error).splitlines()[0]}): use --device cpu") from None
+    if count == 0:
+        raise TinyldmError("device cuda needs an NVIDIA GPU, and CuPy finds none: use --device cpu")
+    return cupy
+
+
+# ---- plain or fast --------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def plain():
+    """Within it every op runs as written in ops/, never its fast twin from kernels/."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def fast(x):
+    """Whether the float32 NumPy twins in kernels/ may be used for x."""
+    return not _plain.get() and type(x) is np.ndarray and x.dtype == np.float32
+
+
+# ---- worker threads -------------------------------------------------------------------------
+
+def num_threads():
+    """How many worker threads: OMP_NUM_THREADS where set, else the cores this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _OneBlasThread:
+    """Holds BLAS to one thread while any caller is inside: the first limits, the last restores.
+
+    The limit belongs to the process, so callers in different threads share one count.
+    """
+
+    def __init__(self):
+        self.lock, self.inside, self.controller, self.limit = threading.Lock(), 0, None, None
+
+    def __enter__(self):
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                if self.controller is None:
+                    from threadpoolctl import ThreadpoolController
+                    self.controller = ThreadpoolController()
+                self._take_control()
+                self.limit = self.controller.limit(limits=1, user_api="blas")
+
+    def __exit__(self, *exc):
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self._take_control()
+                self.limit.restore_original_limits()
+
+    def _take_control(self):
+        """Newer threadpoolctl silently ignores every thread but the first that ever set a limit.
+
+        The lock and the count above keep callers apart already.
+        """
+        for library in self.controller.lib_controllers:
+            if hasattr(library, "clear_controlling_thread"):
+                library.clear_controlling_thread(force=True)
+
+
+_one_blas_thread = _OneBlasThread()
+_workers = None
+_workers_lock = threading.Lock()
+
+
+def _pool():
+    global _workers
+    with _workers_lock:
+        if _workers is None:
+            _workers = ThreadPoolExecutor(num_threads(), thread_name_prefix="tinyldm")
+    return _workers
+
+
+def parallel(function, items):
+    """[function(item) for item in items], over worker threads with BLAS held to one thread each.
+
+    NumPy releases the interpreter's lock inside its loops and BLAS calls, so threads do run at the
+    same time. Called from inside a worker it runs serially: the cores are taken already.
+    """
+    items = list(items)
+    if len(items) < 2 or num_threads() < 2 or _in_worker.get():
+        return [function(item) for item in items]
+
+    def work(item):
+        _in_worker.set(True)
+        return function(item)
+
+    with _one_blas_thread:
+        futures = [_pool().submit(contextvars.copy_context().run, work, item) for item in items]
+        return [future.result() for future in futures]

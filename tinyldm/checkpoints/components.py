@@ -1,0 +1,167 @@
+"""One component of a pipeline: a folder of config.json and weights <-> one model, strictly.
+
+Stands between the files (safetensors_file.py, layout.py) and the models; folders.py puts three
+components together. Everything a user's folder can get wrong ends here in a TinyldmError.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .. import backend
+from ..errors import TinyldmError
+from ..models.clip import CLIPTextModel
+from ..models.unet import UNet2DConditionModel
+from ..models.vae import AutoencoderKL
+from . import layout
+from .safetensors_file import read_safetensors, replacing, write_safetensors
+
+MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
+                "model.safetensors", "model.fp16.safetensors")
+NAMES_SHOWN = 8                                         # of a list of keys in an error
+
+
+def read_json(path):
+    """The object in a JSON file. Raises TinyldmError for a missing, malformed or other file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TinyldmError(f"expected a file {path}, found none: is the folder complete?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise TinyldmError(f"{path} is not readable JSON ({error}): get it again") from None
+    if not isinstance(content, dict):
+        raise TinyldmError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def read_config(folder):
+    """folder/config.json -> (the model class it names, its dict).
+
+    diffusers writes the class as _class_name, transformers as architectures or only a model_type.
+    Raises TinyldmError for a class that is not supported, naming it.
+    """
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    name = config.get("_class_name") or config.get("architectures") or config.get("model_type")
+    name = name[0] if isinstance(name, list) else name
+    name = "CLIPTextModel" if name == "clip_text_model" else name
+    for model in MODELS:
+        if model.__name__ == name:
+            return model, config
+    raise TinyldmError(f"{path} names the model {name}, supported are "
+                       f"{', '.join(model.__name__ for model in MODELS)}")
+
+
+def find_weights(folder):
+    """The weight files of a component folder: one, or the shards that an index lists.
+
+    Raises TinyldmError where there is none, saying so if there are only pickles.
+    """
+    folder = Path(folder)
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise TinyldmError(f"{index} must list files under weight_map, but does not")
+            return [folder / str(shard) for shard in sorted(set(map(str, shards.values())))]
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt"))
+    found = f"only {', '.join(pickles)}, a pickle, which is not read: convert it to safetensors"
+    raise TinyldmError(f"expected weights in {folder} ({', '.join(WEIGHT_FILES)}), found "
+                       f"{found if pickles else 'none: is the folder complete?'}")
+
+
+def load_weights(module, files, dtype=np.float32):
+    """Fill every parameter of `module` from safetensors files, strictly in both directions.
+
+    files: one path or a list. One tensor is read at a time; where file and parameter agree in
+    dtype and layout the parameter is a view of the memory-mapped file. dtype: float16, 32 or 64.
+    Raises TinyldmError with three lists (missing, unexpected, wrong shape) before anything is
+    filled, or naming the first weight that is not finite.
+    """
+    files = [files] if isinstance(files, (str, Path)) else files
+    if np.dtype(dtype) not in (np.float16, np.float32, np.float64):
+        raise TinyldmError(f"dtype must be float16, float32 or float64, not {np.dtype(dtype)}")
+    stored = {}
+    for file in files:
+        stored |= read_safetensors(file)
+    parameters = dict(module.named_parameters())
+    tensors = layout.public_names(stored, parameters)
+    tensors = {name: layout.squeezed(name, tensor) for name, tensor in tensors.items()}
+    _check_fit(type(module).__name__, files, parameters, tensors)
+
+    def fill(name):
+        axes = layout.OUR_AXES if len(parameters[name].shape) == 4 else None
+        parameters[name].data = tensors[name].read(dtype, axes)
+
+    backend.parallel(fill, tensors)
+
+
+def _check_fit(model, files, parameters, tensors):
+    missing = [name for name in parameters if name not in tensors]
+    unexpected = [name for name in tensors if name not in parameters]
+    shapes = {name: (layout.file_shape(parameters[name]), tensors[name].shape)
+              for name in parameters if name in tensors}
+    wrong = [f"{name} (expected {ours}, found {theirs})"
+             for name, (ours, theirs) in shapes.items() if ours != theirs]
+    if missing or unexpected or wrong:
+        raise TinyldmError(
+            f"{', '.join(map(str, files))} does not fit the {model} of its config.json\n"
+            f"  missing: {_shorten(missing)}\n"
+            f"  unexpected: {_shorten(unexpected)}\n"
+            f"  wrong shape: {_shorten(wrong)}")
+
+
+def _shorten(names):
+    if not names:
+        return "none"
+    rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{len(names)}: {', '.join(names[:NAMES_SHOWN])}{rest}"
+
+
+def load_model(folder, dtype=np.float32):
+    """The model that folder/config.json names, with the folder's weights in `dtype`.
+
+    Returns a UNet2DConditionModel, an AutoencoderKL or a CLIPTextModel.
+    Raises TinyldmError: see read_config, find_weights and load_weights.
+    """
+    model, config = read_config(folder)
+    try:
+        module = model(config)
+    except Exception as error:                          # a constructor only follows the config
+        reason = error if isinstance(error, TinyldmError) else f"{type(error).__name__}: {error}"
+        raise TinyldmError(f"{Path(folder) / 'config.json'} does not describe a {model.__name__} "
+                           f"that is supported ({reason})") from error
+    load_weights(module, find_weights(folder), dtype)
+    return module
+
+
+def save_model(module, folder, dtype=np.float16):
+    """Write a model as config.json and safetensors weights that diffusers and transformers load.
+
+    Each file is whole or untouched. dtype: of the weights in the file.
+    Raises TinyldmError for a folder that cannot be written, and for weights that are not finite.
+    """
+    folder, name = Path(folder), type(module).__name__
+    tensors = {}
+    for key, parameter in module.named_parameters():
+        with np.errstate(over="ignore"):                # what overflows is reported below
+            tensors[key] = layout.to_file(backend.to_host(parameter.data)).astype(dtype)
+        if not np.isfinite(tensors[key]).all():
+            raise TinyldmError(f"{key} is not finite in {np.dtype(dtype)}: nothing is written")
+    if name == "CLIPTextModel":
+        # dtype: what transformers computes in; its default is the file's, diffusers' is float32.
+        identity = {"architectures": [name], "model_type": "clip_text_model", "dtype": "float32"}
+        weights = "model.safetensors"
+    else:
+        identity, weights = {"_class_name": name}, "diffusion_pytorch_model.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TinyldmError(f"cannot make the folder {folder} ({error}): choose another") from None
+    write_safetensors(tensors, folder / weights)
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(module.config | identity, indent=2) + "\n", "utf-8")

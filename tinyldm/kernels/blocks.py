@@ -1,0 +1,21 @@
+"""Cache-sized blocks of pixels or tokens, over worker threads: what the elementwise kernels share.
+
+NumPy makes one pass over memory an operation; on blocks that stay in the L2 cache that is cheap.
+"""
+from ..backend import num_threads, parallel
+
+BLOCK = 1 << 16             # numbers a block: 256 KiB in float32, and its scratch fits beside it
+SERIAL = 1 << 17            # fewer numbers than this are not worth waking a thread for
+
+
+def over_blocks(function, B, N, C):
+    """[function((images, rows)), ...]: slices that cut (B,N,C) into blocks, small images whole."""
+    rows = max(1, BLOCK // C)
+    images = max(1, rows // max(1, N))
+    blocks = [(slice(b, b + images), slice(n, min(n + rows, N)))
+              for b in range(0, B, images) for n in range(0, N, rows)]
+    if B * N * C < SERIAL:
+        return [function(block) for block in blocks]
+    shares = [blocks[start::4 * num_threads()] for start in range(4 * num_threads())]
+    done = parallel(lambda share: [function(block) for block in share], shares)
+    return [result for results in done for result in results]

@@ -1,0 +1,31 @@
+"""Which fast convolution, and the backward of both: twins of ops.conv2d and ops.conv2d_backward."""
+import numpy as np
+
+from . import im2col, winograd
+
+
+def conv2d(x, weight, bias, stride, padding):
+    """As ops.conv2d. x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O)."""
+    if len(weight) == 3 and stride == 1 and winograd.pays(x.shape, weight.shape):
+        return winograd.conv3x3(x, weight, bias, padding)
+    return im2col.conv2d(x, weight, bias, stride, padding)
+
+
+def conv2d_backward(dy, x, weight, stride, padding):
+    """As ops.conv2d_backward, without dbias: dx (B,H,W,C), dweight (K,K,C,O)."""
+    K, _, C, O = weight.shape
+    dweight = np.zeros((K * K * C, O), x.dtype)
+    windows = im2col.sliding_windows(x, K, stride, padding)
+    for strip in im2col.strips(windows, weight.nbytes):
+        dweight += windows[strip].reshape(-1, K * K * C).T @ dy[strip].reshape(-1, O)
+    dweight = dweight.reshape(weight.shape)
+    if stride == 1:                 # dx is a convolution too: taps flipped, channels exchanged
+        flipped = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
+        return conv2d(dy, flipped, None, 1, (K - 1 - padding[0], K - 1 - padding[1])), dweight
+    B, Ho, Wo, _ = dy.shape
+    before, after = padding
+    dx = np.zeros((B, x.shape[1] + before + after, x.shape[2] + before + after, C), x.dtype)
+    for i in range(K):
+        for j in range(K):
+            dx[:, i:i + stride * Ho:stride, j:j + stride * Wo:stride] += dy @ weight[i, j].T
+    return dx[:, before:before + x.shape[1], before:before + x.shape[2]], dweight

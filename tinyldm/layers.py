@@ -1,0 +1,208 @@
+"""Layers: ops with parameters, and the tape that lies between a forward and its backward.
+
+A layer's forward leaves on the tape what its backward needs; the backward is the forward read from
+the bottom up. Models (models/) are layers made of layers.
+"""
+import threading
+
+from . import ops
+
+
+class _NoTape:
+    """Inference: what a layer saves is dropped at once, so nothing is kept."""
+
+    def save(self, layer, cache):
+        pass
+
+
+NO_TAPE = _NoTape()
+
+
+class Tape:
+    """The stack of what forward saved.
+
+    Backward runs in the opposite order, so each layer finds its own on top.
+    """
+
+    def __init__(self):
+        self.entries = []
+
+    def __len__(self):
+        return len(self.entries)
+
+    def save(self, layer, cache):
+        self.entries.append((layer, cache))
+
+    def load(self, layer):
+        assert self.entries, f"{type(layer).__name__} runs backward, but the tape is empty"
+        owner, cache = self.entries.pop()
+        assert owner is layer, (f"{type(layer).__name__} runs backward, "
+                                f"but {type(owner).__name__} ran forward last")
+        return cache
+
+
+class Parameter:
+    """An array to train: data of a known shape (None until loaded), the gradient gathered so far.
+    """
+
+    _lock = threading.Lock()            # worker threads that share a model add to the same gradient
+
+    def __init__(self, *shape):
+        self.shape, self.data, self.grad = shape, None, None
+
+    def add_grad(self, grad):
+        assert grad.shape == self.shape, f"gradient {grad.shape} for a parameter {self.shape}"
+        with self._lock:
+            self.grad = grad if self.grad is None else self.grad + grad
+
+
+class Module:
+    """Something with parameters, a forward and a backward.
+
+    Attributes are named as in the public weight files.
+    """
+
+    def __call__(self, *inputs, **options):
+        return self.forward(*inputs, **options)
+
+    def named_parameters(self, prefix=""):
+        """Every (name, Parameter), names joined by dots; a list's items are named by number."""
+        for name, value in vars(self).items():
+            yield from _named(value, prefix + name)
+
+    def parameters(self):
+        return [parameter for _, parameter in self.named_parameters()]
+
+
+def _named(value, name):
+    if isinstance(value, Parameter):
+        yield name, value
+    elif isinstance(value, Module):
+        yield from value.named_parameters(name + ".")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _named(item, f"{name}.{i}")
+
+
+def _data(parameter):
+    return None if parameter is None else parameter.data
+
+
+class Linear(Module):
+    """y = x @ weight.T + bias over the last axis. weight (out, in), bias (out,) or None."""
+
+    def __init__(self, in_features, out_features, bias=True):
+        self.weight = Parameter(out_features, in_features)
+        self.bias = Parameter(out_features) if bias else None
+
+    def forward(self, x, tape=NO_TAPE):                 # (..., in) -> (..., out)
+        y, cache = ops.linear(x, self.weight.data, _data(self.bias))
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):                       # (..., out) -> (..., in)
+        dx, dweight, dbias = ops.linear_backward(dy, tape.load(self))
+        self.weight.add_grad(dweight)
+        if self.bias is not None:
+            self.bias.add_grad(dbias)
+        return dx
+
+
+class Conv2d(Module):
+    """A convolution with bias. weight (K,K,C,O), in files (O,C,K,K); padding = (before, after)."""
+
+    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=None):
+        self.weight = Parameter(kernel_size, kernel_size, in_channels, out_channels)
+        self.bias = Parameter(out_channels)
+        self.stride = stride
+        self.padding = padding or (kernel_size // 2, kernel_size // 2)
+
+    def forward(self, x, tape=NO_TAPE):                 # (B,H,W,C) -> (B,Ho,Wo,O)
+        y, cache = ops.conv2d(x, self.weight.data, self.bias.data, self.stride, self.padding)
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):                       # (B,Ho,Wo,O) -> (B,H,W,C)
+        dx, dweight, dbias = ops.conv2d_backward(dy, tape.load(self))
+        self.weight.add_grad(dweight)
+        self.bias.add_grad(dbias)
+        return dx
+
+
+class _Norm(Module):
+    """What the three norms share: weight and bias of one number a channel, and the walk back."""
+
+    def __init__(self, channels, *options):
+        self.weight, self.bias = Parameter(channels), Parameter(channels)
+        self.options = options
+
+    def forward(self, x, tape=NO_TAPE):
+        y, cache = self.op(x, self.weight.data, self.bias.data, *self.options)
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):
+        dx, dweight, dbias = self.op_backward(dy, tape.load(self))
+        self.weight.add_grad(dweight)
+        self.bias.add_grad(dbias)
+        return dx
+
+
+class GroupNorm(_Norm):
+    """GroupNorm(channels, num_groups, eps): (B,...,C) -> (B,...,C)."""
+
+    op, op_backward = staticmethod(ops.group_norm), staticmethod(ops.group_norm_backward)
+
+
+class GroupNormSiLU(_Norm):
+    """GroupNormSiLU(channels, num_groups, eps): the norm with the activation behind it."""
+
+    op, op_backward = staticmethod(ops.group_norm_silu), staticmethod(ops.group_norm_silu_backward)
+
+
+class LayerNorm(_Norm):
+    """LayerNorm(channels, eps): (...,C) -> (...,C)."""
+
+    op, op_backward = staticmethod(ops.layer_norm), staticmethod(ops.layer_norm_backward)
+
+
+class Embedding(Module):
+    """A table of rows. weight (V,C)."""
+
+    def __init__(self, num_embeddings, channels):
+        self.weight = Parameter(num_embeddings, channels)
+
+    def forward(self, ids, tape=NO_TAPE):               # (...) -> (...,C)
+        y, cache = ops.embedding(ids, self.weight.data)
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):
+        self.weight.add_grad(ops.embedding_backward(dy, tape.load(self)))
+
+
+class Activation(Module):
+    """An elementwise op without parameters: Activation("silu"), "gelu" or "quick_gelu"."""
+
+    def __init__(self, name):
+        self.op, self.op_backward = getattr(ops, name), getattr(ops, name + "_backward")
+
+    def forward(self, x, tape=NO_TAPE):
+        y, cache = self.op(x)
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):
+        return self.op_backward(dy, tape.load(self))
+
+
+class Upsample(Module):
+    """Nearest ×2, or to a size, and no parameters."""
+
+    def forward(self, x, size=None, tape=NO_TAPE):      # (B,H,W,C) -> (B,2H,2W,C)
+        y, cache = ops.upsample_nearest(x, size)
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):
+        return ops.upsample_nearest_backward(dy, tape.load(self))

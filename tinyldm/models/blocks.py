@@ -1,0 +1,118 @@
+"""What the UNet and the VAE are both built of: residual block, attention, halving, doubling.
+
+Also the reading of their configs: an architecture that is not built here is refused by name.
+"""
+from .. import ops
+from ..errors import TinyldmError
+from ..layers import NO_TAPE, Activation, Conv2d, GroupNormSiLU, Linear, Module, Upsample
+
+
+def require(config, **allowed):
+    """Refuse a config that asks for what is not built: keys are absent or hold an allowed value."""
+    for key, values in allowed.items():
+        if key in config and config[key] not in values:
+            raise TinyldmError(f"{config.get('_class_name', 'config.json')}: {key} = "
+                               f"{config[key]!r} is not supported, "
+                               f"only {' or '.join(map(repr, values))}")
+
+
+class ResnetBlock2D(Module):
+    """norm → SiLU → conv, twice, around which the input is carried unchanged.
+
+    The time embedding joins between the two.
+    Source: He et al. 2016, arXiv:1603.05027, fig. 4e; with time: Ho et al. 2020, arXiv:2006.11239,
+    appendix B.
+    """
+
+    def __init__(self, in_channels, out_channels, num_groups, eps, temb_channels=None):
+        self.norm1 = GroupNormSiLU(in_channels, num_groups, eps)
+        self.conv1 = Conv2d(in_channels, out_channels)
+        if temb_channels:
+            self.nonlinearity = Activation("silu")
+            self.time_emb_proj = Linear(temb_channels, out_channels)
+        self.norm2 = GroupNormSiLU(out_channels, num_groups, eps)
+        self.conv2 = Conv2d(out_channels, out_channels)
+        changes = in_channels != out_channels
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if changes else None
+
+    def forward(self, x, temb=None, tape=NO_TAPE):      # (B,H,W,C), (B,E) -> (B,H,W,O)
+        h = self.norm1(x, tape)
+        h = self.conv1(h, tape)
+        if temb is not None:
+            e = self.nonlinearity(temb, tape)
+            e = self.time_emb_proj(e, tape)             # (B,O)
+            h = h + e[:, None, None, :]
+        h = self.norm2(h, tape)
+        h = self.conv2(h, tape)
+        return h + (self.conv_shortcut(x, tape) if self.conv_shortcut else x)
+
+    def backward(self, dy, tape):                       # (B,H,W,O) -> (B,H,W,C), (B,E) or None
+        dx = self.conv_shortcut.backward(dy, tape) if self.conv_shortcut else dy
+        dh = self.conv2.backward(dy, tape)
+        dh = self.norm2.backward(dh, tape)
+        dtemb = None
+        if hasattr(self, "time_emb_proj"):
+            de = dh.sum(axis=(1, 2))                    # undoes the broadcast over H, W
+            de = self.time_emb_proj.backward(de, tape)
+            dtemb = self.nonlinearity.backward(de, tape)
+        dh = self.conv1.backward(dh, tape)
+        return dx + self.norm1.backward(dh, tape), dtemb    # x was used twice: add
+
+
+class Attention(Module):
+    """Queries from x; keys and values from the context, which for self-attention is x itself.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Rombach et al. 2022,
+    arXiv:2112.10752, section 3.3.
+    """
+
+    def __init__(self, channels, context_channels, num_heads, bias=False):
+        self.to_q = Linear(channels, channels, bias)
+        self.to_k = Linear(context_channels, channels, bias)
+        self.to_v = Linear(context_channels, channels, bias)
+        self.to_out = [Linear(channels, channels)]
+        self.num_heads = num_heads
+
+    def forward(self, x, context, tape=NO_TAPE):        # (B,N,C), (B,M,D) -> (B,N,C)
+        q = self.to_q(x, tape)
+        k = self.to_k(context, tape)                    # (B,M,C)
+        v = self.to_v(context, tape)
+        y, cache = ops.attention(q, k, v, self.num_heads)
+        tape.save(self, cache)
+        return self.to_out[0](y, tape)
+
+    def backward(self, dy, tape):                       # (B,N,C) -> (B,N,C), (B,M,D)
+        dy = self.to_out[0].backward(dy, tape)
+        dq, dk, dv = ops.attention_backward(dy, tape.load(self))
+        dcontext = self.to_v.backward(dv, tape)         # keys and values read the same context: add
+        dcontext = dcontext + self.to_k.backward(dk, tape)
+        return self.to_q.backward(dq, tape), dcontext
+
+
+class Downsample2D(Module):
+    """Half the height and width by a convolution of stride 2. padding = (before, after)."""
+
+    def __init__(self, channels, padding):
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x, tape=NO_TAPE):                 # (B,H,W,C) -> (B,⌈H/2⌉,⌈W/2⌉,C)
+        return self.conv(x, tape)
+
+    def backward(self, dy, tape):
+        return self.conv.backward(dy, tape)
+
+
+class Upsample2D(Module):
+    """Twice the height and width: every pixel shown four times, a convolution smooths the steps."""
+
+    def __init__(self, channels):
+        self.nearest = Upsample()
+        self.conv = Conv2d(channels, channels)
+
+    def forward(self, x, size=None, tape=NO_TAPE):      # (B,H,W,C) -> (B,2H,2W,C), or cut to size
+        h = self.nearest(x, size, tape)
+        return self.conv(h, tape)
+
+    def backward(self, dy, tape):
+        dh = self.conv.backward(dy, tape)
+        return self.nearest.backward(dh, tape)

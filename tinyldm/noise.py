@@ -1,0 +1,182 @@
+"""Normal numbers from a seed, equal bit for bit to torch's on the CPU.
+
+Where it stands: seed -> latents x_T, and the fresh noise of the stochastic samplers. A picture of
+another implementation can be drawn again here only if both start from the same numbers, so this
+file retraces how torch makes them:
+
+1. The Mersenne Twister MT19937 gives 32-bit words. NumPy has the same engine, seeded the same way.
+2. The low 24 bits of a word are a uniform number in [0, 1) that float32 holds exactly.
+3. Box and Muller turn two uniform numbers into two normal ones: a radius sqrt(-2 ln u1) and an
+   angle 2 pi u2 are the polar coordinates of a point whose x and y are independent and normal.
+4. torch does that to 16 numbers at a time with vector instructions: logarithm, sine and cosine
+   are short polynomials in float32 (from the Cephes library), and a*b + c is rounded once, not
+   twice (a fused multiply-add). Both decide the last bits, so both are done here as well.
+   Below 16 numbers it takes another road: one at a time, in float64, with the C library.
+
+Sources: Matsumoto & Nishimura 1998, "Mersenne Twister"; Box & Muller 1958, "A note on the
+generation of random normal deviates"; Moshier's Cephes library (logf, sinf, cosf); PyTorch 2.13,
+ATen/native/cpu/DistributionTemplates.h and avx_mathfun.h. The last bits are those of x86-64 with
+AVX2; on other processors torch itself differs from them.
+"""
+import math
+import operator
+
+import numpy as np
+
+from .errors import TinyldmError
+
+F32 = np.float32
+BLOCK = 16                  # torch's vector path: 8 radii and 8 angles make 16 normal numbers
+
+
+def randn(shape, seed):
+    """Draw standard normal numbers: torch.manual_seed(seed); torch.randn(shape).
+
+    shape: a tuple (or one length); seed: as for Generator -> float32 array of that shape.
+    """
+    return Generator(seed).randn(shape)
+
+
+class Generator:
+    """A stream of random numbers: its successive draws equal those of one torch.Generator.
+
+    seed: a whole number from -2**63 to 2**64 - 1. As in torch only its low 32 bits matter, so
+    2**32 + 5 draws what 5 draws. Raises TinyldmError for anything else.
+    """
+
+    def __init__(self, seed):
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            seed_fits = False
+        else:
+            seed_fits = -2**63 <= seed < 2**64
+        if not seed_fits:
+            raise TinyldmError(f"a seed is a whole number from -2**63 to 2**64 - 1, got {seed!r}: "
+                               "choose one in that range")
+        self._words = np.random.RandomState(seed & 0xFFFFFFFF)
+        self._spare = None              # the scalar path makes two numbers and keeps the second
+
+    def randn(self, shape):
+        """Draw standard normal numbers: torch.randn(shape) -> float32 array."""
+        normals = np.empty(shape, F32)
+        flat = normals.reshape(-1)      # a view: torch's numbers depend on the size alone
+        if flat.size < BLOCK:
+            flat[:] = [self._one_normal() for _ in range(flat.size)]
+            return normals
+        whole = flat.size - flat.size % BLOCK
+        uniforms = self.uniform(flat.size)
+        flat[:whole] = box_muller(uniforms[:whole])
+        if whole < flat.size:           # the last 16 are drawn anew and overlap the block before
+            flat[-BLOCK:] = box_muller(self.uniform(BLOCK))
+        return normals
+
+    def uniform(self, shape):
+        """Draw from [0, 1): torch.rand(shape) -> float32 array of multiples of 2**-24."""
+        words = self._words.randint(0, 2**32, shape, np.uint32)
+        return (words & 0xFFFFFF).astype(F32) * F32(2**-24)
+
+    def _one_normal(self):
+        """The path below 16 numbers: a pair in float64, of which the second waits for its turn."""
+        if self._spare is not None:
+            normal, self._spare = self._spare, None
+            return normal
+        u1, u2 = self._uniform64(), self._uniform64()
+        radius, theta = math.sqrt(-2 * math.log1p(-u2)), 2 * math.pi * u1
+        self._spare = radius * math.sin(theta)
+        return radius * math.cos(theta)
+
+    def _uniform64(self):
+        """A float64 in [0, 1) from the low 53 bits of two words, the first being the high one."""
+        high, low = (int(word) for word in self._words.randint(0, 2**32, 2, np.uint32))
+        return ((high << 32 | low) & (2**53 - 1)) * 2**-53
+
+
+def box_muller(uniforms):
+    """Turn uniform numbers in [0, 1) into normal ones, 16 by 16.
+
+    uniforms (n,) float32, n a multiple of 16 -> (n,) float32.
+
+        x = sqrt(-2 ln u1) cos(2 pi u2),    y = sqrt(-2 ln u1) sin(2 pi u2)
+
+    Of each 16, the first 8 give u1 and then receive x, the last 8 give u2 and then receive y.
+    """
+    pairs = uniforms.reshape(-1, 2, BLOCK // 2)                     # (n) -> (blocks, 2, 8)
+    u1 = 1 - pairs[:, 0]                # in (0, 1]: ln 0 is not asked for
+    radius = np.sqrt(-2 * log(u1))
+    sin, cos = sin_cos(F32(2 * math.pi) * pairs[:, 1])
+    points = np.stack([radius * cos, radius * sin], axis=1)
+    return points.reshape(-1) + F32(0)  # times 1 plus 0 in torch: turns -0 into +0
+
+
+def fma(a, b, c):
+    """a * b + c, rounded to float32 once: what the processor's fused multiply-add gives.
+
+    In float64 the product of two float32 numbers is exact, so only the sum is rounded before the
+    rounding to float32. Rounding twice goes wrong in one case: the first lands exactly half-way
+    between two float32 numbers. There what the first rounding lost decides, so one step is taken
+    towards it. The loss is found exactly by Knuth's TwoSum.
+    """
+    product = np.multiply(a, b, dtype=np.float64)
+    total = product + c
+    half_way = total.view(np.int64) & 0x1FFFFFFF == 0x10000000      # the 29 bits float32 drops
+    if half_way.any():
+        rest = total - product
+        lost = (product - (total - rest)) + (c - rest)
+        step = np.nextafter(total, np.copysign(np.inf, lost))
+        total = np.where(half_way & (lost != 0), step, total)
+    return total.astype(F32)
+
+
+def polynomial(x, coefficients):
+    """c[0] x^n + ... + c[n] by Horner's rule, every step one fma."""
+    y = F32(coefficients[0])
+    for coefficient in coefficients[1:]:
+        y = fma(y, x, F32(coefficient))
+    return y
+
+
+def log(x):
+    """Natural logarithm of float32 x in (0, 1], as Cephes' logf.
+
+    x = m 2^e with m in [sqrt(1/2), sqrt(2)), so ln x = ln(1 + f) + e ln 2 with f = m - 1 small:
+
+        ln(1 + f) = f - f^2/2 + f^3 P(f),    ln 2 = 0.693359375 - 2.12194440e-4
+    """
+    m, e = np.frexp(x)                                              # m in [1/2, 1)
+    below = m < F32(math.sqrt(0.5))
+    f = np.where(below, m + m, m) - F32(1)
+    e = (e - below).astype(F32)
+    f2 = f * f
+    y = polynomial(f, LOG) * f
+    y = fma(y, f2, e * F32(-2.12194440e-4))     # e ln 2 in two parts: the small one goes in early
+    y = fma(f2, F32(-0.5), y)
+    return fma(e, F32(0.693359375), f + y)
+
+
+def sin_cos(x):
+    """Sine and cosine of float32 x >= 0, as Cephes' sinf and cosf.
+
+    x = k pi/4 + r with k even and |r| <= pi/4: polynomials serve for sin r and cos r, and k says
+    which of the two is wanted (every quarter turn exchanges them) and with which sign.
+    """
+    k = (x * F32(4 / math.pi)).astype(np.int32)
+    k = k + (k & 1)                                                 # odd: up to the next even one
+    r = x
+    for part in PI_QUARTER:                     # pi/4 in three parts, to subtract it without loss
+        r = fma(k.astype(F32), F32(-part), r)
+    r2 = r * r
+    cosine = polynomial(r2, COS) * r2
+    cosine = fma(cosine, r2, r2 * F32(-0.5)) + F32(1)
+    sine = fma(polynomial(r2, SIN) * r2, r, r)
+    exchanged = (k & 2) != 0
+    sin = np.where(exchanged, cosine, sine)
+    cos = np.where(exchanged, sine, cosine)
+    return np.where(k & 4, -sin, sin), np.where((k + 2) & 4, -cos, cos)
+
+
+LOG = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+       -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)
+SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+PI_QUARTER = (0.78515625, 2.4187564849853515625e-4, 3.77489497744594108e-8)

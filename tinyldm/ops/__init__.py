@@ -1,0 +1,67 @@
+"""All the calculus: each op with its derivative directly below it, pure functions of arrays.
+
+    y, cache = op(x, ...)            dx, dw, db = op_backward(dy, cache)
+
+The letters in the shape comments, here and in every file above:
+
+    B batch · H, W height, width · C channels in · O channels out · K kernel · G groups
+    N = H*W tokens (queries) · M context tokens (77) · D context width (768)
+    h heads · d head width · E time-embedding width · V vocabulary
+
+Images are channels last, (B,H,W,C), so a pixel's channels are a matrix row. Gradients come back in
+the order of the op's array arguments, `dx` being the loss's gradient by x. A cache holds the least:
+the inputs and small statistics; what is cheap is computed again. Where kernels/ has a faster twin
+the op calls it.
+"""
+from .activation import (
+    geglu,
+    geglu_backward,
+    gelu,
+    gelu_backward,
+    quick_gelu,
+    quick_gelu_backward,
+    silu,
+    silu_backward,
+    softmax,
+    softmax_backward,
+)
+from .attention import attention, attention_backward
+from .conv import conv2d, conv2d_backward, upsample_nearest, upsample_nearest_backward
+from .embedding import (
+    embedding,
+    embedding_backward,
+    timestep_embedding,
+    timestep_embedding_backward,
+)
+from .linear import linear, linear_backward
+from .loss import (
+    cross_entropy,
+    cross_entropy_backward,
+    kl_normal,
+    kl_normal_backward,
+    l1,
+    l1_backward,
+    mse,
+    mse_backward,
+)
+from .norm import (
+    group_norm,
+    group_norm_backward,
+    group_norm_silu,
+    group_norm_silu_backward,
+    layer_norm,
+    layer_norm_backward,
+)
+from .shape import concat, concat_backward, split, split_backward
+
+__all__ = [
+    "attention", "attention_backward", "concat", "concat_backward", "conv2d", "conv2d_backward",
+    "cross_entropy", "cross_entropy_backward", "embedding", "embedding_backward",
+    "geglu", "geglu_backward", "gelu", "gelu_backward", "group_norm", "group_norm_backward",
+    "group_norm_silu", "group_norm_silu_backward", "kl_normal", "kl_normal_backward",
+    "l1", "l1_backward", "layer_norm", "layer_norm_backward", "linear", "linear_backward",
+    "mse", "mse_backward", "quick_gelu", "quick_gelu_backward", "silu", "silu_backward",
+    "softmax", "softmax_backward", "split", "split_backward",
+    "timestep_embedding", "timestep_embedding_backward",
+    "upsample_nearest", "upsample_nearest_backward",
+]

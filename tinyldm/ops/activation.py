@@ -1,0 +1,99 @@
+"""Activations: what is applied to each number alone, and softmax over the last axis."""
+import math
+
+from ..backend import fast, get_xp, widen
+from ..kernels import activations, backward
+from .erf import erf
+
+
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) written with tanh, which does not overflow."""
+    return 0.5 * get_xp(x).tanh(0.5 * x) + 0.5
+
+
+def silu(x):
+    """y = x * sigmoid(x), elementwise. Also called swish.
+
+    Source: Elfwing, Uchibe & Doya 2017, arXiv:1702.03118, eq. 7; Ramachandran et al. 2017,
+    arXiv:1710.05941.
+    """
+    if fast(x):
+        return activations.silu(x), x
+    return x * _sigmoid(x), x
+
+
+def silu_backward(dy, x):
+    """dx = dy * s * (1 + x * (1 - s)),  s = sigmoid(x): the product rule, with s' = s (1 - s)."""
+    s = _sigmoid(x)
+    return dy * s * (1 + x * (1 - s))
+
+
+def _normal_cdf(x):
+    return 0.5 * (1 + erf(x * math.sqrt(0.5)))
+
+
+def gelu(x):
+    """y = x * Phi(x), Phi the normal distribution's cumulative function, by the exact erf.
+
+    Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units", arXiv:1606.08415, section 2.
+    """
+    if fast(x):
+        return activations.gelu(x), x
+    return x * _normal_cdf(x), x
+
+
+def gelu_backward(dy, x):
+    """dx = dy * (Phi(x) + x * phi(x)),  phi = exp(-x^2/2) / sqrt(2 pi), the derivative of Phi."""
+    density = get_xp(x).exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return dy * (_normal_cdf(x) + x * density)
+
+
+def quick_gelu(x):
+    """y = x * sigmoid(1.702 x): OpenAI's CLIP was trained with this approximation of gelu.
+
+    Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
+    """
+    if fast(x):
+        return activations.quick_gelu(x), x
+    return x * _sigmoid(1.702 * x), x
+
+
+def quick_gelu_backward(dy, x):
+    """dx = dy * s * (1 + 1.702 x (1 - s)),  s = sigmoid(1.702 x)."""
+    s = _sigmoid(1.702 * x)
+    return dy * s * (1 + 1.702 * x * (1 - s))
+
+
+def geglu(x):
+    """Half of the channels gate the other half:  y = value * gelu(gate).
+
+    x (..., 2F) = [value, gate] -> y (..., F).
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202, eq. 5.
+    """
+    if fast(x):
+        return activations.geglu(x), x
+    F = x.shape[-1] // 2
+    return x[..., :F] * gelu(x[..., F:])[0], x
+
+
+def geglu_backward(dy, x):
+    """dy (..., F) -> dx (..., 2F):  dvalue = dy * gelu(gate),  dgate = dy * value * gelu'(gate)."""
+    if fast(x):
+        return backward.geglu_backward(dy, x)
+    F = x.shape[-1] // 2
+    value, gate = x[..., :F], x[..., F:]
+    dgate = gelu_backward(dy * value, gate)
+    return get_xp(x).concatenate([dy * gelu(gate)[0], dgate], axis=-1)
+
+
+def softmax(x):
+    """y = exp(x) / sum(exp(x)) over the last axis; less the row's maximum, so nothing overflows."""
+    y = get_xp(x).exp(widen(x - x.max(axis=-1, keepdims=True)))
+    y /= y.sum(axis=-1, keepdims=True)
+    y = y.astype(x.dtype, copy=False)
+    return y, y
+
+
+def softmax_backward(dy, y):
+    """dx = y * (dy - sum(y * dy)): raising one score lowers all other shares."""
+    return y * (dy - (y * dy).sum(axis=-1, keepdims=True))

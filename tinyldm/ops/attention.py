@@ -1,0 +1,74 @@
+"""Attention: every query takes a mean of the values, weighted by how well the keys match it."""
+from ..backend import fast, get_xp
+from ..kernels import attention as twin
+from .activation import softmax, softmax_backward
+
+# Queries are taken this many at a time, so the matrix of scores is (B,h,ROWS,M), never (B,h,N,M).
+ROWS = 512
+
+
+def _split_heads(x, num_heads):                                     # (B,N,h*d) -> (B,h,N,d), a view
+    B, N, C = x.shape
+    assert C % num_heads == 0, f"{C} channels do not divide into {num_heads} heads"
+    return x.reshape(B, N, num_heads, C // num_heads).swapaxes(1, 2)
+
+
+def _merge_heads(x):                                                # (B,h,N,d) -> (B,N,h*d)
+    B, h, N, d = x.shape
+    return x.swapaxes(1, 2).reshape(B, N, h * d)
+
+
+def _weights(q, k, start, causal):
+    """softmax(q @ k.T / sqrt(d)), queries from `start` on: (B,h,n,d), (B,h,M,d) -> (B,h,n,M)."""
+    xp = get_xp(q)
+    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)              # (B,h,n,M)
+    if causal:
+        future = xp.arange(k.shape[2]) > xp.arange(start, start + q.shape[2])[:, None]
+        scores = xp.where(future, -xp.inf, scores)
+    return softmax(scores)[0]
+
+
+def attention(q, k, v, num_heads, causal=False):
+    """Scaled dot-product attention, each head on its own d = C/h channels.
+
+        y = softmax(q @ k.T / sqrt(d)) @ v
+
+    q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C). causal: token n sees tokens 0..n only (needs
+    N = M). Kept for backward are q, k and v alone: the N x M weights are made again.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1 and section 3.2.2.
+    """
+    cache = (q, k, v, num_heads, causal)
+    if fast(q) and twin.pays(q.shape, k.shape):
+        return twin.attention(*cache), cache
+    heads = [_split_heads(x, num_heads) for x in (q, k, v)]
+    y = get_xp(q).empty_like(heads[0])
+    for start in range(0, q.shape[1], ROWS):
+        rows = slice(start, start + ROWS)
+        y[:, :, rows] = _weights(heads[0][:, :, rows], heads[1], start, causal) @ heads[2]
+    return _merge_heads(y), cache
+
+
+def attention_backward(dy, cache):
+    """dy (B,N,C) -> dq (B,N,C), dk (B,M,C), dv (B,M,C).
+
+    With p the weights and s the scores, per head:
+
+        dv = p.T @ dy,              dp = dy @ v.T,              ds = softmax'(dp)
+        dq = ds @ k / sqrt(d),      dk = ds.T @ q / sqrt(d)
+
+    Keys and values are shared by all queries, so dk and dv add up over the blocks of rows.
+    """
+    *qkv, num_heads, causal = cache
+    q, k, v = (_split_heads(x, num_heads) for x in qkv)
+    dy = _split_heads(dy, num_heads)
+    xp, scale = get_xp(q), q.shape[-1] ** -0.5
+    dq, dk, dv = xp.empty_like(q), xp.zeros_like(k), xp.zeros_like(v)
+    for start in range(0, q.shape[2], ROWS):
+        rows = slice(start, start + ROWS)
+        p = _weights(q[:, :, rows], k, start, causal)               # (B,h,n,M)
+        dv += p.swapaxes(-1, -2) @ dy[:, :, rows]
+        dp = dy[:, :, rows] @ v.swapaxes(-1, -2)
+        ds = softmax_backward(dp, p) * scale                        # 0 where causal hid it: p is 0
+        dq[:, :, rows] = ds @ k
+        dk += ds.swapaxes(-1, -2) @ q[:, :, rows]
+    return _merge_heads(dq), _merge_heads(dk), _merge_heads(dv)

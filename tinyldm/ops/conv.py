@@ -1,0 +1,94 @@
+"""Convolution and nearest upsampling: the ops that look at neighbouring pixels."""
+from ..backend import fast, get_xp
+from ..kernels import conv as twin
+
+
+def _pad(x, padding):
+    """Zeros around the map: padding = (before, after) for both H and W."""
+    if padding == (0, 0):
+        return x
+    return get_xp(x).pad(x, ((0, 0), padding, padding, (0, 0)))
+
+
+def _taps(x_padded, K, stride, Ho, Wo):
+    """The map as each weight of the kernel sees it: (i, j, view (B,Ho,Wo,C)), K*K of them."""
+    for i in range(K):
+        for j in range(K):
+            yield i, j, x_padded[:, i:i + stride * Ho:stride, j:j + stride * Wo:stride]
+
+
+def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
+    """Slide a K x K window over the map; every position is the same matrix product.
+
+        y[b,h,w] = bias + sum_ij  x[b, stride*h + i - before, stride*w + j - before] @ weight[i,j]
+
+    x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O),
+    Ho = (H + before + after - K) // stride + 1, Wo likewise.
+    padding = (before, after) rows and columns of zeros: (1, 1) keeps the size of a 3x3, (0, 1) is
+    the VAE encoder's right-and-bottom one. Nothing is flipped: deep learning's convolution is a
+    correlation.
+    Source: Dumoulin & Visin 2016, "A guide to convolution arithmetic", arXiv:1603.07285.
+    """
+    B, H, W, C = x.shape
+    K, _, weight_C, O = weight.shape
+    assert C == weight_C, f"x has {C} channels, weight expects {weight_C}"
+    cache = (x, weight, stride, padding)
+    if fast(x) and K > 1:
+        return twin.conv2d(x, weight, bias, stride, padding), cache
+    Ho, Wo = ((size + sum(padding) - K) // stride + 1 for size in (H, W))
+    y = get_xp(x).zeros((B, Ho, Wo, O), x.dtype)
+    for i, j, x_tap in _taps(_pad(x, padding), K, stride, Ho, Wo):
+        y += (x_tap.reshape(-1, C) @ weight[i, j]).reshape(y.shape)     # (R,C) @ (C,O), R = B*Ho*Wo
+    if bias is not None:
+        y += bias
+    return y, cache
+
+
+def conv2d_backward(dy, cache):
+    """dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,K,C,O), dbias (O,).
+
+    Each tap was y += x_tap @ weight[i,j], so each tap gives
+
+        dweight[i,j] = x_tap.T @ dy,        dx_tap += dy @ weight[i,j].T
+
+    the gradients of one pixel add up over the K*K taps that read it.
+    """
+    x, weight, stride, padding = cache
+    K, _, C, O = weight.shape
+    dbias = dy.reshape(-1, O).sum(axis=0)
+    if fast(x) and K > 1:
+        return *twin.conv2d_backward(dy, x, weight, stride, padding), dbias
+    xp = get_xp(x)
+    x_padded = _pad(x, padding)
+    dx_padded, dweight = xp.zeros_like(x_padded), xp.empty_like(weight)
+    x_taps = _taps(x_padded, K, stride, *dy.shape[1:3])
+    dx_taps = _taps(dx_padded, K, stride, *dy.shape[1:3])               # views into dx_padded
+    rows = dy.reshape(-1, O)
+    for (i, j, x_tap), (_, _, dx_tap) in zip(x_taps, dx_taps):
+        dweight[i, j] = x_tap.reshape(-1, C).T @ rows                   # (C,R) @ (R,O)
+        dx_tap += (rows @ weight[i, j].T).reshape(x_tap.shape)          # (R,O) @ (O,C)
+    before = padding[0]
+    dx = dx_padded[:, before:before + x.shape[1], before:before + x.shape[2]]
+    return dx, dweight, dbias
+
+
+def upsample_nearest(x, size=None):
+    """Show every pixel twice in both directions.
+
+        y[b,h,w] = x[b, h//2, w//2]
+
+    x (B,H,W,C) -> y (B,2H,2W,C), or cut to size = (2H or 2H-1, 2W or 2W-1), so that a map that was
+    halved from an odd size comes back to it.
+    """
+    H, W = size or (2 * x.shape[1], 2 * x.shape[2])
+    assert (H + 1) // 2 == x.shape[1] and (W + 1) // 2 == x.shape[2], f"{x.shape} to {H, W}"
+    return x.repeat(2, axis=1).repeat(2, axis=2)[:, :H, :W], (H, W)
+
+
+def upsample_nearest_backward(dy, cache):
+    """dy (B,2H,2W,C) -> dx (B,H,W,C): the four copies' gradients add up."""
+    H, W = cache
+    if H % 2 or W % 2:                                          # the cut row or column got nothing
+        dy = get_xp(dy).pad(dy, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)))
+    B, H, W, C = dy.shape
+    return dy.reshape(B, H // 2, 2, W // 2, 2, C).sum(axis=(2, 4))

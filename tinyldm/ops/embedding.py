@@ -1,0 +1,50 @@
+"""Numbers for names: rows of a table for token ids, waves for timesteps."""
+import math
+
+from ..backend import get_xp
+
+
+def embedding(ids, weight):
+    """Look up rows: y = weight[ids]. ids (...) integers in [0, V), weight (V,C) -> y (...,C)."""
+    return weight[ids], (ids, weight)
+
+
+def embedding_backward(dy, cache):
+    """dy (...,C) -> dweight (V,C): a row used several times collects all its gradients."""
+    ids, weight = cache
+    xp = get_xp(weight)
+    dweight = xp.zeros_like(weight)
+    xp.add.at(dweight, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
+    return dweight
+
+
+def timestep_embedding(timesteps, dim, flip_sin_to_cos=True, freq_shift=0):
+    """A timestep as waves of geometrically falling frequency.
+
+        y = [cos(t * f), sin(t * f)]
+        f_i = 10000 ** (-i / (dim/2 - freq_shift)),    i = 0 ... dim/2 - 1
+
+    timesteps (B,) float -> y (B,dim). Stable Diffusion flips the paper's [sin, cos] to [cos, sin].
+    An odd dim gets a last column of zeros.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5; Ho et al. 2020, arXiv:2006.11239,
+    appendix B.
+    """
+    xp, half = get_xp(timesteps), dim // 2
+    steps = xp.arange(half, dtype=timesteps.dtype)
+    frequencies = xp.exp(steps * (-math.log(10000) / (half - freq_shift)))
+    angles = timesteps[:, None] * frequencies                            # (B,dim/2)
+    waves = [xp.cos(angles), xp.sin(angles)]
+    if not flip_sin_to_cos:
+        waves.reverse()
+    if dim % 2:
+        waves.append(xp.zeros_like(angles[:, :1]))
+    return xp.concatenate(waves, axis=1), (angles, frequencies, flip_sin_to_cos)
+
+
+def timestep_embedding_backward(dy, cache):
+    """dy (B,dim) -> dtimesteps (B,):  cos' = -sin, sin' = cos, times the frequency."""
+    angles, frequencies, flip_sin_to_cos = cache
+    xp, half = get_xp(angles), angles.shape[1]
+    first, second = dy[:, :half], dy[:, half:2 * half]
+    dcos, dsin = (first, second) if flip_sin_to_cos else (second, first)
+    return ((dsin * xp.cos(angles) - dcos * xp.sin(angles)) * frequencies).sum(axis=1)

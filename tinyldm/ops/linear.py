@@ -1,0 +1,25 @@
+"""The matrix product with a weight, and its derivative. Used by every layer that mixes channels."""
+
+
+def linear(x, weight, bias=None):
+    """Mix the last axis.
+
+        y = x @ weight.T + bias
+
+    x (..., in), weight (out, in), bias (out,) or None -> y (..., out).
+    """
+    y = x.reshape(-1, x.shape[-1]) @ weight.T                            # one product over all rows
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], -1), (x, weight)
+
+
+def linear_backward(dy, cache):
+    """dy (..., out) -> dx (..., in), dweight (out, in), dbias (out,).
+
+    Every row of x is an example of the same product, so the rows' gradients are summed.
+    """
+    x, weight = cache
+    rows = dy.reshape(-1, dy.shape[-1])                                  # (R, out)
+    dweight = rows.T @ x.reshape(-1, x.shape[-1])                        # (out, R) @ (R, in)
+    return (rows @ weight).reshape(x.shape), dweight, rows.sum(axis=0)

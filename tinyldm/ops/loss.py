@@ -1,0 +1,73 @@
+"""Losses: one number to make small.
+
+Each backward takes dloss, the gradient of what the loss becomes part of.
+"""
+from ..backend import get_xp
+
+
+def mse(prediction, target):
+    """Mean squared error: loss = mean((prediction - target)^2), over all entries (same shape)."""
+    difference = prediction - target
+    return (difference * difference).mean(), difference
+
+
+def mse_backward(dloss, difference):
+    """-> dprediction, dtarget:  +-2 * difference / size."""
+    dprediction = difference * (2 * dloss / difference.size)
+    return dprediction, -dprediction
+
+
+def l1(prediction, target):
+    """Mean absolute error: loss = mean(|prediction - target|)."""
+    difference = prediction - target
+    return abs(difference).mean(), difference
+
+
+def l1_backward(dloss, difference):
+    """-> dprediction, dtarget:  +-sign(difference) / size; 0 where both are equal."""
+    dprediction = get_xp(difference).sign(difference) * (dloss / difference.size)
+    return dprediction, -dprediction
+
+
+def kl_normal(mean, logvar):
+    """Divergence of a diagonal Gaussian from the standard normal: a sample's sum, the batch's mean.
+
+        KL = 1/2 sum(mean^2 + exp(logvar) - 1 - logvar)
+
+    mean, logvar (B,...) -> loss.
+    Source: Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114, appendix B.
+    """
+    variance = get_xp(logvar).exp(logvar)
+    loss = 0.5 * (mean * mean + variance - 1 - logvar).sum() / mean.shape[0]
+    return loss, (mean, logvar)
+
+
+def kl_normal_backward(dloss, cache):
+    """-> dmean = mean / B,  dlogvar = (exp(logvar) - 1) / 2B."""
+    mean, logvar = cache
+    scale = dloss / mean.shape[0]
+    return mean * scale, (get_xp(logvar).exp(logvar) - 1) * (0.5 * scale)
+
+
+def cross_entropy(logits, labels):
+    """Minus the log of the right class's share, mean over the rows.
+
+        loss = mean(log sum exp(logits) - logits[label])
+
+    logits (R,V), labels (R,) integers in [0, V) -> loss.
+    """
+    xp = get_xp(logits)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_sum = xp.log(xp.exp(shifted).sum(axis=-1))                       # (R,)
+    rows = xp.arange(labels.shape[0])
+    return (log_sum - shifted[rows, labels]).mean(), (logits, labels)
+
+
+def cross_entropy_backward(dloss, cache):
+    """-> dlogits (R,V) = (softmax(logits) - onehot(labels)) / R."""
+    logits, labels = cache
+    xp = get_xp(logits)
+    dlogits = xp.exp(logits - logits.max(axis=-1, keepdims=True))
+    dlogits /= dlogits.sum(axis=-1, keepdims=True)
+    dlogits[xp.arange(labels.shape[0]), labels] -= 1
+    return dlogits * (dloss / labels.shape[0])

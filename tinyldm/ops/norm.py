@@ -1,0 +1,116 @@
+"""Normalisation: group norm (images), group norm with its SiLU, layer norm (tokens)."""
+from ..backend import fast, widen
+from ..kernels import backward, norm
+from .activation import silu, silu_backward
+
+
+def group_norm(x, weight, bias, num_groups, eps):
+    """Normalise each group of channels to mean 0 and variance 1, then scale and shift each channel.
+
+        y = weight * (x - mean) * rstd + bias,    rstd = 1 / sqrt(var + eps)
+
+    x (B,...,C), weight (C,), bias (C,) -> y (B,...,C). Mean and variance are over one sample's C/G
+    channels and all pixels, so they do not depend on the batch.
+    Source: Wu & He 2018, "Group Normalization", arXiv:1803.08494, eq. 1-2.
+    Explained: docs/group-norm.md
+    """
+    if fast(x):
+        y, mean, rstd = norm.group_norm(x, weight, bias, num_groups, eps, silu=False)
+        return y, (x, weight, mean, rstd)
+    mean, rstd = _group_statistics(x, num_groups, eps)
+    y = (_normalise(x, mean, rstd) * weight + bias).astype(x.dtype, copy=False)
+    return y, (x, weight, mean, rstd)                                   # the norm is recomputed
+
+
+def _group_statistics(x, num_groups, eps):
+    B, C = x.shape[0], x.shape[-1]
+    assert C % num_groups == 0, f"{C} channels do not divide into {num_groups} groups"
+    groups = widen(x).reshape(B, -1, num_groups, C // num_groups)        # (B,N,G,C/G)
+    mean = groups.mean(axis=(1, 3), keepdims=True)                       # (B,1,G,1)
+    return mean, (groups.var(axis=(1, 3), keepdims=True) + eps) ** -0.5
+
+
+def _normalise(x, mean, rstd):
+    B, C, G = x.shape[0], x.shape[-1], mean.shape[2]
+    return ((x.reshape(B, -1, G, C // G) - mean) * rstd).reshape(x.shape)
+
+
+def group_norm_backward(dy, cache):
+    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,).
+
+    With n the normalised x and g = weight * dy, per group:
+
+        dx = rstd * (g - mean(g) - n * mean(g * n))
+
+    The two subtracted means are what moving x does to the mean and to the variance.
+    """
+    x, weight, mean, rstd = cache
+    if fast(x):
+        return backward.group_norm_backward(dy, x, weight, None, mean, rstd, silu=False)
+    B, C, G = x.shape[0], x.shape[-1], mean.shape[2]
+    n = _normalise(x, mean, rstd).reshape(B, -1, G, C // G)              # (B,N,G,C/G)
+    pixels = tuple(range(x.ndim - 1))
+    dweight = (dy * n.reshape(x.shape)).sum(axis=pixels)
+    dbias = dy.sum(axis=pixels)
+    g = (dy * weight).reshape(n.shape)
+    dx = rstd * (g - g.mean(axis=(1, 3), keepdims=True)
+                 - n * (g * n).mean(axis=(1, 3), keepdims=True))
+    return dx.reshape(x.shape), dweight, dbias
+
+
+def group_norm_silu(x, weight, bias, num_groups, eps):
+    """Group norm followed by SiLU, the pair in front of every convolution: y = silu(group_norm(x)).
+
+    x (B,...,C), weight (C,), bias (C,) -> y (B,...,C). One op, so that what is between is not kept.
+    """
+    if fast(x):
+        y, mean, rstd = norm.group_norm(x, weight, bias, num_groups, eps, silu=True)
+        return y, (bias, (x, weight, mean, rstd))
+    y, cache = group_norm(x, weight, bias, num_groups, eps)
+    return silu(y)[0], (bias, cache)
+
+
+def group_norm_silu_backward(dy, cache):
+    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,).
+
+    The norm is made again, then both are undone.
+    """
+    bias, norm_cache = cache
+    x, weight, mean, rstd = norm_cache
+    if fast(x):
+        return backward.group_norm_backward(dy, x, weight, bias, mean, rstd, silu=True)
+    h = _normalise(x, mean, rstd) * weight + bias
+    return group_norm_backward(silu_backward(dy, h), norm_cache)
+
+
+def layer_norm(x, weight, bias, eps):
+    """Normalise each token over its channels: y = weight * (x - mean) * rstd + bias.
+
+    x (...,C), weight (C,), bias (C,) -> y (...,C).
+    Source: Ba, Kiros & Hinton 2016, "Layer Normalization", arXiv:1607.06450, eq. 3-4.
+    """
+    if fast(x):
+        y, mean, rstd = norm.layer_norm(x, weight, bias, eps)
+        return y, (x, weight, mean, rstd)
+    mean = widen(x).mean(axis=-1, keepdims=True)                         # (...,1)
+    centred = x - mean
+    rstd = ((centred * centred).mean(axis=-1, keepdims=True) + eps) ** -0.5
+    y = (centred * rstd * weight + bias).astype(x.dtype, copy=False)
+    return y, (x, weight, mean, rstd)
+
+
+def layer_norm_backward(dy, cache):
+    """dy (...,C) -> dx (...,C), dweight (C,), dbias (C,).
+
+    Per token, with g = weight * dy, as in group_norm_backward:
+
+        dx = rstd * (g - mean(g) - n * mean(g * n))
+    """
+    x, weight, mean, rstd = cache
+    if fast(x):
+        return backward.layer_norm_backward(dy, x, weight, mean, rstd)
+    tokens = tuple(range(x.ndim - 1))
+    n = (x - mean) * rstd
+    g = dy * weight
+    dx = rstd * (g - g.mean(axis=-1, keepdims=True) - n * (g * n).mean(axis=-1, keepdims=True))
+    return dx, (dy * n).sum(axis=tokens), dy.sum(axis=tokens)

@@ -1,0 +1,338 @@
+"""The whole machine: prompt and seed in, picture out.
+
+    encode_prompt   text -> context, what the UNet is to look at
+    stream          seed -> latents, cleaned step by step by a sampler that calls the UNet
+    decode          latents -> images
+
+Above the models, the samplers, the tokenizer and the weight files; below it only __main__.py.
+Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
+arXiv:2112.10752, figure 3.
+"""
+import math
+import operator
+import warnings
+
+import numpy as np
+
+from .backend import array_library, get_xp, to_host
+from .diffusion.guidance import classifier_free
+from .diffusion.samplers import default_sampler, get_sampler
+from .diffusion.schedule import Schedule
+from .errors import TinyldmError
+from .layers import Module
+from .noise import Generator
+
+STEPS = 50                  # where the weights recommend no number of their own
+LARGEST = 8192              # pixels a side: beyond is a slip of the keyboard, not a picture
+
+
+def load(weights=None, device="cpu", dtype=None):
+    """Read a pipeline's weights -> StableDiffusion.
+
+    weights: None for the bundled model; a folder in the diffusers layout; or a name on the
+    Hugging Face hub (owner/name), downloaded once. device: "cpu" or "cuda". dtype: of the weights
+    and of the models' arithmetic, float32 unless given.
+    Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
+    """
+    # Here, so that `import tinyldm` need not wait for the libraries behind them.
+    from .checkpoints import load_pipeline_parts, resolve
+    from .checkpoints.components import read_json
+    from .tokenizer import Tokenizer
+
+    xp = array_library(device)
+    try:
+        dtype = np.dtype(dtype or np.float32)
+    except TypeError:
+        raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}") from None
+    folder = resolve(weights)
+    parts = load_pipeline_parts(folder, dtype)
+    steps = read_json(folder / "model_index.json").get("_num_inference_steps", STEPS)
+    tokenizer = Tokenizer.from_folder(parts.tokenizer)
+    for model in (parts.text_encoder, parts.unet, parts.vae):
+        move(model, xp)
+    return StableDiffusion(tokenizer, parts.text_encoder, parts.unet, parts.vae, parts.scheduler,
+                           steps)
+
+
+def move(module, xp):
+    """Move a module's parameters to where xp, numpy or cupy, keeps its arrays."""
+    for parameter in module.parameters():
+        parameter.data = xp.asarray(parameter.data)
+
+
+class StableDiffusion:
+    """A tokenizer, three models and a noise schedule that belong together.
+
+    scheduler: the dict of a scheduler_config.json, whose class names the sampler to use if none is
+    asked for. num_inference_steps: how many steps if none are asked for; a folder recommends its
+    own as `_num_inference_steps` in model_index.json.
+    Raises TinyldmError for parts that do not fit together.
+    """
+
+    def __init__(self, tokenizer, text_encoder, unet, vae, scheduler, num_inference_steps=STEPS):
+        self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
+        self.scheduler, self.num_inference_steps = scheduler, num_inference_steps
+        # Old files carry other values of these two; the public pipeline corrects them as well.
+        self.schedule = Schedule.from_config(scheduler | {"steps_offset": 1, "clip_sample": False})
+        self._check_fit()
+
+    def _check_fit(self):
+        unet, vae, text = self.unet.config, self.vae.config, self.text_encoder.config
+        for key, whose, config, name in [
+                ("in_channels", "VAE", vae, "latent_channels"),
+                ("out_channels", "VAE", vae, "latent_channels"),
+                ("cross_attention_dim", "text encoder", text, "hidden_size")]:
+            if np.any(np.asarray(unet[key]) != config[name]):       # may be a list, of the levels
+                raise TinyldmError(f"the UNet's {key} is {unet[key]}, but the {whose}'s {name} "
+                                   f"is {config[name]}: use parts of one pipeline")
+        length, limit = self.tokenizer.model_max_length, text.get("max_position_embeddings", 77)
+        if length > limit:
+            raise TinyldmError(f"the tokenizer's model_max_length is {length}, but the text "
+                               f"encoder knows {limit} positions: use parts of one pipeline")
+
+    def __call__(self, prompt, negative_prompt="", num_inference_steps=None, guidance_scale=7.5,
+                 seed=0, width=None, height=None, num_images=1, sampler=None, latents=None):
+        """Draw num_images pictures of a prompt -> list of PIL images. Arguments: see stream."""
+        for state in self.stream(prompt, negative_prompt, num_inference_steps, guidance_scale, seed,
+                                 width, height, num_images, sampler, latents):
+            clean = state.latents
+        return to_pil(self.decode(clean))
+
+    def stream(self, prompt, negative_prompt="", num_inference_steps=None, guidance_scale=7.5,
+               seed=0, width=None, height=None, num_images=1, sampler=None, latents=None):
+        """Draw, a model call at a time -> iterator of samplers.State, whose last latents are clean.
+
+        prompt: what to draw; beyond the tokenizer's 77 tokens it is cut, with a warning.
+        negative_prompt: what guidance moves away from.
+        num_inference_steps: 1 to 1000; more is slower and finer. PNDM makes a call more than that.
+        guidance_scale: how strongly to follow the prompt; up to 1 there is no guidance, and the
+        negative prompt plays no part.
+        seed: image i is drawn from seed + i, and equals the one image of that seed.
+        width, height: pixels, multiples of the VAE's factor; the weights' own size unless given.
+        sampler: a key of diffusion.samplers.SAMPLERS; the weights' own unless given.
+        latents: (num_images, height / factor, width / factor, channels), standard normal numbers
+        to start from in place of the seed's.
+        Raises TinyldmError, before anything is drawn for a bad argument, and at the step where
+        the latents stop being finite, naming it and the layer.
+        """
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        self.schedule.timesteps(steps, "leading")       # for its check of the number
+        sampler = self.sampler(sampler)
+        guidance_scale = _finite_number(guidance_scale)
+        latents = None if latents is None else self._array(latents)
+        shape = self._latents_shape(width, height, num_images, latents)
+        generators = [Generator(seed), *(Generator(seed + i) for i in range(1, shape[0]))]
+
+        def draw_noise():                               # -> (B,H/f,W/f,C)
+            return self._draw(generators, shape)
+
+        self._warn_of_cuts(prompt, negative_prompt)
+        guided = guidance_scale > 1
+        contexts = [self.encode_prompt(text) for text in [negative_prompt] * guided + [prompt]]
+        latents = draw_noise() if latents is None else latents
+        predict = Predictor(self.unet, contexts, guidance_scale)
+        states = get_sampler(sampler)(predict, latents, self.schedule, steps, draw_noise)
+        return watched(states, predict)
+
+    def encode_prompt(self, text):
+        """The text transformer's last hidden state: text -> context (1, 77, D)."""
+        ids = self.tokenizer(text)
+        known = self.text_encoder.config["vocab_size"]
+        if ids.max() >= known:
+            raise TinyldmError(f"the tokenizer knows token {ids.max()}, the text encoder only "
+                               f"{known} tokens: use parts of one pipeline")
+        ids = self._xp.asarray(ids)
+        context = self.text_encoder(ids)
+        if not is_finite(context):
+            raise TinyldmError(f"the text encoder answers NaN or infinity for {text!a:.80}: "
+                               f"{blame(self.text_encoder, lambda: self.text_encoder(ids))}")
+        return context
+
+    def decode(self, latents):
+        """The VAE's pictures of clean latents: (B,h,w,C) -> images (B,f*h,f*w,3) in [-1, 1].
+
+        One picture at a time, as the largest maps of the whole pipeline arise here.
+        """
+        channels = self.vae.config["latent_channels"]
+        if latents.ndim != 4 or latents.shape[-1] != channels:
+            raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
+                               f"not {latents.shape}")
+        z = (latents / self.vae.scaling_factor).astype(self._dtype)
+        images = [self.vae.decode(z[i:i + 1]) for i in range(len(z))]
+        for i, image in enumerate(images):
+            if not is_finite(image):
+                culprit = blame(self.vae, lambda i=i: self.vae.decode(z[i:i + 1]))
+                raise TinyldmError(f"picture {i} is decoded to NaN or infinity: {culprit}")
+        return self._xp.concatenate(images).clip(-1, 1)
+
+    # ---- arguments --------------------------------------------------------------------------
+
+    def sampler(self, name=None):
+        """The name of the sampler that will draw: the given one, or the weights' own."""
+        name = default_sampler(self.scheduler) if name is None else name
+        get_sampler(name)                               # for its check of the name
+        return name
+
+    def size(self, width=None, height=None):
+        """(width, height) in pixels, the weights' own where None. Raises TinyldmError."""
+        own = self.unet.config.get("sample_size")
+        own = own if isinstance(own, (list, tuple)) else (own, own)     # (height, width)
+        return (self._side("width", width, own[1]), self._side("height", height, own[0]))
+
+    def _side(self, name, pixels, own):
+        factor = self.vae.factor
+        if pixels is None and own is None:
+            raise TinyldmError(f"the weights name no size: {name} must be given")
+        try:
+            pixels = operator.index(own * factor if pixels is None else pixels)
+        except TypeError:
+            raise TinyldmError(f"{name} must be a whole number of pixels, not {pixels!r}") from None
+        if not 0 < pixels <= LARGEST:
+            raise TinyldmError(f"{name} must be from {factor} to {LARGEST} pixels, not {pixels}")
+        if pixels % factor:
+            near = [n for n in (pixels // factor * factor, -(-pixels // factor) * factor) if n]
+            raise TinyldmError(f"{name} must be a multiple of {factor}, not {pixels}: "
+                               f"the nearest is {' or '.join(map(str, near))}")
+        return pixels
+
+    def _latents_shape(self, width, height, num_images, latents):
+        if not isinstance(num_images, (int, np.integer)) or num_images < 1:
+            raise TinyldmError(f"num_images must be a whole number from 1, not {num_images!r}")
+        factor = self.vae.factor
+        if latents is not None and latents.ndim == 4:           # they have a size of their own
+            height = latents.shape[1] * factor if height is None else height
+            width = latents.shape[2] * factor if width is None else width
+        width, height = self.size(width, height)
+        shape = (num_images, height // factor, width // factor, self.unet.config["in_channels"])
+        if latents is not None and (latents.shape != shape or not is_finite(latents)):
+            raise TinyldmError(f"latents must be finite and of shape {shape} (num_images, height / "
+                               f"{factor}, width / {factor}, channels), not {latents.shape}")
+        return shape
+
+    def _warn_of_cuts(self, *texts):
+        for text in texts:
+            if cut := self.tokenizer.truncated(text):
+                warnings.warn(f"the prompt is longer than {self.tokenizer.model_max_length} tokens"
+                              f": ignored is {cut!r:.60}", stacklevel=3)
+
+    # ---- arrays -----------------------------------------------------------------------------
+
+    @property
+    def _xp(self):
+        return get_xp(self.unet.conv_in.weight.data)
+
+    @property
+    def _dtype(self):
+        return self.unet.conv_in.weight.data.dtype
+
+    def _draw(self, generators, shape):
+        """Normal numbers (B,H,W,C), in the order of the reference: image by image, (C,H,W) each."""
+        _, H, W, C = shape
+        noise = np.concatenate([generator.randn((1, C, H, W)) for generator in generators])
+        return self._array(noise.transpose(0, 2, 3, 1))
+
+    def _array(self, values):
+        """On the models' device, at least float32: the sampler's sums want more than float16."""
+        dtype = np.promote_types(self._dtype, np.float32)
+        return self._xp.ascontiguousarray(self._xp.asarray(values, dtype))
+
+
+class Predictor:
+    """The UNet with its contexts and guidance inside: what a sampler calls as predict(x_t, t).
+
+    contexts: the prompt's (1,M,D) alone, or the negative prompt's before it; then both predictions
+    are made in one batch. The last inputs are kept, to ask what went wrong in them.
+    """
+
+    def __init__(self, unet, contexts, guidance_scale):
+        self.unet, self.contexts, self.guidance_scale = unet, contexts, guidance_scale
+        self.inputs = ()
+
+    def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
+        xp, n = get_xp(x_t), len(self.contexts)
+        context = xp.concatenate([c.repeat(len(x_t), axis=0) for c in self.contexts])  # (nB,M,D)
+        timesteps = xp.full(len(context), t, x_t.dtype)
+        self.inputs = xp.concatenate([x_t] * n).astype(context.dtype), timesteps, context
+        output = self.unet(*self.inputs).astype(x_t.dtype)
+        if n == 1:
+            return output
+        return classifier_free(*xp.split(output, 2), self.guidance_scale)
+
+
+def to_pil(images):
+    """Images (B,H,W,3) in [-1, 1] -> list of PIL images."""
+    from PIL import Image  # takes long to import
+
+    pixels = (to_host(images).astype(np.float32) / 2 + 0.5).clip(0, 1)
+    return [Image.fromarray(image) for image in (pixels * 255).round().astype(np.uint8)]
+
+
+def _finite_number(guidance_scale):
+    try:
+        if math.isfinite(guidance_scale):
+            return float(guidance_scale)
+    except (TypeError, OverflowError):
+        pass
+    raise TinyldmError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
+
+
+# ---- NaN and infinity -----------------------------------------------------------------------
+
+def is_finite(array):
+    return bool(get_xp(array).isfinite(array).all())
+
+
+def watched(states, predict):
+    """Pass on a sampler's states while their latents are finite; else say where that ended."""
+    for state in states:
+        if not is_finite(state.latents):
+            culprit = blame(predict.unet, lambda: predict.unet(*predict.inputs))
+            raise TinyldmError(f"the latents became NaN or infinite at step {state.step + 1} "
+                               f"(timestep {state.timestep:g}): {culprit}")
+        yield state
+
+
+def blame(module, run):
+    """Run a module again with every layer watched -> a phrase naming the first that goes wrong.
+
+    That is the innermost one which is given finite numbers and answers others.
+    """
+    culprits, layers = [], list(_layers_within(module, ""))
+
+    def watch(name, forward):
+        def watched_forward(*inputs, **options):
+            clean = _all_finite(inputs)
+            output = forward(*inputs, **options)
+            if clean and not culprits and not is_finite(output):
+                culprits.append(name)
+            return output
+        return watched_forward
+
+    for name, layer in layers:
+        layer.forward = watch(name, layer.forward)      # hides the class's forward
+    try:
+        run()
+    finally:
+        for _, layer in layers:
+            del layer.forward
+    if not culprits:
+        return "no layer is to blame, so lower guidance_scale or take another sampler"
+    return (f"the first layer to produce it is {culprits[0]} of {type(module).__name__}: "
+            "check the weights, or use dtype float32")
+
+
+def _layers_within(module, prefix):
+    """The modules inside a module: (name, Module), named as in the weight files."""
+    for name, value in vars(module).items():
+        items = enumerate(value) if isinstance(value, list) else [(None, value)]
+        for i, item in items:
+            if isinstance(item, Module):
+                path = prefix + (name if i is None else f"{name}.{i}")
+                yield path, item
+                yield from _layers_within(item, path + ".")
+
+
+def _all_finite(values):
+    """Of arrays, also in lists such as the UNet's skips; anything else passes."""
+    return all(_all_finite(value) if isinstance(value, (list, tuple))
+               else is_finite(value) if hasattr(value, "dtype") else True for value in values)

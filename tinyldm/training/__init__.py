@@ -1,0 +1,1 @@
+"""Training the bundled model: drawn pictures, objectives, the optimiser, and the loops."""

@@ -1,0 +1,97 @@
+"""Stage 3: the trained weights, averaged, as a folder in the public diffusers layout; and back.
+
+Everything that reads such folders reads this one: `tinyldm.load(folder)`, diffusers, and others.
+"""
+import json
+
+import numpy as np
+
+from ..checkpoints import load_model, save_model
+from ..checkpoints.components import read_json
+from ..errors import TinyldmError
+from ..models import AutoencoderKL
+from . import data
+from .configs import SCHEDULER, VAE
+from .loop import save_state
+from .optim import AdamW, load_ema
+from .unet import build, make_pool, named_parameters
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
+    "_num_inference_steps": 25,                         # ours: what this model needs
+    "feature_extractor": [None, None], "image_encoder": [None, None],
+    "requires_safety_checker": False, "safety_checker": [None, None],
+    "scheduler": ["diffusers", SCHEDULER["_class_name"]],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def export(run, output):
+    """Write the run's averaged weights, float16, and all configs into the folder `output`.
+
+    Raises TinyldmError where a stage has not been run.
+    """
+    for stage in ("vae", "unet"):
+        if not (run / f"{stage}.npz").exists():
+            raise TinyldmError(f"{run} holds no {stage}.npz: run `python -m tinyldm.training "
+                               f"{stage} --run {run}` first")
+    pool = make_pool(run)
+    vae = AutoencoderKL(VAE | {"scaling_factor": round(float(pool["scaling_factor"]), 6)})
+    load_ema(run / "vae.npz", vae.named_parameters())
+    text_encoder, unet = build(pool)
+    load_ema(run / "unet.npz", named_parameters(text_encoder, unet))
+    for name, model in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet)):
+        save_model(model, output / name, np.float16)
+    data.write_tokenizer(output / "tokenizer")
+    _write_json(output / "scheduler" / "scheduler_config.json", SCHEDULER)
+    _write_json(output / "model_index.json", MODEL_INDEX)
+    record = {stage: _history(run / f"{stage}.npz") for stage in ("vae", "unet")}
+    _write_json(output / "training.json", record, indent=None)
+    plot_losses(record, output / "loss.png")
+
+
+def restore(weights, run):
+    """Make a folder of weights that `export` wrote the state of a training, which can then go on.
+
+    The averaged weights take the place of the trained ones, and the optimiser's averages begin
+    anew. Raises TinyldmError where `run` holds a training already.
+    """
+    if (run / "vae.npz").exists() or (run / "unet.npz").exists():
+        raise TinyldmError(f"{run} holds a training already: name another folder with --run")
+    record = read_json(weights / "training.json")
+    vae, text_encoder, unet = (load_model(weights / part)
+                               for part in ("vae", "text_encoder", "unet"))
+    for stage, parameters in (("vae", vae.named_parameters()),
+                              ("unet", named_parameters(text_encoder, unet))):
+        optimizer = AdamW(parameters)
+        optimizer.steps = record[stage]["steps"]
+        save_state(run / f"{stage}.npz", optimizer, record[stage]["loss"])
+
+
+def _write_json(path, content, indent=2):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def _history(path):
+    """A stage's steps and its loss, [step, loss] in about a hundred points, each a mean."""
+    with np.load(path) as state:
+        history, steps = state["history"], int(state["steps"])
+    size = max(1, len(history) // 100)
+    points = history[:len(history) // size * size].reshape(-1, size, 2).mean(axis=1)
+    loss = [[round(step), round(value, 5)] for step, value in points.tolist()]
+    return {"steps": steps, "loss": loss}
+
+
+def plot_losses(record, path):
+    """The loss of both stages over their steps, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axes, (stage, values) in zip(figure.subplots(1, 2), record.items()):
+        axes.plot(*zip(*values["loss"]))
+        axes.set(xlabel="step", ylabel="loss", title=stage, yscale="log")
+    figure.savefig(path, dpi=100)

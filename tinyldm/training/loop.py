@@ -1,0 +1,78 @@
+"""What both stages of training share: a batch's shards over the cores, progress, saved state."""
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from ..backend import num_threads, parallel
+from ..checkpoints.safetensors_file import replacing
+from .optim import AdamW, learning_rate
+
+SAVE_EVERY = 60         # seconds
+
+
+def split_batch(loss, size, rng):
+    """Run loss(rows, rng, share) on a shard of the batch a worker; sums what they report.
+
+    Each shard draws from a generator of its own, so the result does not depend on which thread is
+    first.
+    """
+    count = min(num_threads(), size)
+    bounds = np.linspace(0, size, count + 1).astype(int)
+    shards = [(slice(a, b), child, (b - a) / size)
+              for a, b, child in zip(bounds, bounds[1:], rng.spawn(count))]
+    reports = parallel(lambda shard: loss(*shard), shards)
+    return {name: float(sum(report[name] for report in reports)) for name in reports[0]}
+
+
+class Trainer:
+    """AdamW over some parameters for a number of steps; one state file, saved every minute."""
+
+    def __init__(self, path, named_parameters, steps, peak_rate, warmup=200):
+        self.path, self.steps, self.peak_rate, self.warmup = path, steps, peak_rate, warmup
+        self.optimizer = AdamW(named_parameters)
+        self.history = []                               # (step, loss) a step
+        if path.exists():
+            with np.load(path) as state:
+                self.optimizer.load_state(state)
+                self.history = state["history"].tolist()
+
+    def save(self):
+        save_state(self.path, self.optimizer, self.history)
+
+    def train(self, batch_loss):
+        """batch_loss(rng) adds a batch's gradients to the parameters and returns what to report."""
+        optimizer, saved = self.optimizer, time.monotonic()
+        bar = tqdm(total=self.steps, initial=optimizer.steps,
+                   desc=f"training {self.path.stem}", smoothing=0.05)
+        try:
+            while optimizer.steps < self.steps:
+                # A generator a step: a resumed run goes on as if never stopped.
+                rng = np.random.default_rng([1, optimizer.steps])
+                report = batch_loss(rng)
+                if not np.isfinite(report["loss"]):
+                    raise FloatingPointError(f"loss is {report['loss']} at step {optimizer.steps}")
+                rate = learning_rate(optimizer.steps, self.peak_rate, self.warmup, self.steps)
+                norm = optimizer.step(rate)
+                self.history.append((optimizer.steps, report["loss"]))
+                recent = np.mean([loss for _, loss in self.history[-100:]])
+                bar.set_postfix_str(f"loss {recent:.4f}, gradient {norm:.2f}", refresh=False)
+                bar.update()
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self.save()
+                    saved = time.monotonic()
+        finally:
+            bar.close()
+            self.save()
+
+
+def save_state(path, optimizer, history):
+    """A training's state in one file."""
+    write_npz(path, history=np.array(history), **optimizer.state())
+
+
+def write_npz(path, **arrays):
+    """Arrays by name in one file, atomically, as weight files are written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)

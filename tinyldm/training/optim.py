@@ -1,0 +1,139 @@
+"""Optimisation: initial weights, AdamW with clipping, a learning-rate schedule, averaged weights.
+
+All parameters lie in one flat vector and each Parameter's data is a view into it, so that a step is
+a few passes over long arrays.
+"""
+import math
+
+import numpy as np
+
+from ..backend import parallel
+from ..models.blocks import Attention, ResnetBlock2D
+from ..models.clip import CLIPMLP, CLIPAttention
+from ..models.unet import Transformer2DModel
+
+BLOCK = 1 << 16         # numbers a worker updates at a time: four arrays of it stay in the L2 cache
+
+
+def initialise(module, rng):
+    """Fill every parameter of a module, float32, from a numpy Generator.
+
+    Weights are normal with variance 1/fan_in, norms 1, biases 0; what is added onto a stream that
+    is carried through starts at 0, so that at first every block is the identity (Ho et al. 2020 do
+    the same).
+    """
+    for name, parameter in module.named_parameters():
+        shape = parameter.shape
+        if len(shape) == 1:
+            is_norm = "norm" in name and name.endswith("weight")
+            parameter.data = np.full(shape, float(is_norm), np.float32)
+        else:
+            fan_in = math.prod(shape[:-1]) if len(shape) == 4 else shape[-1]
+            std = 0.5 if name.endswith("embedding.weight") else fan_in ** -0.5
+            parameter.data = rng.normal(0, std, shape).astype(np.float32)
+    for part in modules(module):
+        for last in _last_layers(part):
+            last.weight.data[...] = 0
+
+
+def modules(module):
+    """A module and every module in it."""
+    yield module
+    for value in vars(module).values():
+        for item in value if isinstance(value, list) else [value]:
+            if hasattr(item, "named_parameters"):
+                yield from modules(item)
+
+
+def _last_layers(part):
+    if isinstance(part, ResnetBlock2D):
+        yield part.conv2
+    elif isinstance(part, Transformer2DModel):
+        yield part.proj_out
+    elif isinstance(part, Attention) and hasattr(part, "group_norm"):
+        yield part.to_out[0]
+    elif isinstance(part, CLIPAttention):
+        yield part.out_proj
+    elif isinstance(part, CLIPMLP):
+        yield part.fc2
+
+
+class AdamW:
+    """Adam with decoupled weight decay, global-norm clipping, and a moving average of the weights.
+
+    named_parameters: pairs of a name and a Parameter whose data is set. After `step(learning_rate)`
+    the gradients are gone. `ema` holds the exponential moving average of the weights, flat.
+    Source: Kingma & Ba 2014, arXiv:1412.6980, algorithm 1; Loshchilov & Hutter 2017,
+    arXiv:1711.05101, algorithm 2.
+    """
+
+    def __init__(self, named_parameters, weight_decay=0.01, beta1=0.9, beta2=0.99, eps=1e-8,
+                 clip=1.0, ema_decay=0.999):
+        self.named = list(named_parameters)
+        self.weight_decay, self.beta1, self.beta2, self.eps = weight_decay, beta1, beta2, eps
+        self.clip, self.ema_decay, self.steps = clip, ema_decay, 0
+        self.data = np.concatenate([parameter.data.reshape(-1) for _, parameter in self.named])
+        self.grad, self.m, self.v = (np.zeros_like(self.data) for _ in range(3))
+        self.ema = self.data.copy()
+        self.spans, start = [], 0                       # where each parameter lies in the vector
+        for _, parameter in self.named:
+            span = slice(start, start + math.prod(parameter.shape))
+            parameter.data = self.data[span].reshape(parameter.shape)
+            self.spans.append(span)
+            start = span.stop
+
+    def step(self, learning_rate):
+        """One update from the gradients on the parameters; returns their norm before clipping."""
+        for (name, parameter), span in zip(self.named, self.spans):
+            assert parameter.grad is not None, f"{name} has no gradient"
+            self.grad[span] = parameter.grad.reshape(-1)
+            parameter.grad = None
+        norm = math.sqrt(float(np.dot(self.grad, self.grad)))
+        self.steps += 1
+        scale = min(1.0, self.clip / (norm + 1e-6))
+        # An average over the first few steps only would remember the random start: begin short.
+        ema_decay = min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
+
+        def update(start):
+            span = slice(start, start + BLOCK)
+            p, g, ema = self.data[span], self.grad[span], self.ema[span]
+            m, v = self.m[span], self.v[span]
+            g *= scale
+            m += (1 - self.beta1) * (g - m)
+            v += (1 - self.beta2) * (g * g - v)
+            m_hat = m * (1 / (1 - self.beta1 ** self.steps))
+            v_hat = v * (1 / (1 - self.beta2 ** self.steps))
+            p -= learning_rate * (m_hat / (np.sqrt(v_hat) + self.eps) + self.weight_decay * p)
+            ema += (1 - ema_decay) * (p - ema)
+
+        parallel(update, range(0, self.data.size, BLOCK))
+        return norm
+
+    STATE = ("data", "m", "v", "ema")
+
+    def state(self):
+        return {name: getattr(self, name) for name in self.STATE} | {"steps": self.steps}
+
+    def load_state(self, state):
+        for name in self.STATE:
+            getattr(self, name)[...] = state[name]
+        self.steps = int(state["steps"])
+
+
+def load_ema(path, named_parameters):
+    """The averaged weights of a training's state file into parameters named as in that training."""
+    with np.load(path) as state:
+        ema, start = state["ema"], 0
+    for _, parameter in named_parameters:
+        end = start + math.prod(parameter.shape)
+        parameter.data = ema[start:end].reshape(parameter.shape)
+        start = end
+    assert start == ema.size, f"{path} holds {ema.size} numbers, the parameters {start}"
+
+
+def learning_rate(step, peak, warmup, total):
+    """A straight line up over `warmup` steps, then a half cosine down to a twentieth at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
