@@ -136,7 +136,7 @@ def test_interrupt(weights, out):
         # a background shell ignores Ctrl-C and its children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     said = b""
-    while b"drawing:   1%" not in said:
+    while not re.search(rb"drawing: +\d+%", said):     # any: a fast machine skips some
         said += (piece := os.read(process.stderr.fileno(), 1000))
         assert piece, said
     process.send_signal(signal.SIGINT)
