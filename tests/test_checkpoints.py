@@ -181,7 +181,7 @@ def test_pickles_only_and_no_weights(folder_copy):
 
 @pytest.mark.parametrize("content, expected", [
     (None, "expected a file .*config.json"), ("{", "not readable JSON"), ("", "not readable JSON"),
-    ("[1]", "JSON object, not list"), ("{}", "names the model None"),
+    ("[1]", "JSON object, not a list"), ("{}", "names the model None"),
     ("[" * 100000, "not readable JSON"), (b"\xff\xfe{", "not readable JSON"),
     ('{"_class_name": "SD3Transformer2DModel"}', "SD3Transformer2DModel, supported are UNet2DCond"),
     ('{"_class_name": ["x"]}', "names the model x"), ('{"_class_name": {"a": 1}}', "supported are"),

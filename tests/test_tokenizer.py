@@ -195,17 +195,17 @@ def spoil_settings(**settings):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda folder: (folder / "vocab.json").unlink(), r"vocab\.json cannot be read"),
+    (lambda folder: (folder / "vocab.json").unlink(), r"vocab\.json, found none"),
     (lambda folder: (folder / "merges.txt").unlink(), r"merges\.txt is missing"),
     (lambda folder: (folder / "vocab.json").write_bytes(b'{"\xff": 1}'), r"vocab\.json is not"),
-    (spoil("vocab.json", '{"a": 0,'), r"vocab\.json is not JSON"),
-    (spoil("vocab.json", "[1, 2]"), r"vocab\.json must hold a JSON object, got a list"),
+    (spoil("vocab.json", '{"a": 0,'), r"vocab\.json is not readable JSON"),
+    (spoil("vocab.json", "[1, 2]"), r"vocab\.json must hold a JSON object, not a list"),
     (spoil("vocab.json", '{"a": "0"}'), r"vocab\.json must give every token a whole number"),
     (spoil("vocab.json", "{}"), r"merges\.txt is not a list of merges for vocab\.json"),
     (spoil("merges.txt", "#version: 0.2\nl o w\n"), r"merges\.txt is not a list of merges"),
     (spoil("merges.txt", "#version: 0.2\nl Q\n"), r"merges\.txt is not a list of merges"),
     (spoil("tokenizer.json", "{}"), r"tokenizer\.json is not a tokenizer"),
-    (spoil("tokenizer_config.json", "no"), r"tokenizer_config\.json is not JSON"),
+    (spoil("tokenizer_config.json", "no"), r"tokenizer_config\.json is not readable JSON"),
     (spoil("special_tokens_map.json", "3"), r"special_tokens_map\.json must hold a JSON object"),
     (spoil_settings(pad_token="Q"), r"lacks the special token 'Q'"),
     (spoil_settings(unk_token="Q"), r"lacks the special token 'Q'"),

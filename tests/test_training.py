@@ -69,6 +69,8 @@ def test_learning_rate():
     assert rates[60] == pytest.approx(2.0 * (0.05 + 0.95 / 2))
     assert rates[110] == rates[129] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    again = [learning_rate(step, 2.0, 10, 110, begun=50) for step in range(50, 70)]
+    assert again[0] == pytest.approx(rates[50] / 10) and again[9:] == rates[59:70]
 
 
 def in_float64(*modules):
@@ -99,7 +101,7 @@ class Float64Noise:
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
-        self.integers = self.rng.integers
+        self.random = self.rng.random
 
     def standard_normal(self, shape, dtype):
         return self.rng.standard_normal(shape)
@@ -136,6 +138,20 @@ def test_diffusion_loss_gradient(monkeypatch):
         lambda: unet_stage.diffusion_loss(text_encoder, unet, schedule, latents, ids,
                                           Float64Noise(1), 0.5), named, rng)
     assert expected == pytest.approx(difference, rel=1e-4)
+
+
+def test_the_loss_is_that_of_the_noise_over_alpha_bar():
+    """What the file's docstring says: a network that answers v, measured by its noise."""
+    schedule, rng = Schedule.from_config(configs.SCHEDULER), np.random.default_rng(0)
+    latents, noise, answer = rng.standard_normal((3, 5, 8, 8, 4))
+    timesteps, alpha_bar = np.array([0, 20, 300, 700, 999]), schedule.alphas_cumprod
+    x_t = schedule.add_noise(latents, noise, timesteps)
+    v_error = (answer - schedule.target(latents, noise, timesteps)) ** 2
+    for i, t in enumerate(timesteps):
+        a, s = np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t])
+        _, noise_pred = schedule.split(answer[i], x_t[i], a, s)
+        expected = ((noise_pred - noise[i]) ** 2).mean() / alpha_bar[t]
+        assert v_error[i].mean() == pytest.approx(expected, rel=1e-4)
 
 
 def test_shards_add_up_to_the_batch():
@@ -225,7 +241,7 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
     export.restore(output, again)
     with np.load(again / "unet.npz") as state, np.load(run / "unet.npz") as trained:
         np.testing.assert_allclose(state["data"], trained["ema"], rtol=1e-3, atol=1e-6)
-        assert state["steps"] == trained["steps"] == 2
+        assert state["begun"] == trained["steps"] == 2 and state["steps"] == 0
     vae_stage.train_vae(again, 3)                       # one step more
     with pytest.raises(TinyldmError, match="holds a training already"):
         export.restore(output, again)

@@ -7,10 +7,11 @@ import argparse
 import os
 import sys
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import TinyldmError
+from .files import replacing, temporary_beside
 
 BUNDLED = "shapes"
 # The time a step takes; tqdm's own format switches to steps a second where they are quick.
@@ -152,23 +153,8 @@ def check_output(path):
 
 def save(image, path, text):
     """Write under a temporary name, then move into place: the file is whole or not there."""
-    with temporary_beside(path) as temporary:
+    with replacing(path) as temporary:
         write(image, path, temporary, text)
-        os.replace(temporary, path)
-
-
-@contextmanager
-def temporary_beside(path):
-    """A name in the folder of `path`, which is free again afterwards."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-    except OSError as error:
-        raise TinyldmError(f"cannot write {path} ({error.strerror or error}): "
-                           "choose another file") from None
-    finally:
-        with suppress(OSError):                         # moved away, or never made
-            temporary.unlink()
 
 
 def write(image, path, temporary, text):

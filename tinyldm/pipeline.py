@@ -19,6 +19,7 @@ from .diffusion.guidance import classifier_free
 from .diffusion.samplers import default_sampler, get_sampler
 from .diffusion.schedule import Schedule
 from .errors import TinyldmError
+from .files import read_json
 from .layers import Module
 from .noise import Generator
 
@@ -36,7 +37,6 @@ def load(weights=None, device="cpu", dtype=None):
     """
     # Here, so that `import tinyldm` need not wait for the libraries behind them.
     from .checkpoints import load_pipeline_parts, resolve
-    from .checkpoints.components import read_json
     from .tokenizer import Tokenizer
 
     xp = array_library(device)

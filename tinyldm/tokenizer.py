@@ -13,7 +13,6 @@ Sources: Sennrich et al. 2016, "Neural machine translation of rare words with su
 arXiv:1508.07909; Radford et al. 2021 (CLIP), arXiv:2103.00020; the file format is that of the
 `tokenizer` folder of published Stable Diffusion weights.
 """
-import json
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from .errors import TinyldmError
+from .files import read_json
 
 # What Stable Diffusion 1 uses, for folders that do not say. The order matters: where two of them
 # are the same token, the later entry says how it is recognised in a text.
@@ -174,18 +174,3 @@ def added_token(entry, special, place):
     flags = {flag: bool(entry[flag]) for flag in ("normalized", "lstrip", "rstrip", "single_word")
              if flag in entry}
     return AddedToken(entry["content"], special=bool(special), **flags)
-
-
-def read_json(file):
-    """The dict that a JSON file holds."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise TinyldmError(f"{file} cannot be read ({error.strerror}): a tokenizer folder holds "
-                           "vocab.json and merges.txt, or tokenizer.json") from None
-    except ValueError as error:                         # not UTF-8, or not JSON
-        raise TinyldmError(f"{file} is not JSON ({error}): get it again") from None
-    if not isinstance(content, dict):
-        raise TinyldmError(f"{file} must hold a JSON object, got a {type(content).__name__}: "
-                           "get it again")
-    return content

@@ -10,29 +10,17 @@ import numpy as np
 
 from .. import backend
 from ..errors import TinyldmError
+from ..files import read_json, replacing
 from ..models.clip import CLIPTextModel
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import layout
-from .safetensors_file import read_safetensors, replacing, write_safetensors
+from .safetensors_file import read_safetensors, write_safetensors
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
                 "model.safetensors", "model.fp16.safetensors")
 NAMES_SHOWN = 8                                         # of a list of keys in an error
-
-
-def read_json(path):
-    """The object in a JSON file. Raises TinyldmError for a missing, malformed or other file."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TinyldmError(f"expected a file {path}, found none: is the folder complete?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise TinyldmError(f"{path} is not readable JSON ({error}): get it again") from None
-    if not isinstance(content, dict):
-        raise TinyldmError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def read_config(folder):

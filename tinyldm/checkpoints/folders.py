@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import TinyldmError
+from ..files import read_json
 from ..models.clip import CLIPTextModel
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
-from .components import find_weights, load_model, read_config, read_json
+from .components import find_weights, load_model, read_config
 
 PIPELINE = "StableDiffusionPipeline"
 COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}

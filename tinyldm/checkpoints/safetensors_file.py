@@ -7,8 +7,6 @@ side has no bfloat16 and copies every tensor.
 """
 import json
 import mmap
-import os
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import TinyldmError
+from ..files import replacing
 
 # bfloat16 is the upper half of a float32; NumPy has no such type, so it is read as bare bits.
 DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"),
@@ -103,22 +102,8 @@ def write_safetensors(tensors, path):
     """
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:                # the library's word for a full disk, say
+            raise OSError(str(error)) from None
         temporary.chmod(0o644)                          # the library lets only the owner read
-
-
-@contextmanager
-def replacing(path):
-    """A temporary name beside `path`, moved there at the end: `path` is whole or untouched.
-
-    Raises TinyldmError where the file cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        raise TinyldmError(f"cannot write {path} ({error}): choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,8 +7,8 @@ import json
 import numpy as np
 
 from ..checkpoints import load_model, save_model
-from ..checkpoints.components import read_json
 from ..errors import TinyldmError
+from ..files import read_json, replacing
 from ..models import AutoencoderKL
 from . import data
 from .configs import SCHEDULER, VAE
@@ -57,7 +57,7 @@ def restore(weights, run):
     """Make a folder of weights that `export` wrote the state of a training, which can then go on.
 
     The averaged weights take the place of the trained ones, and the optimiser's averages begin
-    anew. Raises TinyldmError where `run` holds a training already.
+    anew, with a warm-up. Raises TinyldmError where `run` holds a training already.
     """
     if (run / "vae.npz").exists() or (run / "unet.npz").exists():
         raise TinyldmError(f"{run} holds a training already: name another folder with --run")
@@ -66,20 +66,20 @@ def restore(weights, run):
                                for part in ("vae", "text_encoder", "unet"))
     for stage, parameters in (("vae", vae.named_parameters()),
                               ("unet", named_parameters(text_encoder, unet))):
-        optimizer = AdamW(parameters)
-        optimizer.steps = record[stage]["steps"]
-        save_state(run / f"{stage}.npz", optimizer, record[stage]["loss"])
+        save_state(run / f"{stage}.npz", AdamW(parameters), begun=record[stage]["steps"],
+                   history=record[stage]["loss"])
 
 
 def _write_json(path, content, indent=2):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def _history(path):
     """A stage's steps and its loss, [step, loss] in about a hundred points, each a mean."""
     with np.load(path) as state:
-        history, steps = state["history"], int(state["steps"])
+        history, steps = state["history"], int(state["begun"] + state["steps"])
     size = max(1, len(history) // 100)
     points = history[:len(history) // size * size].reshape(-1, size, 2).mean(axis=1)
     loss = [[round(step), round(value, 5)] for step, value in points.tolist()]

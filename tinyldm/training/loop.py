@@ -5,7 +5,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..backend import num_threads, parallel
-from ..checkpoints.safetensors_file import replacing
+from ..files import replacing
 from .optim import AdamW, learning_rate
 
 SAVE_EVERY = 60         # seconds
@@ -31,30 +31,37 @@ class Trainer:
     def __init__(self, path, named_parameters, steps, peak_rate, warmup=200):
         self.path, self.steps, self.peak_rate, self.warmup = path, steps, peak_rate, warmup
         self.optimizer = AdamW(named_parameters)
+        self.begun = 0                                  # the step of the optimiser's first update
         self.history = []                               # (step, loss) a step
         if path.exists():
             with np.load(path) as state:
                 self.optimizer.load_state(state)
+                self.begun = int(state["begun"])
                 self.history = state["history"].tolist()
 
+    @property
+    def step(self):
+        """How many steps the parameters have had."""
+        return self.begun + self.optimizer.steps
+
     def save(self):
-        save_state(self.path, self.optimizer, self.history)
+        save_state(self.path, self.optimizer, self.begun, self.history)
 
     def train(self, batch_loss):
         """batch_loss(rng) adds a batch's gradients to the parameters and returns what to report."""
-        optimizer, saved = self.optimizer, time.monotonic()
-        bar = tqdm(total=self.steps, initial=optimizer.steps,
+        saved = time.monotonic()
+        bar = tqdm(total=self.steps, initial=self.step,
                    desc=f"training {self.path.stem}", smoothing=0.05)
         try:
-            while optimizer.steps < self.steps:
+            while self.step < self.steps:
                 # A generator a step: a resumed run goes on as if never stopped.
-                rng = np.random.default_rng([1, optimizer.steps])
+                rng = np.random.default_rng([1, self.step])
                 report = batch_loss(rng)
                 if not np.isfinite(report["loss"]):
-                    raise FloatingPointError(f"loss is {report['loss']} at step {optimizer.steps}")
-                rate = learning_rate(optimizer.steps, self.peak_rate, self.warmup, self.steps)
-                norm = optimizer.step(rate)
-                self.history.append((optimizer.steps, report["loss"]))
+                    raise FloatingPointError(f"loss is {report['loss']} at step {self.step}")
+                norm = self.optimizer.step(learning_rate(
+                    self.step, self.peak_rate, self.warmup, self.steps, self.begun))
+                self.history.append((self.step, report["loss"]))
                 recent = np.mean([loss for _, loss in self.history[-100:]])
                 bar.set_postfix_str(f"loss {recent:.4f}, gradient {norm:.2f}", refresh=False)
                 bar.update()
@@ -66,9 +73,9 @@ class Trainer:
             self.save()
 
 
-def save_state(path, optimizer, history):
-    """A training's state in one file."""
-    write_npz(path, history=np.array(history), **optimizer.state())
+def save_state(path, optimizer, begun, history):
+    """A training's state in one file. begun: the step at which the optimiser's averages began."""
+    write_npz(path, history=np.array(history), begun=begun, **optimizer.state())
 
 
 def write_npz(path, **arrays):

@@ -131,9 +131,10 @@ def load_ema(path, named_parameters):
     assert start == ema.size, f"{path} holds {ema.size} numbers, the parameters {start}"
 
 
-def learning_rate(step, peak, warmup, total):
-    """A straight line up over `warmup` steps, then a half cosine down to a twentieth at `total`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+def learning_rate(step, peak, warmup, total, begun=0):
+    """A straight line up over `warmup` steps from `begun`, where the optimiser's averages began,
+    times a half cosine from step `warmup` down to a twentieth at `total`.
+    """
+    progress = min(1.0, max(0, step - warmup) / max(1, total - warmup))
+    cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * min(1.0, (step - begun + 1) / warmup) * cosine

@@ -1,12 +1,13 @@
 """Stage 2: the UNet and the text transformer, trained together to find the noise in noisy latents.
 
-    loss = mean (unet(x_t, t, text_encoder(caption)) - noise)^2
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise
+    loss = mean (noise_pred - noise)^2 / a_t,       x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise
 
-x_0 are latents of a fixed pool of pictures, encoded once. One caption in ten is left out, so that
-the same network learns the unconditional noise that guidance needs.
-Source: Rombach et al. 2022, arXiv:2112.10752, eq. 3; Ho & Salimans 2022, arXiv:2207.12598,
-algorithm 1.
+The network answers with v = sqrt(a_t) noise - sqrt(1 - a_t) x_0, from which noise_pred follows; put
+in, the loss above is mean (unet(x_t, t, text_encoder(caption)) - v)^2. x_0 are latents of a fixed
+pool of pictures, encoded once. One caption in ten is left out, so that the same network learns the
+unconditional prediction that guidance needs.
+Source: Rombach et al. 2022, arXiv:2112.10752, eq. 3; Salimans & Ho 2022, arXiv:2202.00512, section
+4 (this weight is its "SNR + 1", there on x_0); Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
 """
 import numpy as np
 from tqdm import tqdm
@@ -73,15 +74,18 @@ def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
 
     latents (B,16,16,4) scaled, ids (B,77) -> {"loss"}, times share, the shard's part of the batch.
     """
-    timesteps = rng.integers(schedule.num_train_timesteps, size=len(latents))
+    # One timestep in each B-th part of the range: a batch sees all of it, and its loss varies less
+    # (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+    B, T = len(latents), schedule.num_train_timesteps
+    timesteps = ((np.arange(B) + rng.random(B)) * (T / B)).astype(int)
     noise = rng.standard_normal(latents.shape, np.float32)
     x_t = schedule.add_noise(latents, noise, timesteps)
     tape = Tape()
     context = text_encoder.forward(ids, tape)
-    noise_pred = unet.forward(x_t, timesteps, context, tape)
-    loss, cache = ops.mse(noise_pred, noise)
-    dnoise_pred, _ = ops.mse_backward(np.float32(share), cache)
-    _, dcontext = unet.backward(dnoise_pred, tape)
+    prediction = unet.forward(x_t, timesteps, context, tape)
+    loss, cache = ops.mse(prediction, schedule.target(latents, noise, timesteps))
+    dprediction, _ = ops.mse_backward(np.float32(share), cache)
+    _, dcontext = unet.backward(dprediction, tape)
     text_encoder.backward(dcontext, tape)
     return {"loss": share * loss}
 
