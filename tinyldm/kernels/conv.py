@@ -14,11 +14,10 @@ def conv2d(x, weight, bias, stride, padding):
 def conv2d_backward(dy, x, weight, stride, padding):
     """As ops.conv2d_backward, without dbias: dx (B,H,W,C), dweight (K,K,C,O)."""
     K, _, C, O = weight.shape
-    dweight = np.zeros((K * K * C, O), x.dtype)
-    windows = im2col.sliding_windows(x, K, stride, padding)
-    for strip in im2col.strips(windows, weight.nbytes):
-        dweight += windows[strip].reshape(-1, K * K * C).T @ dy[strip].reshape(-1, O)
-    dweight = dweight.reshape(weight.shape)
+    if K == 3 and stride == 1 and winograd.pays(x.shape, weight.shape):
+        dweight = winograd.dweight3x3(dy, x, padding)
+    else:
+        dweight = im2col.dweight(dy, x, K, stride, padding)
     if stride == 1:                 # dx is a convolution too: taps flipped, channels exchanged
         flipped = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
         return conv2d(dy, flipped, None, 1, (K - 1 - padding[0], K - 1 - padding[1])), dweight

@@ -50,3 +50,13 @@ def conv2d(x, weight, bias, stride, padding):
         np.add(part.reshape(y[strip].shape), 0 if bias is None else bias, out=y[strip])
     parallel(multiply, strips(windows, weight.nbytes))
     return y
+
+
+def dweight(dy, x, K, stride, padding):
+    """The weight's gradient: dy (B,Ho,Wo,O), x (B,H,W,C) -> dweight (K,K,C,O)."""
+    C, O = x.shape[-1], dy.shape[-1]
+    windows = sliding_windows(x, K, stride, padding)
+    total = np.zeros((K * K * C, O), x.dtype)
+    for strip in strips(windows, total.nbytes):
+        total += windows[strip].reshape(-1, K * K * C).T @ dy[strip].reshape(-1, O)
+    return total.reshape(K, K, C, O)

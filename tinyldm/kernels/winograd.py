@@ -55,9 +55,9 @@ A_T, G, B_T = _matrices(POINTS)
 
 
 def pays(x_shape, weight_shape):
-    """Whether conv3x3 is faster than im2col: 32 tiles or more share the weight's transform."""
+    """Whether this is faster than im2col: 32 tiles or more share the weight's transform."""
     B, H, W, C = x_shape
-    return H * W >= 256 and B * H * W >= 512 and min(C, weight_shape[-1]) >= 32
+    return B * H * W >= 32 * TILE * TILE and min(C, weight_shape[-1]) >= 32
 
 
 def conv3x3(x, weight, bias, padding=(1, 1)):
@@ -91,6 +91,40 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
                    None if bias is None else bias[outputs], y[..., outputs])
         parallel(block, range(0, O, BLOCK_OUTPUTS))
     return y
+
+
+def dweight3x3(dy, x, padding=(1, 1)):
+    """The weight's gradient: dy (B,Ho,Wo,O), x (B,H,W,C) -> dweight (3,3,C,O), all float32.
+
+    Each transform is linear, so its derivative is its transpose, and the product's is two products:
+
+        dweight = G.T [ sum_tiles (B.T d B).T @ (A dY A.T) ] G
+    """
+    C, O = x.shape[-1], dy.shape[-1]
+    B, Ho, Wo, _ = dy.shape
+    rows, columns = math.ceil(Ho / TILE), math.ceil(Wo / TILE)
+    strip_rows = min(rows, max(1, STRIP_TILES // columns))
+    images = max(1, STRIP_TILES // (rows * columns))
+    products = np.zeros((36, C, O), np.float32)
+    for b in range(0, B, images):
+        for row in range(0, rows, strip_rows):
+            part, count = slice(b, b + images), min(strip_rows, rows - row)
+            tiles = _transform_tiles(x[part], row, count, columns, padding)     # (36,tiles,C)
+            dtiles = _transform_outputs(dy[part], row, count, columns)          # (36,tiles,O)
+            products += tiles.swapaxes(1, 2) @ dtiles
+    return (G.T @ products.reshape(36, -1)).reshape(3, 3, C, O)
+
+
+def _transform_outputs(dy, row, rows, columns):
+    """A dY A.T of the tiles in `rows` rows from `row` on: (B,H,W,O) -> (36, B*rows*columns, O)."""
+    B, H, W, O = dy.shape
+    part = dy[:, TILE * row:TILE * (row + rows)]
+    if part.shape[1] != TILE * rows or W != TILE * columns:
+        padded = np.zeros((B, TILE * rows, TILE * columns, O), np.float32)
+        padded[:, :part.shape[1], :W] = part
+        part = padded
+    tiles = part.reshape(B, rows, TILE, columns, TILE, O).transpose(2, 4, 0, 1, 3, 5)
+    return (A_T.T @ tiles.reshape(TILE * TILE, -1)).reshape(36, -1, O)
 
 
 def _transform_weight(weight):

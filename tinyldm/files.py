@@ -1,0 +1,53 @@
+"""Small files of every part: JSON read strictly, and writing that leaves a file whole or untouched.
+
+Used by whatever reads a config or writes a result; it knows nothing of what is in them.
+"""
+import json
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import TinyldmError
+
+
+def read_json(path):
+    """The object in a JSON file. Raises TinyldmError for a missing, malformed or other file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TinyldmError(f"expected a file {path}, found none: is the folder complete?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise TinyldmError(f"{path} is not readable JSON ({error}): get it again") from None
+    if not isinstance(content, dict):
+        raise TinyldmError(f"{path} must hold a JSON object, not a {type(content).__name__}: "
+                           "get it again")
+    return content
+
+
+@contextmanager
+def temporary_beside(path):
+    """A name in the folder of `path`, which is free again afterwards.
+
+    Raises TinyldmError where nothing can be written there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    except OSError as error:
+        raise TinyldmError(f"cannot write {path} ({error.strerror or error}): "
+                           "choose another place") from None
+    finally:
+        with suppress(OSError):                         # moved away, or never made
+            temporary.unlink()
+
+
+@contextmanager
+def replacing(path):
+    """A temporary name beside `path`, moved there at the end: `path` is whole or untouched.
+
+    Raises TinyldmError where the file cannot be written.
+    """
+    with temporary_beside(path) as temporary:
+        yield temporary
+        os.replace(temporary, path)
