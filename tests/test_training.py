@@ -101,24 +101,28 @@ class Float64Noise:
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
-        self.random = self.rng.random
+        self.normal = self.rng.normal
 
     def standard_normal(self, shape, dtype):
         return self.rng.standard_normal(shape)
 
 
-def test_vae_loss_gradient():
+@pytest.mark.parametrize("decoder_only", [False, True])
+def test_vae_loss_gradient(decoder_only):
     rng = np.random.default_rng(0)
     vae = AutoencoderKL(SMALL_VAE)
     initialise(vae, rng)
     in_float64(vae)
     for _, parameter in vae.named_parameters():         # off zero, where last layers start
         parameter.data = parameter.data + 0.1 * rng.standard_normal(parameter.shape)
-    images, _ = data.batch(rng, 2)
+    trained = vae_stage.decoder_parameters(vae) if decoder_only else list(vae.named_parameters())
+    images = data.batch(rng, 2)[0].astype(np.float64)
     difference, expected = directional(
-        lambda: vae_stage.vae_loss(vae, images.astype(np.float64), Float64Noise(1), 0.5),
-        list(vae.named_parameters()), rng, h=1e-8)      # small: |x| has a corner at every pixel
+        lambda: vae_stage.vae_loss(vae, images, Float64Noise(1), 0.5, decoder_only),
+        trained, rng, h=1e-8)                           # small: |x| has a corner at every pixel
     assert expected == pytest.approx(difference, rel=1e-4)
+    touched = {name for name, p in vae.named_parameters() if p.grad is not None}
+    assert touched == {name for name, _ in trained}
 
 
 def test_diffusion_loss_gradient(monkeypatch):
@@ -138,6 +142,12 @@ def test_diffusion_loss_gradient(monkeypatch):
         lambda: unet_stage.diffusion_loss(text_encoder, unet, schedule, latents, ids,
                                           Float64Noise(1), 0.5), named, rng)
     assert expected == pytest.approx(difference, rel=1e-4)
+
+
+def test_timesteps_are_mostly_in_the_middle():
+    timesteps = unet_stage.sample_timesteps(np.random.default_rng(0), 100_000, 1000)
+    assert timesteps.dtype.kind == "i" and 0 <= timesteps.min() and timesteps.max() < 1000
+    assert ((timesteps >= 200) & (timesteps < 600)).mean() == pytest.approx(0.6, abs=0.05)
 
 
 def test_the_loss_is_that_of_the_noise_over_alpha_bar():
@@ -193,6 +203,19 @@ def test_a_resumed_training_goes_on_as_if_never_stopped(tmp_path):
     np.testing.assert_array_equal(loaded.data, ema)
 
 
+def test_two_trainings_of_one_file(tmp_path):
+    """The second to save stops and leaves what the first has written."""
+    path, parameter = tmp_path / "x.npz", Parameter(2)
+    parameter.data = np.zeros(2)
+    first, second = (Trainer(path, [("x", parameter)], 5, 0.1) for _ in range(2))
+    first.save()
+    content = path.read_bytes()
+    with pytest.raises(TinyldmError, match="another training wrote .*x.npz meanwhile"):
+        second.save()
+    assert path.read_bytes() == content
+    first.save()
+
+
 def test_a_loss_that_is_not_a_number_stops(tmp_path):
     parameter = Parameter(2)
     parameter.data = np.zeros(2)
@@ -212,29 +235,34 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
     """All stages, small and short: diffusers and tinyldm load the averaged weights they leave."""
     from diffusers import StableDiffusionPipeline
 
-    for stage, name, value in ((vae_stage, "VAE", SMALL_VAE), (unet_stage, "VAE", SMALL_VAE),
-                               (export, "VAE", SMALL_VAE), (unet_stage, "UNET", SMALL_UNET),
-                               (unet_stage, "TEXT_ENCODER", SMALL_TEXT), (unet_stage, "POOL", 64),
-                               (vae_stage, "BATCH", 4)):
+    for stage, name, value in ((vae_stage, "VAE", SMALL_VAE), (vae_stage, "BATCH", 4),
+                               (unet_stage, "UNET", SMALL_UNET), (unet_stage, "POOL", 64),
+                               (unet_stage, "TEXT_ENCODER", SMALL_TEXT)):
         monkeypatch.setattr(stage, name, value)
     run, output = tmp_path / "run", tmp_path / "weights"
     with pytest.raises(TinyldmError, match="training vae"):
         export.export(run, output)
     vae_stage.train_vae(run, 2)
     unet_stage.train_unet(run, 2, batch=4)
+    before = (run / "vae.npz").read_bytes()
+    vae_stage.train_decoder(run, 3)
+    assert (run / "vae.npz").read_bytes() == before
     export.export(run, output)
 
     reference = StableDiffusionPipeline.from_pretrained(output)
     factor = reference.vae.config.scaling_factor
-    with np.load(run / "pool.npz") as pool, np.load(run / "unet.npz") as state:
+    with np.load(run / "pool.npz") as pool:
         latents = factor * (pool["mean"] + pool["std"] * np.random.default_rng(0).standard_normal(
             pool["mean"].shape))
         assert latents.std() == pytest.approx(1, abs=0.02)
         assert pool["ids"].shape == (64, 77)
-        ema = state["ema"]
-    ours = [load_model(output / part) for part in ("text_encoder", "unet")]
-    flat = np.concatenate([p.data.reshape(-1) for m in ours for p in m.parameters()])
-    np.testing.assert_allclose(flat, ema, rtol=1e-3, atol=1e-6)
+    text_encoder, unet, vae = (load_model(output / p) for p in ("text_encoder", "unet", "vae"))
+    exported = {"unet": unet_stage.named_parameters(text_encoder, unet),
+                "decoder": vae_stage.decoder_parameters(vae)}
+    for stage, named in exported.items():
+        flat = np.concatenate([p.data.reshape(-1) for _, p in named])
+        with np.load(run / f"{stage}.npz") as state:
+            np.testing.assert_allclose(flat, state["ema"], rtol=1e-3, atol=1e-6)
     assert (output / "loss.png").stat().st_size > 1000
 
     again = tmp_path / "again"
@@ -243,5 +271,7 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
         np.testing.assert_allclose(state["data"], trained["ema"], rtol=1e-3, atol=1e-6)
         assert state["begun"] == trained["steps"] == 2 and state["steps"] == 0
     vae_stage.train_vae(again, 3)                       # one step more
+    with np.load(again / "decoder.npz") as state:
+        assert state["begun"] == 3
     with pytest.raises(TinyldmError, match="holds a training already"):
         export.restore(output, again)

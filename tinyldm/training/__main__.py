@@ -15,14 +15,16 @@ def parse_arguments():
     unet = stages.add_parser("unet", help="2. train the UNet and the text transformer")
     unet.add_argument("--steps", type=int, default=20000)
     unet.add_argument("--batch", type=int, default=64, help="latents a step")
-    export = stages.add_parser("export", help="3. write the weights in the public layout")
+    decoder = stages.add_parser("decoder", help="3. train the autoencoder's second half on")
+    decoder.add_argument("--steps", type=int, default=2000)
+    export = stages.add_parser("export", help="4. write the weights in the public layout")
     export.add_argument("--output", type=Path, default=Path("weights/shapes"))
     restore = stages.add_parser("restore", help="weights back into a training that can go on")
     restore.add_argument("--weights", type=Path, default=Path("weights/shapes"))
-    for stage in (vae, unet, export, restore):
+    for stage in (vae, unet, decoder, export, restore):
         stage.add_argument("--run", type=Path, default=Path("runs/shapes"),
                            help="folder of the training's state, from which it resumes")
-    evaluate = stages.add_parser("evaluate", help="4. measure how well held-out prompts are drawn")
+    evaluate = stages.add_parser("evaluate", help="5. measure how well held-out prompts are drawn")
     evaluate.add_argument("--weights", help="folder of weights (default: the bundled model)")
     evaluate.add_argument("--prompts", type=int, default=200)
     evaluate.add_argument("--output", type=Path, help="folder for accuracy.json and samples.png")
@@ -37,6 +39,9 @@ def main():
     elif arguments.stage == "unet":
         from .unet import train_unet
         train_unet(arguments.run, arguments.steps, arguments.batch)
+    elif arguments.stage == "decoder":
+        from .vae import train_decoder
+        train_decoder(arguments.run, arguments.steps)
     elif arguments.stage == "export":
         from .export import export
         export(arguments.run, arguments.output)

@@ -1,4 +1,4 @@
-"""Stage 3: the trained weights, averaged, as a folder in the public diffusers layout; and back.
+"""Stage 4: the trained weights, averaged, as a folder in the public diffusers layout; and back.
 
 Everything that reads such folders reads this one: `tinyldm.load(folder)`, diffusers, and others.
 """
@@ -9,12 +9,14 @@ import numpy as np
 from ..checkpoints import load_model, save_model
 from ..errors import TinyldmError
 from ..files import read_json, replacing
-from ..models import AutoencoderKL
 from . import data
-from .configs import SCHEDULER, VAE
+from .configs import SCHEDULER
 from .loop import save_state
 from .optim import AdamW, load_ema
 from .unet import build, make_pool, named_parameters
+from .vae import decoder_parameters, load_vae
+
+STAGES = ("vae", "unet", "decoder")
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
@@ -39,8 +41,7 @@ def export(run, output):
             raise TinyldmError(f"{run} holds no {stage}.npz: run `python -m tinyldm.training "
                                f"{stage} --run {run}` first")
     pool = make_pool(run)
-    vae = AutoencoderKL(VAE | {"scaling_factor": round(float(pool["scaling_factor"]), 6)})
-    load_ema(run / "vae.npz", vae.named_parameters())
+    vae = load_vae(run, round(float(pool["scaling_factor"]), 6))
     text_encoder, unet = build(pool)
     load_ema(run / "unet.npz", named_parameters(text_encoder, unet))
     for name, model in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet)):
@@ -48,7 +49,8 @@ def export(run, output):
     data.write_tokenizer(output / "tokenizer")
     _write_json(output / "scheduler" / "scheduler_config.json", SCHEDULER)
     _write_json(output / "model_index.json", MODEL_INDEX)
-    record = {stage: _history(run / f"{stage}.npz") for stage in ("vae", "unet")}
+    record = {stage: _history(run / f"{stage}.npz") for stage in STAGES
+              if (run / f"{stage}.npz").exists()}
     _write_json(output / "training.json", record, indent=None)
     plot_losses(record, output / "loss.png")
 
@@ -59,14 +61,15 @@ def restore(weights, run):
     The averaged weights take the place of the trained ones, and the optimiser's averages begin
     anew, with a warm-up. Raises TinyldmError where `run` holds a training already.
     """
-    if (run / "vae.npz").exists() or (run / "unet.npz").exists():
+    if any((run / f"{stage}.npz").exists() for stage in STAGES):
         raise TinyldmError(f"{run} holds a training already: name another folder with --run")
     record = read_json(weights / "training.json")
     vae, text_encoder, unet = (load_model(weights / part)
                                for part in ("vae", "text_encoder", "unet"))
-    for stage, parameters in (("vae", vae.named_parameters()),
-                              ("unet", named_parameters(text_encoder, unet))):
-        save_state(run / f"{stage}.npz", AdamW(parameters), begun=record[stage]["steps"],
+    parameters = {"vae": vae.named_parameters(), "decoder": decoder_parameters(vae),
+                  "unet": named_parameters(text_encoder, unet)}
+    for stage in record:
+        save_state(run / f"{stage}.npz", AdamW(parameters[stage]), begun=record[stage]["steps"],
                    history=record[stage]["loss"])
 
 
@@ -87,11 +90,11 @@ def _history(path):
 
 
 def plot_losses(record, path):
-    """The loss of both stages over their steps, as a picture."""
+    """The loss of every stage over its steps, as a picture."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")
-    for axes, (stage, values) in zip(figure.subplots(1, 2), record.items()):
+    for axes, (stage, values) in zip(figure.subplots(1, len(record)), record.items()):
         axes.plot(*zip(*values["loss"]))
         axes.set(xlabel="step", ylabel="loss", title=stage, yscale="log")
     figure.savefig(path, dpi=100)

@@ -5,6 +5,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..backend import num_threads, parallel
+from ..errors import TinyldmError
 from ..files import replacing
 from .optim import AdamW, learning_rate
 
@@ -33,6 +34,7 @@ class Trainer:
         self.optimizer = AdamW(named_parameters)
         self.begun = 0                                  # the step of the optimiser's first update
         self.history = []                               # (step, loss) a step
+        self.written = self._written()
         if path.exists():
             with np.load(path) as state:
                 self.optimizer.load_state(state)
@@ -45,7 +47,15 @@ class Trainer:
         return self.begun + self.optimizer.steps
 
     def save(self):
+        """Raises TinyldmError where the file is not the one last saved or read here."""
+        if self._written() != self.written:
+            raise TinyldmError(f"another training wrote {self.path} meanwhile: this one stops at "
+                               f"step {self.step}, unsaved; run one at a time in a folder")
         save_state(self.path, self.optimizer, self.begun, self.history)
+        self.written = self._written()
+
+    def _written(self):
+        return self.path.stat().st_mtime_ns if self.path.exists() else None
 
     def train(self, batch_loss):
         """batch_loss(rng) adds a batch's gradients to the parameters and returns what to report."""

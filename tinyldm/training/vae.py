@@ -1,4 +1,5 @@
-"""Stage 1: the autoencoder, trained to give back the picture it was shown, through noisy latents.
+"""Stages 1 and 3: the autoencoder, trained to give back the picture it was shown, through noisy
+latents; and later its decoder alone, on latents that the UNet knows by then.
 
     loss = mean |decode(z) - image| + KL_WEIGHT * KL(N(mean, var), N(0, 1))
     z = mean + sqrt(var) * noise
@@ -9,24 +10,24 @@ terms).
 import numpy as np
 
 from .. import ops
-from ..layers import Tape
+from ..layers import NO_TAPE, Tape
 from ..models import AutoencoderKL
 from . import data
 from .configs import VAE
 from .loop import Trainer, split_batch
-from .optim import initialise
+from .optim import initialise, load_ema
 
 KL_WEIGHT = 1e-7
 BATCH = 16
 
 
-def vae_loss(vae, images, rng, share):
-    """Loss of one shard of a batch, its gradients added to the parameters.
+def vae_loss(vae, images, rng, share, decoder_only=False):
+    """Loss of one shard of a batch, its gradients added to the parameters (the decoder's only).
 
     images (B,H,W,3) -> {"loss", "mse", "kl"}, each times share, the shard's part of the batch.
     """
     tape = Tape()
-    mean, logvar = vae.encode(images, tape)
+    mean, logvar = vae.encode(images, NO_TAPE if decoder_only else tape)
     std = np.exp(0.5 * logvar)
     noise = rng.standard_normal(mean.shape, np.float32)
     z = mean + std * noise
@@ -37,10 +38,11 @@ def vae_loss(vae, images, rng, share):
 
     doutput, _ = ops.l1_backward(np.float32(share), l1_cache)
     dz = vae.decode_backward(doutput, tape)
-    dmean, dlogvar = ops.kl_normal_backward(np.float32(share * KL_WEIGHT), kl_cache)
-    dmean = dmean + dz                                  # z = mean + std * noise
-    dlogvar = dlogvar + dz * (0.5 * std * noise)        # std' = std / 2
-    vae.encode_backward(dmean, dlogvar, tape)
+    if not decoder_only:
+        dmean, dlogvar = ops.kl_normal_backward(np.float32(share * KL_WEIGHT), kl_cache)
+        dmean = dmean + dz                              # z = mean + std * noise
+        dlogvar = dlogvar + dz * (0.5 * std * noise)    # std' = std / 2
+        vae.encode_backward(dmean, dlogvar, tape)
     return {"loss": share * (l1 + KL_WEIGHT * kl), "mse": share * mse, "kl": share * kl}
 
 
@@ -48,12 +50,37 @@ def train_vae(run, steps, learning_rate=2e-3):
     """Train the VAE for `steps` batches of 16 pictures, resuming what lies in the folder `run`."""
     vae = AutoencoderKL(VAE)
     initialise(vae, np.random.default_rng(0))
-    trainer = Trainer(run / "vae.npz", vae.named_parameters(), steps, learning_rate)
+    _train(vae, Trainer(run / "vae.npz", vae.named_parameters(), steps, learning_rate))
 
+
+def train_decoder(run, steps, learning_rate=1e-3):
+    """Train the decoder of the VAE in `run` on, as train_vae does; its encoder stays as it is."""
+    vae = load_vae(run)
+    _train(vae, Trainer(run / "decoder.npz", decoder_parameters(vae), steps, learning_rate),
+           decoder_only=True)
+
+
+def _train(vae, trainer, decoder_only=False):
     def batch_loss(rng):
         images, _ = data.batch(rng, BATCH)
-        return split_batch(lambda rows, rng, share: vae_loss(vae, images[rows], rng, share),
-                           BATCH, rng)
+
+        def shard(rows, rng, share):
+            return vae_loss(vae, images[rows], rng, share, decoder_only)
+        return split_batch(shard, BATCH, rng)
 
     trainer.train(batch_loss)
-    return vae, trainer
+
+
+def decoder_parameters(vae):
+    """The (name, Parameter) pairs of what lies behind the latents."""
+    return [pair for pair in vae.named_parameters()
+            if pair[0].startswith(("decoder.", "post_quant_conv."))]
+
+
+def load_vae(run, scaling_factor=1.0):
+    """The averaged VAE of the folder `run`, with the decoder that was trained on, if one was."""
+    vae = AutoencoderKL(VAE | {"scaling_factor": scaling_factor})
+    load_ema(run / "vae.npz", vae.named_parameters())
+    if (run / "decoder.npz").exists():
+        load_ema(run / "decoder.npz", decoder_parameters(vae))
+    return vae
