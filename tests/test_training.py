@@ -224,8 +224,9 @@ def test_a_loss_that_is_not_a_number_stops(tmp_path):
         trainer.train(lambda rng: {"loss": math.nan})
 
 
-def test_command_line_says_what_is_missing(tmp_path):
-    command = [sys.executable, "-m", "tinyldm.training", "export", "--run", tmp_path / "none"]
+@pytest.mark.parametrize("stage", ["unet", "decoder", "export"])
+def test_command_line_says_what_is_missing(stage, tmp_path):
+    command = [sys.executable, "-m", "tinyldm.training", stage, "--run", tmp_path / "none"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and "tinyldm.training vae" in done.stderr

@@ -11,7 +11,7 @@ from ..errors import TinyldmError
 from ..files import read_json, replacing
 from . import data
 from .configs import SCHEDULER
-from .loop import save_state
+from .loop import save_state, trained
 from .optim import AdamW, load_ema
 from .unet import build, make_pool, named_parameters
 from .vae import decoder_parameters, load_vae
@@ -37,9 +37,7 @@ def export(run, output):
     Raises TinyldmError where a stage has not been run.
     """
     for stage in ("vae", "unet"):
-        if not (run / f"{stage}.npz").exists():
-            raise TinyldmError(f"{run} holds no {stage}.npz: run `python -m tinyldm.training "
-                               f"{stage} --run {run}` first")
+        trained(run, stage)
     pool = make_pool(run)
     vae = load_vae(run, round(float(pool["scaling_factor"]), 6))
     text_encoder, unet = build(pool)

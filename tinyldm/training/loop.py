@@ -83,6 +83,15 @@ class Trainer:
             self.save()
 
 
+def trained(run, stage):
+    """The state file of a stage in the folder `run`. Raises TinyldmError where there is none."""
+    path = run / f"{stage}.npz"
+    if not path.exists():
+        raise TinyldmError(f"{run} holds no {path.name}: run `python -m tinyldm.training {stage} "
+                           f"--run {run}` first")
+    return path
+
+
 def save_state(path, optimizer, begun, history):
     """A training's state in one file. begun: the step at which the optimiser's averages began."""
     write_npz(path, history=np.array(history), begun=begun, **optimizer.state())

@@ -14,7 +14,7 @@ from ..layers import NO_TAPE, Tape
 from ..models import AutoencoderKL
 from . import data
 from .configs import VAE
-from .loop import Trainer, split_batch
+from .loop import Trainer, split_batch, trained
 from .optim import initialise, load_ema
 
 KL_WEIGHT = 1e-7
@@ -78,9 +78,12 @@ def decoder_parameters(vae):
 
 
 def load_vae(run, scaling_factor=1.0):
-    """The averaged VAE of the folder `run`, with the decoder that was trained on, if one was."""
+    """The averaged VAE of the folder `run`, with the decoder that was trained on, if one was.
+
+    Raises TinyldmError where no VAE has been trained there.
+    """
     vae = AutoencoderKL(VAE | {"scaling_factor": scaling_factor})
-    load_ema(run / "vae.npz", vae.named_parameters())
+    load_ema(trained(run, "vae"), vae.named_parameters())
     if (run / "decoder.npz").exists():
         load_ema(run / "decoder.npz", decoder_parameters(vae))
     return vae
