@@ -158,7 +158,7 @@ def test_sample_prediction(name):
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-def test_zero_terminal_snr(name, spacing):
+def test_zero_terminal_snr(name, spacing, exact_sqrt):
     """With one table for both: sigma = 4096 turns a table's last bit into 4e-4 of the latents.
 
     At 50 Karras steps diffusers leaves its own table (two timesteps round to 999).
