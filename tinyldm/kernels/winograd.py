@@ -70,17 +70,14 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
     Ho, Wo = H + sum(padding) - 2, W + sum(padding) - 2
     rows, columns = math.ceil(Ho / TILE), math.ceil(Wo / TILE)           # of tiles
     y = np.empty((B, Ho, Wo, O), np.float32)
-    strip_rows = min(rows, max(1, STRIP_TILES // columns))
-    images = max(1, STRIP_TILES // (rows * columns))        # small maps: several a strip
-    strips = [(slice(b, b + images), row) for b in range(0, B, images)
-              for row in range(0, rows, strip_rows)]
+    strips = _strips(B, rows, columns)
     if len(strips) >= 2 * num_threads():
         weight = _transform_weight(weight)
 
         def strip(item):
-            images, row = item
-            tiles = _transform_tiles(x[images], row, min(strip_rows, rows - row), columns, padding)
-            _write(tiles @ weight, bias, y[images, TILE * row:TILE * (row + strip_rows)])
+            images, row, count = item
+            tiles = _transform_tiles(x[images], row, count, columns, padding)
+            _write(tiles @ weight, bias, y[images, TILE * row:TILE * (row + count)])
         parallel(strip, strips)
     else:                               # too few for the threads: share out the output channels
         tiles = _transform_tiles(x, 0, rows, columns, padding)
@@ -103,16 +100,20 @@ def dweight3x3(dy, x, padding=(1, 1)):
     C, O = x.shape[-1], dy.shape[-1]
     B, Ho, Wo, _ = dy.shape
     rows, columns = math.ceil(Ho / TILE), math.ceil(Wo / TILE)
-    strip_rows = min(rows, max(1, STRIP_TILES // columns))
-    images = max(1, STRIP_TILES // (rows * columns))
     products = np.zeros((36, C, O), np.float32)
-    for b in range(0, B, images):
-        for row in range(0, rows, strip_rows):
-            part, count = slice(b, b + images), min(strip_rows, rows - row)
-            tiles = _transform_tiles(x[part], row, count, columns, padding)     # (36,tiles,C)
-            dtiles = _transform_outputs(dy[part], row, count, columns)          # (36,tiles,O)
-            products += tiles.swapaxes(1, 2) @ dtiles
+    for images, row, count in _strips(B, rows, columns):
+        tiles = _transform_tiles(x[images], row, count, columns, padding)       # (36,tiles,C)
+        dtiles = _transform_outputs(dy[images], row, count, columns)            # (36,tiles,O)
+        products += tiles.swapaxes(1, 2) @ dtiles
     return (G.T @ products.reshape(36, -1)).reshape(3, 3, C, O)
+
+
+def _strips(B, rows, columns):
+    """(images, first row of tiles, how many rows) of every strip of about STRIP_TILES tiles."""
+    strip_rows = min(rows, max(1, STRIP_TILES // columns))
+    images = max(1, STRIP_TILES // (rows * columns))        # small maps: several a strip
+    return [(slice(b, b + images), row, min(strip_rows, rows - row))
+            for b in range(0, B, images) for row in range(0, rows, strip_rows)]
 
 
 def _transform_outputs(dy, row, rows, columns):
