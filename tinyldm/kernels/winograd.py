@@ -1,4 +1,4 @@
-"""Winograd's convolution: the fast twin of ops.conv2d for 3x3 kernels, stride 1, from 32 tiles up.
+"""Winograd's convolution: the fast twin of ops.conv2d for 3x3 kernels of stride 1.
 
 A 4x4 tile of the output sees a 6x6 tile of the input. Seen as polynomials, a convolution is a
 product, and a product of polynomials is cheap where both are known by their values at a few points:
@@ -8,56 +8,57 @@ is 36 products a tile and channel pair, where the definition takes 16 * 9 = 144:
     Y = A.T [ (G w G.T) * (B.T d B) ] A          d 6x6 input, w 3x3 weight, Y 4x4 output
 
 With a tile laid out as a column of 36 numbers each of the three transforms is one matrix product
-(with the Kronecker product of the matrix with itself), and the middle is 36 of (tiles,C) @ (C,O).
+(with the Kronecker product of the matrix with itself), and the middle is 36 of (tiles,C) @ (C,O),
+which want many tiles: small maps are cut into tiles of 2x2, with 16 points.
 Source: Lavin & Gray 2015, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308,
 section 4. The choice of points: Barabasz et al. 2020, "Error Analysis and Improving the Accuracy of
 Winograd Convolution for Deep Neural Networks", arXiv:1803.10986.
-
-Measured on two cores at SD 1.5's shapes, of PyTorch's time: 0.5 to 0.7 on the UNet's 64x64 maps,
-0.6 to 0.85 at 32x32, 0.4 to 0.75 in the VAE, where im2col takes 1.25 to 2. 16x16 is a draw.
 """
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ..backend import num_threads, parallel
+from .blocks import scratch
 
-TILE = 4                    # outputs a tile, in each direction; it sees TILE + 2 inputs
-# The sixth point is infinity. Of 120 pairs +-a, +-b these gave the smallest error: 8e-7 of the
-# output's deviation (root mean square, C = 64); the usual 0, +-1, +-2 gave 18e-7, and
-# 0, +-1, 1/2, -2 gave 12e-7.
-POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
-STRIP_TILES = 128           # tiles at a time: their 36 * (C + O) numbers stay near the core
-BLOCK_OUTPUTS = 64          # where tiles are few: output channels at a time, all tiles
+STRIP_TILES = 128           # tiles at a time: their numbers stay near the core
+CHUNK = 160                 # where tiles are few: output channels at a time, all tiles
+WEIGHTS = 1 << 13           # numbers of a weight transformed at a time: 36 times that, near the core
 
 
-def _matrices(points):
-    """The Kronecker squares of A.T (16,36), G (36,9) and B.T (36,36).
+class Points:
+    """Finite points and infinity, for tiles of that many less 2: A_T (t²,n²), G (n²,9), B_T (n²,n²).
 
-    Rows of A and G take a polynomial's values at the points, the row of infinity its highest
-    coefficient. B holds the polynomials that vanish at all points but one; dividing by their value
-    there is left to G.
+    These are the Kronecker squares. Rows of A and G take a polynomial's values at the points, the
+    row of infinity its highest coefficient. B holds the polynomials that vanish at all points but
+    one; dividing by their value there is left to G.
     """
-    points = np.array(points)
-    n = len(points) + 1
-    others = [np.delete(points, i) for i in range(n - 1)]
-    values = np.array([np.prod(p - rest) for p, rest in zip(points, others)])
-    A = np.vstack([points[:, None] ** np.arange(TILE), np.eye(TILE)[-1]])                # (6,4)
-    G = np.vstack([points[:, None] ** np.arange(3) / values[:, None], np.eye(3)[-1]])    # (6,3)
-    B = np.zeros((n, n))                                                                 # rows: B.T
-    for i, roots in enumerate([*others, points]):
-        B[i, :len(roots) + 1] = np.poly(roots)[::-1]
-    return [np.kron(matrix, matrix).astype(np.float32) for matrix in (A.T, G, B)]
+
+    def __init__(self, *finite):
+        points, n = np.array(finite), len(finite) + 1
+        self.tile, self.count = n - 2, n * n
+        others = [np.delete(points, i) for i in range(n - 1)]
+        values = np.array([np.prod(p - rest) for p, rest in zip(points, others)])
+        A = np.vstack([points[:, None] ** np.arange(n - 2), np.eye(n - 2)[-1]])          # (n,t)
+        G = np.vstack([points[:, None] ** np.arange(3) / values[:, None], np.eye(3)[-1]])
+        B = np.zeros((n, n))                                                             # rows: B.T
+        for i, roots in enumerate([*others, points]):
+            B[i, :len(roots) + 1] = np.poly(roots)[::-1]
+        self.A_T, self.G, self.B_T = (np.kron(m, m).astype(np.float32) for m in (A.T, G, B))
 
 
-A_T, G, B_T = _matrices(POINTS)
+# Of 120 pairs +-a, +-b these gave the smallest error: 8e-7 of the output's deviation (root mean
+# square, C = 64); the usual 0, +-1, +-2 gave 18e-7, and 0, +-1, 1/2, -2 gave 12e-7.
+LARGE, SMALL = Points(0, 2 / 3, -2 / 3, 3 / 2, -3 / 2), Points(0, 1, -1)
+LARGE_TILES = 64            # from this many on tiles are large
 
 
 def pays(x_shape, weight_shape):
-    """Whether this is faster than im2col: 32 tiles or more share the weight's transform."""
+    """Whether this is faster than im2col: enough tiles share the weight's transform."""
     B, H, W, C = x_shape
-    return B * H * W >= 32 * TILE * TILE and min(C, weight_shape[-1]) >= 32
+    return B * H * W >= 512 and min(C, weight_shape[-1]) >= 32
 
 
 def conv3x3(x, weight, bias, padding=(1, 1)):
@@ -67,26 +68,37 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
     """
     C, O = weight.shape[2:]
     B, H, W, _ = x.shape
-    Ho, Wo = H + sum(padding) - 2, W + sum(padding) - 2
-    rows, columns = math.ceil(Ho / TILE), math.ceil(Wo / TILE)           # of tiles
-    y = np.empty((B, Ho, Wo, O), np.float32)
-    strips = _strips(B, rows, columns)
+    y = np.empty((B, H + sum(padding) - 2, W + sum(padding) - 2, O), np.float32)
+    points = _points(y.shape)
+    strips = _strips(y.shape, points, STRIP_TILES)
     if len(strips) >= 2 * num_threads():
-        weight = _transform_weight(weight)
+        values = np.empty((points.count, C, O), np.float32)
+
+        def channels(start):
+            part = slice(start, start + 32)
+            _transform_weight(weight[:, :, part], points, values[:, part])
+        parallel(channels, range(0, C, 32))
 
         def strip(item):
-            images, row, count = item
-            tiles = _transform_tiles(x[images], row, count, columns, padding)
-            _write(tiles @ weight, bias, y[images, TILE * row:TILE * (row + count)])
+            tiles = scratch("tiles", points.count, item.tiles, C)
+            _transform_tiles(x, item, padding, points, tiles)
+            products = np.matmul(tiles, values, out=scratch("products", *tiles.shape[:2], O))
+            _write(products, bias, item, points, y)
         parallel(strip, strips)
     else:                               # too few for the threads: share out the output channels
-        tiles = _transform_tiles(x, 0, rows, columns, padding)
+        whole, = _strips(y.shape, points, math.prod(y.shape))
+        tiles = np.empty((points.count, whole.tiles, C), np.float32)
+        parallel(lambda item: _transform_tiles(x, item, padding, points, tiles[:, item.place]),
+                 _strips(y.shape, points, whole.tiles // (2 * num_threads())))
 
-        def block(start):
-            outputs = slice(start, start + BLOCK_OUTPUTS)
-            _write(tiles @ (G @ weight[..., outputs].reshape(9, -1)).reshape(36, C, -1),
-                   None if bias is None else bias[outputs], y[..., outputs])
-        parallel(block, range(0, O, BLOCK_OUTPUTS))
+        def chunk(start):
+            part = slice(start, min(start + CHUNK, O))
+            values = scratch("values", points.count, C, part.stop - start)
+            _transform_weight(weight[..., part], points, values)
+            products = scratch("products", *tiles.shape[:2], part.stop - start)
+            _write(np.matmul(tiles, values, out=products), None if bias is None else bias[part],
+                   whole, points, y[..., part])
+        parallel(chunk, range(0, O, CHUNK))
     return y
 
 
@@ -98,67 +110,100 @@ def dweight3x3(dy, x, padding=(1, 1)):
         dweight = G.T [ sum_tiles (B.T d B).T @ (A dY A.T) ] G
     """
     C, O = x.shape[-1], dy.shape[-1]
-    B, Ho, Wo, _ = dy.shape
-    rows, columns = math.ceil(Ho / TILE), math.ceil(Wo / TILE)
-    products = np.zeros((36, C, O), np.float32)
-    for images, row, count in _strips(B, rows, columns):
-        tiles = _transform_tiles(x[images], row, count, columns, padding)       # (36,tiles,C)
-        dtiles = _transform_outputs(dy[images], row, count, columns)            # (36,tiles,O)
-        products += tiles.swapaxes(1, 2) @ dtiles
-    return (G.T @ products.reshape(36, -1)).reshape(3, 3, C, O)
+    points = _points(dy.shape)
+    products = np.zeros((points.count, C, O), np.float32)
+    for strip in _strips(dy.shape, points, STRIP_TILES):
+        tiles = scratch("tiles", points.count, strip.tiles, C)
+        _transform_tiles(x, strip, padding, points, tiles)
+        products += tiles.swapaxes(1, 2) @ _transform_outputs(dy, strip, points)
+    return (points.G.T @ products.reshape(points.count, -1)).reshape(3, 3, C, O)
 
 
-def _strips(B, rows, columns):
-    """(images, first row of tiles, how many rows) of every strip of about STRIP_TILES tiles."""
-    strip_rows = min(rows, max(1, STRIP_TILES // columns))
-    images = max(1, STRIP_TILES // (rows * columns))        # small maps: several a strip
-    return [(slice(b, b + images), row, min(strip_rows, rows - row))
-            for b in range(0, B, images) for row in range(0, rows, strip_rows)]
+def _points(y_shape):
+    tiles = math.prod(y_shape[:3]) / LARGE.tile ** 2
+    return LARGE if tiles >= LARGE_TILES else SMALL
 
 
-def _transform_outputs(dy, row, rows, columns):
-    """A dY A.T of the tiles in `rows` rows from `row` on: (B,H,W,O) -> (36, B*rows*columns, O)."""
+class Strip(NamedTuple):
+    """Some rows of tiles of one image, or all rows of several."""
+
+    images: slice
+    row: int                            # the first row of tiles, and how many
+    rows: int
+    columns: int
+    place: slice                        # where its tiles lie among all
+
+    @property
+    def tiles(self):
+        return self.place.stop - self.place.start
+
+
+def _strips(y_shape, points, size):
+    """The strips of about `size` tiles that make up a map y (B,H,W,O)."""
+    B, H, W, _ = y_shape
+    rows, columns = math.ceil(H / points.tile), math.ceil(W / points.tile)
+    images = min(B, max(1, size // (rows * columns)))
+    height = min(rows, max(1, size // columns))
+    return [Strip(slice(b, b + n), row, r, columns,
+                  slice((b * rows + n * row) * columns, (b * rows + n * (row + r)) * columns))
+            for b in range(0, B, images) for n in [min(images, B - b)]
+            for row in range(0, rows, height) for r in [min(height, rows - row)]]
+
+
+def _transform_weight(weight, points, values):
+    """(3,3,C,O) -> values (36,C,O), written."""
+    C, O = weight.shape[2:]
+    step = max(1, WEIGHTS // O)
+    for c in range(0, C, step):
+        part = values[:, c:c + step]
+        np.matmul(points.G, weight[:, :, c:c + step].reshape(9, -1),
+                  out=part.reshape(points.count, -1))
+
+
+def _transform_tiles(x, strip, padding, points, tiles):
+    """B.T d B of a strip's tiles: x (B,H,W,C) -> tiles (36,tiles,C), written."""
+    x, tile, rows, columns = x[strip.images], points.tile, strip.rows, strip.columns
+    B, H, W, C = x.shape
+    padded = scratch("padded", B, tile * rows + 2, tile * columns + 2, C)
+    top = tile * strip.row - padding[0]                     # the strip's first row in x
+    rows_in = slice(max(top, 0), top + tile * rows + 2)
+    part = x[:, rows_in, :tile * columns + 2 - padding[0]]
+    above, left = rows_in.start - top, padding[0]
+    below, right = above + part.shape[1], left + part.shape[2]
+    padded[:, above:below, left:right] = part
+    for edge in (padded[:, :above], padded[:, below:], padded[:, :, :left], padded[:, :, right:]):
+        edge[:] = 0
+    sB, sH, sW, sC = padded.strides
+    seen = as_strided(padded, (tile + 2, tile + 2, B, rows, columns, C),
+                      (sH, sW, sB, tile * sH, tile * sW, sC))
+    gathered = scratch("gathered", *seen.shape)
+    np.copyto(gathered, seen)
+    np.matmul(points.B_T, gathered.reshape(points.count, -1),
+              out=tiles.reshape(points.count, -1))
+
+
+def _transform_outputs(dy, strip, points):
+    """A dY A.T of a strip's tiles: dy (B,H,W,O) -> (36,tiles,O)."""
+    dy, tile, rows, columns = dy[strip.images], points.tile, strip.rows, strip.columns
     B, H, W, O = dy.shape
-    part = dy[:, TILE * row:TILE * (row + rows)]
-    if part.shape[1] != TILE * rows or W != TILE * columns:
-        padded = np.zeros((B, TILE * rows, TILE * columns, O), np.float32)
+    part = dy[:, tile * strip.row:tile * (strip.row + rows)]
+    if part.shape[1] != tile * rows or W != tile * columns:
+        padded = np.zeros((B, tile * rows, tile * columns, O), np.float32)
         padded[:, :part.shape[1], :W] = part
         part = padded
-    tiles = part.reshape(B, rows, TILE, columns, TILE, O).transpose(2, 4, 0, 1, 3, 5)
-    return (A_T.T @ tiles.reshape(TILE * TILE, -1)).reshape(36, -1, O)
+    tiles = part.reshape(B, rows, tile, columns, tile, O).transpose(2, 4, 0, 1, 3, 5)
+    return (points.A_T.T @ tiles.reshape(tile * tile, -1)).reshape(points.count, -1, O)
 
 
-def _transform_weight(weight):
-    """(3,3,C,O) -> (36,C,O), in slices of C over threads: it is four times the weight."""
-    C, O = weight.shape[2:]
-    values = np.empty((36, C, O), np.float32)
-
-    def part(start):
-        channels = slice(start, start + 32)
-        values[:, channels] = (G @ weight[:, :, channels].reshape(9, -1)).reshape(36, -1, O)
-    parallel(part, range(0, C, 32))
-    return values
-
-
-def _transform_tiles(x, row, rows, columns, padding):
-    """B.T d B of the tiles in `rows` rows from `row` on: x (B,H,W,C) -> (36, B*rows*columns, C)."""
-    B, H, W, C = x.shape
-    padded = np.zeros((B, TILE * rows + 2, TILE * columns + 2, C), np.float32)
-    top = TILE * row - padding[0]                           # the strip's first row in x
-    rows_in = slice(max(top, 0), top + TILE * rows + 2)
-    part = x[:, rows_in, :TILE * columns + 2 - padding[0]]
-    padded[:, rows_in.start - top:, padding[0]:][:, :part.shape[1], :part.shape[2]] = part
-    sB, sH, sW, sC = padded.strides
-    tiles = as_strided(padded, (6, 6, B, rows, columns, C), (sH, sW, sB, TILE * sH, TILE * sW, sC))
-    return (B_T @ tiles.reshape(36, -1)).reshape(36, -1, C)
-
-
-def _write(products, bias, y):
-    """(36,tiles,O) -> y (B,H,W,O): interpolate, add the bias, drop what sticks out of the map."""
-    B, H, W, O = y.shape
-    tiles = (A_T @ products.reshape(36, -1)).reshape(TILE, TILE, B, -1, math.ceil(W / TILE), O)
-    for i in range(TILE):
-        for j in range(TILE):
-            pixels = y[:, i::TILE, j::TILE]
+def _write(products, bias, strip, points, y):
+    """(36,tiles,O) -> the strip of y (B,H,W,O): interpolate, add the bias, drop what sticks out."""
+    tile, O = points.tile, y.shape[-1]
+    y = y[strip.images, tile * strip.row:tile * (strip.row + strip.rows)]
+    tiles = scratch("outputs", tile * tile, strip.tiles * O)
+    np.matmul(points.A_T, products.reshape(points.count, -1), out=tiles)
+    tiles = tiles.reshape(tile, tile, len(y), strip.rows, strip.columns, O)
+    for i in range(tile):
+        for j in range(tile):
+            pixels = y[:, i::tile, j::tile]
             kept = tiles[i, j][:, :pixels.shape[1], :pixels.shape[2]]
             np.add(kept, 0 if bias is None else bias, out=pixels)
