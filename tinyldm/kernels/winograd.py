@@ -24,8 +24,8 @@ from ..backend import num_threads, parallel
 from .blocks import scratch
 
 STRIP_TILES = 128           # tiles at a time: their numbers stay near the core
-CHUNK = 160                 # where tiles are few: output channels at a time, all tiles
-WEIGHTS = 1 << 13           # numbers of a weight transformed at a time: 36 times that, near the core
+CHUNK = 320                 # output channels at a time at most, where tiles are few
+WEIGHTS = 1 << 11           # numbers of a weight transformed at a time: 36 times that, near the core
 
 
 class Points:
@@ -91,14 +91,16 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
         parallel(lambda item: _transform_tiles(x, item, padding, points, tiles[:, item.place]),
                  _strips(y.shape, points, whole.tiles // (2 * num_threads())))
 
+        step = min(CHUNK, -(-O // num_threads()))
+
         def chunk(start):
-            part = slice(start, min(start + CHUNK, O))
+            part = slice(start, min(start + step, O))
             values = scratch("values", points.count, C, part.stop - start)
             _transform_weight(weight[..., part], points, values)
             products = scratch("products", *tiles.shape[:2], part.stop - start)
             _write(np.matmul(tiles, values, out=products), None if bias is None else bias[part],
                    whole, points, y[..., part])
-        parallel(chunk, range(0, O, CHUNK))
+        parallel(chunk, range(0, O, step))
     return y
 
 
