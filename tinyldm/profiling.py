@@ -11,6 +11,7 @@ Beside pipeline.py, which knows nothing of it; `python -m tinyldm "..." --profil
 import threading
 import time
 import tracemalloc
+from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from math import prod
 
@@ -64,24 +65,26 @@ class Profiler:
     """Counts, inside a `with`, what the layers of its owners do: models, or what holds some.
 
     tables: {"by stage": {name: Row}, "by block": …, "by op": …}. Layers are counted that run in the
-    thread that entered. Memory is that of the whole process; on a GPU what its pool holds between
-    layers. There every layer's end is waited for, so its run is slower than without.
+    thread that entered, forwards only. Memory is that of the whole process, all threads; tracing it
+    makes small layers half as slow again, so it is traced while a model runs for the first time,
+    and off while one runs again. On a GPU it is what the pool holds between layers, and every
+    layer's end is waited for, which takes longer than the run does alone.
     """
 
     def __init__(self, *owners):
         self.owners, self.xp, self.dtype = owners, np, np.dtype(np.float32)
-        self.tables = {"by stage": {}, "by block": {}, "by op": {}}
+        self.tables = {title: defaultdict(Row) for title in ("by stage", "by block", "by op")}
 
     def __enter__(self):
         self.thread, self.stage_name = threading.get_ident(), None
-        self.frames, self.flop = [], {}                 # of each layer, its last forward's
+        self.depth, self.ran = 0, set()                 # layers around this moment, and so far
         with ExitStack() as exits:
-            if not tracemalloc.is_tracing():
-                tracemalloc.start()
-                exits.callback(tracemalloc.stop)
-            self.held, self.now = memory(self.xp)[0], time.perf_counter()
-            self._begin(REST, OUTSIDE, OUTSIDE)
-            exits.callback(self._end)
+            self.memory = Memory()
+            exits.callback(self.memory.stop)
+            self.frame = [(Row(), 0)] * len(self.tables)            # forgotten: time before the run
+            self.held, self.now = 0, time.perf_counter()
+            outer = self._begin(REST, OUTSIDE, OUTSIDE)
+            exits.callback(self._end, outer)
             self.exits = exits
             for owner in self.owners:
                 self.watch(owner)
@@ -100,19 +103,23 @@ class Profiler:
         blocks = block_names(layers)
 
         def watch(name, layer, forward):
-            stage, op = model or name.partition(".")[0], op_name(layer)
+            names = model or name.partition(".")[0], blocks[layer], op_name(layer)
 
             def counted(*inputs, **options):
                 if threading.get_ident() != self.thread:
                     return forward(*inputs, **options)
-                self._begin(self.stage_name or stage, blocks[layer], op)
-                flop = 0
+                if not self.depth:
+                    self.memory.trace(layer not in self.ran)
+                outer, flop = self._begin(self.stage_name or names[0], *names[1:]), 0
+                self.depth += 1
                 try:
                     output = forward(*inputs, **options)
                     flop = flops(layer, inputs, output)
                     return output
                 finally:
-                    self._end(flop)
+                    self.depth -= 1
+                    self.ran.add(layer)
+                    self._end(outer, flop)
             return counted
 
         # The VAE as a whole has no forward, only its encoder and its decoder have.
@@ -123,37 +130,38 @@ class Profiler:
     def stage(self, name):
         """What runs inside is a stage of this name. Outside of all, a model's run is one."""
         before, self.stage_name = self.stage_name, name
-        self._begin(name, OUTSIDE, OUTSIDE)
+        outer = self._begin(name, OUTSIDE, OUTSIDE)
         try:
             yield
         finally:
-            self._end()
+            self._end(outer)
             self.stage_name = before
 
     # ---- the pieces -------------------------------------------------------------------------
 
     def _begin(self, *names):
-        """The pieces from here on belong to these rows, one of each table."""
+        """The pieces from here on belong to these rows, one of each table -> the frame before."""
         self._cut()
-        rows = [table.setdefault(name, Row()) for table, name in zip(self.tables.values(), names)]
-        before = self.frames[-1] if self.frames else [(None, 0)] * len(rows)
-        frame = []                                      # (row, bytes held at its beginning)
-        for row, (current, held) in zip(rows, before):
+        outer, self.frame = self.frame, []              # a frame: (row, bytes held at its start)
+        for table, name, (current, held) in zip(self.tables.values(), names, outer):
+            row = table[name]
             row.calls += row is not current
-            frame.append((row, held if row is current else self.held))
-        self.frames.append(frame)
+            self.frame.append((row, held if row is current else self.held))
+        return outer
 
-    def _end(self, flop=0):
+    def _end(self, outer, flop=0):
         self._cut()
-        for row, _ in self.frames.pop():
+        for row, _ in self.frame:
             row.flop += flop
+        self.frame = outer
 
     def _cut(self):
-        """Count the piece that ends here to the innermost layer's rows."""
-        (held, peak), now = memory(self.xp), time.perf_counter()
-        for row, before in self.frames[-1] if self.frames else ():
+        """Count the piece that ends here to the rows of its frame."""
+        (held, peak), now = self.memory.read(self.xp), time.perf_counter()
+        for row, before in self.frame:
             row.seconds += now - self.now
-            row.peak, row.added = max(row.peak, peak), max(row.added, peak - before)
+            row.peak = max(row.peak, peak)
+            row.added = max(row.added, peak - before)
         self.held, self.now = held, now
 
     # ---- the tables -------------------------------------------------------------------------
@@ -185,14 +193,32 @@ class Profiler:
                 f"{row.peak / 1e6:10.1f}{row.added / 1e6:11.1f}{gflop:>10}{speed:>9}{share:>8}")
 
 
-def memory(xp):
-    """(held, peak): bytes held now, and the most since the last call."""
-    if xp is np:
-        held_and_peak = tracemalloc.get_traced_memory()
+class Memory:
+    """How many bytes this process's arrays and other objects hold, or a GPU's arrays."""
+
+    def __init__(self):
+        self.before, self.ours = 0, not tracemalloc.is_tracing()    # held when tracing last ended
+        self.trace(True)
+
+    def trace(self, wanted):
+        """Switch tracing on or off, but leave it on if it was on before us."""
+        if wanted and not tracemalloc.is_tracing():
+            tracemalloc.start()
+        elif not wanted and self.ours and tracemalloc.is_tracing():
+            self.before += tracemalloc.get_traced_memory()[0]
+            tracemalloc.stop()
+
+    def stop(self):
+        self.trace(False)
+
+    def read(self, xp):
+        """(held, peak): bytes held now, and the most since the last time."""
+        if xp is not np:
+            xp.cuda.get_current_stream().synchronize()  # so that the clock is read after the work
+            return (xp.get_default_memory_pool().used_bytes(),) * 2
+        held, peak = tracemalloc.get_traced_memory()    # 0, 0 while off
         tracemalloc.reset_peak()
-        return held_and_peak
-    xp.cuda.get_current_stream().synchronize()          # so that the clock is read after the work
-    return (xp.get_default_memory_pool().used_bytes(),) * 2
+        return self.before + held, self.before + peak
 
 
 def block_names(layers):
