@@ -18,6 +18,7 @@ from math import prod
 import numpy as np
 
 from .backend import get_xp
+from .errors import TinyldmError
 from .layers import (
     Activation,
     Conv2d,
@@ -35,10 +36,10 @@ from .models import AutoencoderKL, UNet2DConditionModel
 from .models.blocks import Attention
 from .models.clip import CLIPAttention
 from .models.unet import UpBlock2D
-from .models.vae import Decoder, Encoder, SpatialAttention
+from .models.vae import Decoder, Encoder
 
 # What a layer does itself, besides the layers inside it; of the layers not named here, additions.
-ATTENTION = (Attention, CLIPAttention, SpatialAttention)
+ATTENTION = Attention, CLIPAttention
 OPS = {Linear: "linear", GroupNorm: "group norm", GroupNormSiLU: "group norm + SiLU",
        LayerNorm: "layer norm", Embedding: "embedding", Upsample: "upsample",
        UpBlock2D: "concat", **dict.fromkeys(ATTENTION, "attention")}
@@ -64,11 +65,11 @@ class Row:
 class Profiler:
     """Counts, inside a `with`, what the layers of its owners do: models, or what holds some.
 
-    tables: {"by stage": {name: Row}, "by block": …, "by op": …}. Layers are counted that run in the
-    thread that entered, forwards only. Memory is that of the whole process, all threads; tracing it
-    makes small layers half as slow again, so it is traced while a model runs for the first time,
-    and off while one runs again. On a GPU it is what the pool holds between layers, and every
-    layer's end is waited for, which takes longer than the run does alone.
+    tables: {"by stage": {name: Row}, "by block": …, "by op": …}, memory in bytes. Counted are the
+    forwards that run in the thread that entered. Memory is the whole process's, all threads. To
+    trace it makes small layers half as slow again, so it is done where a model runs for the first
+    time, not where one runs again. On a GPU memory is what the pool holds between layers, and the
+    end of every layer is waited for, so the parts take longer than they do in a run.
     """
 
     def __init__(self, *owners):
@@ -80,7 +81,7 @@ class Profiler:
         self.depth, self.ran = 0, set()                 # layers around this moment, and so far
         with ExitStack() as exits:
             self.memory = Memory()
-            exits.callback(self.memory.stop)
+            exits.callback(self.memory.trace, False)
             self.frame = [(Row(), 0)] * len(self.tables)            # forgotten: time before the run
             self.held, self.now = 0, time.perf_counter()
             outer = self._begin(REST, OUTSIDE, OUTSIDE)
@@ -98,8 +99,10 @@ class Profiler:
         """From here on count the layers in owner, too."""
         model = type(owner).__name__ if isinstance(owner, Module) else None
         layers = [(model, owner)] * bool(model) + list(named_modules(owner))
-        parameter = next(parameter for _, layer in layers for parameter in layer.parameters())
-        self.xp, self.dtype = get_xp(parameter.data), parameter.data.dtype
+        if not layers:
+            raise TinyldmError(f"Profiler expects models or a pipeline, not {owner!r:.60}")
+        for data in [parameter.data for _, layer in layers for parameter in layer.parameters()][:1]:
+            self.xp, self.dtype = get_xp(data), data.dtype
         blocks = block_names(layers)
 
         def watch(name, layer, forward):
@@ -109,7 +112,7 @@ class Profiler:
                 if threading.get_ident() != self.thread:
                     return forward(*inputs, **options)
                 if not self.depth:
-                    self.memory.trace(layer not in self.ran)
+                    self.memory.trace(self.xp is np and layer not in self.ran)
                 outer, flop = self._begin(self.stage_name or names[0], *names[1:]), 0
                 self.depth += 1
                 try:
@@ -154,6 +157,7 @@ class Profiler:
         for row, _ in self.frame:
             row.flop += flop
         self.frame = outer
+        outer[-1] = outer[-1][0], self.held             # what a layer left is not the outer op's
 
     def _cut(self):
         """Count the piece that ends here to the rows of its frame."""
@@ -189,7 +193,8 @@ class Profiler:
         if row.flop:
             gflop, speed = f"{row.flop / 1e9:.2f}", f"{row.flop / row.seconds / 1e9:.1f}"
             share = f"{row.flop / row.seconds / rate:.0%}"
-        return (f"{name:26}{calls:>7}{row.seconds:10.3f}{row.seconds / self.seconds:7.1%}"
+        part = row.seconds / (self.seconds or 1)
+        return (f"{name:26}{calls:>7}{row.seconds:10.3f}{part:7.1%}"
                 f"{row.peak / 1e6:10.1f}{row.added / 1e6:11.1f}{gflop:>10}{speed:>9}{share:>8}")
 
 
@@ -207,9 +212,6 @@ class Memory:
         elif not wanted and self.ours and tracemalloc.is_tracing():
             self.before += tracemalloc.get_traced_memory()[0]
             tracemalloc.stop()
-
-    def stop(self):
-        self.trace(False)
 
     def read(self, xp):
         """(held, peak): bytes held now, and the most since the last time."""
@@ -239,7 +241,7 @@ def op_name(layer):
         return f"conv {K}x{K}" + (f" /{layer.stride}" if layer.stride > 1 else "")
     if isinstance(layer, Activation):
         return layer.op.__name__
-    return OPS.get(type(layer), ADDITIONS)
+    return next((OPS[kind] for kind in type(layer).__mro__ if kind in OPS), ADDITIONS)
 
 
 def flops(layer, inputs, output):
