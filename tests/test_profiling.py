@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tinyldm import profiling
 from tinyldm.__main__ import main
 from tinyldm.errors import TinyldmError
-from tinyldm.layers import Linear, Module, Upsample
+from tinyldm.layers import Linear, Module
 from tinyldm.pipeline import load
 from tinyldm.profiling import Profiler
 
@@ -79,7 +79,8 @@ def test_every_second_belongs_to_one_row_of_each_table(clock):
     assert seconds == {
         "by stage": {"the rest": (1, 0.25), "model": (1, 327), "another time": (1, 1327.5)},
         "by block": {"outside the models": (1, 0.75), "model": (2, 654), "other": (1, 1000)},
-        "by op": {"outside the models": (1, 0.75), "additions, the rest": (3, 1654)}}
+        "by op": {"outside the models": (1, 0.75), "additions, the rest": (2, 42),
+                  "layer": (9, 1612)}}
 
 
 def test_a_pipeline(pipe):
@@ -92,8 +93,8 @@ def test_a_pipeline(pipe):
     assert {"text_encoder", "unet", "unet.conv_in", "unet.down_blocks.0", "unet.mid_block",
             "unet.up_blocks.1", "vae.decoder", "vae.decoder.up_blocks.2"} < set(blocks)
     assert not any("encoder." in name for name in blocks if "vae.decoder" not in name)
-    assert {"linear", "conv 3x3", "conv 1x1", "conv 3x3 /2", "attention", "group norm",
-            "group norm + SiLU", "layer norm", "silu", "geglu", "quick_gelu", "upsample", "concat",
+    assert {"linear", "conv 3x3", "conv 1x1", "conv 3x3 /2", "attention", "group_norm",
+            "group_norm_silu", "layer_norm", "silu", "geglu", "quick_gelu", "upsample", "concat",
             "embedding", "additions, the rest", "outside the models"} == set(ops)
     assert stages["unet"].calls == blocks["unet.conv_in"].calls == 2
     assert stages["text_encoder"].calls == 2            # the negative prompt is read too
@@ -157,6 +158,15 @@ def test_clip_arithmetic(name):
     assert_same_arithmetic(module, lambda: module(ids), lambda: reference(torch.from_numpy(ids)))
 
 
+def test_a_layer_is_counted_once(pipe):
+    flop = []
+    for owners in [(pipe,), (pipe, pipe.unet), (pipe.text_encoder, pipe.unet, pipe.vae)]:
+        with Profiler(*owners) as profile:
+            pipe("a cat", num_inference_steps=1)
+        flop.append(sum(row.flop for row in profile.tables["by op"].values()))
+    assert flop[0] == flop[1] == flop[2] > 0
+
+
 # ---- memory ---------------------------------------------------------------------------------
 
 def holds(megabytes):
@@ -198,7 +208,7 @@ def test_peak_memory_of_a_known_pattern():
 def test_what_a_layer_leaves_is_not_added_by_the_op_around_it():
     kept = []
 
-    class Wide(Upsample):
+    class Wide(Module):
         def forward(self):
             kept.append(holds(10))
 
@@ -215,7 +225,7 @@ def test_what_a_layer_leaves_is_not_added_by_the_op_around_it():
     with Profiler(module) as profile:
         module()
     assert profile.tables["by stage"]["Outer"].added == pytest.approx(20 * MB, abs=MB / 10)
-    for op, added in [("upsample", 10), ("additions, the rest", 2)]:
+    for op, added in [("wide", 10), ("additions, the rest", 2)]:
         assert profile.tables["by op"][op].added == pytest.approx(added * MB, abs=MB / 10), op
 
 
