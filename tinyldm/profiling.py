@@ -84,8 +84,9 @@ class Profiler:
         layers = [(model, owner)] * bool(model) + list(named_modules(owner))
         if not layers:
             raise TinyldmError(f"Profiler expects models or a pipeline, not {owner!r:.60}")
-        for data in [parameter.data for _, layer in layers for parameter in layer.parameters()][:1]:
-            self.xp, self.dtype = get_xp(data), data.dtype
+        arrays = (parameter.data for _, layer in layers for parameter in layer.parameters())
+        if (array := next(arrays, None)) is not None:
+            self.xp, self.dtype = get_xp(array), array.dtype
         blocks = block_names(layers)
 
         def watch(name, layer, forward):
@@ -95,6 +96,7 @@ class Profiler:
                 if threading.get_ident() != self.thread:
                     return forward(*inputs, **options)
                 if not self.depth:
+                    self._cut()                         # or the piece before loses its peak
                     self.memory.trace(self.xp is np and not self.ran[layer])
                 outer, flop = self._begin(self.stage_name or names[0], *names[1:]), 0
                 self.depth += 1
