@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "tokenizer": BOTTOM,
     "checkpoints": BOTTOM | {"layers", "models"},
     "pipeline": BOTTOM | {"noise", "layers", "models", "diffusion", "tokenizer", "checkpoints"},
+    "profiling": BOTTOM | {"layers", "models"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "tokenizer",
                           "checkpoints"},
     "metrics": BOTTOM | {"pipeline"},

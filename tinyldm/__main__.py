@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .errors import TinyldmError
@@ -69,27 +69,44 @@ def parse(arguments):
     parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, "
                         "euler_ancestral, dpmpp_2m or dpmpp_2m_karras (the weights' own)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--profile", action="store_true", help="tell at the end where time and "
+                        "memory went: by stage, by block and by op")
     return parser.parse_args(arguments)
 
 
 def draw(args):
-    """Draw, save and print the path of every picture asked for."""
+    """Draw, save and print the path of every picture asked for; then the profile, if asked for."""
     paths = output_paths(args.output, args.count)
     check_output(paths[0])
-    with stage("loading"):
+    if not args.profile:
+        return draw_pictures(args, paths)
+    from .profiling import Profiler
+    with Profiler() as profile:
+        draw_pictures(args, paths, profile)
+    print(profile, file=sys.stderr)
+
+
+def draw_pictures(args, paths, profile=None):
+    part = profile.stage if profile else nullcontext
+    with part("loading"), stage("loading"):
         from .pipeline import load, to_pil
         pipe = load(args.weights, args.device)
+    if profile:
+        profile.watch(pipe)
     for seed, path in enumerate(paths, args.seed):
-        with stage("reading the prompt"):
+        with part("reading the prompt"), stage("reading the prompt"):
             width, height = pipe.size(args.width, args.height)
             sampler = pipe.sampler(args.sampler)
             steps = pipe.num_inference_steps if args.steps is None else args.steps
             states = pipe.stream(args.prompt, args.negative, steps, args.guidance, seed, width,
                                  height, sampler=sampler)
-        latents = draw_latents(states, steps, sampler)
+        with part("drawing"):
+            latents = draw_latents(states, steps, sampler)
         with stage("decoding"):
-            image, = to_pil(pipe.decode(latents))
-            save(image, path, parameters(args, steps, sampler, seed, image.size))
+            with part("decoding"):
+                image, = to_pil(pipe.decode(latents))
+            with part("saving"):
+                save(image, path, parameters(args, steps, sampler, seed, image.size))
         print(path)
 
 

@@ -4,6 +4,7 @@ A layer's forward leaves on the tape what its backward needs; the backward is th
 the bottom up. Models (models/) are layers made of layers.
 """
 import threading
+from contextlib import contextmanager
 
 from . import ops
 
@@ -82,6 +83,37 @@ def _named(value, name):
     elif isinstance(value, list):
         for i, item in enumerate(value):
             yield from _named(item, f"{name}.{i}")
+
+
+def named_modules(owner, prefix=""):
+    """Every (name, Module) inside a module, or inside what holds some; an outer one comes first."""
+    for name, value in vars(owner).items():
+        items = [(name, value)]
+        if isinstance(value, list):
+            items = [(f"{name}.{i}", item) for i, item in enumerate(value)]
+        for path, item in items:
+            if isinstance(item, Module):
+                yield prefix + path, item
+                yield from named_modules(item, f"{prefix}{path}.")
+
+
+@contextmanager
+def watching(layers, watch):
+    """Within it every one of the (name, layer) runs watch(name, layer, its forward) as its forward.
+
+    An attribute of the layer hides its class's forward, so what is not watched pays nothing. One
+    `with` inside another watches the watched forward.
+    """
+    before = [(layer, vars(layer).get("forward")) for _, layer in layers]
+    try:
+        for name, layer in layers:
+            layer.forward = watch(name, layer, layer.forward)
+        yield
+    finally:
+        for layer, forward in before:
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
 
 
 def _data(parameter):

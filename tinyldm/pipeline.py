@@ -20,7 +20,7 @@ from .diffusion.samplers import default_sampler, get_sampler
 from .diffusion.schedule import Schedule
 from .errors import TinyldmError
 from .files import read_json
-from .layers import Module
+from .layers import named_modules, watching
 from .noise import Generator
 
 STEPS = 50                  # where the weights recommend no number of their own
@@ -297,9 +297,9 @@ def blame(module, run):
 
     That is the innermost one which is given finite numbers and answers others.
     """
-    culprits, layers = [], list(_layers_within(module, ""))
+    culprits = []
 
-    def watch(name, forward):
+    def watch(name, layer, forward):
         def watched_forward(*inputs, **options):
             clean = _all_finite(inputs)
             output = forward(*inputs, **options)
@@ -308,28 +308,12 @@ def blame(module, run):
             return output
         return watched_forward
 
-    for name, layer in layers:
-        layer.forward = watch(name, layer.forward)      # hides the class's forward
-    try:
+    with watching(list(named_modules(module)), watch):
         run()
-    finally:
-        for _, layer in layers:
-            del layer.forward
     if not culprits:
         return "no layer is to blame, so lower guidance_scale or take another sampler"
     return (f"the first layer to produce it is {culprits[0]} of {type(module).__name__}: "
             "check the weights, or use dtype float32")
-
-
-def _layers_within(module, prefix):
-    """The modules inside a module: (name, Module), named as in the weight files."""
-    for name, value in vars(module).items():
-        items = enumerate(value) if isinstance(value, list) else [(None, value)]
-        for i, item in items:
-            if isinstance(item, Module):
-                path = prefix + (name if i is None else f"{name}.{i}")
-                yield path, item
-                yield from _layers_within(item, path + ".")
 
 
 def _all_finite(values):

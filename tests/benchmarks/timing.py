@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from tinyldm import backend
+from tinyldm.profiling import Profiler
 
 
 def arguments(description, rounds):
@@ -36,6 +37,14 @@ def in_turns(contestants, rounds, warm_up=True):
             if number >= 0:
                 results[name].append(seconds if result is None else result)
     return results
+
+
+def profile(module, function):
+    """Print where time and memory of one call go, after a first one."""
+    function()
+    with Profiler(module) as profile:
+        function()
+    print(profile)
 
 
 def process(command):

@@ -2,11 +2,8 @@
 
     python -m tests.benchmarks.unet [--size 64] [--batch 2] [--rounds 5] [--json PATH]
 
-Takes 7 GB. --profile tells instead where our time goes: cumtime includes an op's worker threads.
+Takes 7 GB. --profile tells instead where our time and memory go.
 """
-import cProfile
-import pstats
-
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel as ReferenceUNet
@@ -35,7 +32,7 @@ def main():
         module(latents, timesteps, context)
 
     if args.profile:
-        return profile(ours)
+        return timing.profile(module, ours)
     torch.set_num_threads(backend.num_threads())
     with torch.device("meta"):
         reference = ReferenceUNet(**sd15.UNET)
@@ -49,14 +46,6 @@ def main():
     samples = timing.in_turns({"tinyldm": ours, "diffusers": theirs}, args.rounds)
     title = f"Stable Diffusion 1.5's UNet, {args.batch} x {args.size}x{args.size} latents"
     timing.report(title, {"one call, s": samples}, "diffusers", args.json)
-
-
-def profile(function):
-    """Print the ops of one call, after a first one, by the time spent in each."""
-    function()
-    profiler = cProfile.Profile()
-    profiler.runcall(function)
-    pstats.Stats(profiler).sort_stats("cumulative").print_stats("tinyldm/(ops|layers|models)")
 
 
 if __name__ == "__main__":
