@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -143,16 +143,31 @@ def parallel(function, items):
     """[function(item) for item in items], over worker threads with BLAS held to one thread each.
 
     NumPy releases the interpreter's lock inside its loops and BLAS calls, so threads do run at the
-    same time. Called from inside a worker it runs serially: the cores are taken already.
+    same time. The caller works as well. Called from inside a worker it runs serially: the cores are
+    taken already. Where an item raises, no other is begun, and those begun are waited for.
     """
     items = list(items)
-    if len(items) < 2 or num_threads() < 2 or _in_worker.get():
+    threads = min(num_threads(), len(items))
+    if threads < 2 or _in_worker.get():
         return [function(item) for item in items]
+    results, queue = [None] * len(items), iter(enumerate(items))        # shared: each item once
 
-    def work(item):
+    def work():
         _in_worker.set(True)
-        return function(item)
+        try:
+            for i, item in queue:
+                results[i] = function(item)
+        except BaseException:
+            for _ in queue:                             # nothing is left for the others
+                pass
+            raise
 
     with _one_blas_thread:
-        futures = [_pool().submit(contextvars.copy_context().run, work, item) for item in items]
-        return [future.result() for future in futures]
+        others = [_pool().submit(contextvars.copy_context().run, work) for _ in range(threads - 1)]
+        try:
+            contextvars.copy_context().run(work)
+        finally:
+            wait(others)
+    for other in others:
+        other.result()                                  # raises what it raised
+    return results

@@ -1,4 +1,8 @@
 """The matrix product with a weight, and its derivative. Used by every layer that mixes channels."""
+import operator
+
+from ..backend import fast
+from ..kernels.product import product
 
 
 def linear(x, weight, bias=None):
@@ -8,9 +12,13 @@ def linear(x, weight, bias=None):
 
     x (..., in), weight (out, in), bias (out,) or None -> y (..., out).
     """
-    y = x.reshape(-1, x.shape[-1]) @ weight.T                            # one product over all rows
-    if bias is not None:
-        y += bias
+    rows = x.reshape(-1, x.shape[-1])                                    # one product over all rows
+    if fast(x):
+        y = product(rows, weight.T, bias)
+    else:
+        y = rows @ weight.T
+        if bias is not None:
+            y += bias
     return y.reshape(*x.shape[:-1], -1), (x, weight)
 
 
@@ -20,6 +28,7 @@ def linear_backward(dy, cache):
     Every row of x is an example of the same product, so the rows' gradients are summed.
     """
     x, weight = cache
+    multiply = product if fast(x) else operator.matmul
     rows = dy.reshape(-1, dy.shape[-1])                                  # (R, out)
-    dweight = rows.T @ x.reshape(-1, x.shape[-1])                        # (out, R) @ (R, in)
-    return (rows @ weight).reshape(x.shape), dweight, rows.sum(axis=0)
+    dweight = multiply(rows.T, x.reshape(-1, x.shape[-1]))               # (out, R) @ (R, in)
+    return multiply(rows, weight).reshape(x.shape), dweight, rows.sum(axis=0)

@@ -1,0 +1,29 @@
+"""A matrix product over worker threads: the fast twin inside ops.linear and the 1x1 convolution.
+
+BLAS can use all cores by itself, but its threads then keep spinning for some milliseconds in wait
+for more, while the worker threads of the other kernels want the cores. So BLAS stays on one thread
+everywhere, and the rows or the columns are shared out here; a part is still in the cache when its
+bias is added.
+"""
+import numpy as np
+
+from ..backend import num_threads, parallel
+
+PART = 256                  # rows or columns of an item of work, at least
+
+
+def product(x, matrix, bias=None):
+    """y = x @ matrix + bias: x (R,I), matrix (I,O), bias (O,) or None -> y (R,O), float32."""
+    R, O = len(x), matrix.shape[1]
+    y = np.empty((R, O), np.float32)
+    # Every part reads one operand whole: share out the longer side, so that that is the smaller.
+    step = max(PART, -(-max(R, O) // (4 * num_threads())))
+
+    def part(start):
+        at = slice(start, start + step)
+        rows, columns = (at, slice(None)) if R > O else (slice(None), at)
+        out = np.matmul(x[rows], matrix[:, columns], out=y[rows, columns])
+        if bias is not None:
+            out += bias[columns]
+    parallel(part, range(0, max(R, O), step))
+    return y
