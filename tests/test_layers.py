@@ -248,10 +248,11 @@ def test_parallel_keeps_the_order(two_threads):
             assert first_may_end.wait(10)               # a serial run would wait in vain
         if item == 7:
             first_may_end.set()
-        return item, threading.current_thread().name
+        return item, threading.current_thread()
     results = backend.parallel(work, iter(range(8)))
     assert [item for item, _ in results] == list(range(8))
-    assert all(name.startswith("tinyldm") for _, name in results)
+    threads = {thread for _, thread in results}
+    assert len(threads) == 2 and threading.current_thread() in threads  # the caller works, too
 
 
 @pytest.mark.parametrize("items", [[], [3]])
@@ -283,6 +284,21 @@ def test_parallel_hands_over_an_exception_and_goes_on(two_threads):
         backend.parallel(work, range(5))
     assert blas_threads() == before
     assert backend.parallel(work, [0, 1]) == [0, 1]
+
+
+def test_after_an_exception_nothing_is_begun_or_still_running(two_threads):
+    began, ended, both = [], [], threading.Barrier(2)
+
+    def work(item):
+        began.append(item)
+        both.wait(10)                                   # two are under way when one of them raises
+        if item == 0:
+            raise KeyError(item)
+        time.sleep(0.1)
+        ended.append(item)
+    with pytest.raises(KeyError, match="0"):
+        backend.parallel(work, range(50))
+    assert sorted(began) == [0, 1] and ended == [1]
 
 
 def test_parallel_holds_blas_to_one_thread_and_lets_it_go(two_threads):

@@ -135,7 +135,7 @@ def _pool():
     global _workers
     with _workers_lock:
         if _workers is None:
-            _workers = ThreadPoolExecutor(num_threads(), thread_name_prefix="tinyldm")
+            _workers = ThreadPoolExecutor(max(1, num_threads() - 1), thread_name_prefix="tinyldm")
     return _workers
 
 
@@ -166,7 +166,8 @@ def parallel(function, items):
         others = [_pool().submit(contextvars.copy_context().run, work) for _ in range(threads - 1)]
         try:
             contextvars.copy_context().run(work)
-        finally:
+        finally:                                        # those not begun by now would find nothing
+            others = [other for other in others if not other.cancel()]
             wait(others)
     for other in others:
         other.result()                                  # raises what it raised
