@@ -49,6 +49,7 @@ def randomise(module, seed=0):
             noise *= np.float32(fan_in ** -0.5)
         parameter.data = noise
 
+    backend.keep_freed_memory()                         # as loading does
     backend.parallel(fill, enumerate(module.named_parameters()))
     return module
 

@@ -14,7 +14,7 @@ import warnings
 
 import numpy as np
 
-from .backend import array_library, get_xp, to_host
+from .backend import array_library, get_xp, keep_freed_memory, to_host
 from .diffusion.guidance import classifier_free
 from .diffusion.samplers import default_sampler, get_sampler
 from .diffusion.schedule import Schedule
@@ -39,6 +39,7 @@ def load(weights=None, device="cpu", dtype=None):
     from .checkpoints import load_pipeline_parts, resolve
     from .tokenizer import Tokenizer
 
+    keep_freed_memory()
     xp = array_library(device)
     try:
         dtype = np.dtype(dtype or np.float32)

@@ -17,9 +17,9 @@ from ..backend import parallel
 
 QUERIES, KEYS = 512, 256    # of a block: 512 KiB of scores
 ITEM = 2048                 # queries an item of work
-# Scores within +-40 (exponents of 2) need no shift by their maximum: 2^40 and 2^-40 are far from
+# Scores within +-80 (exponents of 2) need no shift by their maximum: 2^80 and 2^-80 are far from
 # float32's limits of 2^+-126, even times a large value and summed over many keys.
-SAFE = 40
+SAFE = 80
 
 
 def pays(q_shape, k_shape):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ..backend import parallel
+from .product import product
 
 STRIP_BYTES = 2 << 20       # at least: where the weight is larger than this, the strip is as large
 
@@ -46,8 +47,8 @@ def conv2d(x, weight, bias, stride, padding):
     y = np.empty((*windows.shape[:3], O), x.dtype)
 
     def multiply(strip):
-        part = windows[strip].reshape(-1, K * K * C) @ weight            # the reshape copies
-        np.add(part.reshape(y[strip].shape), 0 if bias is None else bias, out=y[strip])
+        rows = windows[strip].reshape(-1, K * K * C)                     # the reshape copies
+        y[strip] = product(rows, weight, bias).reshape(y[strip].shape)
     parallel(multiply, strips(windows, weight.nbytes))
     return y
 
@@ -58,5 +59,6 @@ def dweight(dy, x, K, stride, padding):
     windows = sliding_windows(x, K, stride, padding)
     total = np.zeros((K * K * C, O), x.dtype)
     for strip in strips(windows, total.nbytes):
-        total += windows[strip].reshape(-1, K * K * C).T @ dy[strip].reshape(-1, O)
+        rows = windows[strip].reshape(-1, K * K * C)
+        total += product(rows.T, dy[strip].reshape(-1, O))
     return total.reshape(K, K, C, O)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..backend import num_threads, parallel
 
-PART = 256                  # rows or columns of an item of work, at least
+PART = 128                  # rows or columns of an item of work, at least
 
 
 def product(x, matrix, bias=None):

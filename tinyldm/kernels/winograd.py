@@ -25,13 +25,13 @@ from .blocks import scratch
 
 STRIP_TILES = 128           # tiles at a time: their numbers stay near the core
 CHUNK = 320                 # output channels at a time at most, where tiles are few
-WEIGHTS = 1 << 11           # numbers of a weight transformed at a time: 36 times that, near the core
+WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers stay near the core
 
 
 class Points:
-    """Finite points and infinity, for tiles of that many less 2: A_T (t²,n²), G (n²,9), B_T (n²,n²).
+    """Some finite points and infinity, n in all, for tiles of t = n - 2 by t.
 
-    These are the Kronecker squares. Rows of A and G take a polynomial's values at the points, the
+    The Kronecker squares A_T (t*t,n*n), G (n*n,9), B_T (n*n,n*n). Rows of A and G take a polynomial's values at the points, the
     row of infinity its highest coefficient. B holds the polynomials that vanish at all points but
     one; dividing by their value there is left to G.
     """
