@@ -31,9 +31,9 @@ WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers st
 class Points:
     """Some finite points and infinity, n in all, for tiles of t = n - 2 by t.
 
-    The Kronecker squares A_T (t*t,n*n), G (n*n,9), B_T (n*n,n*n). Rows of A and G take a polynomial's values at the points, the
-    row of infinity its highest coefficient. B holds the polynomials that vanish at all points but
-    one; dividing by their value there is left to G.
+    The Kronecker squares A_T (t*t,n*n), G (n*n,9), B_T (n*n,n*n). Rows of A and G take a
+    polynomial's values at the points, the row of infinity its highest coefficient. B holds the
+    polynomials that vanish at all points but one; dividing by their value there is left to G.
     """
 
     def __init__(self, *finite):
