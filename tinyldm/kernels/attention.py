@@ -1,7 +1,7 @@
 """Attention a block of queries and keys at a time: the fast twin of ops.attention.
 
 Heads and stretches of queries go over worker threads with BLAS held to one thread each. A block of
-scores, 512 queries by 256 keys, is made, exponentiated and multiplied with the values while it lies
+scores, 1024 queries by 256 keys, is made, exponentiated and multiplied with the values while it lies
 in the core's own cache; the whole matrix never exists, so memory grows with the tokens alone. What
 the blocks of keys give is added up: above the weighted values, below the weights. To keep the
 exponentials from overflowing the largest score is taken out, as in softmax; a larger one found in a
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..backend import parallel
 
-QUERIES, KEYS = 512, 256    # of a block: 512 KiB of scores
+QUERIES, KEYS = 1024, 256   # of a block: 1 MiB of scores
 ITEM = 2048                 # queries an item of work
 # Scores within +-80 (exponents of 2) need no shift by their maximum: 2^80 and 2^-80 are far from
 # float32's limits of 2^+-126, even times a large value and summed over many keys.
