@@ -158,7 +158,7 @@ class StableDiffusion:
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = (latents / self.vae.scaling_factor).astype(self._dtype)
+        z = (self._array(latents) / self.vae.scaling_factor).astype(self._dtype)
         images = [self.vae.decode(z[i:i + 1]) for i in range(len(z))]
         for i, image in enumerate(images):
             if not is_finite(image):
