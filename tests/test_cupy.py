@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tinyldm import backend, layers, ops
 from tinyldm.__main__ import main
@@ -270,10 +271,18 @@ def test_the_host_waits_once_a_step(pipes, monkeypatch):
     assert waits(5) - waits(2) == 3
 
 
-def test_the_command(tmp_path):
+def test_float32_on_request(tmp_path, pipes):
+    """Without a word the GPU stores float16; the command draws what the pipeline draws."""
+    assert load(device="cuda").unet.conv_in.weight.data.dtype == np.float16
     out = tmp_path / "out.png"
-    arguments = [PROMPT, "--steps", "1", "--output", str(out), "--device", "cuda"]
-    assert main(arguments) == 0 and out.stat().st_size > 1000
+    command = [PROMPT, "--steps", "1", "--output", str(out), "--device", "cuda"]
+    drawn = []
+    for options, dtype in (([], "float16"), (["--dtype", "float32"], "float32")):
+        assert main(command + options) == 0
+        drawn.append(np.asarray(Image.open(out)))
+        expected = pipes[dtype](PROMPT, num_inference_steps=1)[0]
+        np.testing.assert_array_equal(drawn[-1], expected)
+    assert (drawn[0] != drawn[1]).any()
 
 
 @pytest.mark.parametrize("cupy, message", [
