@@ -260,12 +260,21 @@ class Ufunc:
         return method
 
 
+def synchronize():
+    Array.waits += 1
+
+
 class Library:
     """As the module cupy."""
 
     ndarray = Array
     matmul = staticmethod(operator.matmul)
-    cuda = SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=lambda: 1))
+    cuda = SimpleNamespace(
+        runtime=SimpleNamespace(getDeviceCount=lambda: 1),
+        get_current_stream=lambda: SimpleNamespace(synchronize=synchronize))
+
+    def get_default_memory_pool(self):
+        return SimpleNamespace(used_bytes=lambda: 0)
 
     def __getattr__(self, name):
         value = getattr(np, name)

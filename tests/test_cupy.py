@@ -20,6 +20,7 @@ from tinyldm.errors import TinyldmError
 from tinyldm.layers import Tape
 from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from tinyldm.pipeline import load, to_pil
+from tinyldm.profiling import Profiler
 from tinyldm.training.optim import AdamW, initialise, modules
 from tinyldm.training.unet import diffusion_loss
 from tinyldm.training.vae import vae_loss
@@ -283,6 +284,16 @@ def test_float32_on_request(tmp_path, pipes):
         expected = pipes[dtype](PROMPT, num_inference_steps=1)[0]
         np.testing.assert_array_equal(drawn[-1], expected)
     assert (drawn[0] != drawn[1]).any()
+
+
+def test_the_profiler(pipes):
+    """It waits for the device at every layer, to read the clock after the work."""
+    waits = strict.Array.waits
+    with Profiler(pipes["float16"]) as profile:
+        pipes["float16"](PROMPT, num_inference_steps=1)
+    ops_seen = profile.tables["by op"]
+    assert ops_seen["attention"].flop > 0 and "group_norm_silu" in ops_seen
+    assert strict.Array.waits - waits > sum(row.calls for row in ops_seen.values())
 
 
 @pytest.mark.parametrize("cupy, message", [
