@@ -1,4 +1,5 @@
-"""One check for every op: its derivative against finite differences, both directions against torch.
+"""One check for every op: its derivative against finite differences, both directions against torch,
+and both again on arrays that behave as a GPU's, in float32 and in float16.
 
 Torch gets the same arrays in our layout (channels last); a test hands over a small function that
 turns its tensors round. All that an op is given is read-only, so an op that writes into it fails.
@@ -8,10 +9,13 @@ import torch
 
 from tinyldm import backend
 
+from . import strict
+
 STEP = 1e-5                         # of the central difference
 DIFFERENCE = 1e-5                   # allowed, of the gradient's length
 AGAINST_TORCH = 1e-9                # allowed, of the array's largest value
 NOTHING = 1e-8                      # rounding of a difference quotient whose true value is 0
+FLOAT16 = 2e-3                      # allowed, of the array's largest value: four roundings
 
 
 def check_op(op, backward, inputs, torch_op=None, **params):
@@ -35,6 +39,7 @@ def check_op(op, backward, inputs, torch_op=None, **params):
     if torch_op is not None:
         _check_torch(torch_op, inputs, y, dy, gradients)
     _check_dtype(op, backward, inputs, dy, params)
+    _check_device(op, backward, inputs, dy, params)
 
 
 def gradients_of(backward, dy, cache, inputs):
@@ -72,12 +77,42 @@ def _check_torch(torch_op, inputs, y, dy, gradients):
 
 def _check_dtype(op, backward, inputs, dy, params):
     """A float32 op has float32 results: no constant in it widens them."""
-    narrow = [x.astype(np.float32) if x is not None and x.dtype.kind == "f" else x for x in inputs]
-    with backend.plain():
-        y, cache = op(*narrow, **params)
-        gradients = gradients_of(backward, dy.astype(np.float32), cache, narrow)
-    for result in (y, *gradients.values()):
+    for result in plain_results(op, backward, inputs, dy, params, np.float32):
         assert result.dtype == np.float32, f"{result.dtype} out of float32"
+
+
+def plain_results(op, backward, inputs, dy, params, *dtypes, move=lambda x: x):
+    """The output and every gradient, all numbers rounded to one dtype after the other."""
+    inputs = [x if x is None else move(rounded(x, *dtypes)) for x in inputs]
+    dy = rounded(dy, *dtypes) if dy.ndim else rounded(dy, np.float32)       # a loss's stays float32
+    with backend.plain():
+        y, cache = op(*inputs, **params)
+        return [y, *gradients_of(backward, move(dy), cache, inputs).values()]
+
+
+def rounded(x, *dtypes):
+    for dtype in dtypes:
+        x = x.astype(dtype) if x.dtype.kind == "f" else x
+    return read_only(x)
+
+
+def _check_device(op, backward, inputs, dy, params):
+    """Where CuPy's rules hold, float32 gives NumPy's numbers and float16 nearly those, in float16.
+
+    A loss is float32: being a sum, it may be beyond float16.
+    """
+    def compare(dtypes, allowed):
+        # NumPy in float32 from the same rounded inputs: what is left are the roundings on the way.
+        expected = plain_results(op, backward, inputs, dy, params, *dtypes, np.float32)
+        with strict.installed() as xp:
+            ours = plain_results(op, backward, inputs, dy, params, *dtypes, move=strict.Array)
+        for i, (our, their) in enumerate(zip(ours, expected)):
+            assert isinstance(our, xp.ndarray) and our.shape == np.shape(their)
+            assert our.dtype == (np.float32 if i == 0 and not our.ndim else dtypes[-1])
+            error = abs(our.get() - their).max()
+            assert error <= allowed * abs(their).max(), f"result {i} differs by {error:.1e}"
+    compare([np.float32], 0)
+    compare([np.float16], FLOAT16)
 
 
 def assert_same(ours, theirs, what):

@@ -171,6 +171,7 @@ def test_the_bundled_model(tmp_path):
     (["--output", "out.h5"], "cannot write out.h5 .*HDF5"),
     (["--output", "out.blp", "--count", "2"], "cannot write out-0.blp: BLP does not take"),
     (["--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
+    (["--dtype", "bfloat16"], "dtype must be float16, float32 or float64, not 'bfloat16'"),
     (["--colour", "red"], "unrecognized arguments: --colour red"),
     (["--weights", "nowhere"], "there is no folder nowhere"),
 ])

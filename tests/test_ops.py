@@ -9,6 +9,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_timestep_embedding
 
 from tinyldm import ops
+from tinyldm.backend import get_xp
 
 from .checks import arrays_in, check_op, read_only
 
@@ -213,8 +214,8 @@ def test_concat(shape, rng):
 @shapes
 def test_split(shape, rng):
     x = rng.normal(size=(*shape[:-1], 2 * shape[-1]))
-    check_op(lambda x: (np.stack(ops.split(x)), None), lambda dy, _: ops.split_backward(*dy), [x],
-             lambda x: torch.stack(x.chunk(2, -1)))
+    check_op(lambda x: (get_xp(x).stack(ops.split(x)), None),
+             lambda dy, _: ops.split_backward(*dy), [x], lambda x: torch.stack(x.chunk(2, -1)))
 
 
 def test_split_needs_an_even_number(rng):

@@ -69,6 +69,8 @@ def parse(arguments):
     parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, "
                         "euler_ancestral, dpmpp_2m or dpmpp_2m_karras (the weights' own)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--dtype", help="float16, float32 or float64: of the weights and of what "
+                        "is made of them (float32; on cuda float16)")
     parser.add_argument("--profile", action="store_true", help="tell at the end where time and "
                         "memory went: by stage, by block and by op")
     return parser.parse_args(arguments)
@@ -90,7 +92,7 @@ def draw_pictures(args, paths, profile=None):
     part = profile.stage if profile else nullcontext
     with part("loading"), stage("loading"):
         from .pipeline import load, to_pil
-        pipe = load(args.weights, args.device)
+        pipe = load(args.weights, args.device, args.dtype)
     if profile:
         profile.watch(pipe)
     for seed, path in enumerate(paths, args.seed):

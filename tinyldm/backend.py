@@ -29,7 +29,8 @@ def get_xp(array):
 
 def asarray(array, like):
     """Move an array to the device of `like`; its dtype stays."""
-    return get_xp(like).asarray(array)
+    xp = get_xp(like)
+    return to_host(array) if xp is np else xp.asarray(array)
 
 
 def to_host(array):
@@ -37,9 +38,19 @@ def to_host(array):
     return array if get_xp(array) is np else array.get()
 
 
+def wide(dtype):
+    """The dtype that numbers of a dtype are added up in: float32 for float16, else the same."""
+    return np.promote_types(dtype, np.float32)
+
+
 def widen(x):
     """float16 as float32, for sums and exponentials, which want more digits; others as they are."""
-    return x.astype(np.float32) if x.dtype == np.float16 else x
+    return x.astype(wide(x.dtype), copy=False)
+
+
+def add_up(x, axis):
+    """x.sum(axis) in x's dtype, float16 added up in float32, which CuPy does not always do."""
+    return x.sum(axis=axis, dtype=wide(x.dtype)).astype(x.dtype, copy=False)
 
 
 def array_library(device):

@@ -32,7 +32,7 @@ def load(weights=None, device="cpu", dtype=None):
 
     weights: None for the bundled model; a folder in the diffusers layout; or a name on the
     Hugging Face hub (owner/name), downloaded once. device: "cpu" or "cuda". dtype: of the weights
-    and of the models' arithmetic, float32 unless given.
+    and of what the models store, float32 on the CPU and float16 on the GPU unless given.
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Here, so that `import tinyldm` need not wait for the libraries behind them.
@@ -42,7 +42,7 @@ def load(weights=None, device="cpu", dtype=None):
     keep_freed_memory()
     xp = array_library(device)
     try:
-        dtype = np.dtype(dtype or np.float32)
+        dtype = np.dtype(dtype or (np.float32 if xp is np else np.float16))
     except TypeError:
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}") from None
     folder = resolve(weights)
@@ -158,7 +158,7 @@ class StableDiffusion:
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = (latents / self.vae.scaling_factor).astype(self._dtype)
+        z = (self._array(latents) / self.vae.scaling_factor).astype(self._dtype)
         images = [self.vae.decode(z[i:i + 1]) for i in range(len(z))]
         for i, image in enumerate(images):
             if not is_finite(image):

@@ -3,6 +3,7 @@
 Also the reading of their configs: an architecture that is not built here is refused by name.
 """
 from .. import ops
+from ..backend import add_up
 from ..errors import TinyldmError
 from ..layers import NO_TAPE, Activation, Conv2d, GroupNormSiLU, Linear, Module, Upsample
 
@@ -52,7 +53,7 @@ class ResnetBlock2D(Module):
         dh = self.norm2.backward(dh, tape)
         dtemb = None
         if hasattr(self, "time_emb_proj"):
-            de = dh.sum(axis=(1, 2))                    # undoes the broadcast over H, W
+            de = add_up(dh, axis=(1, 2))                # undoes the broadcast over H, W
             de = self.time_emb_proj.backward(de, tape)
             dtemb = self.nonlinearity.backward(de, tape)
         dh = self.conv1.backward(dh, tape)

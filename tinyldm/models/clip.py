@@ -5,7 +5,7 @@ end token and the padding behind it have seen the whole prompt.
 Source: Radford et al. 2021, "Learning Transferable Visual Models", arXiv:2103.00020, section 2.4.
 """
 from .. import ops
-from ..backend import get_xp
+from ..backend import add_up, get_xp
 from ..layers import NO_TAPE, Activation, Embedding, LayerNorm, Linear, Module
 from .blocks import require
 
@@ -65,7 +65,7 @@ class CLIPTextEmbeddings(Module):
 
     def backward(self, dy, tape):
         # The same positions served the whole batch: sum.
-        self.position_embedding.backward(dy.sum(axis=0), tape)
+        self.position_embedding.backward(add_up(dy, axis=0), tape)
         self.token_embedding.backward(dy, tape)
 
 

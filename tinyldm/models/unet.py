@@ -16,7 +16,7 @@ For Stable Diffusion 1.x at 64×64 latents (rows: what the skips hold, C channel
     up_blocks.0…3  3 × (skip joined, resnet[, attention]), doubled between: the same table, upwards
 """
 from .. import ops
-from ..backend import widen
+from ..backend import wide
 from ..errors import TinyldmError
 from ..layers import (
     NO_TAPE,
@@ -72,7 +72,7 @@ class UNet2DConditionModel(Module):
     def forward(self, latents, timesteps, context, tape=NO_TAPE):
         config = self.config
         # Not in float16, in which 981 times a frequency has no digits left.
-        timesteps = widen(timesteps.astype(latents.dtype))
+        timesteps = timesteps.astype(wide(latents.dtype))
         waves, _ = ops.timestep_embedding(
             timesteps, config["block_out_channels"][0],
             config.get("flip_sin_to_cos", True), config.get("freq_shift", 0))

@@ -7,8 +7,11 @@ from .erf import erf
 
 
 def _sigmoid(x):
-    """1 / (1 + exp(-x)) written with tanh, which does not overflow."""
-    return 0.5 * get_xp(x).tanh(0.5 * x) + 0.5
+    """1 / (1 + exp(-x)) written with tanh, which does not overflow. float16 x -> float32.
+
+    For x << 0 the two halves cancel, which leaves float16 no digits.
+    """
+    return 0.5 * get_xp(x).tanh(0.5 * widen(x)) + 0.5
 
 
 def silu(x):
@@ -19,17 +22,17 @@ def silu(x):
     """
     if fast(x):
         return activations.silu(x), x
-    return x * _sigmoid(x), x
+    return (x * _sigmoid(x)).astype(x.dtype, copy=False), x
 
 
 def silu_backward(dy, x):
     """dx = dy * s * (1 + x * (1 - s)),  s = sigmoid(x): the product rule, with s' = s (1 - s)."""
     s = _sigmoid(x)
-    return dy * s * (1 + x * (1 - s))
+    return (dy * s * (1 + x * (1 - s))).astype(x.dtype, copy=False)
 
 
-def _normal_cdf(x):
-    return 0.5 * (1 + erf(x * math.sqrt(0.5)))
+def _normal_cdf(x):                                     # float16 x -> float32
+    return 0.5 * (1 + erf(widen(x) * math.sqrt(0.5)))
 
 
 def gelu(x):
@@ -39,13 +42,14 @@ def gelu(x):
     """
     if fast(x):
         return activations.gelu(x), x
-    return x * _normal_cdf(x), x
+    return (x * _normal_cdf(x)).astype(x.dtype, copy=False), x
 
 
 def gelu_backward(dy, x):
     """dx = dy * (Phi(x) + x * phi(x)),  phi = exp(-x^2/2) / sqrt(2 pi), the derivative of Phi."""
-    density = get_xp(x).exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return dy * (_normal_cdf(x) + x * density)
+    x_wide = widen(x)
+    density = get_xp(x).exp(-0.5 * x_wide * x_wide) * (1 / math.sqrt(2 * math.pi))
+    return (dy * (_normal_cdf(x) + x * density)).astype(x.dtype, copy=False)
 
 
 def quick_gelu(x):
@@ -55,13 +59,14 @@ def quick_gelu(x):
     """
     if fast(x):
         return activations.quick_gelu(x), x
-    return x * _sigmoid(1.702 * x), x
+    return (x * _sigmoid(1.702 * widen(x))).astype(x.dtype, copy=False), x
 
 
 def quick_gelu_backward(dy, x):
     """dx = dy * s * (1 + 1.702 x (1 - s)),  s = sigmoid(1.702 x)."""
-    s = _sigmoid(1.702 * x)
-    return dy * s * (1 + 1.702 * x * (1 - s))
+    x_wide = 1.702 * widen(x)
+    s = _sigmoid(x_wide)
+    return (dy * s * (1 + x_wide * (1 - s))).astype(x.dtype, copy=False)
 
 
 def geglu(x):
@@ -88,7 +93,7 @@ def geglu_backward(dy, x):
 
 def softmax(x):
     """y = exp(x) / sum(exp(x)) over the last axis; less the row's maximum, so nothing overflows."""
-    y = get_xp(x).exp(widen(x - x.max(axis=-1, keepdims=True)))
+    y = get_xp(x).exp(widen(x) - x.max(axis=-1, keepdims=True))
     y /= y.sum(axis=-1, keepdims=True)
     y = y.astype(x.dtype, copy=False)
     return y, y
@@ -96,4 +101,6 @@ def softmax(x):
 
 def softmax_backward(dy, y):
     """dx = y * (dy - sum(y * dy)): raising one score lowers all other shares."""
-    return y * (dy - (y * dy).sum(axis=-1, keepdims=True))
+    y_wide = widen(y)
+    dx = y_wide * (dy - (y_wide * dy).sum(axis=-1, keepdims=True))
+    return dx.astype(y.dtype, copy=False)

@@ -1,5 +1,5 @@
 """Attention: every query takes a mean of the values, weighted by how well the keys match it."""
-from ..backend import fast, get_xp
+from ..backend import fast, get_xp, widen
 from ..kernels import attention as twin
 from .activation import softmax, softmax_backward
 
@@ -40,12 +40,13 @@ def attention(q, k, v, num_heads, causal=False):
     cache = (q, k, v, num_heads, causal)
     if fast(q) and twin.pays(q.shape, k.shape):
         return twin.attention(*cache), cache
-    heads = [_split_heads(x, num_heads) for x in (q, k, v)]
+    # float16 scores would overflow, and CuPy multiplies stacks of matrices in float32 anyway.
+    heads = [widen(_split_heads(x, num_heads)) for x in (q, k, v)]
     y = get_xp(q).empty_like(heads[0])
     for start in range(0, q.shape[1], ROWS):
         rows = slice(start, start + ROWS)
         y[:, :, rows] = _weights(heads[0][:, :, rows], heads[1], start, causal) @ heads[2]
-    return _merge_heads(y), cache
+    return _merge_heads(y).astype(q.dtype, copy=False), cache
 
 
 def attention_backward(dy, cache):
@@ -59,8 +60,7 @@ def attention_backward(dy, cache):
     Keys and values are shared by all queries, so dk and dv add up over the blocks of rows.
     """
     *qkv, num_heads, causal = cache
-    q, k, v = (_split_heads(x, num_heads) for x in qkv)
-    dy = _split_heads(dy, num_heads)
+    q, k, v, dy = (widen(_split_heads(x, num_heads)) for x in (*qkv, dy))
     xp, scale = get_xp(q), q.shape[-1] ** -0.5
     dq, dk, dv = xp.empty_like(q), xp.zeros_like(k), xp.zeros_like(v)
     for start in range(0, q.shape[2], ROWS):
@@ -71,4 +71,4 @@ def attention_backward(dy, cache):
         ds = softmax_backward(dp, p) * scale                        # 0 where causal hid it: p is 0
         dq[:, :, rows] = ds @ k
         dk += ds.swapaxes(-1, -2) @ q[:, :, rows]
-    return _merge_heads(dq), _merge_heads(dk), _merge_heads(dv)
+    return tuple(_merge_heads(d).astype(x.dtype, copy=False) for d, x in zip((dq, dk, dv), qkv))

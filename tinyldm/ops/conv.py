@@ -1,5 +1,5 @@
 """Convolution and nearest upsampling: the ops that look at neighbouring pixels."""
-from ..backend import fast, get_xp
+from ..backend import add_up, fast, get_xp, wide
 from ..kernels import conv as twin
 
 
@@ -36,12 +36,12 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
     if fast(x):
         return twin.conv2d(x, weight, bias, stride, padding), cache
     Ho, Wo = ((size + sum(padding) - K) // stride + 1 for size in (H, W))
-    y = get_xp(x).zeros((B, Ho, Wo, O), x.dtype)
+    y = get_xp(x).zeros((B, Ho, Wo, O), wide(x.dtype))                  # K*K products add up
     for i, j, x_tap in _taps(_pad(x, padding), K, stride, Ho, Wo):
         y += (x_tap.reshape(-1, C) @ weight[i, j]).reshape(y.shape)     # (R,C) @ (C,O), R = B*Ho*Wo
     if bias is not None:
         y += bias
-    return y, cache
+    return y.astype(x.dtype, copy=False), cache
 
 
 def conv2d_backward(dy, cache):
@@ -55,12 +55,12 @@ def conv2d_backward(dy, cache):
     """
     x, weight, stride, padding = cache
     K, _, C, O = weight.shape
-    dbias = dy.reshape(-1, O).sum(axis=0)
+    dbias = add_up(dy.reshape(-1, O), axis=0)
     if fast(x):
         return *twin.conv2d_backward(dy, x, weight, stride, padding), dbias
     xp = get_xp(x)
     x_padded = _pad(x, padding)
-    dx_padded, dweight = xp.zeros_like(x_padded), xp.empty_like(weight)
+    dx_padded, dweight = xp.zeros_like(x_padded, wide(x.dtype)), xp.empty_like(weight)
     x_taps = _taps(x_padded, K, stride, *dy.shape[1:3])
     dx_taps = _taps(dx_padded, K, stride, *dy.shape[1:3])               # views into dx_padded
     rows = dy.reshape(-1, O)
@@ -69,7 +69,7 @@ def conv2d_backward(dy, cache):
         dx_tap += (rows @ weight[i, j].T).reshape(x_tap.shape)          # (R,O) @ (O,C)
     before = padding[0]
     dx = dx_padded[:, before:before + x.shape[1], before:before + x.shape[2]]
-    return dx, dweight, dbias
+    return dx.astype(x.dtype, copy=False), dweight, dbias
 
 
 def upsample_nearest(x, size=None):
@@ -91,4 +91,4 @@ def upsample_nearest_backward(dy, cache):
     if H % 2 or W % 2:                                          # the cut row or column got nothing
         dy = get_xp(dy).pad(dy, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)))
     B, H, W, C = dy.shape
-    return dy.reshape(B, H // 2, 2, W // 2, 2, C).sum(axis=(2, 4))
+    return add_up(dy.reshape(B, H // 2, 2, W // 2, 2, C), axis=(2, 4))

@@ -1,7 +1,7 @@
 """Numbers for names: rows of a table for token ids, waves for timesteps."""
 import math
 
-from ..backend import get_xp
+from ..backend import get_xp, wide, widen
 
 
 def embedding(ids, weight):
@@ -13,9 +13,9 @@ def embedding_backward(dy, cache):
     """dy (...,C) -> dweight (V,C): a row used several times collects all its gradients."""
     ids, weight = cache
     xp = get_xp(weight)
-    dweight = xp.zeros_like(weight)
-    xp.add.at(dweight, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
-    return dweight
+    dweight = xp.zeros_like(weight, wide(weight.dtype))
+    xp.add.at(dweight, ids.reshape(-1), widen(dy).reshape(-1, dy.shape[-1]))
+    return dweight.astype(weight.dtype, copy=False)
 
 
 def timestep_embedding(timesteps, dim, flip_sin_to_cos=True, freq_shift=0):
@@ -30,7 +30,7 @@ def timestep_embedding(timesteps, dim, flip_sin_to_cos=True, freq_shift=0):
     appendix B.
     """
     xp, half = get_xp(timesteps), dim // 2
-    steps = xp.arange(half, dtype=timesteps.dtype)
+    steps = xp.arange(half, dtype=wide(timesteps.dtype))
     frequencies = xp.exp(steps * (-math.log(10000) / (half - freq_shift)))
     angles = timesteps[:, None] * frequencies                            # (B,dim/2)
     waves = [xp.cos(angles), xp.sin(angles)]
@@ -38,7 +38,8 @@ def timestep_embedding(timesteps, dim, flip_sin_to_cos=True, freq_shift=0):
         waves.reverse()
     if dim % 2:
         waves.append(xp.zeros_like(angles[:, :1]))
-    return xp.concatenate(waves, axis=1), (angles, frequencies, flip_sin_to_cos)
+    y = xp.concatenate(waves, axis=1).astype(timesteps.dtype, copy=False)
+    return y, (angles, frequencies, flip_sin_to_cos)
 
 
 def timestep_embedding_backward(dy, cache):
@@ -47,4 +48,5 @@ def timestep_embedding_backward(dy, cache):
     xp, half = get_xp(angles), angles.shape[1]
     first, second = dy[:, :half], dy[:, half:2 * half]
     dcos, dsin = (first, second) if flip_sin_to_cos else (second, first)
-    return ((dsin * xp.cos(angles) - dcos * xp.sin(angles)) * frequencies).sum(axis=1)
+    dangles = dsin * xp.cos(angles) - dcos * xp.sin(angles)              # (B,dim/2)
+    return (dangles * frequencies).sum(axis=1).astype(dy.dtype, copy=False)

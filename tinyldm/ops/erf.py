@@ -8,7 +8,7 @@ Three ranges of |x| have a ratio of polynomials each; the outer two approximate 
 whose decay exp(-x^2) is taken out first.
 """
 
-from ..backend import get_xp
+from ..backend import get_xp, widen
 
 # Highest power first. Near 0: erf(x) = x * ratio(x^2).
 SMALL = ((1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2,
@@ -34,7 +34,7 @@ ONE_FROM = 6.0                          # erfc(6) = 2e-17: from here erf is 1 in
 def erf(x):
     """The error function of every element: x (...) -> (...), within 1e-15 (2e-7 in float32)."""
     xp = get_xp(x)
-    wide = x.astype(xp.promote_types(x.dtype, xp.float32))      # float16 would overflow below
+    wide = widen(x)                                             # float16 would overflow below
     size = xp.minimum(abs(wide), ONE_FROM)
     # Every range is evaluated everywhere, at arguments clipped to where it holds, and then chosen.
     small = xp.minimum(size, 0.46875)

@@ -1,7 +1,7 @@
 """The matrix product with a weight, and its derivative. Used by every layer that mixes channels."""
 import operator
 
-from ..backend import fast
+from ..backend import add_up, fast
 from ..kernels.product import product
 
 
@@ -31,4 +31,4 @@ def linear_backward(dy, cache):
     multiply = product if fast(x) else operator.matmul
     rows = dy.reshape(-1, dy.shape[-1])                                  # (R, out)
     dweight = multiply(rows.T, x.reshape(-1, x.shape[-1]))               # (out, R) @ (R, in)
-    return multiply(rows, weight).reshape(x.shape), dweight, rows.sum(axis=0)
+    return multiply(rows, weight).reshape(x.shape), dweight, add_up(rows, axis=0)

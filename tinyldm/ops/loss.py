@@ -1,31 +1,35 @@
 """Losses: one number to make small.
 
-Each backward takes dloss, the gradient of what the loss becomes part of.
+Each backward takes dloss, the gradient of what the loss becomes part of. The loss of float16 arrays
+is float32, being a sum.
 """
-from ..backend import get_xp
+from ..backend import get_xp, widen
 
 
 def mse(prediction, target):
     """Mean squared error: loss = mean((prediction - target)^2), over all entries (same shape)."""
     difference = prediction - target
-    return (difference * difference).mean(), difference
+    wide = widen(difference)
+    return (wide * wide).mean(), difference
 
 
 def mse_backward(dloss, difference):
     """-> dprediction, dtarget:  +-2 * difference / size."""
     dprediction = difference * (2 * dloss / difference.size)
+    dprediction = dprediction.astype(difference.dtype, copy=False)
     return dprediction, -dprediction
 
 
 def l1(prediction, target):
     """Mean absolute error: loss = mean(|prediction - target|)."""
     difference = prediction - target
-    return abs(difference).mean(), difference
+    return widen(abs(difference)).mean(), difference
 
 
 def l1_backward(dloss, difference):
     """-> dprediction, dtarget:  +-sign(difference) / size; 0 where both are equal."""
     dprediction = get_xp(difference).sign(difference) * (dloss / difference.size)
+    dprediction = dprediction.astype(difference.dtype, copy=False)
     return dprediction, -dprediction
 
 
@@ -37,8 +41,8 @@ def kl_normal(mean, logvar):
     mean, logvar (B,...) -> loss.
     Source: Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114, appendix B.
     """
-    variance = get_xp(logvar).exp(logvar)
-    loss = 0.5 * (mean * mean + variance - 1 - logvar).sum() / mean.shape[0]
+    mean_wide, variance = widen(mean), get_xp(logvar).exp(widen(logvar))
+    loss = 0.5 * (mean_wide * mean_wide + variance - 1 - logvar).sum() / mean.shape[0]
     return loss, (mean, logvar)
 
 
@@ -46,7 +50,8 @@ def kl_normal_backward(dloss, cache):
     """-> dmean = mean / B,  dlogvar = (exp(logvar) - 1) / 2B."""
     mean, logvar = cache
     scale = dloss / mean.shape[0]
-    return mean * scale, (get_xp(logvar).exp(logvar) - 1) * (0.5 * scale)
+    dlogvar = (get_xp(logvar).exp(widen(logvar)) - 1) * (0.5 * scale)
+    return (mean * scale).astype(mean.dtype, copy=False), dlogvar.astype(logvar.dtype, copy=False)
 
 
 def cross_entropy(logits, labels):
@@ -57,7 +62,7 @@ def cross_entropy(logits, labels):
     logits (R,V), labels (R,) integers in [0, V) -> loss.
     """
     xp = get_xp(logits)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted = widen(logits) - logits.max(axis=-1, keepdims=True)
     log_sum = xp.log(xp.exp(shifted).sum(axis=-1))                       # (R,)
     rows = xp.arange(labels.shape[0])
     return (log_sum - shifted[rows, labels]).mean(), (logits, labels)
@@ -67,7 +72,7 @@ def cross_entropy_backward(dloss, cache):
     """-> dlogits (R,V) = (softmax(logits) - onehot(labels)) / R."""
     logits, labels = cache
     xp = get_xp(logits)
-    dlogits = xp.exp(logits - logits.max(axis=-1, keepdims=True))
+    dlogits = xp.exp(widen(logits) - logits.max(axis=-1, keepdims=True))
     dlogits /= dlogits.sum(axis=-1, keepdims=True)
     dlogits[xp.arange(labels.shape[0]), labels] -= 1
-    return dlogits * (dloss / labels.shape[0])
+    return (dlogits * (dloss / labels.shape[0])).astype(logits.dtype, copy=False)

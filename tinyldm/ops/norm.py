@@ -48,6 +48,7 @@ def group_norm_backward(dy, cache):
     if fast(x):
         return backward.group_norm_backward(dy, x, weight, None, mean, rstd, silu=False)
     B, C, G = x.shape[0], x.shape[-1], mean.shape[2]
+    dy = widen(dy)
     n = _normalise(x, mean, rstd).reshape(B, -1, G, C // G)              # (B,N,G,C/G)
     pixels = tuple(range(x.ndim - 1))
     dweight = (dy * n.reshape(x.shape)).sum(axis=pixels)
@@ -55,7 +56,13 @@ def group_norm_backward(dy, cache):
     g = (dy * weight).reshape(n.shape)
     dx = rstd * (g - g.mean(axis=(1, 3), keepdims=True)
                  - n * (g * n).mean(axis=(1, 3), keepdims=True))
-    return dx.reshape(x.shape), dweight, dbias
+    return _as_given(dx.reshape(x.shape), dweight, dbias, x, weight)
+
+
+def _as_given(dx, dweight, dbias, x, weight):
+    """The gradients, made in float32, in the dtype of what they belong to."""
+    return (dx.astype(x.dtype, copy=False), dweight.astype(weight.dtype, copy=False),
+            dbias.astype(weight.dtype, copy=False))
 
 
 def group_norm_silu(x, weight, bias, num_groups, eps):
@@ -110,7 +117,8 @@ def layer_norm_backward(dy, cache):
     if fast(x):
         return backward.layer_norm_backward(dy, x, weight, mean, rstd)
     tokens = tuple(range(x.ndim - 1))
+    dy = widen(dy)
     n = (x - mean) * rstd
     g = dy * weight
     dx = rstd * (g - g.mean(axis=-1, keepdims=True) - n * (g * n).mean(axis=-1, keepdims=True))
-    return dx, (dy * n).sum(axis=tokens), dy.sum(axis=tokens)
+    return _as_given(dx, (dy * n).sum(axis=tokens), dy.sum(axis=tokens), x, weight)

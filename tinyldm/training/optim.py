@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from ..backend import parallel
+from ..backend import asarray, get_xp, parallel, to_host
 from ..models.blocks import Attention, ResnetBlock2D
 from ..models.clip import CLIPMLP, CLIPAttention
 from ..models.unet import Transformer2DModel
@@ -72,8 +72,9 @@ class AdamW:
         self.named = list(named_parameters)
         self.weight_decay, self.beta1, self.beta2, self.eps = weight_decay, beta1, beta2, eps
         self.clip, self.ema_decay, self.steps = clip, ema_decay, 0
-        self.data = np.concatenate([parameter.data.reshape(-1) for _, parameter in self.named])
-        self.grad, self.m, self.v = (np.zeros_like(self.data) for _ in range(3))
+        xp = get_xp(self.named[0][1].data)
+        self.data = xp.concatenate([parameter.data.reshape(-1) for _, parameter in self.named])
+        self.grad, self.m, self.v = (xp.zeros_like(self.data) for _ in range(3))
         self.ema = self.data.copy()
         self.spans, start = [], 0                       # where each parameter lies in the vector
         for _, parameter in self.named:
@@ -88,14 +89,16 @@ class AdamW:
             assert parameter.grad is not None, f"{name} has no gradient"
             self.grad[span] = parameter.grad.reshape(-1)
             parameter.grad = None
-        norm = math.sqrt(float(np.dot(self.grad, self.grad)))
+        xp = get_xp(self.data)
+        norm = math.sqrt(float(xp.dot(self.grad, self.grad)))
         self.steps += 1
         scale = min(1.0, self.clip / (norm + 1e-6))
         # An average over the first few steps only would remember the random start: begin short.
         ema_decay = min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
+        block = BLOCK if xp is np else self.data.size   # a GPU wants few long passes
 
         def update(start):
-            span = slice(start, start + BLOCK)
+            span = slice(start, start + block)
             p, g, ema = self.data[span], self.grad[span], self.ema[span]
             m, v = self.m[span], self.v[span]
             g *= scale
@@ -103,20 +106,21 @@ class AdamW:
             v += (1 - self.beta2) * (g * g - v)
             m_hat = m * (1 / (1 - self.beta1 ** self.steps))
             v_hat = v * (1 / (1 - self.beta2 ** self.steps))
-            p -= learning_rate * (m_hat / (np.sqrt(v_hat) + self.eps) + self.weight_decay * p)
+            p -= learning_rate * (m_hat / (xp.sqrt(v_hat) + self.eps) + self.weight_decay * p)
             ema += (1 - ema_decay) * (p - ema)
 
-        parallel(update, range(0, self.data.size, BLOCK))
+        parallel(update, range(0, self.data.size, block))
         return norm
 
     STATE = ("data", "m", "v", "ema")
 
     def state(self):
-        return {name: getattr(self, name) for name in self.STATE} | {"steps": self.steps}
+        return {name: to_host(getattr(self, name)) for name in self.STATE} | {"steps": self.steps}
 
     def load_state(self, state):
         for name in self.STATE:
-            getattr(self, name)[...] = state[name]
+            array = getattr(self, name)
+            array[...] = asarray(state[name], like=array)
         self.steps = int(state["steps"])
 
 

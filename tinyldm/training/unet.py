@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import ops
-from ..backend import num_threads, parallel
+from ..backend import asarray, num_threads, parallel
 from ..diffusion.schedule import Schedule
 from ..layers import Tape
 from ..models import CLIPTextModel, UNet2DConditionModel
@@ -84,11 +84,11 @@ def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
     latents (B,16,16,4) scaled, ids (B,77) -> {"loss"}, times share, the shard's part of the batch.
     """
     timesteps = sample_timesteps(rng, len(latents), schedule.num_train_timesteps)
-    noise = rng.standard_normal(latents.shape, np.float32)
+    noise = asarray(rng.standard_normal(latents.shape, np.float32), like=latents)
     x_t = schedule.add_noise(latents, noise, timesteps)
     tape = Tape()
     context = text_encoder.forward(ids, tape)
-    prediction = unet.forward(x_t, timesteps, context, tape)
+    prediction = unet.forward(x_t, asarray(timesteps, like=x_t), context, tape)
     loss, cache = ops.mse(prediction, schedule.target(latents, noise, timesteps))
     dprediction, _ = ops.mse_backward(np.float32(share), cache)
     _, dcontext = unet.backward(dprediction, tape)

@@ -10,6 +10,7 @@ terms).
 import numpy as np
 
 from .. import ops
+from ..backend import asarray, get_xp
 from ..layers import NO_TAPE, Tape
 from ..models import AutoencoderKL
 from . import data
@@ -28,8 +29,8 @@ def vae_loss(vae, images, rng, share, decoder_only=False):
     """
     tape = Tape()
     mean, logvar = vae.encode(images, NO_TAPE if decoder_only else tape)
-    std = np.exp(0.5 * logvar)
-    noise = rng.standard_normal(mean.shape, np.float32)
+    std = get_xp(logvar).exp(0.5 * logvar)
+    noise = asarray(rng.standard_normal(mean.shape, np.float32), like=mean)
     z = mean + std * noise
     output = vae.decode(z, tape)
     l1, l1_cache = ops.l1(output, images)
