@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "models": BOTTOM | {"ops", "layers"},
     "diffusion": BOTTOM,
     "tokenizer": BOTTOM,
-    "checkpoints": BOTTOM | {"layers", "models"},
+    "checkpoints": BOTTOM | {"kernels", "layers", "models"},
     "pipeline": BOTTOM | {"noise", "layers", "models", "diffusion", "tokenizer", "checkpoints"},
     "profiling": BOTTOM | {"layers", "models"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "tokenizer",

@@ -4,7 +4,8 @@ import pytest
 
 from tests.reference import assert_close
 from tinyldm import backend, ops
-from tinyldm.kernels import activations, attention, blocks, im2col, norm, winograd
+from tinyldm.kernels import activations, attention, blocks, half, im2col, norm, winograd
+from tinyldm.kernels.product import product
 
 TOLERANCE = 2e-4            # of the output's standard deviation
 
@@ -187,3 +188,63 @@ def test_blocks_cover_everything_once(shape):
         assert counted[block].size <= max(blocks.BLOCK, shape[-1])
     blocks.over_blocks(count, *shape)
     assert (counted == 1).all()
+
+
+# ---- float16 weights ------------------------------------------------------------------------
+
+def all_halves():
+    """Every float16 there is, but for infinity and NaN: (62, 1024)."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    return halves[np.isfinite(halves)].reshape(62, 1024)
+
+
+@pytest.mark.parametrize("block", [100, 1 << 16])
+def test_widening_is_exact(block, monkeypatch):
+    monkeypatch.setattr(half, "BLOCK", block)
+    x = all_halves()
+    for view in (x, x.T, x[:, 3:700], x[::2, ::3], np.tile(x, (40, 1))):
+        wide = half.widened(view)
+        assert wide.dtype == np.float32
+        np.testing.assert_array_equal(wide, view.astype(np.float32))
+    assert half.widened(wide) is wide
+    assert np.signbit(half.widened(np.float16([[-0.0]]))).all()
+
+
+def test_infinity_and_nan_are_found():
+    x = all_halves()
+    assert half.is_finite(x)
+    for bad in (np.inf, -np.inf, np.nan):
+        for dtype in (np.float16, np.float32):
+            y = x.astype(dtype)
+            y[61, 1023] = bad
+            assert not half.is_finite(y)
+
+
+@pytest.mark.parametrize("R, I, O", [
+    (5, 7, 3), (3, 7, 5), (1, 1, 1), (700, 40, 600), (600, 30, 700)])
+def test_product(R, I, O):
+    x, weight, bias = normal(R, I), normal(O, I, seed=1), normal(O, seed=2)
+    assert_close(product(x, weight.T, bias), x @ weight.T + bias, TOLERANCE)
+    assert_close(product(x, np.ascontiguousarray(weight.T)), x @ weight.T, TOLERANCE)
+    narrow = weight.astype(np.float16)
+    assert_close(product(x, narrow.T, bias), x @ narrow.astype(np.float32).T + bias, TOLERANCE)
+    assert_close(product(x, np.ascontiguousarray(narrow.T)), x @ narrow.astype(np.float32).T,
+                 TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16, 32, 48), (1, 70, 33, 40, 33), (1, 7, 9, 5, 3),
+                                   (2, 64, 64, 8, 340)], ids=str)
+@pytest.mark.parametrize("K, stride", [(3, 1), (3, 2), (1, 1)])
+def test_convolution_with_a_float16_weight(shape, K, stride):
+    """Forward and backward are those of the same weight widened beforehand."""
+    B, H, W, C, O = shape
+    x, bias = normal(B, H, W, C), normal(O, seed=2)
+    weight = normal(K, K, C, O, seed=1, scale=(K * K * C) ** -0.5).astype(np.float16)
+    wide = weight.astype(np.float32)
+    y, cache = ops.conv2d(x, weight, bias, stride, (K // 2, K // 2))
+    expected, expected_cache = ops.conv2d(x, wide, bias, stride, (K // 2, K // 2))
+    np.testing.assert_array_equal(y, expected)
+    dy = normal(*y.shape, seed=3)
+    for ours, theirs in zip(ops.conv2d_backward(dy, cache),
+                            ops.conv2d_backward(dy, expected_cache), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -32,7 +32,9 @@ def load(weights=None, device="cpu", dtype=None):
 
     weights: None for the bundled model; a folder in the diffusers layout; or a name on the
     Hugging Face hub (owner/name), downloaded once. device: "cpu" or "cuda". dtype: of the weights
-    and of what the models store, float32 on the CPU and float16 on the GPU unless given.
+    and of what the models store. Unless given it is float16 on the GPU and float32 on the CPU,
+    where large weights that the files have in float16 stay so and are widened when they are used:
+    half of the memory, the same numbers. To train them give float32.
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Here, so that `import tinyldm` need not wait for the libraries behind them.
@@ -42,7 +44,8 @@ def load(weights=None, device="cpu", dtype=None):
     keep_freed_memory()
     xp = array_library(device)
     try:
-        dtype = np.dtype(dtype or (np.float32 if xp is np else np.float16))
+        dtype = np.dtype(np.float16) if dtype is None and xp is not np else dtype
+        dtype = dtype and np.dtype(dtype)
     except TypeError:
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}") from None
     folder = resolve(weights)
@@ -224,7 +227,7 @@ class StableDiffusion:
 
     @property
     def _dtype(self):
-        return self.unet.conv_in.weight.data.dtype
+        return self.unet.conv_in.bias.data.dtype        # large weights may be narrower
 
     def _draw(self, generators, shape):
         """Normal numbers (B,H,W,C), in the order of the reference: image by image, (C,H,W) each."""

@@ -4,6 +4,7 @@ Stands between the files (safetensors_file.py, layout.py) and the models; folder
 components together. Everything a user's folder can get wrong ends here in a TinyldmError.
 """
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from .safetensors_file import read_safetensors, write_safetensors
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
                 "model.safetensors", "model.fp16.safetensors")
+LARGE = 1 << 20                                         # numbers in a weight that may stay float16
 NAMES_SHOWN = 8                                         # of a list of keys in an error
 
 
@@ -66,12 +68,13 @@ def load_weights(module, files, dtype=np.float32):
     """Fill every parameter of `module` from safetensors files, strictly in both directions.
 
     files: one path or a list. One tensor is read at a time; where file and parameter agree in
-    dtype and layout the parameter is a view of the memory-mapped file. dtype: float16, 32 or 64.
+    dtype and layout the parameter is a view of the memory-mapped file. dtype: float16, 32 or 64;
+    None is float32, but for large weights that the file has in float16: they stay so.
     Raises TinyldmError with three lists (missing, unexpected, wrong shape) before anything is
     filled, or naming the first weight that is not finite.
     """
     files = [files] if isinstance(files, (str, Path)) else files
-    if np.dtype(dtype) not in (np.float16, np.float32, np.float64):
+    if dtype is not None and np.dtype(dtype) not in (np.float16, np.float32, np.float64):
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {np.dtype(dtype)}")
     stored = {}
     for file in files:
@@ -83,7 +86,9 @@ def load_weights(module, files, dtype=np.float32):
 
     def fill(name):
         axes = layout.OUR_AXES if len(parameters[name].shape) == 4 else None
-        parameters[name].data = tensors[name].read(dtype, axes)
+        stays = tensors[name].format == "F16" and math.prod(parameters[name].shape) >= LARGE
+        wanted = dtype or (np.float16 if stays else np.float32)
+        parameters[name].data = tensors[name].read(wanted, axes)
 
     backend.parallel(fill, tensors)
 
@@ -112,6 +117,8 @@ def _shorten(names):
 
 def load_model(folder, dtype=np.float32):
     """The model that folder/config.json names, with the folder's weights in `dtype`.
+
+    dtype: see load_weights.
 
     Returns a UNet2DConditionModel, an AutoencoderKL or a CLIPTextModel.
     Raises TinyldmError: see read_config, find_weights and load_weights.

@@ -36,7 +36,7 @@ class PipelineParts(NamedTuple):
 
 
 def load_pipeline_parts(folder, dtype=np.float32):
-    """Read a pipeline folder's models (weights in `dtype`) and the scheduler's config.
+    """Read a pipeline folder's models (see load_weights for dtype) and the scheduler's config.
 
     Raises TinyldmError for another pipeline than StableDiffusionPipeline, and for whatever is
     missing or wrong in a component; what costs nothing to check is checked before any weight.

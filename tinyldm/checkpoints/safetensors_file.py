@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from ..errors import TinyldmError
 from ..files import replacing
+from ..kernels.half import is_finite
 
 # bfloat16 is the upper half of a float32; NumPy has no such type, so it is read as bare bits.
 DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"),
@@ -54,7 +55,7 @@ class StoredTensor(NamedTuple):
             values = values.transpose(axes)
         with np.errstate(over="ignore"):                # what overflows is reported below
             array = np.require(values, dtype, ["C_CONTIGUOUS", "ALIGNED"])
-        if not np.isfinite(array).all():
+        if not is_finite(array):
             raise TinyldmError(f"{self.path}: the tensor {self.name} holds NaN, infinity or "
                                f"numbers too large for {array.dtype}: use another file")
         if not np.may_share_memory(array, view):

@@ -1,9 +1,9 @@
 """Attention a block of queries and keys at a time: the fast twin of ops.attention.
 
 Heads and stretches of queries go over worker threads with BLAS held to one thread each. A block of
-scores, 1024 queries by 256 keys, is made, exponentiated and multiplied with the values while it lies
-in the core's own cache; the whole matrix never exists, so memory grows with the tokens alone. What
-the blocks of keys give is added up: above the weighted values, below the weights. To keep the
+scores, 1024 queries by 256 keys, is made, exponentiated and multiplied with the values while it is
+near the core; the whole matrix never exists, so memory grows with the tokens alone. What the blocks
+of keys give is added up: above the weighted values, below the weights. To keep the
 exponentials from overflowing the largest score is taken out, as in softmax; a larger one found in a
 later block scales down what was added so far. Where no score can be large, all of that is left out.
 Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", arXiv:1805.02867,

@@ -2,6 +2,7 @@
 import numpy as np
 
 from . import im2col, winograd
+from .half import widened
 from .product import product
 
 
@@ -30,8 +31,10 @@ def conv2d_backward(dy, x, weight, stride, padding):
         return conv2d(dy, flipped, None, 1, (K - 1 - padding[0], K - 1 - padding[1])), dweight
     B, Ho, Wo, _ = dy.shape
     before, after = padding
+    weight, rows = widened(weight.reshape(-1, O)).reshape(weight.shape), dy.reshape(-1, O)
     dx = np.zeros((B, x.shape[1] + before + after, x.shape[2] + before + after, C), x.dtype)
     for i in range(K):
         for j in range(K):
-            dx[:, i:i + stride * Ho:stride, j:j + stride * Wo:stride] += dy @ weight[i, j].T
+            dx_tap = dx[:, i:i + stride * Ho:stride, j:j + stride * Wo:stride]
+            dx_tap += product(rows, weight[i, j].T).reshape(dx_tap.shape)
     return dx[:, before:before + x.shape[1], before:before + x.shape[2]], dweight

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ..backend import parallel
+from .half import widened
 from .product import product
 
 STRIP_BYTES = 2 << 20       # at least: where the weight is larger than this, the strip is as large
@@ -43,13 +44,16 @@ def conv2d(x, weight, bias, stride, padding):
     """As ops.conv2d. x (B,H,W,C), weight (K,K,C,O) -> y (B,Ho,Wo,O)."""
     K, _, C, O = weight.shape
     windows = sliding_windows(x, K, stride, padding)
+    items = strips(windows, 4 * weight.size)
     weight = weight.reshape(K * K * C, O)
+    if len(items) > 1:
+        weight = widened(weight)
     y = np.empty((*windows.shape[:3], O), x.dtype)
 
     def multiply(strip):
         rows = windows[strip].reshape(-1, K * K * C)                     # the reshape copies
         y[strip] = product(rows, weight, bias).reshape(y[strip].shape)
-    parallel(multiply, strips(windows, weight.nbytes))
+    parallel(multiply, items)
     return y
 
 

@@ -8,13 +8,19 @@ bias is added.
 import numpy as np
 
 from ..backend import num_threads, parallel
+from .half import widened
 
 PART = 128                  # rows or columns of an item of work, at least
 
 
 def product(x, matrix, bias=None):
-    """y = x @ matrix + bias: x (R,I), matrix (I,O), bias (O,) or None -> y (R,O), float32."""
+    """y = x @ matrix + bias: x (R,I), matrix (I,O), bias (O,) or None -> y (R,O), float32.
+
+    The matrix may be float16; a part of it is widened where it is used.
+    """
     R, O = len(x), matrix.shape[1]
+    if R > O:                                           # every part would widen all of it
+        matrix = widened(matrix)
     y = np.empty((R, O), np.float32)
     # Every part reads one operand whole: share out the longer side, so that that is the smaller.
     step = max(PART, -(-max(R, O) // (4 * num_threads())))
@@ -22,7 +28,7 @@ def product(x, matrix, bias=None):
     def part(start):
         at = slice(start, start + step)
         rows, columns = (at, slice(None)) if R > O else (slice(None), at)
-        out = np.matmul(x[rows], matrix[:, columns], out=y[rows, columns])
+        out = np.matmul(x[rows], widened(matrix[:, columns]), out=y[rows, columns])
         if bias is not None:
             out += bias[columns]
     parallel(part, range(0, max(R, O), step))

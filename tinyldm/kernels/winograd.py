@@ -22,6 +22,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..backend import num_threads, parallel
 from .blocks import scratch
+from .half import widen
 
 STRIP_TILES = 128           # tiles at a time: their numbers stay near the core
 CHUNK = 320                 # output channels at a time at most, where tiles are few
@@ -157,9 +158,10 @@ def _transform_weight(weight, points, values):
     C, O = weight.shape[2:]
     step = max(1, WEIGHTS // O)
     for c in range(0, C, step):
-        part = values[:, c:c + step]
-        np.matmul(points.G, weight[:, :, c:c + step].reshape(9, -1),
-                  out=part.reshape(points.count, -1))
+        kernels, part = weight[:, :, c:c + step], values[:, c:c + step]
+        if weight.dtype == np.float16:
+            kernels = widen(kernels, scratch("kernels", *kernels.shape))
+        np.matmul(points.G, kernels.reshape(9, -1), out=part.reshape(points.count, -1))
 
 
 def _transform_tiles(x, strip, padding, points, tiles):
