@@ -28,7 +28,8 @@ def product(x, matrix, bias=None):
     def part(start):
         at = slice(start, start + step)
         rows, columns = (at, slice(None)) if R > O else (slice(None), at)
-        out = np.matmul(x[rows], widened(matrix[:, columns]), out=y[rows, columns])
+        part_matrix = widened(matrix[:, columns], "part")
+        out = np.matmul(x[rows], part_matrix, out=y[rows, columns])
         if bias is not None:
             out += bias[columns]
     parallel(part, range(0, max(R, O), step))
