@@ -4,7 +4,7 @@ import pytest
 
 from tests.reference import assert_close
 from tinyldm import backend, ops
-from tinyldm.kernels import activations, attention, blocks, half, im2col, norm, winograd
+from tinyldm.kernels import activations, attention, blocks, conv, half, im2col, norm, winograd
 from tinyldm.kernels.product import product
 
 TOLERANCE = 2e-4            # of the output's standard deviation
@@ -70,6 +70,23 @@ def test_im2col(shape, stride, padding, monkeypatch):
     weight = normal(3, 3, C, O, seed=1, scale=(9 * C) ** -0.5)
     y = im2col.conv2d(x, weight, bias, stride, padding)
     assert_close(y, plain(ops.conv2d, x, weight, bias, stride, padding), TOLERANCE)
+
+
+@pytest.mark.parametrize("shape, padding", where_the_kernel_fits([(1, 1), (0, 0), (0, 1), (2, 2)]),
+                         ids=str)
+def test_convolution_of_few_outputs(shape, padding):
+    B, H, W, C, _ = shape
+    x, bias, weight = normal(B, H, W, C), normal(3, seed=2), normal(3, 3, C, 3, seed=1, scale=0.1)
+    for b in (bias, None):
+        assert_close(conv.few_outputs(x, weight, b, padding),
+                     plain(ops.conv2d, x, weight, b, 1, padding), TOLERANCE)
+
+
+def test_upsampling():
+    x = normal(2, 5, 3, 4)
+    for size in (None, (9, 5), (10, 5)):
+        np.testing.assert_array_equal(ops.upsample_nearest(x, size)[0],
+                                      plain(ops.upsample_nearest, x, size))
 
 
 # ---- norms ----------------------------------------------------------------------------------
