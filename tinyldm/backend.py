@@ -121,6 +121,11 @@ def num_threads():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def free_threads():
+    """Among how many threads work can be shared out here: within a worker there is that one."""
+    return 1 if _in_worker.get() else num_threads()
+
+
 class _OneBlasThread:
     """Holds BLAS to one thread while any caller is inside: the first limits, the last restores.
 
@@ -178,8 +183,8 @@ def parallel(function, items):
     taken already. Where an item raises, no other is begun, and those begun are waited for.
     """
     items = list(items)
-    threads = min(num_threads(), len(items))
-    if threads < 2 or _in_worker.get():
+    threads = min(free_threads(), len(items))
+    if threads < 2:
         return [function(item) for item in items]
     results, queue = [None] * len(items), iter(enumerate(items))        # shared: each item once
 

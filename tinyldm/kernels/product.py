@@ -7,7 +7,7 @@ bias is added.
 """
 import numpy as np
 
-from ..backend import num_threads, parallel
+from ..backend import free_threads, parallel
 from .half import widened
 
 PART = 128                  # rows or columns of an item of work, at least
@@ -23,7 +23,8 @@ def product(x, matrix, bias=None):
         matrix = widened(matrix)
     y = np.empty((R, O), np.float32)
     # Every part reads one operand whole: share out the longer side, so that that is the smaller.
-    step = max(PART, -(-max(R, O) // (4 * num_threads())))
+    longer, threads = max(R, O), free_threads()
+    step = max(PART, -(-longer // (4 * threads))) if threads > 1 else longer
 
     def part(start):
         at = slice(start, start + step)
@@ -32,5 +33,10 @@ def product(x, matrix, bias=None):
         out = np.matmul(x[rows], part_matrix, out=y[rows, columns])
         if bias is not None:
             out += bias[columns]
-    parallel(part, range(0, max(R, O), step))
+    parallel(part, range(0, longer, step))
     return y
+
+
+def column_sums(x):
+    """x (R,C) -> (C,): a product with ones takes a third of the time of NumPy's sum."""
+    return np.ones(len(x), np.float32) @ x

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from ..backend import num_threads, parallel
+from ..backend import free_threads, parallel
 from .blocks import scratch
 from .half import widen
 
@@ -57,9 +57,9 @@ LARGE_TILES = 64            # from this many on tiles are large
 
 
 def pays(x_shape, weight_shape):
-    """Whether this is faster than im2col: enough tiles share the weight's transform."""
+    """Whether this is faster than im2col: enough whole tiles share the weight's transform."""
     B, H, W, C = x_shape
-    return B * H * W >= 512 and min(C, weight_shape[-1]) >= 32
+    return B * H * W >= 512 and min(H, W) >= 8 and min(C, weight_shape[-1]) >= 32
 
 
 def conv3x3(x, weight, bias, padding=(1, 1)):
@@ -72,7 +72,7 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
     y = np.empty((B, H + sum(padding) - 2, W + sum(padding) - 2, O), np.float32)
     points = _points(y.shape)
     strips = _strips(y.shape, points, STRIP_TILES)
-    if len(strips) >= 2 * num_threads():
+    if len(strips) >= 2 * free_threads():
         values = np.empty((points.count, C, O), np.float32)
 
         def channels(start):
@@ -90,9 +90,9 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
         whole, = _strips(y.shape, points, math.prod(y.shape))
         tiles = np.empty((points.count, whole.tiles, C), np.float32)
         parallel(lambda item: _transform_tiles(x, item, padding, points, tiles[:, item.place]),
-                 _strips(y.shape, points, whole.tiles // (2 * num_threads())))
+                 _strips(y.shape, points, whole.tiles // (2 * free_threads())))
 
-        step = min(CHUNK, -(-O // num_threads()))
+        step = min(CHUNK, -(-O // free_threads()))
 
         def chunk(start):
             part = slice(start, min(start + step, O))

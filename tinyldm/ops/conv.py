@@ -1,6 +1,7 @@
 """Convolution and nearest upsampling: the ops that look at neighbouring pixels."""
 from ..backend import add_up, fast, get_xp, wide
 from ..kernels import conv as twin
+from ..kernels.product import column_sums
 
 
 def _pad(x, padding):
@@ -55,15 +56,15 @@ def conv2d_backward(dy, cache):
     """
     x, weight, stride, padding = cache
     K, _, C, O = weight.shape
-    dbias = add_up(dy.reshape(-1, O), axis=0)
+    rows = dy.reshape(-1, O)
     if fast(x):
-        return *twin.conv2d_backward(dy, x, weight, stride, padding), dbias
+        return *twin.conv2d_backward(dy, x, weight, stride, padding), column_sums(rows)
+    dbias = add_up(rows, axis=0)
     xp = get_xp(x)
     x_padded = _pad(x, padding)
     dx_padded, dweight = xp.zeros_like(x_padded, wide(x.dtype)), xp.empty_like(weight)
     x_taps = _taps(x_padded, K, stride, *dy.shape[1:3])
     dx_taps = _taps(dx_padded, K, stride, *dy.shape[1:3])               # views into dx_padded
-    rows = dy.reshape(-1, O)
     for (i, j, x_tap), (_, _, dx_tap) in zip(x_taps, dx_taps):
         dweight[i, j] = x_tap.reshape(-1, C).T @ rows                   # (C,R) @ (R,O)
         dx_tap += (rows @ weight[i, j].T).reshape(x_tap.shape)          # (R,O) @ (O,C)

@@ -1,8 +1,6 @@
 """The matrix product with a weight, and its derivative. Used by every layer that mixes channels."""
-import operator
-
 from ..backend import add_up, fast
-from ..kernels.product import product
+from ..kernels.product import column_sums, product
 
 
 def linear(x, weight, bias=None):
@@ -28,7 +26,11 @@ def linear_backward(dy, cache):
     Every row of x is an example of the same product, so the rows' gradients are summed.
     """
     x, weight = cache
-    multiply = product if fast(x) else operator.matmul
-    rows = dy.reshape(-1, dy.shape[-1])                                  # (R, out)
-    dweight = multiply(rows.T, x.reshape(-1, x.shape[-1]))               # (out, R) @ (R, in)
-    return multiply(rows, weight).reshape(x.shape), dweight, add_up(rows, axis=0)
+    rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if fast(x):
+        dx, dweight, dbias = product(rows, weight), product(rows.T, inputs), column_sums(rows)
+    else:
+        dx = rows @ weight                                               # (R, out) @ (out, in)
+        dweight = rows.T @ inputs                                        # (out, R) @ (R, in)
+        dbias = add_up(rows, axis=0)
+    return dx.reshape(x.shape), dweight, dbias
