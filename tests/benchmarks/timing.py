@@ -27,7 +27,7 @@ def arguments(description, rounds):
 
 
 def in_turns(contestants, rounds, warm_up=True):
-    """{name: function} -> {name: [what it returned, or its seconds if that was None]}, A B A B."""
+    """{name: function} -> {name: [the dict it returned, or else its seconds]}, A B A B."""
     results = {name: [] for name in contestants}
     for number in range(-int(warm_up), rounds):
         for name, function in contestants.items():
@@ -35,7 +35,7 @@ def in_turns(contestants, rounds, warm_up=True):
             result = function()
             seconds = time.perf_counter() - start
             if number >= 0:
-                results[name].append(seconds if result is None else result)
+                results[name].append(result if isinstance(result, dict) else seconds)
     return results
 
 
