@@ -40,9 +40,9 @@ def main():
     torch.set_num_threads(backend.num_threads())
     reference, theirs = their_step(batch)
     assert_same_work(unet, ours, reference, theirs)
-    samples = timing.in_turns({"tinyldm": ours, "PyTorch": theirs}, args.rounds)
-    title = f"A training step of the bundled UNet, batch {args.batch}"
-    timing.report(title, {"one step, s": samples}, "PyTorch", args.json)
+    samples = timing.in_turns({"tinyldm": ours, "diffusers": theirs}, args.rounds)
+    timing.report("A training step of the bundled UNet",
+                  [(f"batch {args.batch}", "s", samples)], "diffusers", args.json)
 
 
 def make_batch(size, seed=1):
