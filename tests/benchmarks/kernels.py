@@ -1,20 +1,16 @@
 """Each fast twin side by side with PyTorch at Stable Diffusion 1.5's shapes, float32, same threads.
 
-    python -m tests.benchmarks.kernels [--rounds 5] [--only conv] [--json kernels.json]
+    python -m tests.benchmarks.kernels [--rounds 5] [--only conv] [--json PATH]
 
-The two take turns within a round, so that whatever else the machine does slows both; medians over
-the rounds. A ratio below 1 means faster than PyTorch. PyTorch gets its own layout (B,C,H,W).
+PyTorch gets its own layout (B,C,H,W).
 """
-import argparse
-import json
-import statistics
-import time
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from tinyldm import backend, ops
+
+from . import timing
 
 CONVS = [                   # B, H, C, O, stride
     # SD 1.5's UNet at 64x64 latents, batch 2 for guidance
@@ -100,36 +96,19 @@ def torch_attention(q, k, v, heads, causal):
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = timing.arguments("Each fast twin against PyTorch", rounds=5)
     parser.add_argument("--only", default="", help="only names that contain this text")
-    parser.add_argument("--json", help="write the table to this file")
-    options = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(backend.num_threads())
-    table = []
-    print(f"{'op':11} {'shape':25} {'tinyldm ms':>10} {'PyTorch ms':>10} {'ratio':>6}")
-    for case, shape in [(case, shape) for case, shapes in CASES.items() for shape in shapes]:
-        name = case.__name__
-        if options.only not in name:
-            continue
-        ours, theirs = case(*shape)
-        with torch.inference_mode():
-            ours(), theirs()
-            times = [(seconds(ours), seconds(theirs)) for _ in range(options.rounds)]
-        mine, other = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
-        table.append(dict(op=name, shape=shape, ms=mine, torch_ms=other, ratio=mine / other))
-        print(f"{name:11} {shape!s:25} {mine:10.2f} {other:10.2f} {mine / other:6.2f}", flush=True)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(dict(threads=backend.num_threads(), rounds=options.rounds, table=table),
-                      file, indent=1)
+    rows = ((f"{case.__name__} {shape}", "s", measure(*case(*shape), args.rounds))
+            for case, shapes in CASES.items() if args.only in case.__name__ for shape in shapes)
+    timing.report("Operations", rows, "PyTorch", args.json)
+
+
+@torch.inference_mode()
+def measure(ours, theirs, rounds):
+    return timing.in_turns({"tinyldm": ours, "PyTorch": theirs}, rounds)
 
 
 if __name__ == "__main__":

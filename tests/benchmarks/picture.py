@@ -1,9 +1,10 @@
 """A whole picture at SD 1.5's size from float16 weights: tinyldm's command against diffusers.
 
-    python -m tests.benchmarks.picture [--steps 4] [--size 512] [--rounds 1] [--folder F] [--json P]
+    python -m tests.benchmarks.picture [--steps 20] [--size 512] [--rounds 5] [--folder PATH]
+        [--json PATH]
 
 Each in a process of its own: wall time from start to PNG, and peak memory. The weights are random,
-made in a temporary folder (2.1 GB), or in F, where they stay for the next time.
+made in a temporary folder (2.1 GB), or in one that stays for the next time.
 """
 import json
 import subprocess
@@ -29,8 +30,8 @@ image.save(output)
 
 
 def main():
-    parser = timing.arguments("A whole picture at SD 1.5's size against diffusers", rounds=1)
-    parser.add_argument("--steps", type=int, default=4, help="steps of PNDM (4)")
+    parser = timing.arguments("A whole picture at SD 1.5's size against diffusers", rounds=5)
+    parser.add_argument("--steps", type=int, default=20, help="steps of PNDM (20)")
     parser.add_argument("--size", type=int, default=512, help="height and width in pixels (512)")
     parser.add_argument("--folder", type=Path, help="keep the weights there (a temporary folder)")
     parser.add_argument("--make", type=Path, help="only make the weights, in this folder")
@@ -43,10 +44,12 @@ def main():
             make = [sys.executable, "-m", "tests.benchmarks.picture", "--make", folder]
             subprocess.run(make, check=True)
         contestants = commands(folder, args.steps, args.size, Path(temporary))
-        tables = timing.processes(contestants, args.rounds)
+        seconds, gigabytes = timing.processes(contestants, args.rounds)
         print(f"largest difference of the two pictures: {difference(Path(temporary))} of 255")
-    title = f"SD 1.5's size, {args.size}x{args.size} pixels, {args.steps} steps with guidance"
-    timing.report(title, tables, "diffusers", args.json)
+    case = f"{args.size}x{args.size} pixels, {args.steps} steps"
+    rows = [(f"{case}, time", "s", seconds), (f"{case}, peak memory", "GB", gigabytes)]
+    timing.report("Stable Diffusion 1.5, prompt to PNG, load included", rows, "diffusers",
+                  args.json)
 
 
 def commands(folder, steps, size, output):

@@ -1,7 +1,7 @@
 """What the benchmarks share: timing in turns, processes measured from outside, one table.
 
-Contestants alternate, A B A B, so that a machine that slows down for a minute slows both; their
-medians are divided by the reference's: below 1 is faster or smaller than the reference.
+Contestants alternate, A B A B, so that a machine that slows down for a minute slows both; the ratio
+is that of their medians, ours to the reference's: below 1 is faster or smaller than the reference.
 """
 import argparse
 import json
@@ -17,6 +17,8 @@ from pathlib import Path
 from tinyldm import backend
 from tinyldm.profiling import Profiler
 
+from .figures import amount
+
 
 def arguments(description, rounds):
     """A parser with the options of every benchmark."""
@@ -26,16 +28,20 @@ def arguments(description, rounds):
     return parser
 
 
-def in_turns(contestants, rounds, warm_up=True):
-    """{name: function} -> {name: [what it returned, or its seconds if that was None]}, A B A B."""
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turns(contestants, rounds, warm_up=True, measure=seconds):
+    """{name: contestant} -> {name: [measure(contestant) in every round]}, A B A B."""
     results = {name: [] for name in contestants}
     for number in range(-int(warm_up), rounds):
-        for name, function in contestants.items():
-            start = time.perf_counter()
-            result = function()
-            seconds = time.perf_counter() - start
+        for name, contestant in contestants.items():
+            result = measure(contestant)
             if number >= 0:
-                results[name].append(seconds if result is None else result)
+                results[name].append(result)
     return results
 
 
@@ -65,13 +71,11 @@ def process(command):
 
 
 def processes(commands, rounds):
-    """{name: arguments of this Python}, run in turns -> {quantity: {name: [numbers]}}."""
-    contestants = {name: lambda command=command: process([sys.executable, *command])
-                   for name, command in commands.items()}
-    samples = in_turns(contestants, rounds, warm_up=rounds > 1)
-    quantities = {"wall time, s": "seconds", "peak memory, GB": "gigabytes"}
-    return {quantity: {name: [run[key] for run in runs] for name, runs in samples.items()}
-            for quantity, key in quantities.items()}
+    """{name: arguments of this Python}, run in turns -> {name: [seconds]}, {name: [gigabytes]}."""
+    commands = {name: [sys.executable, *command] for name, command in commands.items()}
+    samples = in_turns(commands, rounds, warm_up=rounds > 1, measure=process)
+    return [{name: [run[quantity] for run in runs] for name, runs in samples.items()}
+            for quantity in ("seconds", "gigabytes")]
 
 
 def machine():
@@ -97,22 +101,20 @@ def _processor():
         return platform.processor()
 
 
-def report(title, tables, reference, path=None):
-    """Print each contestant's median and its ratio to the reference's; to a path, write JSON too.
+def report(title, rows, reference, path=None):
+    """Print the medians and ratio of each row as soon as it is there; to a path, write JSON too.
 
-    tables: {quantity: {contestant: [numbers]}}; reference: one of the contestants.
+    rows: (what, unit, {contestant: [numbers]}) each, the contestants "tinyldm" and the reference.
     """
     about = machine()
     print(f"\n{title}\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"{'':40}{'median':>10}  / {reference}")
-    results = {}
-    for quantity, samples in tables.items():
-        medians = {name: statistics.median(numbers) for name, numbers in samples.items()}
-        ratios = {name: median / medians[reference] for name, median in medians.items()}
-        print(quantity)
-        for name in samples:
-            print(f"  {name:38}{medians[name]:10.3f}{ratios[name]:10.3f}")
-        results[quantity] = {"medians": medians, "ratios": ratios, "samples": samples}
+    print(f"{'':46}{'tinyldm':>12}{reference:>18}{'ratio':>8}")
+    figures = []
+    for what, unit, samples in rows:
+        ours, theirs = (statistics.median(samples[name]) for name in ("tinyldm", reference))
+        print(f"{what:46}{amount(ours, unit):>12}{amount(theirs, unit):>18}{ours / theirs:8.3f}",
+              flush=True)
+        figures.append({"what": what, "unit": unit, "ratio": ours / theirs, "samples": samples})
     if path:
-        content = {"title": title, "reference": reference, "about": about, "results": results}
+        content = {"title": title, "reference": reference, "about": about, "figures": figures}
         Path(path).write_text(json.dumps(content, indent=1) + "\n", "utf-8")

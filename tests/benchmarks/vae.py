@@ -1,8 +1,8 @@
-"""SD 1.5's VAE decoder, float32, ours against diffusers with as many threads.
+"""SD 1.5's VAE, both halves, float32, ours against diffusers with as many threads.
 
-    python -m tests.benchmarks.vae [--size 64] [--rounds 3] [--json PATH]
+    python -m tests.benchmarks.vae [--part decoder] [--size 512] [--rounds 5] [--json PATH]
 
---profile tells instead where our time and memory go.
+--profile tells instead where our time and memory go in the first part.
 """
 import numpy as np
 import torch
@@ -15,33 +15,41 @@ from tinyldm.models import AutoencoderKL
 
 from . import timing
 
+PARTS = {"decoder": ("decode", 8, 4), "encoder": ("encode", 1, 3)}     # pixels a number, channels
+
 
 def main():
-    parser = timing.arguments("SD 1.5's VAE decoder against diffusers", rounds=3)
-    parser.add_argument("--size", type=int, default=64, help="height and width of the latents (64)")
+    parser = timing.arguments("SD 1.5's VAE against diffusers", rounds=5)
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="(both)")
+    parser.add_argument("--size", type=int, default=512, help="height and width in pixels (512)")
     parser.add_argument("--profile", action="store_true", help="profile one picture instead")
     args = parser.parse_args()
-    z = np.random.default_rng(1).standard_normal((1, args.size, args.size, 4), np.float32)
     module = sd15.randomise(AutoencoderKL(sd15.VAE))
-
-    def ours():
-        module.decode(z)
-
     if args.profile:
-        return timing.profile(module, ours)
+        method, x = make_input(args.part[0], args.size)
+        return timing.profile(module, lambda: getattr(module, method)(x))
     torch.set_num_threads(backend.num_threads())
     with torch.device("meta"):
         reference = ReferenceVAE(**sd15.VAE)
     sd15.share_weights(module, reference)
-    tz = nchw(z)
+    rows = ((f"{part}, {args.size}x{args.size} pixels", "s",
+             measure(module, reference, *make_input(part, args.size), args.rounds))
+            for part in args.part)
+    timing.report("Stable Diffusion 1.5's VAE", rows, "diffusers", args.json)
 
-    @torch.inference_mode()
-    def theirs():
-        reference.decode(tz)
 
-    samples = timing.in_turns({"tinyldm": ours, "diffusers": theirs}, args.rounds)
-    title = f"Stable Diffusion 1.5's VAE decoder, {args.size}x{args.size} latents"
-    timing.report(title, {"one picture, s": samples}, "diffusers", args.json)
+def make_input(part, size):
+    """The method's name, and an array for it."""
+    method, shrink, channels = PARTS[part]
+    shape = (1, size // shrink, size // shrink, channels)
+    return method, np.random.default_rng(1).standard_normal(shape, np.float32)
+
+
+def measure(module, reference, method, x, rounds):
+    ours, theirs, tx = getattr(module, method), getattr(reference, method), nchw(x)
+    with torch.inference_mode():
+        return timing.in_turns({"tinyldm": lambda: ours(x), "diffusers": lambda: theirs(tx)},
+                               rounds)
 
 
 if __name__ == "__main__":

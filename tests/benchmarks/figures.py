@@ -1,0 +1,110 @@
+"""The measured figures: read from the benchmarks' JSON files, and quoted in the docs.
+
+A page quotes them between two comments, which `fill` fills in and the tests compare:
+
+    <!-- table: unet vae -->...<!-- end -->                         a table of these benchmarks
+    <!-- ratio: unet, 2 x 64x64 latents -->0.95<!-- end -->         one figure; also ours, reference
+
+The first comment of one figure must not begin a line: Markdown takes such a line for HTML.
+"""
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+MEASURED = ROOT / "docs" / "measured"
+
+# Every benchmark, in the order of the table, with the ratio aimed at.
+AIMS = {"unet": 1, "vae": 1, "text": 1, "picture": 1, "startup": 1, "training": 1, "kernels": 1}
+
+QUOTE = re.compile(r"<!-- (table|ours|reference|ratio): (.+?) -->(.*?)<!-- end -->", re.S)
+ABOUT = ("machine", "cores", "threads", "python", "blas", "numpy", "torch", "diffusers",
+         "transformers")
+SMALLER = {"s": "ms", "GB": "MB"}
+
+
+class Figure(NamedTuple):
+    """One thing measured of both: medians over the rounds."""
+
+    title: str
+    what: str
+    unit: str                   # s or GB
+    ours: float
+    reference: float
+    whose: str                  # the reference's name
+
+    @property
+    def ratio(self):
+        return self.ours / self.reference
+
+
+def read(folder=MEASURED):
+    """{benchmark: (its figures, a line about the machine)} of the JSON files in a folder."""
+    return {name: _read(folder / f"{name}.json") for name in AIMS
+            if (folder / f"{name}.json").is_file()}
+
+
+def _read(path):
+    content = json.loads(path.read_text("utf-8"))
+    name, about = content["reference"], content["about"]
+    figures = []
+    for row in content["figures"]:
+        ours, reference = (statistics.median(row["samples"][who]) for who in ("tinyldm", name))
+        figures.append(Figure(content["title"], row["what"], row["unit"], ours, reference, name))
+    return figures, ", ".join(f"{key} {about[key]}" for key in ABOUT)
+
+
+def amount(value, unit):
+    """Three digits and the unit: 12.3 ms."""
+    if value < 1:
+        value, unit = 1000 * value, SMALLER[unit]
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def table(names, measured):
+    """A Markdown table of the benchmarks called so, those that were measured."""
+    lines = ["| what | tinyldm | reference | ratio | aim |", "|---|---|---|---|---|"]
+    for name in names:
+        for figure in measured.get(name, [()])[0]:
+            title, what, unit, ours, reference, whose = figure
+            lines.append(f"| {title}: {what} | {amount(ours, unit)} | {amount(reference, unit)}, "
+                         f"{whose} | {figure.ratio:.2f} | {AIMS[name]} |")
+    abouts = dict.fromkeys(measured[name][1] for name in names if name in measured)
+    return "\n".join([*lines, "", *(f"Measured on: {about}." for about in abouts)])
+
+
+def fill(text, measured):
+    """The page with all its quotes as measured; those of a benchmark not measured stay.
+
+    Raises ValueError for a benchmark or a figure that does not exist.
+    """
+    def quote(match):
+        kind, key, shown = match.groups()
+        names = key.split() if kind == "table" else [key.partition(",")[0]]
+        if not AIMS.keys() >= set(names):
+            raise ValueError(f"no benchmark is called {key}: there are {', '.join(AIMS)}")
+        if not measured.keys() & set(names):
+            return match[0]
+        if kind == "table":
+            shown = f"\n\n{table(names, measured)}\n\n"
+        else:
+            shown = _one(kind, key, measured[names[0]][0])
+        return f"<!-- {kind}: {key} -->{shown}<!-- end -->"
+
+    return QUOTE.sub(quote, text)
+
+
+def _one(kind, key, figures):
+    what = key.partition(", ")[2]
+    for figure in figures:
+        if figure.what == what:
+            value = getattr(figure, kind)
+            return f"{value:.2f}" if kind == "ratio" else amount(value, figure.unit)
+    raise ValueError(f"{key}: measured are {'; '.join(figure.what for figure in figures)}")
+
+
+def pages():
+    """The pages that may quote figures."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
