@@ -73,7 +73,7 @@ def process(command):
 def processes(commands, rounds):
     """{name: arguments of this Python}, run in turns -> {name: [seconds]}, {name: [gigabytes]}."""
     commands = {name: [sys.executable, *command] for name, command in commands.items()}
-    samples = in_turns(commands, rounds, warm_up=rounds > 1, measure=process)
+    samples = in_turns(commands, rounds, warm_up=False, measure=process)
     return [{name: [run[quantity] for run in runs] for name, runs in samples.items()}
             for quantity in ("seconds", "gigabytes")]
 
