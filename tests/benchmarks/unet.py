@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.unet [--batch 2] [--size 64] [--rounds 5] [--json PATH]
 
-Several batches and sizes make a table, as does the command without them. Takes 7 GB. --profile
+Several batches and sizes make a table, as does the command without them. Takes 8 GB. --profile
 tells instead where our time and memory go in the first row of the table.
 """
 from itertools import product
