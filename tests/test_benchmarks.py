@@ -66,7 +66,7 @@ def test_quotes_are_filled_in(measured):
     assert re.sub("<.*?>", "", filled) == "a 0.75 b 600 ms c 5"      # the VAE was not measured
     assert figures.fill(filled, measured) == filled
     table = figures.fill("<!-- table: vae unet -->\n\nold\n\n<!-- end -->", measured)
-    assert "| UNet: 2 x 8x8 latents | 600 ms | 800 ms, diffusers | 0.75 | 1 |\n" in table
+    assert "| UNet: 2 x 8x8 latents | 600 ms | 800 ms, diffusers | 0.75 | 0.9 |\n" in table
     assert "machine one" in table and "old" not in table
 
 
