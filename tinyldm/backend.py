@@ -96,7 +96,7 @@ def fast(x):
 # ---- memory ---------------------------------------------------------------------------------
 
 def keep_freed_memory():
-    """Let the C library keep up to a GiB of freed memory for the next arrays.
+    """Let the C library keep up to 2 GiB of freed memory for the next arrays.
 
     A map of some MB is made and dropped at every layer. Given back to the system, its memory comes
     as new pages, which must be zeroed and lie in no cache: an eighth of the time of a call of SD
@@ -108,7 +108,7 @@ def keep_freed_memory():
     except (OSError, AttributeError, TypeError):
         return
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)                 # what is larger is not kept
-    mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 # ---- worker threads -------------------------------------------------------------------------

@@ -23,37 +23,18 @@ from numpy.lib.stride_tricks import as_strided
 from ..backend import free_threads, parallel
 from .blocks import scratch
 from .half import widen
+from .points import Points
 
 STRIP_TILES = 128           # tiles at a time: their numbers stay near the core
 CHUNK = 320                 # output channels at a time at most, where tiles are few
 WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers stay near the core
 
 
-class Points:
-    """Some finite points and infinity, n in all, for tiles of t = n - 2 by t.
-
-    The Kronecker squares A_T (t*t,n*n), G (n*n,9), B_T (n*n,n*n). Rows of A and G take a
-    polynomial's values at the points, the row of infinity its highest coefficient. B holds the
-    polynomials that vanish at all points but one; dividing by their value there is left to G.
-    """
-
-    def __init__(self, *finite):
-        points, n = np.array(finite), len(finite) + 1
-        self.tile, self.count = n - 2, n * n
-        others = [np.delete(points, i) for i in range(n - 1)]
-        values = np.array([np.prod(p - rest) for p, rest in zip(points, others)])
-        A = np.vstack([points[:, None] ** np.arange(n - 2), np.eye(n - 2)[-1]])          # (n,t)
-        G = np.vstack([points[:, None] ** np.arange(3) / values[:, None], np.eye(3)[-1]])
-        B = np.zeros((n, n))                                                             # rows: B.T
-        for i, roots in enumerate([*others, points]):
-            B[i, :len(roots) + 1] = np.poly(roots)[::-1]
-        self.A_T, self.G, self.B_T = (np.kron(m, m).astype(np.float32) for m in (A.T, G, B))
-
-
 # Of 120 pairs +-a, +-b these gave the smallest error: 8e-7 of the output's deviation (root mean
 # square, C = 64); the usual 0, +-1, +-2 gave 18e-7, and 0, +-1, 1/2, -2 gave 12e-7.
-LARGE, SMALL = Points(0, 2 / 3, -2 / 3, 3 / 2, -3 / 2), Points(0, 1, -1)
+LARGE, SMALL = Points(2 / 3, 3 / 2), Points(1)
 LARGE_TILES = 64            # from this many on tiles are large
+LONG = 4096                 # numbers in a row of tiles, one each, from which on sums are fast
 
 
 def pays(x_shape, weight_shape):
@@ -166,24 +147,41 @@ def _transform_weight(weight, points, values):
 
 def _transform_tiles(x, strip, padding, points, tiles):
     """B.T d B of a strip's tiles: x (B,H,W,C) -> tiles (36,tiles,C), written."""
-    x, tile, rows, columns = x[strip.images], points.tile, strip.rows, strip.columns
+    n, t, columns = points.size, points.tile, strip.columns
+    phases = _phases(x[strip.images], strip, padding[0], t)
+    _, B, _, _, C = phases.shape
+    sP, sB, sH, sW, sC = phases.strides
+    # A tile's row i, in every tile: (n,t,B,rows,columns+1,C). Its column j is a phase, or the next
+    # tile's first or second.
+    rows = as_strided(phases, (n, t, B, strip.rows, columns + 1, C), (sH, sP, sB, t * sH, sW, sC))
+    tiles = tiles.reshape(n, n, B, strip.rows, columns, C)
+    if columns * C >= LONG:                                 # of the rows, then of the columns
+        halfway = scratch("halfway", *rows.shape)
+        points.evaluate(rows, halfway)
+        points.evaluate([halfway[:, j % t, :, :, j // t:][:, :, :, :columns] for j in range(n)],
+                        tiles.swapaxes(0, 1))
+    else:                                                   # of both at once
+        gathered = scratch("gathered", *tiles.shape)
+        for j in range(n):
+            gathered[:, j] = rows[:, j % t, :, :, j // t:][:, :, :, :columns]
+        np.matmul(points.B_T, gathered.reshape(n * n, -1), out=tiles.reshape(n * n, -1))
+
+
+def _phases(x, strip, before, t):
+    """What a strip sees, its columns by their place in a tile: x (B,H,W,C) -> (t,B,H',columns+1,C).
+
+    H' = t * rows + 2. Around the map there are zeros.
+    """
     B, H, W, C = x.shape
-    padded = scratch("padded", B, tile * rows + 2, tile * columns + 2, C)
-    top = tile * strip.row - padding[0]                     # the strip's first row in x
-    rows_in = slice(max(top, 0), top + tile * rows + 2)
-    part = x[:, rows_in, :tile * columns + 2 - padding[0]]
-    above, left = rows_in.start - top, padding[0]
-    below, right = above + part.shape[1], left + part.shape[2]
-    padded[:, above:below, left:right] = part
-    for edge in (padded[:, :above], padded[:, below:], padded[:, :, :left], padded[:, :, right:]):
-        edge[:] = 0
-    sB, sH, sW, sC = padded.strides
-    seen = as_strided(padded, (tile + 2, tile + 2, B, rows, columns, C),
-                      (sH, sW, sB, tile * sH, tile * sW, sC))
-    gathered = scratch("gathered", *seen.shape)
-    np.copyto(gathered, seen)
-    np.matmul(points.B_T, gathered.reshape(points.count, -1),
-              out=tiles.reshape(points.count, -1))
+    top = t * strip.row - before                            # the strip's first row in x
+    phases = scratch("phases", t, B, t * strip.rows + 2, strip.columns + 1, C)
+    inside = x[:, max(top, 0):top + phases.shape[2]]
+    phases[:] = 0
+    for p, phase in enumerate(phases):
+        skipped = 1 if p < before else 0                    # column p - before is left of the map
+        part = inside[:, :, t * skipped + p - before::t][:, :, :strip.columns + 1 - skipped]
+        phase[:, max(-top, 0):, skipped:][:, :part.shape[1], :part.shape[2]] = part
+    return phases
 
 
 def _transform_outputs(dy, strip, points):
