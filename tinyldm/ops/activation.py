@@ -93,7 +93,8 @@ def geglu_backward(dy, x):
 
 def softmax(x):
     """y = exp(x) / sum(exp(x)) over the last axis; less the row's maximum, so nothing overflows."""
-    y = get_xp(x).exp(widen(x) - x.max(axis=-1, keepdims=True))
+    y = widen(x) - x.max(axis=-1, keepdims=True)
+    get_xp(x).exp(y, out=y)
     y /= y.sum(axis=-1, keepdims=True)
     y = y.astype(x.dtype, copy=False)
     return y, y
