@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 import torch
 
+from tinyldm.kernels import blocks
+
 
 @pytest.fixture
 def exact_sqrt(monkeypatch):
@@ -19,3 +21,10 @@ def exact_sqrt(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "sqrt", sqrt)
     monkeypatch.setattr(torch.Tensor, "__pow__",
                         lambda x, exponent: sqrt(x) if exponent == 0.5 else power(x, exponent))
+
+
+@pytest.fixture(params=[1 << 12, blocks.BLOCK], ids=["small blocks", "blocks"])
+def block_size(request, monkeypatch):
+    """Elementwise kernels with several blocks, and threads, for small arrays as well."""
+    monkeypatch.setattr(blocks, "BLOCK", request.param)
+    monkeypatch.setattr(blocks, "SERIAL", request.param // 2)

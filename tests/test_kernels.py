@@ -34,12 +34,15 @@ def where_the_kernel_fits(paddings):
             if min(shape[1:3]) + sum(padding) >= 3]
 
 
-@pytest.mark.parametrize("shape, padding", where_the_kernel_fits([(1, 1), (0, 1), (0, 0), (2, 2)]),
-                         ids=str)
-@pytest.mark.parametrize("strip_tiles", [16, 128])
-def test_winograd(shape, padding, strip_tiles, monkeypatch):
+@pytest.mark.parametrize("shape, padding", where_the_kernel_fits(
+    [(1, 1), (0, 1), (0, 0), (2, 2), (1, 0), (3, 3), (5, 4)]), ids=str)
+@pytest.mark.parametrize("strip_tiles, long, columns", [(16, 1, 64), (128, 1 << 30, 1 << 11)],
+                         ids=["strips, sums", "whole maps, products"])
+def test_winograd(shape, padding, strip_tiles, long, columns, monkeypatch):
     B, H, W, C, O = shape
-    monkeypatch.setattr(winograd, "STRIP_TILES", strip_tiles)            # strips and whole maps
+    monkeypatch.setattr(winograd, "STRIP_TILES", strip_tiles)
+    monkeypatch.setattr(winograd, "LONG", long)
+    monkeypatch.setattr(winograd, "WEIGHTS", columns)
     x, bias = normal(B, H, W, C), normal(O, seed=2)
     weight = normal(3, 3, C, O, seed=1, scale=(9 * C) ** -0.5)
     y = winograd.conv3x3(x, weight, bias, padding)
@@ -91,6 +94,7 @@ def test_upsampling():
 
 # ---- norms ----------------------------------------------------------------------------------
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("shape, groups", [
     ((2, 8, 8, 64), 32), ((3, 7, 9, 32), 8), ((1, 1, 1, 64), 4), ((1, 64, 64, 320), 32),
     ((70, 4, 4, 32), 32),
@@ -120,6 +124,7 @@ def test_group_norm_survives_a_mean_a_thousand_deviations_away():
     assert_close(y, exact, 1e-3)        # x itself is known to 6e-5 of its deviation only
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("shape", [
     (2, 77, 64), (1, 1, 4), (3, 7, 33), (5, 12), (1, 4096, 32), (2, 3, 1280)], ids=str)
 def test_layer_norm(shape):
@@ -136,6 +141,7 @@ def test_layer_norm(shape):
 
 # ---- activations ----------------------------------------------------------------------------
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu", "geglu"])
 @pytest.mark.parametrize("shape", [
     (2, 8), (1, 1, 4), (3, 7, 9, 6), (2, 1500, 66), (3, 70000), (0, 4)], ids=str)
@@ -184,6 +190,24 @@ def test_causal_attention(N, heads, scale):
     assert_close(y, plain(ops.attention, q, k, v, heads, causal=True), TOLERANCE)
 
 
+@pytest.mark.parametrize("size", [0.1, 79.0, 81.0, 5000.0])
+def test_attention_on_both_sides_of_its_bound(size, monkeypatch):
+    """Scores up to `size` powers of 2: below SAFE nothing is taken out. Several items a head."""
+    monkeypatch.setattr(attention, "ITEM", 64)
+    q, k, v = normal(1, 300, 8), normal(1, 600, 8, seed=1), normal(1, 600, 8, seed=2)
+    q = q * np.float32(size * np.sqrt(8) / np.log2(np.e) /
+                       (attention._largest_norm(q[0]) * attention._largest_norm(k[0])))
+    exact = plain(ops.attention, *(x.astype(np.float64) for x in (q, k, v)), 1)
+    assert_close(attention.attention(q, k, v, 1), exact, TOLERANCE)
+
+
+def test_attention_with_a_block_of_keys_hidden_by_infinity():
+    q, k, v = abs(normal(1, 10, 8)), normal(1, 600, 8, seed=1).copy(), normal(1, 600, 8, seed=2)
+    k[:, :300, 0] = -np.inf
+    with np.errstate(invalid="ignore"):
+        assert_close(attention.attention(q, k, v, 1), plain(ops.attention, q, k, v, 1), TOLERANCE)
+
+
 def test_attention_passes_nan_on_and_does_not_overflow():
     q, k, v = (normal(1, 300, 8, seed=seed) for seed in range(3))
     assert np.isfinite(attention.attention(q * 1e4, k * 1e4, v, 2)).all()
@@ -205,6 +229,35 @@ def test_blocks_cover_everything_once(shape):
         assert counted[block].size <= max(blocks.BLOCK, shape[-1])
     blocks.over_blocks(count, *shape)
     assert (counted == 1).all()
+
+
+# ---- products -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(700, 40), (3, 5, 130), (0, 6), (2, 0, 3, 8)], ids=str)
+@pytest.mark.parametrize("O", [1, 260])
+def test_linear_and_its_backward(shape, O):
+    x, weight, bias = normal(*shape), normal(O, shape[-1], seed=1), normal(O, seed=2)
+    y, cache = ops.linear(x, weight, bias)
+    dy = normal(*shape[:-1], O, seed=3)
+    ours = y, *ops.linear_backward(dy, cache)
+    exact = [a.astype(np.float64) for a in (x, weight, bias, dy)]
+    y, cache = ops.linear(*exact[:3])
+    for a, b in zip(ours, (y, *ops.linear_backward(exact[3], cache)), strict=True):
+        assert a.shape == b.shape and a.dtype == np.float32
+        if b.size:
+            np.testing.assert_allclose(a, b, atol=1e-4 * max(abs(b).max(), 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 9, 33), (1, 70, 64, 5)], ids=str)
+def test_convolution_1x1_and_its_backward(shape):
+    x, weight, bias = normal(*shape), normal(1, 1, shape[-1], 40, seed=1), normal(40, seed=2)
+    y, cache = ops.conv2d(x, weight, bias)
+    dy = normal(*y.shape, seed=3)
+    ours = y, *ops.conv2d_backward(dy, cache)
+    with backend.plain():
+        y, cache = ops.conv2d(x, weight, bias)
+        for a, b in zip(ours, (y, *ops.conv2d_backward(dy, cache)), strict=True):
+            assert_close(a, b, TOLERANCE)
 
 
 # ---- float16 weights ------------------------------------------------------------------------
@@ -250,7 +303,7 @@ def test_product(R, I, O):
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16, 32, 48), (1, 70, 33, 40, 33), (1, 7, 9, 5, 3),
-                                   (2, 64, 64, 8, 340)], ids=str)
+                                   (2, 64, 64, 40, 340)], ids=str)
 @pytest.mark.parametrize("K, stride", [(3, 1), (3, 2), (1, 1)])
 def test_convolution_with_a_float16_weight(shape, K, stride):
     """Forward and backward are those of the same weight widened beforehand."""

@@ -47,12 +47,13 @@ def norm_inputs(rng, shape, mean):
             rng.normal(0, 0.3, shape[-1])]
 
 
-# Several blocks and threads want 2^17 numbers; the last two have several images in a block.
+# The last two have several images in a block.
 MAPS = [((1, 5, 7, 6), 3), ((3, 9, 11, 32), 8), ((2, 3, 1, 4), 4), ((3, 1, 1, 12), 3),
         ((1, 1, 1, 8), 1), ((3, 7, 33), 11), ((2, 12), 2), ((1, 64, 65, 36), 4),
         ((3, 37, 41, 32), 32), ((301, 3, 5, 32), 8), ((170, 9, 7, 15), 5)]
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("op", ["group_norm", "group_norm_silu"])
 @pytest.mark.parametrize("mean", [0, 4])
 @pytest.mark.parametrize("shape, groups", MAPS, ids=str)
@@ -71,6 +72,7 @@ def test_group_norm_of_one_number_a_group(op, rng):
          ("dx", "dweight", "dbias"), absolute=TOLERANCE, num_groups=8, eps=1e-5)
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("mean", [0, 4])
 @pytest.mark.parametrize("shape", [(1, 6), (3, 5), (1, 1, 33), (3, 7, 9), (2, 77, 48),
                                    (3, 1, 5, 11), (3, 700, 65), (4001, 33)], ids=str)
@@ -79,6 +81,7 @@ def test_layer_norm(shape, mean, rng):
          ("dx", "dweight", "dbias"), eps=1e-5)
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("scale", [0.1, 1, 5])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1, 7), (3, 5, 9), (2, 3, 1, 33), (3, 500, 65),
                                    (4001, 17)], ids=str)

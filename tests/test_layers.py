@@ -227,7 +227,7 @@ def run_threads(work, count):
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    """A pool of two workers, whatever this machine has."""
+    """The caller and one worker, whatever this machine has."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr(backend, "_workers", None)
     yield

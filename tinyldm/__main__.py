@@ -70,7 +70,8 @@ def parse(arguments):
                         "euler_ancestral, dpmpp_2m or dpmpp_2m_karras (the weights' own)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--dtype", help="float16, float32 or float64: of the weights and of what "
-                        "is made of them (float32; on cuda float16)")
+                        "is made of them (float32, but for large weights in float16 files; "
+                        "on cuda float16)")
     parser.add_argument("--profile", action="store_true", help="tell at the end where time and "
                         "memory went: by stage, by block and by op")
     return parser.parse_args(arguments)

@@ -30,7 +30,7 @@ def get_xp(array):
 def asarray(array, like):
     """Move an array to the device of `like`; its dtype stays."""
     xp = get_xp(like)
-    return to_host(array) if xp is np else xp.asarray(array)
+    return xp.asarray(array.get() if xp is np and hasattr(array, "get") else array)
 
 
 def to_host(array):
@@ -44,7 +44,7 @@ def wide(dtype):
 
 
 def widen(x):
-    """float16 as float32, for sums and exponentials, which want more digits; others as they are."""
+    """float16 as float32, for sums and exponentials, which want more digits; wider ones as is."""
     return x.astype(wide(x.dtype), copy=False)
 
 
@@ -96,7 +96,7 @@ def fast(x):
 # ---- memory ---------------------------------------------------------------------------------
 
 def keep_freed_memory():
-    """Let the C library keep up to 2 GiB of freed memory for the next arrays.
+    """Let the C library keep freed memory, 2 GiB and what is beneath, for the next arrays.
 
     A map of some MB is made and dropped at every layer. Given back to the system, its memory comes
     as new pages, which must be zeroed and lie in no cache: an eighth of the time of a call of SD
@@ -107,7 +107,8 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 30)                 # what is larger is not kept
+    if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):         # what is larger is not kept
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)             # the most that an older glibc takes
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

@@ -45,7 +45,7 @@ def load(weights=None, device="cpu", dtype=None):
     xp = array_library(device)
     try:
         dtype = np.dtype(np.float16) if dtype is None and xp is not np else dtype
-        dtype = dtype and np.dtype(dtype)
+        dtype = None if dtype is None else np.dtype(dtype)
     except TypeError:
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}") from None
     folder = resolve(weights)

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from tinyldm import backend, ops
 from tinyldm.backend import parallel
-from tinyldm.kernels import blocks, half, im2col, product, winograd
+from tinyldm.kernels import half, im2col, product, winograd
 
 from . import timing
 
@@ -100,52 +100,14 @@ def weights_kept_small():
     return weights_kept(32, 640, 640)
 
 
-@case("tiles transformed by one product, not by sums of rows, VAE")
+@case("tiles transformed by sums of rows, not by one product, VAE")
 def sums_of_rows():
-    """B.T d B with the points' symmetry used: a third of the operations, but one pass each."""
-    x = normal(1, 512, 512, 128)
-    strip = winograd.Strip(slice(0, 1), 2, 1, 128, slice(0, 128))
+    x, weight = normal(1, 256, 256, 128), normal(3, 3, 128, 128, scale=0.03)
 
-    def in_threads(transform):
-        def one(_):
-            transform(blocks.scratch("tiles of a thread", 36, 128, 128))
-        return lambda: parallel(one, range(16))
-    return (in_threads(lambda tiles: winograd._transform_tiles(
-                x, strip, (1, 1), winograd.LARGE, tiles)),
-            in_threads(lambda tiles: tiles_by_sums(x, strip.row, strip.columns, tiles)))
-
-
-def tiles_by_sums(x, row, columns, tiles):
-    """One row of tiles inside a map, for points 0, +-a, +-1/a and infinity."""
-    C, width = x.shape[-1], columns + 1
-    map_rows = x[0, 4 * row - 1:4 * row + 5]
-    phases = blocks.scratch("phases", 6, 4, width, C)       # columns 0, 4, 8, ...; 1, 5, ...
-    phases[:] = 0
-    phases[:, 0, 1:] = map_rows[:, 3::4]
-    for p in (1, 2, 3):
-        phases[:, p, :columns] = map_rows[:, p - 1::4]
-    values = blocks.scratch("values of rows", 6, 4, width, C)
-    six_points(phases, values)
-    six_points([values[:, j % 4, j // 4:j // 4 + columns] for j in range(6)],
-               tiles.reshape(6, 6, columns, C).swapaxes(0, 1))
-
-
-def six_points(x, out):
-    a, b = F32(2 / 3), F32(3 / 2)
-    c = a * a + b * b
-    odd = blocks.scratch("odd", *out[0].shape)
-    for i, (p, q, r) in ((0, (0, 2, 4)), (5, (1, 3, 5))):
-        np.multiply(x[q], -c, out=out[i])
-        out[i] += x[p]
-        out[i] += x[r]
-    for i, near, far in ((1, a, b), (3, b, a)):
-        np.multiply(x[2], -far * far, out=out[i])
-        out[i] += x[4]
-        np.multiply(x[1], -far * far, out=odd)
-        odd += x[3]
-        odd *= near
-        np.subtract(out[i], odd, out=out[i + 1])
-        out[i] += odd
+    def product_only():
+        with replaced(winograd, LONG=1 << 30):
+            winograd.conv3x3(x, weight, None)
+    return lambda: winograd.conv3x3(x, weight, None), product_only
 
 
 # ---- matrix products ------------------------------------------------------------------------
@@ -199,8 +161,8 @@ def narrow(rows, C, O):
 
 @case("float16 widened by integer operations, not by NumPy")
 def widening():
-    x = normal(1280, 1280, dtype=np.float16)
-    return lambda: half.widened(x), lambda: x.astype(F32)
+    x, out = normal(1280, 1280, dtype=np.float16), normal(1280, 1280)
+    return lambda: half.widen(x, out), lambda: np.copyto(out, x)
 
 
 # ---- attention ------------------------------------------------------------------------------

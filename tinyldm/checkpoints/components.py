@@ -12,6 +12,7 @@ import numpy as np
 from .. import backend
 from ..errors import TinyldmError
 from ..files import read_json, replacing
+from ..layers import Conv2d, Linear, named_modules
 from ..models.clip import CLIPTextModel
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
@@ -80,13 +81,16 @@ def load_weights(module, files, dtype=np.float32):
     for file in files:
         stored |= read_safetensors(file)
     parameters = dict(module.named_parameters())
+    matrices = {layer.weight for _, layer in named_modules(module)
+                if isinstance(layer, (Linear, Conv2d))}  # the layers whose kernels take float16
     tensors = layout.public_names(stored, parameters)
     tensors = {name: layout.squeezed(name, tensor) for name, tensor in tensors.items()}
     _check_fit(type(module).__name__, files, parameters, tensors)
 
     def fill(name):
         axes = layout.OUR_AXES if len(parameters[name].shape) == 4 else None
-        stays = tensors[name].format == "F16" and math.prod(parameters[name].shape) >= LARGE
+        stays = (parameters[name] in matrices and tensors[name].format == "F16"
+                 and math.prod(parameters[name].shape) >= LARGE)
         wanted = dtype or (np.float16 if stays else np.float32)
         parameters[name].data = tensors[name].read(wanted, axes)
 

@@ -13,13 +13,14 @@ import math
 
 import numpy as np
 
-from ..backend import parallel
+from ..backend import free_threads, parallel
 
 QUERIES, KEYS = 1024, 256   # of a block: 1 MiB of scores
-ITEM = 2048                 # queries an item of work
+ITEM = 256                  # queries an item of work, at least
 # Scores within +-80 (exponents of 2) need no shift by their maximum: 2^80 and 2^-80 are far from
-# float32's limits of 2^+-126, even times a large value and summed over many keys.
+# float32's limits of 2^+-126, even times values up to 1e10 and summed over thousands of keys.
 SAFE = 80
+LOWEST = np.finfo(np.float32).min       # not -inf: less itself it is 0
 
 
 def pays(q_shape, k_shape):
@@ -32,14 +33,16 @@ def attention(q, k, v, num_heads, causal=False):
     B, N, C = q.shape
     d = C // num_heads
     y = np.empty_like(q)
+    parts = max(1, 4 * free_threads() // (B * num_heads))                # of each head
+    size = max(ITEM, -(-N // parts))
 
     def work(item):
         b, h, start = item
-        head, rows = slice(h * d, (h + 1) * d), slice(start, min(start + ITEM, N))
+        head, rows = slice(h * d, (h + 1) * d), slice(start, min(start + size, N))
         _one_head(q[b, rows, head], k[b, :, head], v[b, :, head], y[b, rows, head],
                   start if causal else None)
     parallel(work, [(b, h, start) for b in range(B) for h in range(num_heads)
-                    for start in range(0, N, ITEM)])
+                    for start in range(0, N, size)])
     return y
 
 
@@ -52,7 +55,7 @@ def _one_head(q, k, v, y, first):
     buffer, ones = np.empty(QUERIES * KEYS, np.float32), np.ones(KEYS, np.float32)
     for start in range(0, n, QUERIES):
         part = q[start:start + QUERIES]                                  # (R,d)
-        largest = np.full((len(part), 1), -np.inf, np.float32)
+        largest = np.full((len(part), 1), LOWEST, np.float32)
         above, below = 0, 0                                              # (R,d), (R,)
         for at in range(0, M, KEYS):
             keys, values = k[at:at + KEYS], v[at:at + KEYS]              # (m,d)

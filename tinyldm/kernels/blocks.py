@@ -1,6 +1,7 @@
 """Cache-sized blocks of pixels or tokens, over worker threads: what the elementwise kernels share.
 
-NumPy makes one pass over memory an operation; on blocks that stay in the L2 cache that is cheap.
+NumPy makes one pass over memory an operation; on blocks that stay in a cache that is cheap. Here is
+also the memory that kernels use again and again.
 """
 import math
 import threading
@@ -15,14 +16,14 @@ SERIAL = 1 << 17            # fewer numbers than this are not worth waking a thr
 
 def over_blocks(function, B, N, C):
     """[function((images, rows)), ...]: slices that cut (B,N,C) into blocks, small images whole."""
-    rows = max(1, BLOCK // C)
+    rows = max(1, min(BLOCK, -(-B * N * C // num_threads())) // C)
     images = max(1, rows // max(1, N))
     blocks = [(slice(b, b + images), slice(n, min(n + rows, N)))
               for b in range(0, B, images) for n in range(0, N, rows)]
     if B * N * C < SERIAL:
         return [function(block) for block in blocks]
     shares = [blocks[start::4 * num_threads()] for start in range(4 * num_threads())]
-    done = parallel(lambda share: [function(block) for block in share], shares)
+    done = parallel(lambda share: [function(block) for block in share], filter(None, shares))
     return [result for results in done for result in results]
 
 
@@ -32,7 +33,8 @@ _scratch = threading.local()
 def scratch(name, *shape):
     """Uninitialised float32 numbers, this thread's: the same memory at every call with the name.
 
-    New memory costs a page fault every few KiB, which in the hot loops is a tenth of the time.
+    It is never handed out of a kernel: the next use of the name would write into it. New memory
+    would cost a page fault every few KiB, in the hottest loops there are.
     """
     size = math.prod(shape)
     flat = getattr(_scratch, name, None)

@@ -12,7 +12,8 @@ FEW = 8                     # output channels
 def conv2d(x, weight, bias, stride, padding):
     """As ops.conv2d. x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O)."""
     if len(weight) == stride == 1 and padding == (0, 0):
-        return product(x.reshape(-1, x.shape[-1]), weight[0, 0], bias).reshape(*x.shape[:-1], -1)
+        return product(x.reshape(-1, x.shape[-1]), weight[0, 0], bias).reshape(
+            *x.shape[:-1], weight.shape[3])
     if len(weight) == 3 and stride == 1 and winograd.pays(x.shape, weight.shape):
         return winograd.conv3x3(x, weight, bias, padding)
     if stride == 1 and weight.shape[3] <= FEW:
@@ -24,7 +25,6 @@ def few_outputs(x, weight, bias, padding):
     """As conv2d at stride 1: all taps are one product, what they give is shifted and added up.
 
     For the picture's three channels: im2col would copy K*K numbers for each one that is read here.
-    The VAE's last layer takes 0.6 of the time.
     """
     B, H, W, C = x.shape
     K, _, _, O = weight.shape
@@ -36,7 +36,8 @@ def few_outputs(x, weight, bias, padding):
         for j in range(K):
             # y[h, w] += taps[h + i - before, w + j - before], as far as both exist
             (to_h, from_h), (to_w, from_w) = (
-                (slice(max(0, -shift), size - shift), slice(max(0, shift), shift + y_size))
+                (slice(max(0, -shift), max(0, size - shift)),
+                 slice(max(0, shift), max(0, shift + y_size)))
                 for shift, size, y_size in ((i - padding[0], H, y.shape[1]),
                                             (j - padding[0], W, y.shape[2])))
             y[:, to_h, to_w] += taps[:, from_h, from_w, i, j]

@@ -1,6 +1,7 @@
-"""Winograd's points: the matrices that lead to values at the points and back, and a short way.
+"""Winograd's points: the matrices that lead to a polynomial's values there and back.
 
-Used by winograd.py, whose head says what for.
+Part of winograd.py, whose head says what they are for. `evaluate` does by sums of whole rows what a
+product with B.T does, in fewer operations.
 """
 import numpy as np
 
@@ -27,14 +28,13 @@ class Points:
         for i, roots in enumerate([*others, points]):
             B[i, :len(roots) + 1] = np.poly(roots)[::-1]
         self.A_T, self.G, self.B_T = (np.kron(m, m).astype(np.float32) for m in (A.T, G, B))
-        # Rows of a and -a differ in the sign of the odd columns: their even part, their odd part.
+        # B.T's rows of a and -a differ in the sign of the odd columns: their even, their odd part.
         plus, minus = B[1:-1:2].copy(), B[2:-1:2].copy()
         B[1:-1:2], B[2:-1:2] = (plus + minus) / 2, (plus - minus) / 2
         self.parts = B.astype(np.float32)
 
     def evaluate(self, planes, out):
-        """out[i] = sum_j B[i,j] planes[j], n each, in few passes: a and -a share both their parts.
-        """
+        """out[i] = sum_j B.T[i,j] planes[j], n each; the points a and -a share both their parts."""
         spare = scratch("spare", *out[0].shape)
         _sum(self.parts[0], planes, out[0], spare)
         for i in range(1, self.size - 1, 2):

@@ -1,9 +1,9 @@
 """A matrix product over worker threads: the fast twin inside ops.linear and the 1x1 convolution.
 
 BLAS can use all cores by itself, but its threads then keep spinning for some milliseconds in wait
-for more, while the worker threads of the other kernels want the cores. So BLAS stays on one thread
-everywhere, and the rows or the columns are shared out here; a part is still in the cache when its
-bias is added.
+for more, while the worker threads of the other kernels want the cores. So BLAS gets one thread, and
+the rows or the columns are shared out here; a part is still in the cache when its bias is added.
+`python -m tests.benchmarks.leads` times it beside BLAS's own threads.
 """
 import numpy as np
 
@@ -24,7 +24,8 @@ def product(x, matrix, bias=None):
     y = np.empty((R, O), np.float32)
     # Every part reads one operand whole: share out the longer side, so that that is the smaller.
     longer, threads = max(R, O), free_threads()
-    step = max(PART, -(-longer // (4 * threads))) if threads > 1 else longer
+    whole = threads == 1 and matrix.dtype != np.float16
+    step = max(1, longer) if whole else max(PART, -(-longer // (4 * threads)))
 
     def part(start):
         at = slice(start, start + step)
@@ -38,5 +39,5 @@ def product(x, matrix, bias=None):
 
 
 def column_sums(x):
-    """x (R,C) -> (C,): a product with ones takes a third of the time of NumPy's sum."""
+    """x (R,C) -> (C,): a product with ones is faster than NumPy's sum over rows."""
     return np.ones(len(x), np.float32) @ x

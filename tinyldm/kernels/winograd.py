@@ -34,7 +34,7 @@ WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers st
 # square, C = 64); the usual 0, +-1, +-2 gave 18e-7, and 0, +-1, 1/2, -2 gave 12e-7.
 LARGE, SMALL = Points(2 / 3, 3 / 2), Points(1)
 LARGE_TILES = 64            # from this many on tiles are large
-LONG = 4096                 # numbers in a row of tiles, one each, from which on sums are fast
+LONG = 4096                 # columns of tiles times channels from which on sums beat a product
 
 
 def pays(x_shape, weight_shape):
@@ -77,7 +77,7 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
 
         def chunk(start):
             part = slice(start, min(start + step, O))
-            values = scratch("values", points.count, C, part.stop - start)
+            values = np.empty((points.count, C, part.stop - start), np.float32)
             _transform_weight(weight[..., part], points, values)
             products = scratch("products", *tiles.shape[:2], part.stop - start)
             _write(np.matmul(tiles, values, out=products), None if bias is None else bias[part],
@@ -135,7 +135,7 @@ def _strips(y_shape, points, size):
 
 
 def _transform_weight(weight, points, values):
-    """(3,3,C,O) -> values (36,C,O), written."""
+    """(3,3,C,O) -> values (n*n,C,O), written."""
     C, O = weight.shape[2:]
     step = max(1, WEIGHTS // O)
     for c in range(0, C, step):
@@ -146,7 +146,7 @@ def _transform_weight(weight, points, values):
 
 
 def _transform_tiles(x, strip, padding, points, tiles):
-    """B.T d B of a strip's tiles: x (B,H,W,C) -> tiles (36,tiles,C), written."""
+    """B.T d B of a strip's tiles: x (B,H,W,C) -> tiles (n*n,tiles,C), written."""
     n, t, columns = points.size, points.tile, strip.columns
     phases = _phases(x[strip.images], strip, padding[0], t)
     _, B, _, _, C = phases.shape
@@ -175,17 +175,18 @@ def _phases(x, strip, before, t):
     B, H, W, C = x.shape
     top = t * strip.row - before                            # the strip's first row in x
     phases = scratch("phases", t, B, t * strip.rows + 2, strip.columns + 1, C)
-    inside = x[:, max(top, 0):top + phases.shape[2]]
+    inside = x[:, max(top, 0):max(top + phases.shape[2], 0)]
     phases[:] = 0
     for p, phase in enumerate(phases):
-        skipped = 1 if p < before else 0                    # column p - before is left of the map
-        part = inside[:, :, t * skipped + p - before::t][:, :, :strip.columns + 1 - skipped]
-        phase[:, max(-top, 0):, skipped:][:, :part.shape[1], :part.shape[2]] = part
+        skipped = max(0, math.ceil((before - p) / t))       # those left of the map
+        place = phase[:, max(-top, 0):, skipped:]
+        part = inside[:, :, t * skipped + p - before::t][:, :, :place.shape[2]]
+        place[:, :part.shape[1], :part.shape[2]] = part
     return phases
 
 
 def _transform_outputs(dy, strip, points):
-    """A dY A.T of a strip's tiles: dy (B,H,W,O) -> (36,tiles,O)."""
+    """A dY A.T of a strip's tiles: dy (B,H,W,O) -> (n*n,tiles,O)."""
     dy, tile, rows, columns = dy[strip.images], points.tile, strip.rows, strip.columns
     B, H, W, O = dy.shape
     part = dy[:, tile * strip.row:tile * (strip.row + rows)]
@@ -198,7 +199,8 @@ def _transform_outputs(dy, strip, points):
 
 
 def _write(products, bias, strip, points, y):
-    """(36,tiles,O) -> the strip of y (B,H,W,O): interpolate, add the bias, drop what sticks out."""
+    """(n*n,tiles,O) -> the strip of y (B,H,W,O): interpolate, add the bias, drop what is outside.
+    """
     tile, O = points.tile, y.shape[-1]
     y = y[strip.images, tile * strip.row:tile * (strip.row + strip.rows)]
     tiles = scratch("outputs", tile * tile, strip.tiles * O)

@@ -62,7 +62,8 @@ def conv2d_backward(dy, cache):
     dbias = add_up(rows, axis=0)
     xp = get_xp(x)
     x_padded = _pad(x, padding)
-    dx_padded, dweight = xp.zeros_like(x_padded, wide(x.dtype)), xp.empty_like(weight)
+    dx_padded = xp.zeros_like(x_padded, wide(x.dtype))
+    dweight = xp.empty_like(weight, xp.promote_types(x.dtype, weight.dtype))
     x_taps = _taps(x_padded, K, stride, *dy.shape[1:3])
     dx_taps = _taps(dx_padded, K, stride, *dy.shape[1:3])               # views into dx_padded
     for (i, j, x_tap), (_, _, dx_tap) in zip(x_taps, dx_taps):

@@ -17,7 +17,7 @@ def linear(x, weight, bias=None):
         y = rows @ weight.T
         if bias is not None:
             y += bias
-    return y.reshape(*x.shape[:-1], -1), (x, weight)
+    return y.reshape(*x.shape[:-1], len(weight)), (x, weight)
 
 
 def linear_backward(dy, cache):

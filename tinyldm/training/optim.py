@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from ..backend import asarray, get_xp, parallel, to_host
+from ..errors import TinyldmError
 from ..models.blocks import Attention, ResnetBlock2D
 from ..models.clip import CLIPMLP, CLIPAttention
 from ..models.unet import Transformer2DModel
@@ -72,6 +73,9 @@ class AdamW:
         self.named = list(named_parameters)
         self.weight_decay, self.beta1, self.beta2, self.eps = weight_decay, beta1, beta2, eps
         self.clip, self.ema_decay, self.steps = clip, ema_decay, 0
+        for name, parameter in self.named:
+            if isinstance(parameter.data, np.ndarray) and parameter.data.dtype == np.float16:
+                raise TinyldmError(f"{name} is float16, too narrow to train: load with float32")
         xp = get_xp(self.named[0][1].data)
         self.data = xp.concatenate([parameter.data.reshape(-1) for _, parameter in self.named])
         self.grad, self.m, self.v = (xp.zeros_like(self.data) for _ in range(3))
