@@ -101,7 +101,7 @@ def unet(config, array, rng):
 
 
 def vae(config, array, rng):
-    module = AutoencoderKL(vae_config(config))
+    module = AutoencoderKL(dict(vae_config(config), sample_size=8))     # half a side is a tile
     images = array(rng.standard_normal((2, 16, 16, 3)))
 
     def run(tape):
@@ -109,7 +109,9 @@ def vae(config, array, rng):
         y = module.decode(mean, tape)
         dmean = module.decode_backward(array(rng.standard_normal(y.shape)), tape)
         dimages = module.encode_backward(dmean, 0.1 * logvar, tape)
-        return {"mean": mean, "logvar": logvar, "y": y}, {"dmean": dmean, "dimages": dimages}
+        tiled = module.decode_tiled(mean)
+        return ({"mean": mean, "logvar": logvar, "y": y, "tiled": tiled},
+                {"dmean": dmean, "dimages": dimages})
     return module, run
 
 

@@ -7,10 +7,12 @@ arXiv:2112.10752, section 3.1 and appendix G; Kingma & Welling 2013, arXiv:1312.
 log-variance.
 """
 from .. import ops
+from ..backend import get_xp
 from ..layers import NO_TAPE, Conv2d, GroupNorm, GroupNormSiLU, Module
 from .blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D, require
 
 EPS = 1e-6      # every norm of the VAE; the UNet's residual blocks use 1e-5
+OVERLAP = 0.25  # of a tile's side that it shares with the next one
 
 
 class AutoencoderKL(Module):
@@ -19,7 +21,7 @@ class AutoencoderKL(Module):
 
     encode: images (B,H,W,3) in [-1, 1] -> mean, logvar (B,H/f,W/f,4), f = 2^(levels - 1);
             H and W multiples of f.
-    decode: z (B,h,w,4) -> images (B,f*h,f*w,3), about [-1, 1].
+    decode: z (B,h,w,4) -> images (B,f*h,f*w,3), about [-1, 1]; decode_tiled: in pieces.
     Raises TinyldmError for a config it does not build.
     """
 
@@ -65,6 +67,55 @@ class AutoencoderKL(Module):
     def decode_backward(self, dimages, tape):           # -> dz (B,h,w,4)
         dh = self.decoder.backward(dimages, tape)
         return self.post_quant_conv.backward(dh, tape)
+
+    def decode_tiled(self, z):
+        """As decode, a tile at a time: memory stays a tile's, however large the picture.
+
+        z (B,h,w,4) -> images (B,f*h,f*w,3). A tile is as large as the pictures the VAE was trained
+        on (`sample_size`); what fits in one is decoded as ever. Larger pictures come out a little
+        different, as norms and attention see a tile only. Neighbours share a quarter of their
+        side, where one fades into the other.
+        Source: diffusers 0.42.1, AutoencoderKL.tiled_decode.
+        """
+        f, tile = self.factor, self.tile
+        if max(z.shape[1:3]) <= tile:
+            return self.decode(z)
+        step = max(1, int(tile * (1 - OVERLAP)))
+        kept, shared = f * step, f * (tile - step)      # pixels of a tile: its own, the next one's
+        concatenate = get_xp(z).concatenate
+        rows, above = [], []
+        for top in range(0, z.shape[1], step):
+            row = []
+            for left in range(0, z.shape[2], step):
+                image = self.decode(z[:, top:top + tile, left:left + tile])
+                if top:
+                    image = fade(above[len(row)], image, shared, axis=1)
+                if left:
+                    image = fade(row[-1], image, shared, axis=2)
+                row.append(image)
+            rows.append(concatenate([image[:, :kept, :kept] for image in row], axis=2))
+            above = row
+        return concatenate(rows, axis=1)
+
+    @property
+    def tile(self):
+        """The side of a tile of decode_tiled, in latents."""
+        size = self.config.get("sample_size") or 32     # a number, or (height, width)
+        return max(1, (min(size) if isinstance(size, (list, tuple)) else size) // self.factor)
+
+
+def fade(before, image, shared, axis):
+    """Images (B,H,W,3) that begin as the end of those before them and turn into themselves.
+
+    shared: over how many rows (axis 1) or columns (axis 2), or as many as there are.
+    """
+    xp, length = get_xp(image), before.shape[axis]
+    shared = min(shared, length, image.shape[axis])
+    ramp = xp.arange(shared, dtype=image.dtype) / shared                 # 0 to almost 1
+    ramp = ramp.reshape(-1, *[1] * (3 - axis))                           # (n,1,1) or (n,1)
+    _, end = xp.split(before, [length - shared], axis)
+    begin, rest = xp.split(image, [shared], axis)
+    return xp.concatenate([end * (1 - ramp) + begin * ramp, rest], axis)
 
 
 class Encoder(Module):
