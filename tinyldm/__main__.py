@@ -29,7 +29,8 @@ def main(arguments=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     except MemoryError:
-        print("error: not enough memory: choose a smaller --width and --height", file=sys.stderr)
+        print("error: not enough memory: take --low-memory, or a smaller --width and --height",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -72,6 +73,9 @@ def parse(arguments):
     parser.add_argument("--dtype", help="float16, float32 or float64: of the weights and of what "
                         "is made of them (float32, but for large weights in float16 files; "
                         "on cuda float16)")
+    parser.add_argument("--low-memory", action="store_true", help="less memory for more time; "
+                        "decodes what is larger than the weights' own pictures in tiles, a little "
+                        "differently")
     parser.add_argument("--profile", action="store_true", help="tell at the end where time and "
                         "memory went: by stage, by block and by op")
     return parser.parse_args(arguments)
@@ -93,7 +97,7 @@ def draw_pictures(args, paths, profile=None):
     part = profile.stage if profile else nullcontext
     with part("loading"), stage("loading"):
         from .pipeline import load, to_pil
-        pipe = load(args.weights, args.device, args.dtype)
+        pipe = load(args.weights, args.device, args.dtype, args.low_memory)
     if profile:
         profile.watch(pipe)
     for seed, path in enumerate(paths, args.seed):

@@ -27,21 +27,24 @@ STEPS = 50                  # where the weights recommend no number of their own
 LARGEST = 8192              # pixels a side: beyond is a slip of the keyboard, not a picture
 
 
-def load(weights=None, device="cpu", dtype=None):
+def load(weights=None, device="cpu", dtype=None, low_memory=False):
     """Read a pipeline's weights -> StableDiffusion.
 
     weights: None for the bundled model; a folder in the diffusers layout; or a name on the
     Hugging Face hub (owner/name), downloaded once. device: "cpu" or "cuda". dtype: of the weights
     and of what the models store. Unless given it is float16 on the GPU and float32 on the CPU,
     where large weights that the files have in float16 stay so and are widened when they are used:
-    half of the memory, the same numbers. To train them give float32.
+    half of the memory, the same numbers. To train them give float32. low_memory: less memory for
+    more time. Pictures larger than those the VAE was trained on are decoded in tiles, a little
+    differently (see AutoencoderKL.decode_tiled); on the CPU freed memory goes back to the system.
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Here, so that `import tinyldm` need not wait for the libraries behind them.
     from .checkpoints import load_pipeline_parts, resolve
     from .tokenizer import Tokenizer
 
-    keep_freed_memory()
+    if not low_memory:
+        keep_freed_memory()
     xp = array_library(device)
     try:
         dtype = np.dtype(np.float16) if dtype is None and xp is not np else dtype
@@ -55,7 +58,7 @@ def load(weights=None, device="cpu", dtype=None):
     for model in (parts.text_encoder, parts.unet, parts.vae):
         move(model, xp)
     return StableDiffusion(tokenizer, parts.text_encoder, parts.unet, parts.vae, parts.scheduler,
-                           steps)
+                           steps, low_memory)
 
 
 def move(module, xp):
@@ -69,13 +72,15 @@ class StableDiffusion:
 
     scheduler: the dict of a scheduler_config.json, whose class names the sampler to use if none is
     asked for. num_inference_steps: how many steps if none are asked for; a folder recommends its
-    own as `_num_inference_steps` in model_index.json.
+    own as `_num_inference_steps` in model_index.json. low_memory: whether to decode in tiles.
     Raises TinyldmError for parts that do not fit together.
     """
 
-    def __init__(self, tokenizer, text_encoder, unet, vae, scheduler, num_inference_steps=STEPS):
+    def __init__(self, tokenizer, text_encoder, unet, vae, scheduler, num_inference_steps=STEPS,
+                 low_memory=False):
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.scheduler, self.num_inference_steps = scheduler, num_inference_steps
+        self.low_memory = low_memory
         # Old files carry other values of these two; the public pipeline corrects them as well.
         self.schedule = Schedule.from_config(scheduler | {"steps_offset": 1, "clip_sample": False})
         self._check_fit()
@@ -155,17 +160,19 @@ class StableDiffusion:
     def decode(self, latents):
         """The VAE's pictures of clean latents: (B,h,w,C) -> images (B,f*h,f*w,3) in [-1, 1].
 
-        One picture at a time, as the largest maps of the whole pipeline arise here.
+        One picture at a time, as the largest maps of the whole pipeline arise here; with low_memory
+        one tile at a time.
         """
         channels = self.vae.config["latent_channels"]
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
         z = (self._array(latents) / self.vae.scaling_factor).astype(self._dtype)
-        images = [self.vae.decode(z[i:i + 1]) for i in range(len(z))]
+        decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
+        images = [decode(z[i:i + 1]) for i in range(len(z))]
         for i, image in enumerate(images):
             if not is_finite(image):
-                culprit = blame(self.vae, lambda i=i: self.vae.decode(z[i:i + 1]))
+                culprit = blame(self.vae, lambda i=i: decode(z[i:i + 1]))
                 raise TinyldmError(f"picture {i} is decoded to NaN or infinity: {culprit}")
         return self._xp.concatenate(images).clip(-1, 1)
 

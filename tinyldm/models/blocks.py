@@ -42,10 +42,11 @@ class ResnetBlock2D(Module):
         if temb is not None:
             e = self.nonlinearity(temb, tape)
             e = self.time_emb_proj(e, tape)             # (B,O)
-            h = h + e[:, None, None, :]
+            h += e[:, None, None, :]                    # in place: the output is nobody else's
         h = self.norm2(h, tape)
         h = self.conv2(h, tape)
-        return h + (self.conv_shortcut(x, tape) if self.conv_shortcut else x)
+        h += self.conv_shortcut(x, tape) if self.conv_shortcut else x
+        return h
 
     def backward(self, dy, tape):                       # (B,H,W,O) -> (B,H,W,C), (B,E) or None
         dx = self.conv_shortcut.backward(dy, tape) if self.conv_shortcut else dy

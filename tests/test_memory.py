@@ -1,0 +1,106 @@
+"""How much memory is held: as much as the tokens ask for, and with low_memory less of it."""
+import tracemalloc
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tinyldm
+from tinyldm import backend, ops, pipeline
+from tinyldm.__main__ import main
+from tinyldm.models import AutoencoderKL, UNet2DConditionModel
+
+from .small_pipelines import sd1, smallest
+from .test_models import UNETS, VAES, vae_config
+from .test_pipeline import Reference, assert_same_drawing, ours, spoil
+from .test_tiles import fill, normal
+
+GROWTH = 4.2                        # allowed for 4 times the tokens; with their square it is 16
+both_paths = pytest.mark.parametrize("path", [nullcontext, backend.plain], ids=["fast", "plain"])
+
+
+def peak(run):
+    """The most bytes held at a time above what was held before; scratch memory is new as well."""
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# ---- as the picture grows -------------------------------------------------------------------
+
+@both_paths
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_attention_grows_with_the_tokens(path, backward):
+    def held(tokens):
+        x = normal(1, tokens, 32)
+        _, cache = ops.attention(x, x, x, 2)
+        return peak(lambda: ops.attention_backward(x, cache) if backward
+                    else ops.attention(x, x, x, 2))
+
+    with path():
+        small, large = held(2048), held(8192)
+    assert large <= GROWTH * small
+    assert large < 2 * 8192 ** 2 * 4, "all scores at once"
+
+
+@both_paths
+def test_the_unet_grows_with_the_tokens(path):
+    unet, context = fill(UNet2DConditionModel(UNETS["as SD 1"])), normal(1, 7, 12)
+
+    def held(size):
+        latents = normal(1, size, size, 4)
+        return peak(lambda: unet(latents, np.array([500]), context))
+
+    with path():
+        small, large = held(32), held(64)
+    assert large <= GROWTH * small
+    assert large < 2 * 64 ** 4 * 4, "all scores at once"
+
+
+@both_paths
+def test_tiles_take_little_more_than_one_of_them(path):
+    vae = fill(AutoencoderKL(vae_config(dict(VAES["four levels"], block_out_channels=[32] * 4,
+                                             sample_size=128))))
+    with path():
+        one, nine = normal(1, 16, 16, 4), normal(1, 40, 40, 4)
+        held = peak(lambda: vae.decode(one))
+        assert peak(lambda: vae.decode_tiled(nine)) <= 2 * held
+        assert peak(lambda: vae.decode(nine)) >= 4 * held
+
+
+# ---- low_memory -----------------------------------------------------------------------------
+
+def test_low_memory_draws_as_diffusers_with_tiles(tmp_path):
+    folder = sd1(tmp_path / "sd1")                      # a tile is 64x64 pixels
+    pipe, reference = pipeline.load(folder, low_memory=True), Reference(folder)
+    reference.pipe.vae.enable_tiling()
+    for options in ({}, {"width": 112, "height": 136}):
+        assert_same_drawing(ours(pipe, **options), reference(**options))
+
+
+def test_the_command_takes_it(tmp_path):
+    folder, path = smallest(tmp_path / "smallest"), tmp_path / "out.png"
+    assert main(["a cat", "--weights", str(folder), "--steps", "2", "--low-memory", "--width", "60",
+                 "--output", str(path)]) == 0
+    expected, = pipeline.load(folder, low_memory=True)("a cat", num_inference_steps=2, width=60)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(expected))
+
+
+def test_low_memory_gives_freed_memory_back(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(pipeline, "keep_freed_memory", lambda: called.append(True))
+    folder = smallest(tmp_path / "smallest")
+    assert pipeline.load(folder, low_memory=True).low_memory and not called
+    assert not pipeline.load(folder).low_memory and called
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_nan_in_a_tile_is_traced_to_its_layer(tmp_path):
+    pipe = pipeline.load(smallest(tmp_path / "smallest"), low_memory=True)
+    spoil(pipe.vae, "decoder.conv_in.bias")
+    with pytest.raises(tinyldm.TinyldmError, match="picture 0 .* decoder.conv_in of Autoenc"):
+        pipe.decode(normal(1, 11, 9, 4))
