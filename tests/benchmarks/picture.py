@@ -39,10 +39,7 @@ def main():
     if args.make:
         return make_weights(args.make)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary) / "random-sd15"
-        if not (folder / "model_index.json").is_file():  # in another process: this one stays small
-            make = [sys.executable, "-m", "tests.benchmarks.picture", "--make", folder]
-            subprocess.run(make, check=True)
+        folder = with_weights(args.folder or Path(temporary) / "random-sd15")
         contestants = commands(folder, args.steps, args.size, Path(temporary))
         seconds, gigabytes = timing.processes(contestants, args.rounds)
         print(f"largest difference of the two pictures: {difference(Path(temporary))} of 255")
@@ -71,6 +68,15 @@ def difference(folder):
     ours, theirs = (np.asarray(Image.open(folder / name), int)
                     for name in ("tinyldm.png", "diffusers.png"))
     return abs(ours - theirs).max()
+
+
+def with_weights(folder):
+    """The folder, with weights made now if it has none, in another process: this one stays small.
+    """
+    if not (folder / "model_index.json").is_file():
+        make = [sys.executable, "-m", "tests.benchmarks.picture", "--make", folder]
+        subprocess.run(make, check=True)
+    return folder
 
 
 def make_weights(folder):
