@@ -69,7 +69,7 @@ def test_tiles_take_little_more_than_one_of_them(path):
         one, nine = normal(1, 16, 16, 4), normal(1, 40, 40, 4)
         held = peak(lambda: vae.decode(one))
         assert peak(lambda: vae.decode_tiled(nine)) <= 2 * held
-        assert peak(lambda: vae.decode(nine)) >= 4 * held
+        assert peak(lambda: vae.decode(nine)) >= 3 * held
 
 
 # ---- low_memory -----------------------------------------------------------------------------
