@@ -67,9 +67,10 @@ def test_tiles_take_little_more_than_one_of_them(path):
                                              sample_size=128))))
     with path():
         one, nine = normal(1, 16, 16, 4), normal(1, 40, 40, 4)
+        vae.decode(one)                                 # which makes the kernels' scratch memory
         held = peak(lambda: vae.decode(one))
         assert peak(lambda: vae.decode_tiled(nine)) <= 2 * held
-        assert peak(lambda: vae.decode(nine)) >= 3 * held
+        assert peak(lambda: vae.decode(nine)) >= 4 * held
 
 
 # ---- low_memory -----------------------------------------------------------------------------

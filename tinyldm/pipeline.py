@@ -47,7 +47,8 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False):
         keep_freed_memory()
     xp = array_library(device)
     try:
-        dtype = np.dtype(np.float16) if dtype is None and xp is not np else dtype
+        if dtype is None and xp is not np:
+            dtype = np.float16
         dtype = None if dtype is None else np.dtype(dtype)
     except TypeError:
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}") from None

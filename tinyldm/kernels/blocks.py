@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 
-from ..backend import num_threads, parallel
+from ..backend import free_threads, parallel
 
 BLOCK = 1 << 18             # numbers a block: a MiB in float32. Smaller ones cost more in calls
 SERIAL = 1 << 17            # fewer numbers than this are not worth waking a thread for
@@ -16,13 +16,14 @@ SERIAL = 1 << 17            # fewer numbers than this are not worth waking a thr
 
 def over_blocks(function, B, N, C):
     """[function((images, rows)), ...]: slices that cut (B,N,C) into blocks, small images whole."""
-    rows = max(1, min(BLOCK, -(-B * N * C // num_threads())) // C)
+    threads = free_threads()
+    rows = max(1, min(BLOCK, -(-B * N * C // threads)) // C)
     images = max(1, rows // max(1, N))
     blocks = [(slice(b, b + images), slice(n, min(n + rows, N)))
               for b in range(0, B, images) for n in range(0, N, rows)]
     if B * N * C < SERIAL:
         return [function(block) for block in blocks]
-    shares = [blocks[start::4 * num_threads()] for start in range(4 * num_threads())]
+    shares = [blocks[start::4 * threads] for start in range(4 * threads)]
     done = parallel(lambda share: [function(block) for block in share], filter(None, shares))
     return [result for results in done for result in results]
 

@@ -20,12 +20,8 @@ EXPONENT = 0x7c00           # all ones in infinity and NaN
 
 
 def widen(x, out):
-    """float16 x (..., C) -> out (..., C), the same numbers as float32, written; returned."""
-    if x.size > BLOCK and x.ndim > 2:
-        for part, out_part in zip(x, out):
-            widen(part, out_part)
-        return out
-    rows = max(1, BLOCK // x.shape[-1]) if x.ndim > 1 else BLOCK
+    """float16 x (R,...,C) -> out (R,...,C), the same numbers as float32, written; returned."""
+    rows = max(1, BLOCK * len(x) // x.size)
     for start in range(0, len(x), rows):
         values, narrow = out[start:start + rows], x[start:start + rows]
         bits = values.view(np.int32)

@@ -29,7 +29,6 @@ STRIP_TILES = 128           # tiles at a time: their numbers stay near the core
 CHUNK = 320                 # output channels at a time at most, where tiles are few
 WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers stay near the core
 
-
 # Of 120 pairs +-a, +-b these gave the smallest error: 8e-7 of the output's deviation (root mean
 # square, C = 64); the usual 0, +-1, +-2 gave 18e-7, and 0, +-1, 1/2, -2 gave 12e-7.
 LARGE, SMALL = Points(2 / 3, 3 / 2), Points(1)
