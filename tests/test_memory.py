@@ -1,17 +1,22 @@
 """How much memory is held: as much as the tokens ask for, and with low_memory less of it."""
+import mmap
 import tracemalloc
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
 import tinyldm
 from tinyldm import backend, ops, pipeline
 from tinyldm.__main__ import main
+from tinyldm.checkpoints import load_model
 from tinyldm.models import AutoencoderKL, UNet2DConditionModel
 
-from .small_pipelines import sd1, smallest
+from .reference import assert_close
+from .small_pipelines import euler_ancestral, sd1, smallest
 from .test_models import UNETS, VAES, vae_config
 from .test_pipeline import Reference, assert_same_drawing, ours, spoil
 from .test_tiles import fill, normal
@@ -105,3 +110,29 @@ def test_nan_in_a_tile_is_traced_to_its_layer(tmp_path):
     spoil(pipe.vae, "decoder.conv_in.bias")
     with pytest.raises(tinyldm.TinyldmError, match="picture 0 .* decoder.conv_in of Autoenc"):
         pipe.decode(normal(1, 11, 9, 4))
+
+
+@pytest.mark.parametrize("make, dtype", [(sd1, np.float32), (euler_ancestral, np.float16)])
+def test_low_memory_leaves_weights_in_the_map(make, dtype, tmp_path):
+    """The same numbers; every weight whose dtype is the file's is a part of the map."""
+    folder = make(tmp_path / "folder")
+    usual, low = (load_model(folder / "unet", dtype, low) for low in (False, True))
+    for (name, expected), parameter in zip(usual.named_parameters(), low.parameters()):
+        np.testing.assert_array_equal(parameter.data, expected.data, name)
+        base = parameter.data
+        while isinstance(base, np.ndarray):
+            base = base.base
+        assert isinstance(base.obj, mmap.mmap), name
+    inputs = (normal(1, 8, 8, 4).astype(dtype), np.array([500]), normal(1, 7, 32).astype(dtype))
+    assert_close(low(*inputs), usual(*inputs), 1e-5 if dtype == np.float32 else 1e-2)
+
+
+def test_low_memory_refuses_what_is_not_finite(tmp_path):
+    folder = smallest(tmp_path / "smallest")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["conv_in.weight"][0, 0, 0, 0] = torch.nan
+    safetensors.torch.save_file(tensors, file)
+    for dtype in (np.float32, np.float64):              # mapped, converted
+        with pytest.raises(tinyldm.TinyldmError, match="conv_in.weight holds NaN"):
+            pipeline.load(folder, dtype=dtype, low_memory=True)

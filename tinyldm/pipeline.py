@@ -36,7 +36,8 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False):
     where large weights that the files have in float16 stay so and are widened when they are used:
     half of the memory, the same numbers. To train them give float32. low_memory: less memory for
     more time. Pictures larger than those the VAE was trained on are decoded in tiles, a little
-    differently (see AutoencoderKL.decode_tiled); on the CPU freed memory goes back to the system.
+    differently (see AutoencoderKL.decode_tiled); on the CPU freed memory goes back to the system,
+    and weights whose dtype is the file's stay in its memory map.
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Here, so that `import tinyldm` need not wait for the libraries behind them.
@@ -53,7 +54,7 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False):
     except TypeError:
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}") from None
     folder = resolve(weights)
-    parts = load_pipeline_parts(folder, dtype)
+    parts = load_pipeline_parts(folder, dtype, low_memory and xp is np)
     steps = read_json(folder / "model_index.json").get("_num_inference_steps", STEPS)
     tokenizer = Tokenizer.from_folder(parts.tokenizer)
     for model in (parts.text_encoder, parts.unet, parts.vae):

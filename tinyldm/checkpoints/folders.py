@@ -35,8 +35,8 @@ class PipelineParts(NamedTuple):
     tokenizer: Path                                     # the folder with its files
 
 
-def load_pipeline_parts(folder, dtype=np.float32):
-    """Read a pipeline folder's models (see load_weights for dtype) and the scheduler's config.
+def load_pipeline_parts(folder, dtype=np.float32, low_memory=False):
+    """Read a pipeline folder's models (options: see load_weights) and the scheduler's config.
 
     Raises TinyldmError for another pipeline than StableDiffusionPipeline, and for whatever is
     missing or wrong in a component; what costs nothing to check is checked before any weight.
@@ -57,7 +57,7 @@ def load_pipeline_parts(folder, dtype=np.float32):
             raise TinyldmError(f"{folder / part / 'config.json'} must name a {expected.__name__}, "
                                f"not a {model.__name__}")
         find_weights(folder / part)
-    models = {part: load_model(folder / part, dtype) for part in COMPONENTS}
+    models = {part: load_model(folder / part, dtype, low_memory) for part in COMPONENTS}
     return PipelineParts(**models, scheduler=scheduler, tokenizer=folder / "tokenizer")
 
 

@@ -34,11 +34,12 @@ class StoredTensor(NamedTuple):
     start: int                                          # in bytes, from the file's first
     stop: int
 
-    def read(self, dtype, axes=None):
-        """The numbers as a contiguous array of `dtype`, with axes permuted as `axes` says.
+    def read(self, dtype, axes=None, contiguous=True):
+        """The numbers as an array of `dtype`, with axes permuted as `axes` says.
 
         Where nothing needs converting the array is the memory map itself: it takes no memory of
-        its own, and writing to it leaves the file alone (copy-on-write).
+        its own, and writing to it leaves the file alone (copy-on-write). contiguous: permuting
+        needs converting; if it may not be, the numbers lie in the file's order.
         Raises TinyldmError for a dtype other than F64, F32, F16, BF16, and for NaN or infinity.
         """
         if self.format not in DTYPES:
@@ -54,11 +55,12 @@ class StoredTensor(NamedTuple):
         if axes is not None:
             values = values.transpose(axes)
         with np.errstate(over="ignore"):                # what overflows is reported below
-            array = np.require(values, dtype, ["C_CONTIGUOUS", "ALIGNED"])
-        if not is_finite(array):
+            array = np.require(values, dtype, ["ALIGNED", *["C_CONTIGUOUS"] * contiguous])
+        mapped = np.may_share_memory(array, view)
+        if not is_finite(view if mapped else np.ascontiguousarray(array)):
             raise TinyldmError(f"{self.path}: the tensor {self.name} holds NaN, infinity or "
                                f"numbers too large for {array.dtype}: use another file")
-        if not np.may_share_memory(array, view):
+        if not mapped:
             self._forget_pages()
         return array
 
