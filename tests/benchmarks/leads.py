@@ -143,6 +143,20 @@ def our_threads():
     return ours, blas
 
 
+@case("products with 77 rows over BLAS's threads, not ours")
+def few_rows():
+    x, matrices = normal(77, 768), [normal(3072, 768).T for _ in range(8)]
+
+    def ours():
+        for matrix in matrices:
+            product.product(x, matrix)
+
+    def own_threads():
+        with replaced(product, FEW=()):
+            ours()
+    return ours, own_threads
+
+
 @case("weights float16, not float32, widened when used, 32x32 map")
 def narrow_large():
     return narrow(2048, 640, 5120)

@@ -19,6 +19,8 @@ from tinyldm.profiling import Profiler
 
 from .figures import amount
 
+PAUSE = 0.2                 # seconds
+
 
 def arguments(description, rounds):
     """A parser with the options of every benchmark."""
@@ -35,10 +37,14 @@ def seconds(function):
 
 
 def in_turns(contestants, rounds, warm_up=True, measure=seconds):
-    """{name: contestant} -> {name: [measure(contestant) in every round]}, A B A B."""
+    """{name: contestant} -> {name: [measure(contestant) in every round]}, A B A B.
+
+    Threads that one has left spinning in wait for more work would slow the next one down: a pause.
+    """
     results = {name: [] for name in contestants}
     for number in range(-int(warm_up), rounds):
         for name, contestant in contestants.items():
+            time.sleep(PAUSE)
             result = measure(contestant)
             if number >= 0:
                 results[name].append(result)
