@@ -21,6 +21,8 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
+from . import cuda_host
+
 try:
     import cupy as CUPY
 except ImportError:
@@ -36,7 +38,10 @@ def exists(path):
     """Whether CuPy has what a dotted path names, say "add.at"."""
     owner = found = CUPY
     for name in path.split("."):
-        owner, found = found, getattr(found, name, None)
+        try:
+            owner, found = found, getattr(found, name, None)
+        except ImportError:                             # it is there, the library behind it is not
+            return True
         if found is None:
             return False
     if isinstance(owner, CUPY.ufunc) and name in UFUNC_METHODS:
@@ -173,6 +178,10 @@ class Array:
     def __imatmul__(self, other):
         raise TypeError("CuPy has no @=")
 
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.host.ctypes.data)
+
     def get(self):
         Array.waits += 1
         return self.host.copy()
@@ -268,8 +277,12 @@ class Library:
     """As the module cupy."""
 
     ndarray = Array
-    matmul = staticmethod(operator.matmul)
+    RawModule = cuda_host.RawModule
     cuda = SimpleNamespace(
+        cublas=SimpleNamespace(CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68,
+                               CUBLAS_GEMM_DEFAULT=-1,
+                               gemmStridedBatchedEx=cuda_host.gemm_strided_batched),
+        get_cublas_handle=lambda: 1,
         runtime=SimpleNamespace(getDeviceCount=lambda: 1),
         get_current_stream=lambda: SimpleNamespace(synchronize=synchronize))
 
@@ -295,6 +308,14 @@ class Library:
         return Array(np.array(array, dtype))
 
     array = asarray
+
+    def matmul(self, a, b, out=None):
+        result = a @ b
+        if out is None:
+            return result
+        assert out.host.flags.c_contiguous and out.dtype == result.dtype, "out= would be a copy"
+        out[...] = result
+        return out
 
     def asnumpy(self, array):
         return array.get() if isinstance(array, Array) else np.asarray(array)

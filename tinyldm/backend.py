@@ -79,9 +79,9 @@ def array_library(device):
 # ---- plain or fast --------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def plain():
-    """Within it every op runs as written in ops/, never its fast twin from kernels/."""
-    token = _plain.set(True)
+def plain(on=True):
+    """Within it every op runs as written in ops/, never its fast twin from kernels/; or not so."""
+    token = _plain.set(on)
     try:
         yield
     finally:
@@ -91,6 +91,13 @@ def plain():
 def fast(x):
     """Whether the float32 NumPy twins in kernels/ may be used for x."""
     return not _plain.get() and type(x) is np.ndarray and x.dtype == np.float32
+
+
+def twin(x, on_cpu, on_gpu):
+    """Which of two modules of fast twins serves x, or None where the plain op is to run."""
+    if type(x) is np.ndarray:
+        return on_cpu if fast(x) else None
+    return on_gpu if not _plain.get() and x.dtype in (np.float16, np.float32) else None
 
 
 # ---- memory ---------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Activations: what is applied to each number alone, and softmax over the last axis."""
 import math
 
-from ..backend import fast, get_xp, widen
-from ..kernels import activations, backward
+from ..backend import fast, get_xp, twin, widen
+from ..kernels import activations, backward, cuda
 from .erf import erf
 
 
@@ -20,8 +20,8 @@ def silu(x):
     Source: Elfwing, Uchibe & Doya 2017, arXiv:1702.03118, eq. 7; Ramachandran et al. 2017,
     arXiv:1710.05941.
     """
-    if fast(x):
-        return activations.silu(x), x
+    if kernels := twin(x, activations, cuda):
+        return kernels.silu(x), x
     return (x * _sigmoid(x)).astype(x.dtype, copy=False), x
 
 
@@ -40,8 +40,8 @@ def gelu(x):
 
     Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units", arXiv:1606.08415, section 2.
     """
-    if fast(x):
-        return activations.gelu(x), x
+    if kernels := twin(x, activations, cuda):
+        return kernels.gelu(x), x
     return (x * _normal_cdf(x)).astype(x.dtype, copy=False), x
 
 
@@ -57,8 +57,8 @@ def quick_gelu(x):
 
     Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
     """
-    if fast(x):
-        return activations.quick_gelu(x), x
+    if kernels := twin(x, activations, cuda):
+        return kernels.quick_gelu(x), x
     return (x * _sigmoid(1.702 * widen(x))).astype(x.dtype, copy=False), x
 
 
@@ -75,8 +75,8 @@ def geglu(x):
     x (..., 2F) = [value, gate] -> y (..., F).
     Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202, eq. 5.
     """
-    if fast(x):
-        return activations.geglu(x), x
+    if kernels := twin(x, activations, cuda):
+        return kernels.geglu(x), x
     F = x.shape[-1] // 2
     return x[..., :F] * gelu(x[..., F:])[0], x
 

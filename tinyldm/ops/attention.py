@@ -1,6 +1,7 @@
 """Attention: every query takes a mean of the values, weighted by how well the keys match it."""
-from ..backend import fast, get_xp, widen
-from ..kernels import attention as twin
+from ..backend import get_xp, twin, widen
+from ..kernels import attention as cpu
+from ..kernels import cuda
 from .activation import softmax, softmax_backward
 
 # Queries are taken this many at a time, so the matrix of scores is (B,h,ROWS,M), never (B,h,N,M).
@@ -38,8 +39,9 @@ def attention(q, k, v, num_heads, causal=False):
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1 and section 3.2.2.
     """
     cache = (q, k, v, num_heads, causal)
-    if fast(q) and twin.pays(q.shape, k.shape):
-        return twin.attention(*cache), cache
+    kernels = twin(q, cpu, cuda)
+    if kernels and kernels.pays(q.shape, k.shape):
+        return kernels.attention(*cache), cache
     # float16 scores would overflow, and CuPy multiplies stacks of matrices in float32 anyway.
     heads = [widen(_split_heads(x, num_heads)) for x in (q, k, v)]
     y = get_xp(q).empty_like(heads[0])

@@ -1,6 +1,6 @@
 """Convolution and nearest upsampling: the ops that look at neighbouring pixels."""
-from ..backend import add_up, fast, get_xp, wide
-from ..kernels import conv as twin
+from ..backend import add_up, fast, get_xp, twin, wide
+from ..kernels import conv, cuda
 from ..kernels.product import column_sums
 
 
@@ -34,8 +34,8 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
     K, _, weight_C, O = weight.shape
     assert C == weight_C, f"x has {C} channels, weight expects {weight_C}"
     cache = (x, weight, stride, padding)
-    if fast(x):
-        return twin.conv2d(x, weight, bias, stride, padding), cache
+    if kernels := twin(x, conv, cuda):
+        return kernels.conv2d(x, weight, bias, stride, padding), cache
     Ho, Wo = ((size + sum(padding) - K) // stride + 1 for size in (H, W))
     y = get_xp(x).zeros((B, Ho, Wo, O), wide(x.dtype))                  # K*K products add up
     for i, j, x_tap in _taps(_pad(x, padding), K, stride, Ho, Wo):
@@ -58,7 +58,7 @@ def conv2d_backward(dy, cache):
     K, _, C, O = weight.shape
     rows = dy.reshape(-1, O)
     if fast(x):
-        return *twin.conv2d_backward(dy, x, weight, stride, padding), column_sums(rows)
+        return *conv.conv2d_backward(dy, x, weight, stride, padding), column_sums(rows)
     dbias = add_up(rows, axis=0)
     xp = get_xp(x)
     x_padded = _pad(x, padding)
@@ -84,7 +84,7 @@ def upsample_nearest(x, size=None):
     """
     H, W = size or (2 * x.shape[1], 2 * x.shape[2])
     assert (H + 1) // 2 == x.shape[1] and (W + 1) // 2 == x.shape[2], f"{x.shape} to {H, W}"
-    y = twin.upsample_nearest(x) if fast(x) else x.repeat(2, axis=1).repeat(2, axis=2)
+    y = conv.upsample_nearest(x) if fast(x) else x.repeat(2, axis=1).repeat(2, axis=2)
     return y[:, :H, :W], (H, W)
 
 

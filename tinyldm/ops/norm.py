@@ -1,6 +1,6 @@
 """Normalisation: group norm (images), group norm with its SiLU, layer norm (tokens)."""
-from ..backend import fast, widen
-from ..kernels import backward, norm
+from ..backend import fast, twin, widen
+from ..kernels import backward, cuda, norm
 from .activation import silu, silu_backward
 
 
@@ -14,8 +14,8 @@ def group_norm(x, weight, bias, num_groups, eps):
     Source: Wu & He 2018, "Group Normalization", arXiv:1803.08494, eq. 1-2.
     Explained: docs/group-norm.md
     """
-    if fast(x):
-        y, mean, rstd = norm.group_norm(x, weight, bias, num_groups, eps, silu=False)
+    if kernels := twin(x, norm, cuda):
+        y, mean, rstd = kernels.group_norm(x, weight, bias, num_groups, eps, silu=False)
         return y, (x, weight, mean, rstd)
     mean, rstd = _group_statistics(x, num_groups, eps)
     y = (_normalise(x, mean, rstd) * weight + bias).astype(x.dtype, copy=False)
@@ -70,8 +70,8 @@ def group_norm_silu(x, weight, bias, num_groups, eps):
 
     x (B,...,C), weight (C,), bias (C,) -> y (B,...,C). One op, so that what is between is not kept.
     """
-    if fast(x):
-        y, mean, rstd = norm.group_norm(x, weight, bias, num_groups, eps, silu=True)
+    if kernels := twin(x, norm, cuda):
+        y, mean, rstd = kernels.group_norm(x, weight, bias, num_groups, eps, silu=True)
         return y, (bias, (x, weight, mean, rstd))
     y, cache = group_norm(x, weight, bias, num_groups, eps)
     return silu(y)[0], (bias, cache)
@@ -96,8 +96,8 @@ def layer_norm(x, weight, bias, eps):
     x (...,C), weight (C,), bias (C,) -> y (...,C).
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization", arXiv:1607.06450, eq. 3-4.
     """
-    if fast(x):
-        y, mean, rstd = norm.layer_norm(x, weight, bias, eps)
+    if kernels := twin(x, norm, cuda):
+        y, mean, rstd = kernels.layer_norm(x, weight, bias, eps)
         return y, (x, weight, mean, rstd)
     mean = widen(x).mean(axis=-1, keepdims=True)                         # (...,1)
     centred = x - mean

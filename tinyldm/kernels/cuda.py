@@ -1,0 +1,414 @@
+"""The twins on a GPU: where CuPy's own calls make many passes over memory, one kernel makes one.
+
+An op of a dozen array operations is a dozen kernels to CuPy, each of which reads and writes the
+whole array, two bytes a thread. The kernels below read 16 bytes a thread and keep what is between
+in registers. Matrix products stay NVIDIA's: 2-D ones by CuPy's @, attention's stacks of them by
+cuBLAS directly, since CuPy takes stacks of float16 matrices to float32 first. All statistics, sums
+and exponentials are float32; what is stored has x's dtype, float16 or float32.
+
+Nothing here has a derivative of its own: the caches are those of the plain ops, and so are the
+backward passes. The tests compile SOURCE with NVIDIA's compiler, which needs no GPU, and run it,
+thread by thread, on the host.
+"""
+import functools
+import math
+
+import numpy as np
+
+from ..backend import get_xp
+
+COLUMNS = 1 << 26           # im2col's numbers made at a time: 128 MiB in float16
+SCORES = 1 << 26            # attention scores made at a time: 256 MiB
+THREADS = 256               # of a block
+CHANNELS = 4096             # at most, and groups, for group norm: its sums lie in shared memory
+GROUPS = 256
+SILU, GELU, QUICK_GELU, GEGLU = range(4)
+TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 2}              # CUDA_R_32F, CUDA_R_16F
+
+# T is float or __half. PACK numbers are read and written at once: 16 bytes, or 1 number where an
+# array does not divide so. Each extern "C" kernel is launched by the function of that name below.
+SOURCE = r"""
+#include <cuda_fp16.h>
+
+typedef TINYLDM_T T;                                    // a macro T would be replaced in headers
+constexpr int PACK = TINYLDM_PACK;
+struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
+typedef long long index_t;
+
+__device__ inline Pack load(const T* x) { return *reinterpret_cast<const Pack*>(x); }
+__device__ inline void store(T* y, const Pack& pack) { *reinterpret_cast<Pack*>(y) = pack; }
+
+__device__ inline float warp_sum(float x) {
+    for (int lane = 16; lane; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+    return x;
+}
+
+__device__ inline float warp_max(float x) {
+    for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
+    return x;
+}
+
+__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
+
+__device__ inline float activate(float x, int kind) {
+    if (kind == 0) return silu(x);
+    if (kind == 2) return x / (1 + expf(-1.702f * x));
+    return 0.5f * x * erfcf(-0.70710678f * x);
+}
+
+// y[i] = activate(x[i]), size numbers; kind 3, GEGLU: x (rows,2F), y (rows,F), size = rows * F.
+extern "C" __global__ void activation(const T* x, T* y, index_t size, int F, int kind) {
+    index_t i = (index_t(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
+    if (i >= size) return;
+    Pack out;
+    if (kind == 3) {
+        const T* value = x + i / F * 2 * F + i % F;
+        Pack a = load(value), gate = load(value + F);
+        for (int j = 0; j < PACK; j++) out.v[j] = T(float(a.v[j]) * activate(float(gate.v[j]), 1));
+    } else {
+        Pack a = load(x + i);
+        for (int j = 0; j < PACK; j++) out.v[j] = T(activate(float(a.v[j]), kind));
+    }
+    store(y + i, out);
+}
+
+// A warp a row of x (rows,C), four rows a block.
+extern "C" __global__ void layer_norm(const T* x, const T* weight, const T* bias, T* y, float* mean,
+                                      float* rstd, int rows, int C, float eps) {
+    int row = blockIdx.x * 4 + threadIdx.y, lane = threadIdx.x;
+    bool inside = row < rows;                           // all lanes must meet in warp_sum
+    x += index_t(inside ? row : 0) * C;
+    float sum = 0, squares = 0;
+    for (int c = lane * PACK; c < C; c += 32 * PACK) {
+        Pack a = load(x + c);
+        for (int j = 0; j < PACK; j++) sum += float(a.v[j]);
+    }
+    float centre = warp_sum(sum) / C;
+    for (int c = lane * PACK; c < C; c += 32 * PACK) {
+        Pack a = load(x + c);
+        for (int j = 0; j < PACK; j++) {
+            float centred = float(a.v[j]) - centre;
+            squares += centred * centred;
+        }
+    }
+    float scale = rsqrtf(warp_sum(squares) / C + eps);
+    if (!inside) return;
+    y += index_t(row) * C;
+    for (int c = lane * PACK; c < C; c += 32 * PACK) {
+        Pack a = load(x + c), w = load(weight + c), b = load(bias + c);
+        for (int j = 0; j < PACK; j++)
+            a.v[j] = T((float(a.v[j]) - centre) * scale * float(w.v[j]) + float(b.v[j]));
+        store(y + c, a);
+    }
+    if (lane == 0) { mean[row] = centre; rstd[row] = scale; }
+}
+
+// Sums of a chunk of pixels of one image of x (B,N,C), by group: block (chunk, image) writes
+// sums (B,chunks,G,2), of x - pivot and of its square. The pivot, the group's first number in the
+// image, keeps the difference of mean square and squared mean from cancelling.
+extern "C" __global__ void group_norm_sums(const T* x, float* sums, int N, int C, int G, int rows) {
+    extern __shared__ float by_channel[];               // (lanes,C) sums, then squares
+    int packs = C / PACK, lanes = packs < blockDim.x ? blockDim.x / packs : 1, size = C / G;
+    int stop = (blockIdx.x + 1) * rows < N ? (blockIdx.x + 1) * rows : N;
+    float* squares = by_channel + lanes * C;
+    x += index_t(blockIdx.y) * N * C;
+    for (int item = threadIdx.x; item < lanes * packs; item += blockDim.x) {
+        int lane = item / packs, c = item % packs * PACK;
+        float sum[PACK], square[PACK], pivot[PACK];
+        for (int j = 0; j < PACK; j++) {
+            sum[j] = square[j] = 0;
+            pivot[j] = float(x[(c + j) / size * size]);
+        }
+        for (int n = blockIdx.x * rows + lane; n < stop; n += lanes) {
+            Pack a = load(x + index_t(n) * C + c);
+            for (int j = 0; j < PACK; j++) {
+                float shifted = float(a.v[j]) - pivot[j];
+                sum[j] += shifted;
+                square[j] += shifted * shifted;
+            }
+        }
+        for (int j = 0; j < PACK; j++) {
+            by_channel[lane * C + c + j] = sum[j];
+            squares[lane * C + c + j] = square[j];
+        }
+    }
+    __syncthreads();
+    for (int g = threadIdx.x; g < G; g += blockDim.x) {
+        float sum = 0, square = 0;
+        for (int lane = 0; lane < lanes; lane++)
+            for (int c = g * size; c < (g + 1) * size; c++) {
+                sum += by_channel[lane * C + c];
+                square += squares[lane * C + c];
+            }
+        float* out = sums + ((index_t(blockIdx.y) * gridDim.x + blockIdx.x) * G + g) * 2;
+        out[0] = sum;
+        out[1] = square;
+    }
+}
+
+// Every block adds up its image's chunks, then writes its rows of y = norm(x), or silu(norm(x)).
+extern "C" __global__ void group_norm(const T* x, const T* weight, const T* bias, const float* sums,
+                                      T* y, float* mean, float* rstd, int N, int C, int G,
+                                      int chunks, int rows, float eps, int with_silu) {
+    __shared__ float centre[256], scale[256];
+    int packs = C / PACK, size = C / G;
+    index_t first = index_t(blockIdx.y) * N * C;
+    for (int g = threadIdx.x; g < G; g += blockDim.x) {
+        float sum = 0, square = 0, count = float(N) * size;
+        for (int chunk = 0; chunk < chunks; chunk++) {
+            const float* part = sums + ((index_t(blockIdx.y) * chunks + chunk) * G + g) * 2;
+            sum += part[0];
+            square += part[1];
+        }
+        float offset = sum / count;
+        centre[g] = float(x[first + g * size]) + offset;
+        scale[g] = rsqrtf(fmaxf(square / count - offset * offset, 0.0f) + eps);
+        if (square != square) scale[g] = square;        // fmaxf(NaN, 0) is 0
+        if (blockIdx.x == 0) {
+            mean[blockIdx.y * G + g] = centre[g];
+            rstd[blockIdx.y * G + g] = scale[g];
+        }
+    }
+    __syncthreads();
+    int stop = (blockIdx.x + 1) * rows < N ? (blockIdx.x + 1) * rows : N;
+    int start = blockIdx.x * rows;
+    for (index_t i = threadIdx.x; i < index_t(stop - start) * packs; i += blockDim.x) {
+        int c = i % packs * PACK;
+        index_t at = first + (start + i / packs) * C + c;
+        Pack a = load(x + at), w = load(weight + c), b = load(bias + c);
+        for (int j = 0; j < PACK; j++) {
+            int g = (c + j) / size;
+            float h = (float(a.v[j]) - centre[g]) * scale[g] * float(w.v[j]) + float(b.v[j]);
+            a.v[j] = T(with_silu ? silu(h) : h);
+        }
+        store(y + at, a);
+    }
+}
+
+// columns[p, (i,j,c)] = x[b, h*stride + i - before, w*stride + j - before, c], 0 outside, for the
+// output pixels p = (b,h,w) from `first` on.
+extern "C" __global__ void im2col(const T* x, T* columns, int H, int W, int C, int K, int stride,
+                                  int before, int Ho, int Wo, index_t first, index_t size) {
+    index_t at = (index_t(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
+    if (at >= size) return;
+    int c = at % C, tap = at / C % (K * K);
+    index_t p = first + at / C / (K * K);
+    int h = p / Wo % Ho * stride + tap / K - before, w = p % Wo * stride + tap % K - before;
+    Pack pack;
+    if (h >= 0 && h < H && w >= 0 && w < W) {
+        pack = load(x + ((p / Wo / Ho * H + h) * W + w) * C + c);
+    } else {
+        for (int j = 0; j < PACK; j++) pack.v[j] = T(0.0f);
+    }
+    store(columns + at, pack);
+}
+
+// softmax of a row of scores (rows,M) a block; causal: row r is query start + r % n.
+extern "C" __global__ void softmax(const float* scores, T* weights, int M, int n, int start,
+                                   int causal) {
+    __shared__ float of_warp[32];
+    int warps = blockDim.x / 32, lane = threadIdx.x % 32, seen = M;
+    if (causal) seen = start + blockIdx.x % n + 1;
+    scores += index_t(blockIdx.x) * M;
+    weights += index_t(blockIdx.x) * M;
+    float largest = -3.4e38f, sum = 0;
+    for (int m = threadIdx.x; m < seen; m += blockDim.x) largest = fmaxf(largest, scores[m]);
+    largest = warp_max(largest);
+    if (lane == 0) of_warp[threadIdx.x / 32] = largest;
+    __syncthreads();
+    largest = warp_max(lane < warps ? of_warp[lane] : -3.4e38f);
+    for (int m = threadIdx.x; m < seen; m += blockDim.x) sum += expf(scores[m] - largest);
+    sum = warp_sum(sum);
+    __syncthreads();                                    // all have read the maxima
+    if (lane == 0) of_warp[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = warp_sum(lane < warps ? of_warp[lane] : 0.0f);
+    for (int m = threadIdx.x; m < M; m += blockDim.x)
+        weights[m] = T(m < seen ? expf(scores[m] - largest) / sum : 0.0f);
+}
+"""
+
+
+def options(T, pack):
+    """The compiler's options: T "float" or "__half", pack numbers at a time."""
+    return "-std=c++17", f"-DTINYLDM_T={T}", f"-DTINYLDM_PACK={pack}"
+
+
+@functools.cache
+def _module(xp, dtype, pack):
+    T = {np.dtype(np.float16): "__half", np.dtype(np.float32): "float"}[dtype]
+    return xp.RawModule(code=SOURCE, options=options(T, pack))
+
+
+def _launch(name, x, width, arrays, numbers, grid, block=(THREADS,), shared=0):
+    """Queue a kernel on contiguous arrays, in packs that divide their last axis of `width`.
+
+    numbers: Python int becomes int, float float, and what NumPy typed stays.
+    """
+    pack = 16 // x.dtype.itemsize
+    if width % pack or any(array.data.ptr % 16 for array in arrays):
+        pack = 1
+    numbers = [{int: np.int32, float: np.float32}.get(type(n), lambda n: n)(n) for n in numbers]
+    kernel = _module(get_xp(x), x.dtype, pack).get_function(name)
+    kernel(grid(pack) if callable(grid) else grid, block, (*arrays, *numbers), shared_mem=shared)
+
+
+def _blocks(size):
+    """For a thread a pack: the grid, once the pack is known."""
+    return lambda pack: (-(-size // (pack * THREADS)),)
+
+
+def _contiguous(x, *others):
+    """The arrays, all of them contiguous and of x's dtype."""
+    xp = get_xp(x)
+    return [xp.ascontiguousarray(array, x.dtype) for array in (x, *others)]
+
+
+# ---- activations ------------------------------------------------------------------------------
+
+def silu(x):
+    """x (...) -> y (...), as ops.silu."""
+    return _activation(x, SILU, x.shape[-1])
+
+
+def gelu(x):
+    """x (...) -> y (...), as ops.gelu."""
+    return _activation(x, GELU, x.shape[-1])
+
+
+def quick_gelu(x):
+    """x (...) -> y (...), as ops.quick_gelu."""
+    return _activation(x, QUICK_GELU, x.shape[-1])
+
+
+def geglu(x):
+    """x (...,2F) -> y (...,F), as ops.geglu."""
+    return _activation(x, GEGLU, x.shape[-1] // 2)
+
+
+def _activation(x, kind, F):
+    x, = _contiguous(x)
+    y = get_xp(x).empty((*x.shape[:-1], F), x.dtype)
+    _launch("activation", x, F, [x, y], [np.int64(y.size), F, kind], _blocks(y.size))
+    return y
+
+
+# ---- norms ------------------------------------------------------------------------------------
+
+def layer_norm(x, weight, bias, eps):
+    """As ops.layer_norm: x (...,C), weight (C,), bias (C,) -> y (...,C), mean, rstd (...,1)."""
+    C, rows = x.shape[-1], math.prod(x.shape[:-1])
+    x, weight, bias = _contiguous(x, weight, bias)
+    y = get_xp(x).empty_like(x)
+    mean, rstd = (get_xp(x).empty((*x.shape[:-1], 1), np.float32) for _ in range(2))
+    _launch("layer_norm", x, C, [x, weight, bias, y, mean, rstd], [rows, C, float(eps)],
+            (-(-rows // 4),), (32, 4))
+    return y, mean, rstd
+
+
+def group_norm(x, weight, bias, num_groups, eps, silu):
+    """As ops.group_norm or, with silu, ops.group_norm_silu; returns what both keep for backward.
+
+    x (B,...,C), weight (C,), bias (C,) -> y (B,...,C), mean (B,1,G,1), rstd (B,1,G,1), float32.
+    """
+    B, C, G = x.shape[0], x.shape[-1], num_groups
+    N = math.prod(x.shape[1:-1])
+    assert C % G == 0 and C <= CHANNELS and G <= GROUPS, f"{C} channels in {G} groups"
+    x, weight, bias = _contiguous(x, weight, bias)
+    xp = get_xp(x)
+    y = xp.empty_like(x)
+    mean, rstd = (xp.empty((B, 1, G, 1), np.float32) for _ in range(2))
+    rows = max(16, -(-N // 128))                        # pixels of a chunk
+    chunks = -(-N // rows)
+    sums = xp.empty((B, chunks, G, 2), np.float32)
+    most = 2 * 4 * max(THREADS * 16 // x.dtype.itemsize, C)             # bytes: sums and squares
+    _launch("group_norm_sums", x, C, [x, sums], [N, C, G, rows], (chunks, B), shared=most)
+    rows = max(16, -(-N // 256))
+    _launch("group_norm", x, C, [x, weight, bias, sums, y, mean, rstd],
+            [N, C, G, chunks, rows, float(eps), int(silu)], (-(-N // rows), B))
+    return y, mean, rstd
+
+
+# ---- convolution ------------------------------------------------------------------------------
+
+def conv2d(x, weight, bias, stride, padding):
+    """As ops.conv2d: im2col and one product, some output pixels at a time.
+
+    x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O).
+    """
+    (B, H, W, C), (K, _, _, O) = x.shape, weight.shape
+    Ho, Wo = ((size + sum(padding) - K) // stride + 1 for size in (H, W))
+    x, = _contiguous(x)
+    weight = weight.reshape(K * K * C, O).astype(x.dtype, copy=False)
+    pixels = B * Ho * Wo
+    if K == stride == 1 and padding == (0, 0):
+        y = x.reshape(pixels, C) @ weight
+    else:
+        xp, step = get_xp(x), max(1, COLUMNS // len(weight))
+        y = xp.empty((pixels, O), x.dtype)
+        for first in range(0, pixels, step):
+            columns = _columns(x, K, stride, padding[0], Ho, Wo, first, min(step, pixels - first))
+            xp.matmul(columns, weight, out=y[first:first + step])
+    if bias is not None:
+        y += bias
+    return y.reshape(B, Ho, Wo, O)
+
+
+def _columns(x, K, stride, before, Ho, Wo, first, count):
+    """What `count` output pixels from `first` on see: (count, K*K*C)."""
+    _, H, W, C = x.shape
+    columns = get_xp(x).empty((count, K * K * C), x.dtype)
+    _launch("im2col", x, C, [x, columns], [H, W, C, K, stride, before, Ho, Wo, np.int64(first),
+                                           np.int64(columns.size)], _blocks(columns.size))
+    return columns
+
+
+# ---- attention --------------------------------------------------------------------------------
+
+def pays(q_shape, k_shape):
+    """Always: plain attention multiplies in float32 and makes a copy of every head."""
+    return True
+
+
+def attention(q, k, v, num_heads, causal=False):
+    """As ops.attention. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C).
+
+    The scores of an image, some queries at a time, are made in float32: float16 has too few digits
+    for the exponential of a large one.
+    """
+    q, k, v = _contiguous(q, k, v)
+    xp, (B, N, C), M = get_xp(q), q.shape, k.shape[1]
+    d = C // num_heads
+    y = xp.empty_like(q)
+    step = max(1, min(N, SCORES // (num_heads * M)))
+    for b in range(B):
+        for start in range(0, N, step):
+            queries = q[b, start:start + step]                           # (n,C)
+            n = len(queries)
+            scores = xp.empty((num_heads, n, M), np.float32)
+            weights = scores if q.dtype == np.float32 else xp.empty_like(scores, q.dtype)
+            # Rows are columns to cuBLAS, so what it multiplies is scores.T = k @ q.T, a head of it
+            # every d numbers, and y.T = v.T @ weights.T.
+            _products(xp, True, (M, n, d), d ** -0.5, (k[b], C, d), (queries, C, d),
+                      (scores, M, n * M), num_heads)
+            _launch("softmax", q, M, [scores, weights], [M, n, start, int(causal)],
+                    (num_heads * n,), (32 * min(8, -(-M // 256)),))
+            _products(xp, False, (d, n, M), 1, (v[b], C, d), (weights, M, n * M),
+                      (y[b, start:start + step], C, d), num_heads)
+    return y
+
+
+def _products(xp, transposed, sizes, alpha, a, b, c, count):
+    """`count` matrices c = alpha * a @ b, or a.T @ b, each stored by columns as BLAS has it.
+
+    sizes: m, n, k of (m,k) @ (k,n). a, b, c: an array, the distance from a matrix's column to the
+    next, and from a matrix to the next, in numbers.
+    """
+    cublas = xp.cuda.cublas
+    alpha, beta = np.array([alpha, 0], np.float32)[:, None]             # read when called
+    places = [part for array, column, matrix in (a, b, c)
+              for part in (array.data.ptr, TYPES[array.dtype], column, matrix)]
+    cublas.gemmStridedBatchedEx(
+        xp.cuda.get_cublas_handle(), cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
+        cublas.CUBLAS_OP_N, *sizes, alpha.ctypes.data, *places[:8], beta.ctypes.data, *places[8:],
+        count, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT)
