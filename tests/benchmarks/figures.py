@@ -4,6 +4,7 @@ A page quotes them between two comments, which `fill` fills in and the tests com
 
     <!-- table: unet vae -->...<!-- end -->                         a table of these benchmarks
     <!-- ratio: unet, 2 x 64x64 latents -->0.95<!-- end -->         one figure; also ours, reference
+    <!-- where: 2 x 64x64 latents -->...<!-- end -->                that table of `where`, by op
 
 The first comment of one figure must not begin a line: Markdown takes such a line for HTML.
 """
@@ -20,9 +21,9 @@ MEASURED = ROOT / "docs" / "measured"
 # those whose name contains a word.
 AIMS = {"unet": 0.9, "vae": {"decoder": 0.6, "encoder": 0.7}, "text": 1,
         "picture": {"time": 0.8, "memory": 0.7}, "startup": 1, "training": 1, "memory": 1,
-        "kernels": None, "leads": None}
+        "kernels": None, "leads": None, "where": None}
 
-QUOTE = re.compile(r"<!-- (table|ours|reference|ratio): (.+?) -->(.*?)<!-- end -->", re.S)
+QUOTE = re.compile(r"<!-- (table|ours|reference|ratio|where): (.+?) -->(.*?)<!-- end -->", re.S)
 ABOUT = ("machine", "cores", "threads", "python", "blas", "numpy", "torch", "diffusers",
          "transformers")
 SMALLER = {"s": "ms", "GB": "MB"}
@@ -44,19 +45,24 @@ class Figure(NamedTuple):
 
 
 def read(folder=MEASURED):
-    """{benchmark: (its figures, a line about the machine)} of the JSON files in a folder."""
+    """{benchmark: (its figures, a line about the machine)} of the JSON files in a folder.
+
+    The figures of `where` are texts: {case: table}.
+    """
     return {name: _read(folder / f"{name}.json") for name in AIMS
             if (folder / f"{name}.json").is_file()}
 
 
 def _read(path):
     content = json.loads(path.read_text("utf-8"))
-    name, about = content["reference"], content["about"]
-    figures = []
+    about = ", ".join(f"{key} {content['about'][key]}" for key in ABOUT)
+    if "tables" in content:
+        return content["tables"], about
+    name, figures = content["reference"], []
     for row in content["figures"]:
         ours, reference = (statistics.median(row["samples"][who]) for who in ("tinyldm", name))
         figures.append(Figure(content["title"], row["what"], row["unit"], ours, reference, name))
-    return figures, ", ".join(f"{key} {about[key]}" for key in ABOUT)
+    return figures, about
 
 
 def amount(value, unit):
@@ -93,12 +99,14 @@ def fill(text, measured):
     """
     def quote(match):
         kind, key, shown = match.groups()
-        names = key.split() if kind == "table" else [key.partition(",")[0]]
+        names = {"table": key.split(), "where": ["where"]}.get(kind, [key.partition(",")[0]])
         if not AIMS.keys() >= set(names):
             raise ValueError(f"no benchmark is called {key}: there are {', '.join(AIMS)}")
         if not measured.keys() & set(names):
             return match[0]
-        if kind == "table":
+        if kind == "where":
+            shown = f"\n\n```text\n{measured['where'][0][key]}\n```\n\n"
+        elif kind == "table":
             shown = f"\n\n{table(names, measured)}\n\n"
         else:
             shown = _one(kind, key, measured[names[0]][0])

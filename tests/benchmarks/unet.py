@@ -38,10 +38,13 @@ def main():
     with torch.device("meta"):
         reference = ReferenceUNet(**sd15.UNET)
     sd15.share_weights(module, reference)
-    rows = ((f"{batch} x {size}x{size} latents", "s",
-             measure(module, reference, make_inputs(batch, size), args.rounds))
-            for batch, size in cases)
+    rows = ((case(*sizes), "s", measure(module, reference, make_inputs(*sizes), args.rounds))
+            for sizes in cases)
     timing.report("Stable Diffusion 1.5's UNet", rows, "diffusers", args.json)
+
+
+def case(batch, size):
+    return f"{batch} x {size}x{size} latents"
 
 
 def make_inputs(batch, size):
