@@ -6,13 +6,27 @@ from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel as ReferenceUNet
 from transformers import CLIPTextConfig
 from transformers import CLIPTextModel as ReferenceCLIP
+from transformers import CLIPTextModelWithProjection as ReferenceCLIPWithProjection
 
 from tinyldm import backend
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Tape
-from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+from tinyldm.models import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+)
 
-from .reference import assert_close, assert_same_gradients, copy_weights, nchw, nhwc, randomise
+from .reference import (
+    assert_close,
+    assert_same_gradients,
+    copy_weights,
+    nchw,
+    nhwc,
+    randomise,
+    reference_names,
+)
 
 DOWN3 = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
 UP3 = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
@@ -40,6 +54,21 @@ UNETS = {
                                      down_block_types=["CrossAttnDownBlock2D"],
                                      up_block_types=["CrossAttnUpBlock2D"],
                                      attention_head_dim=1, cross_attention_dim=5),
+}
+TOLD = {                    # UNets that are told more than a timestep: what, and its width
+    "as LCM": (dict(SMALL, block_out_channels=[8, 16], layers_per_block=1,
+                    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+                    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+                    attention_head_dim=2, cross_attention_dim=12, time_cond_proj_dim=10),
+               {"timestep_cond": 10}),
+    "as SDXL": (dict(SMALL, block_out_channels=[8, 16, 16], layers_per_block=1,
+                     down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+                     up_block_types=["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+                     attention_head_dim=[2, 2, 4], cross_attention_dim=12,
+                     transformer_layers_per_block=[1, 1, 3], use_linear_projection=True,
+                     addition_embed_type="text_time", addition_time_embed_dim=6,
+                     projection_class_embeddings_input_dim=41),
+                {"text_embeds": 5, "time_ids": 6}),
 }
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4)
 VAES = {
@@ -88,9 +117,10 @@ def unet_pair(config, dtype, size, batch=2, tokens=7):
     reference = randomise(ReferenceUNet(**config).to(dtype)).eval()
     module = copy_weights(reference, UNet2DConditionModel(config))
     if dtype == torch.float64:
-        waves = reference.time_proj
-        reference.time_proj = Waves64(waves.num_channels, waves.flip_sin_to_cos,
-                                      waves.downscale_freq_shift)
+        for name in ("time_proj", "add_time_proj"):
+            if waves := getattr(reference, name, None):
+                setattr(reference, name, Waves64(waves.num_channels, waves.flip_sin_to_cos,
+                                                 waves.downscale_freq_shift))
     rng = np.random.default_rng(1)
     kind = np.float64 if dtype == torch.float64 else np.float32
     latents = readonly(rng.standard_normal((batch, *size, config["in_channels"])).astype(kind))
@@ -129,6 +159,58 @@ def test_unet_float32(name):
     assert_close(module(latents, timesteps, context), theirs, 1e-3, "fast")
     with backend.plain():
         assert_close(module(latents, timesteps, context), theirs, 1e-4, "plain")
+
+
+def told_unet(name, dtype):
+    """As unet_pair, and what both are told: ours {name: array}, theirs as leaf tensors."""
+    config, widths = TOLD[name]
+    pair = unet_pair(config, dtype, (8, 6))
+    rng, kind = np.random.default_rng(3), pair[2].dtype
+    told = {what: readonly(rng.standard_normal((2, width)).astype(kind))
+            for what, width in widths.items()}
+    if "time_ids" in told:
+        told["time_ids"] = readonly(np.array([[64, 48, 0, 0, 64, 48], [32, 32, 4, 8, 16, 16]]))
+    tensors = {what: torch.from_numpy(x.copy()) for what, x in told.items()}
+    return *pair, told, tensors
+
+
+def told_call(reference, latents, timesteps, context, tensors):
+    added = {what: tensor for what, tensor in tensors.items() if what != "timestep_cond"}
+    return reference(latents, torch.from_numpy(timesteps.copy()), context, added_cond_kwargs=added,
+                     timestep_cond=tensors.get("timestep_cond")).sample
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_told_unet_gradients(name):
+    reference, module, latents, timesteps, context, told, tensors = told_unet(name, torch.float64)
+    x, c = nchw(latents).requires_grad_(), torch.from_numpy(context.copy()).requires_grad_()
+    if "text_embeds" in tensors:
+        tensors["text_embeds"].requires_grad_()
+    theirs = told_call(reference, x, timesteps, c, tensors)
+    tape = Tape()
+    ours = module.forward(latents, timesteps, context, tape, **told)
+    assert_close(ours, nhwc(theirs), 1e-8, "output")
+
+    dy = readonly(np.random.default_rng(2).standard_normal(ours.shape))
+    theirs.backward(nchw(dy))
+    gradients = module.backward(dy, tape)
+    assert len(tape) == 0
+    assert_same_gradients(reference, module)
+    expected = [nhwc(x.grad), c.grad.numpy()]
+    expected += [tensors["text_embeds"].grad.numpy()] if "text_embeds" in tensors else []
+    for i, (ours, theirs) in enumerate(zip(gradients, expected, strict=True)):
+        assert_close(ours, theirs, 1e-6, f"gradient {i}")
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_told_unet_float32(name):
+    reference, module, latents, timesteps, context, told, tensors = told_unet(name, torch.float32)
+    with torch.no_grad():
+        theirs = nhwc(told_call(reference, nchw(latents), timesteps,
+                                torch.from_numpy(context.copy()), tensors))
+    assert_close(module(latents, timesteps, context, **told), theirs, 1e-3, "fast")
+    with backend.plain():
+        assert_close(module(latents, timesteps, context, **told), theirs, 1e-4, "plain")
 
 
 def vae_pair(config, dtype):
@@ -212,11 +294,67 @@ def test_clip_float32(name):
         assert_close(module(ids), theirs, 1e-4, "plain")
 
 
+def projection_pair(end, dtype):
+    """-> reference, module, ids (2,77) with an end token each and one more behind it."""
+    config = dict(CLIPS["as SD 2"], projection_dim=7, eos_token_id=end)
+    reference = ReferenceCLIPWithProjection(CLIPTextConfig(**config)).to(dtype)
+    module = copy_weights(randomise(reference).eval(), CLIPTextModelWithProjection(config))
+    ids = np.random.default_rng(1).integers(3, 97, (2, 77))
+    ids[[0, 1], [9, 30]] = ids[:, 76] = 98
+    return reference, module, readonly(ids)
+
+
+@pytest.mark.parametrize("end", [98, 2])
+def test_clip_with_projection(end):
+    reference, module, ids = projection_pair(end, torch.float64)
+    theirs = reference(torch.from_numpy(ids.copy()), output_hidden_states=True)
+    tape = Tape()
+    ours = module.forward(ids, tape)
+    expected = theirs.hidden_states[-2], theirs.text_embeds
+    rng = np.random.default_rng(2)
+    dys = [readonly(rng.standard_normal(y.shape)) for y in ours]
+    for name, y, same in zip(("context", "text_embeds"), ours, expected):
+        assert_close(y, same.detach().numpy(), 1e-8, name)
+    torch.autograd.backward(expected, [torch.from_numpy(dy.copy()) for dy in dys])
+    module.backward(*dys, tape)
+    assert len(tape) == 0
+    assert_same_gradients(reference, module)
+
+
+def test_clip_without_the_last_layer():
+    """SDXL's first encoder; the layer left out gets no gradient."""
+    reference, module = clip_pair(CLIPS["as SD 1"], torch.float64)
+    ids = readonly(np.random.default_rng(1).integers(0, 97, (2, 77)))
+    theirs = reference(torch.from_numpy(ids.copy()), output_hidden_states=True).hidden_states[-2]
+    tape = Tape()
+    ours = module.forward(ids, tape, skip=1)
+    assert_close(ours, theirs.detach().numpy(), 1e-8)
+    dy = readonly(np.random.default_rng(2).standard_normal(ours.shape))
+    theirs.backward(torch.from_numpy(dy.copy()))
+    module.backward(dy, tape)
+    assert len(tape) == 0
+    expected = {name: same.grad for name, same in reference_names(reference)}
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad is None) == (expected[name] is None), name
+        if parameter.grad is not None:
+            error = abs(parameter.grad - expected[name].numpy()).max()
+            assert error <= 1e-6 * abs(expected[name].numpy()).max() + 1e-12, name
+
+
+@pytest.mark.parametrize("end", [98, 2])
+def test_clip_with_projection_float32(end):
+    reference, module, ids = projection_pair(end, torch.float32)
+    with torch.no_grad():
+        theirs = reference(torch.from_numpy(ids.copy()), output_hidden_states=True)
+    for y, same in zip(module(ids), (theirs.hidden_states[-2], theirs.text_embeds)):
+        assert_close(y, same.numpy(), 1e-3)
+
+
 @pytest.mark.parametrize("change, named", [
     ({"act_fn": "mish"}, "mish"),
     ({"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "AttnDownBlock2D"),
     ({"class_embed_type": "timestep"}, "class_embed_type"),
-    ({"addition_embed_type": "text_time"}, "text_time"),
+    ({"addition_embed_type": "image"}, "image"),
     ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "mirror"),
     ({"block_out_channels": [8]}, "entries"),
 ])

@@ -5,8 +5,9 @@ unet.py  predicts the noise in the latents, looking at the context
 vae.py   turns images into latents and back
 blocks.py  what the UNet and the VAE share
 """
-from .clip import CLIPTextModel
+from .clip import CLIPTextModel, CLIPTextModelWithProjection
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
 
-__all__ = ["AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"]
+__all__ = ["AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection",
+           "UNet2DConditionModel"]

@@ -14,7 +14,8 @@ class CLIPTextModel(Module):
     """config: the dict of the public text_encoder/config.json. Names as published: `text_model.…`.
 
     forward: ids (B,M) integers in [0, vocab_size), M <= max_position_embeddings -> context (B,M,D),
-    the last hidden state after the final layer norm.
+    the last hidden state after the final layer norm; or, as Stable Diffusion XL wants it, the one
+    that `skip` layers less give, without the norm.
     Raises TinyldmError for a config it does not build.
     """
 
@@ -23,11 +24,48 @@ class CLIPTextModel(Module):
         self.config = config
         self.text_model = CLIPTextTransformer(config)
 
-    def forward(self, ids, tape=NO_TAPE):
-        return self.text_model(ids, tape)
+    def forward(self, ids, tape=NO_TAPE, skip=0):
+        return self.text_model(ids, tape, skip)
 
     def backward(self, dcontext, tape):
         self.text_model.backward(dcontext, tape)
+
+
+class CLIPTextModelWithProjection(Module):
+    """Stable Diffusion XL's second encoder: the tokens' vectors, and one of the whole prompt.
+
+    forward: ids (B,M), each with an end token -> context (B,M,D), the hidden state before the last
+    layer, and text_embeds (B,P): the state of the first end token, which alone has seen the whole
+    prompt, after the last layer and its norm, projected.
+    backward: dcontext (B,M,D), dtext_embeds (B,P).
+    Raises TinyldmError for a config it does not build.
+    """
+
+    def __init__(self, config):
+        require(config, hidden_act=("quick_gelu", "gelu"))
+        self.config = config
+        self.text_model = CLIPTextTransformer(config)
+        self.text_projection = Linear(config["hidden_size"], config["projection_dim"], bias=False)
+
+    def forward(self, ids, tape=NO_TAPE):
+        context = self.text_model(ids, tape, skip=1)
+        h = self.text_model.encoder.layers[-1](context, tape)
+        h = self.text_model.final_layer_norm(h, tape)
+        end = self.config.get("eos_token_id", 2)
+        # Old configs say 2 and mean the largest number, which CLIP's end token has.
+        places = (ids if end == 2 else ids == end).argmax(axis=1)
+        rows = get_xp(ids).arange(len(ids)), places
+        tape.save(self, (h, rows))
+        return context, self.text_projection(h[rows], tape)
+
+    def backward(self, dcontext, dtext_embeds, tape):
+        dpooled = self.text_projection.backward(dtext_embeds, tape)
+        h, rows = tape.load(self)
+        dh = get_xp(h).zeros_like(h)
+        dh[rows] = dpooled
+        dh = self.text_model.final_layer_norm.backward(dh, tape)
+        dh = self.text_model.encoder.layers[-1].backward(dh, tape)
+        self.text_model.backward(dcontext + dh, tape)   # context went out, and on: add
 
 
 class CLIPTextTransformer(Module):
@@ -37,13 +75,18 @@ class CLIPTextTransformer(Module):
         self.encoder = CLIPEncoder(config)
         self.final_layer_norm = LayerNorm(D, eps)
 
-    def forward(self, ids, tape=NO_TAPE):               # (B,M) -> (B,M,D)
+    def forward(self, ids, tape=NO_TAPE, skip=0):       # (B,M) -> (B,M,D)
         h = self.embeddings(ids, tape)
-        h = self.encoder(h, tape)
-        return self.final_layer_norm(h, tape)
+        h = self.encoder(h, tape, skip)
+        if skip == 0:
+            h = self.final_layer_norm(h, tape)
+        tape.save(self, skip)
+        return h
 
-    def backward(self, dy, tape):
-        dh = self.final_layer_norm.backward(dy, tape)
+    def backward(self, dh, tape):
+        skip = tape.load(self)
+        if skip == 0:
+            dh = self.final_layer_norm.backward(dh, tape)
         dh = self.encoder.backward(dh, tape)
         self.embeddings.backward(dh, tape)
 
@@ -73,13 +116,15 @@ class CLIPEncoder(Module):
     def __init__(self, config):
         self.layers = [CLIPEncoderLayer(config) for _ in range(config["num_hidden_layers"])]
 
-    def forward(self, h, tape=NO_TAPE):                 # (B,M,D) -> (B,M,D)
-        for layer in self.layers:
+    def forward(self, h, tape=NO_TAPE, skip=0):         # (B,M,D) -> (B,M,D)
+        layers = self.layers[:len(self.layers) - skip]
+        for layer in layers:
             h = layer(h, tape)
+        tape.save(self, layers)
         return h
 
     def backward(self, dh, tape):
-        for layer in reversed(self.layers):
+        for layer in reversed(tape.load(self)):
             dh = layer.backward(dh, tape)
         return dh
 

@@ -40,6 +40,12 @@ class UNet2DConditionModel(Module):
     forward: latents (B,H,W,4), timesteps (B,) in [0, 1000), context (B,M,D) -> noise_pred
     (B,H,W,4).
     backward: dy (B,H,W,4) -> dlatents (B,H,W,4), dcontext (B,M,D).
+
+    What else some models are told changes the time embedding: Latent Consistency Models the
+    guidance they imitate, timestep_cond (B,256), its waves (Luo et al. 2023, arXiv:2310.04378,
+    section 4.3); Stable Diffusion XL the prompt as one vector, text_embeds (B,P), and sizes and
+    crop in pixels, time_ids (B,6) (Podell et al. 2023, arXiv:2307.01952, section 2.2). Its backward
+    gives dtext_embeds (B,P) as well.
     Raises TinyldmError for a config it does not build.
     """
 
@@ -50,7 +56,11 @@ class UNet2DConditionModel(Module):
         groups, eps = config["norm_num_groups"], config["norm_eps"]
         E = 4 * widths[0]
         self.conv_in = Conv2d(config["in_channels"], widths[0])
-        self.time_embedding = TimestepEmbedding(widths[0], E)
+        self.time_embedding = TimestepEmbedding(widths[0], E, config.get("time_cond_proj_dim"))
+        self.add_embedding = None
+        if config.get("addition_embed_type"):
+            self.add_embedding = TimestepEmbedding(
+                config["projection_class_embeddings_input_dim"], E)
         self.down_blocks, self.up_blocks = [], []
 
         skips, C = [widths[0]], widths[0]               # the channels of what forward will push
@@ -69,14 +79,16 @@ class UNet2DConditionModel(Module):
         self.conv_norm_out = GroupNormSiLU(C, groups, eps)
         self.conv_out = Conv2d(C, config["out_channels"])
 
-    def forward(self, latents, timesteps, context, tape=NO_TAPE):
-        config = self.config
-        # Not in float16, in which 981 times a frequency has no digits left.
-        timesteps = timesteps.astype(wide(latents.dtype))
-        waves, _ = ops.timestep_embedding(
-            timesteps, config["block_out_channels"][0],
-            config.get("flip_sin_to_cos", True), config.get("freq_shift", 0))
-        temb = self.time_embedding(waves.astype(latents.dtype, copy=False), tape)   # (B,E)
+    def forward(self, latents, timesteps, context, tape=NO_TAPE, timestep_cond=None,
+                text_embeds=None, time_ids=None):
+        waves = self._waves(timesteps, self.config["block_out_channels"][0], latents.dtype)
+        temb = self.time_embedding(waves, tape, timestep_cond)                      # (B,E)
+        if self.add_embedding is not None:
+            waves = self._waves(time_ids.reshape(-1), self.config["addition_time_embed_dim"],
+                                latents.dtype).reshape(len(latents), -1)
+            told, cache = ops.concat(text_embeds, waves)
+            tape.save(self, cache)
+            temb = temb + self.add_embedding(told, tape)
         h = self.conv_in(latents, tape)
         skips = [h]
         for block in self.down_blocks:
@@ -100,8 +112,19 @@ class UNet2DConditionModel(Module):
         dh = dh + grads.skips.pop()                     # conv_in's output was the first skip: add
         assert not grads.skips, f"{len(grads.skips)} skip gradients were not used"
         dlatents = self.conv_in.backward(dh, tape)
+        dtext_embeds = []
+        if self.add_embedding is not None:              # temb was a sum: to both
+            dtold = self.add_embedding.backward(grads.temb, tape)
+            dtext_embeds = ops.concat_backward(dtold, tape.load(self))[:1]
         self.time_embedding.backward(grads.temb, tape)
-        return dlatents, grads.context
+        return dlatents, grads.context, *dtext_embeds
+
+    def _waves(self, timesteps, dim, dtype):
+        """(n,) -> (n,dim). Not in float16, in which 981 times a frequency has no digits left."""
+        waves, _ = ops.timestep_embedding(
+            timesteps.astype(wide(dtype)), dim, self.config.get("flip_sin_to_cos", True),
+            self.config.get("freq_shift", 0))
+        return waves.astype(dtype, copy=False)
 
 
 class Gradients:
@@ -131,11 +154,12 @@ def _levels(config):
             mid_block_scale_factor=(1,), mid_block_type=("UNetMidBlock2DCrossAttn",),
             resnet_time_scale_shift=("default",), time_embedding_type=("positional",),
             dual_cross_attention=(False,), only_cross_attention=(False,),
-            class_embed_type=(None,), num_class_embeds=(None,), addition_embed_type=(None,),
-            encoder_hid_dim=(None,), encoder_hid_dim_type=(None,), time_cond_proj_dim=(None,),
+            class_embed_type=(None,), num_class_embeds=(None,),
+            addition_embed_type=(None, "text_time"), encoder_hid_dim=(None,),
+            encoder_hid_dim_type=(None,),
             time_embedding_dim=(None,), conv_in_kernel=(3,), conv_out_kernel=(3,),
             attention_type=("default",), dropout=(0, 0.0), cross_attention_norm=(None,),
-            class_embeddings_concat=(False,), addition_time_embed_dim=(None,),
+            class_embeddings_concat=(False,),
             timestep_post_act=(None,), time_embedding_act_fn=(None,),
             resnet_out_scale_factor=(1.0,), resnet_skip_time_act=(False,))
     widths = config["block_out_channels"]
@@ -160,14 +184,17 @@ def _levels(config):
 
 
 class TimestepEmbedding(Module):
-    """The timestep's waves through a small perceptron: (B,C) -> (B,E)."""
+    """The timestep's waves through a small perceptron: (B,C), condition (B,F) or None -> (B,E)."""
 
-    def __init__(self, channels, temb_channels):
+    def __init__(self, channels, temb_channels, cond_channels=None):
+        self.cond_proj = Linear(cond_channels, channels, bias=False) if cond_channels else None
         self.linear_1 = Linear(channels, temb_channels)
         self.act = Activation("silu")
         self.linear_2 = Linear(temb_channels, temb_channels)
 
-    def forward(self, waves, tape=NO_TAPE):
+    def forward(self, waves, tape=NO_TAPE, condition=None):
+        if self.cond_proj is not None:
+            waves = waves + self.cond_proj(condition, tape)
         h = self.linear_1(waves, tape)
         h = self.act(h, tape)
         return self.linear_2(h, tape)
@@ -175,7 +202,10 @@ class TimestepEmbedding(Module):
     def backward(self, dtemb, tape):
         dh = self.linear_2.backward(dtemb, tape)
         dh = self.act.backward(dh, tape)
-        return self.linear_1.backward(dh, tape)
+        dwaves = self.linear_1.backward(dh, tape)
+        if self.cond_proj is not None:
+            self.cond_proj.backward(dwaves, tape)
+        return dwaves
 
 
 class DownBlock2D(Module):
