@@ -58,6 +58,7 @@ def make_batch(size, seed=1):
 
 def our_step(batch):
     """-> the UNet, and a function that trains it one step and returns the loss."""
+    backend.keep_freed_memory()                         # as a training does
     unet = load_model(resolve() / "unet", np.float32)
     optimizer = AdamW(unet.named_parameters(), beta1=0.9, beta2=0.99, clip=np.inf, **OPTIONS)
     rng = np.random.default_rng(0)                      # split_batch wants one; nothing is drawn

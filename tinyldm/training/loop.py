@@ -4,7 +4,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from ..backend import num_threads, parallel
+from ..backend import keep_freed_memory, num_threads, parallel
 from ..errors import TinyldmError
 from ..files import replacing
 from .optim import AdamW, learning_rate
@@ -59,6 +59,7 @@ class Trainer:
 
     def train(self, batch_loss):
         """batch_loss(rng) adds a batch's gradients to the parameters and returns what to report."""
+        keep_freed_memory()
         saved = time.monotonic()
         bar = tqdm(total=self.steps, initial=self.step,
                    desc=f"training {self.path.stem}", smoothing=0.05)
