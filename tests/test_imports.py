@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "tokenizer": BOTTOM,
     "checkpoints": BOTTOM | {"kernels", "layers", "models"},
     "pipeline": BOTTOM | {"noise", "layers", "models", "diffusion", "tokenizer", "checkpoints"},
+    "watch": BOTTOM | {"pipeline"},
     "profiling": BOTTOM | {"layers", "models"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "tokenizer",
                           "checkpoints"},

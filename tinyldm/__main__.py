@@ -5,6 +5,7 @@ status 130. A picture is drawn, written under a temporary name and moved into pl
 """
 import argparse
 import os
+import shutil
 import sys
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,7 @@ from .errors import TinyldmError
 from .files import replacing, temporary_beside
 
 BUNDLED = "shapes"
+ANIMATED = (".gif", ".webp")
 # The time a step takes; tqdm's own format switches to steps a second where they are quick.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_inv_fmt}]"
 CLOCK = "{desc}: {elapsed_s:.1f} s"
@@ -76,6 +78,12 @@ def parse(arguments):
     parser.add_argument("--low-memory", action="store_true", help="less memory for more time; "
                         "decodes what is larger than the weights' own pictures in tiles, a little "
                         "differently")
+    parser.add_argument("--preview", type=int, metavar="N", help="every N steps write the picture "
+                        "as it is predicted so far: out-step5.png, out-step10.png, ...")
+    parser.add_argument("--animate", type=Path, metavar="FILE", help="write the drawing as an "
+                        "animation, a frame a step: a .gif or .webp file")
+    parser.add_argument("--show", action="store_true", help="draw the picture in the terminal too, "
+                        "which must know 24-bit colours")
     parser.add_argument("--profile", action="store_true", help="tell at the end where time and "
                         "memory went: by stage, by block and by op")
     return parser.parse_args(arguments)
@@ -85,6 +93,13 @@ def draw(args):
     """Draw, save and print the path of every picture asked for; then the profile, if asked for."""
     paths = output_paths(args.output, args.count)
     check_output(paths[0])
+    if args.preview is not None and args.preview < 1:
+        raise TinyldmError(f"--preview must be at least 1 step, not {args.preview}")
+    if args.animate:
+        if args.animate.suffix.lower() not in ANIMATED:
+            raise TinyldmError(f"--animate must name a {' or '.join(ANIMATED)} file, "
+                               f"not {args.animate}")
+        check_output(output_paths(args.animate, args.count)[0])
     if not args.profile:
         return draw_pictures(args, paths)
     from .profiling import Profiler
@@ -97,34 +112,49 @@ def draw_pictures(args, paths, profile=None):
     part = profile.stage if profile else nullcontext
     with part("loading"), stage("loading"):
         from .pipeline import load, to_pil
+        from .watch import Preview, animation, half_blocks
         pipe = load(args.weights, args.device, args.dtype, args.low_memory)
     if profile:
         profile.watch(pipe)
-    for seed, path in enumerate(paths, args.seed):
+    preview = Preview(pipe)
+    for i, path in enumerate(paths):
+        seed, frames = args.seed + i, []
         with part("reading the prompt"), stage("reading the prompt"):
             width, height = pipe.size(args.width, args.height)
             sampler = pipe.sampler(args.sampler)
             steps = pipe.num_inference_steps if args.steps is None else args.steps
             states = pipe.stream(args.prompt, args.negative, steps, args.guidance, seed, width,
                                  height, sampler=sampler)
+            text = parameters(args, steps, sampler, seed, (width, height))
         with part("drawing"):
-            latents = draw_latents(states, steps, sampler)
+            for state in with_progress(states, steps, sampler):
+                if args.animate:
+                    frames.append(preview(state.pred_x0))
+                step = state.step + 1
+                if args.preview and step % args.preview == 0:
+                    early = path.with_name(f"{path.stem}-step{step}{path.suffix}")
+                    save(preview(state.pred_x0), early, text)
         with stage("decoding"):
             with part("decoding"):
-                image, = to_pil(pipe.decode(latents))
+                image, = to_pil(pipe.decode(state.latents))
             with part("saving"):
-                save(image, path, parameters(args, steps, sampler, seed, image.size))
+                save(image, path, text)
+                if args.animate:
+                    first, options = animation([*frames[:-1], image])
+                    save(first, output_paths(args.animate, args.count)[i], text, **options)
+        if args.show:
+            print(half_blocks(image, *shutil.get_terminal_size()), file=sys.stderr)
         print(path)
 
 
-def draw_latents(states, steps, sampler):
-    """Run through a stream with a progress bar -> the last state's latents."""
+def with_progress(states, steps, sampler):
+    """Pass on a stream's states, with a progress bar."""
     # PNDM makes its first step twice; diffusers does not count the second time either.
     uncounted = sampler == "pndm" and steps > 1
     with progress("drawing", BAR, steps) as bar:
         for state in states:
+            yield state
             bar.update(state.step >= uncounted)
-    return state.latents
 
 
 def progress(name, bar_format, total):
@@ -175,13 +205,13 @@ def check_output(path):
         write(Image.new("RGB", (16, 16)), path, temporary, "")
 
 
-def save(image, path, text):
+def save(image, path, text, **options):
     """Write under a temporary name, then move into place: the file is whole or not there."""
     with replacing(path) as temporary:
-        write(image, path, temporary, text)
+        write(image, path, temporary, text, **options)
 
 
-def write(image, path, temporary, text):
+def write(image, path, temporary, text, **options):
     """Save as `temporary` in the format of path's suffix; PNG carries the text as `parameters`."""
     from PIL import Image, PngImagePlugin
 
@@ -194,7 +224,7 @@ def write(image, path, temporary, text):
                            f"{' '.join(known)}")
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("parameters", text)
-    options = {"PNG": {"pnginfo": chunks}, "JPEG": {"quality": 95}}.get(image_format, {})
+    options |= {"PNG": {"pnginfo": chunks}, "JPEG": {"quality": 95}}.get(image_format, {})
     try:
         image.save(temporary, image_format, **options)
     except (KeyError, ValueError) as error:             # what plugins say of a mode or a size

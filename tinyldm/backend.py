@@ -106,8 +106,8 @@ def keep_freed_memory():
     """Let the C library keep freed memory, 2 GiB and what is beneath, for the next arrays.
 
     A map of some MB is made and dropped at every layer. Given back to the system, its memory comes
-    as new pages, which must be zeroed and lie in no cache: an eighth of the time of a call of SD
-    1.5's UNet, a fifth of its VAE's. The setting is the whole process's; only glibc has it,
+    as new pages, which must be zeroed and lie in no cache: a tenth of the time of SD 1.5's VAE
+    (`python -m tests.benchmarks.leads`). The setting is the whole process's; only glibc has it,
     elsewhere nothing happens.
     """
     try:

@@ -46,7 +46,8 @@ def _few_rows(x, matrix, bias):
     """product by BLAS's own threads: to wake a thread costs more here than their spinning.
 
     BLAS is faster, too, with whole tiles of 16 rows and with the larger matrix first. For the 77
-    tokens of a prompt that is half of the time (`python -m tests.benchmarks.leads`).
+    tokens of a prompt a tenth of the time is saved (`python -m tests.benchmarks.leads`), and more
+    where the worker threads have gone to sleep.
     """
     R, I = x.shape
     padded = np.zeros((-(-R // 16) * 16, I), np.float32)
