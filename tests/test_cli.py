@@ -88,6 +88,15 @@ def test_a_picture_with_its_parameters(weights, out):
         assert re.search(stage, said), said
 
 
+def test_noise_of_another_kind_is_recorded(weights, out):
+    assert main(["a cat", "--weights", str(weights), "--steps", "2", "--noise", "torch-cuda",
+                 "--output", str(out / "out.png")]) == 0
+    picture = Image.open(out / "out.png")
+    assert picture.text["parameters"].endswith(f"Model: {weights.name}, Noise: torch-cuda")
+    expected, = load(weights)("a cat", num_inference_steps=2, noise="torch-cuda")
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+
 def test_count_draws_consecutive_seeds(weights, out, capsys):
     assert main(["a cat", "--weights", str(weights), "--steps", "2", "--seed", "4", "--count", "3",
                  "--output", str(out / "many.png")]) == 0
@@ -163,6 +172,8 @@ def test_the_bundled_model(tmp_path):
     (["--guidance", "nan"], "guidance_scale must be a finite number"),
     (["--seed", 2**64], "a seed is a whole number"), (["--count", 0], "--count must be at least 1"),
     (["--sampler", "heun"], f"unknown sampler 'heun'; known: {', '.join(SAMPLERS)}"),
+    (["--noise", "mps"], "unknown noise 'mps'; known: torch-cpu, torch-cuda, numpy"),
+    (["--noise", "numpy", "--seed", -1], r"a seed is a whole number from 0 to 2\*\*32 - 1, got -1"),
     (["--negative", "\udcff"], "valid Unicode"),
     (["--output", "nowhere/out.png"], "there is no folder nowhere"),
     (["--output", "."], "it is a folder"), (["--output", "x" * 300 + ".png"], "too long"),

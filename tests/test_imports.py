@@ -28,7 +28,7 @@ MAY_IMPORT = {
                           "checkpoints"},
     "metrics": BOTTOM | {"pipeline"},
 }
-ENTRY_POINTS = {"__init__.py", "__main__.py", "training/__main__.py"}
+ENTRY_POINTS = {"__init__.py", "__main__.py", "inspect.py", "training/__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.
 LIBRARIES = {"numpy", "tokenizers", "safetensors", "threadpoolctl", "huggingface_hub",
              "PIL", "tqdm", "matplotlib"}

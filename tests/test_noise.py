@@ -1,4 +1,5 @@
-"""Normal numbers against torch's CPU generator, bit for bit."""
+"""Normal numbers against torch's CPU generator, bit for bit; a GPU's against published ones."""
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -96,7 +97,105 @@ def test_seeds_at_the_edges_of_torchs_range(seed):
     assert_same_bits(noise.randn(40, seed), expected)
 
 
+@pytest.mark.parametrize("kind", [noise.Generator, noise.CudaGenerator])
 @pytest.mark.parametrize("seed", [-2**63 - 1, 2**64, 1.0, "7", None])
-def test_seeds_torch_does_not_take(seed):
+def test_seeds_torch_does_not_take(seed, kind):
     with pytest.raises(TinyldmError, match=r"whole number from -2\*\*63 to 2\*\*64 - 1, got"):
-        noise.randn(4, seed)
+        kind(seed)
+
+
+# ---- as a GPU draws -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("counter, key, expected", [
+    ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, (0xFFFFFFFF,) * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], (0xA4093822, 0x299F31D0),
+     [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1])])
+def test_philox_known_answers(counter, key, expected):
+    """Those of Random123, the paper's library: kat_vectors, philox4x32 with 10 rounds."""
+    words = noise.philox(np.array(counter, np.uint64)[:, None], key)
+    assert words[:, 0].tolist() == expected
+
+
+def test_published_cuda_numbers():
+    """AUTOMATIC1111/stable-diffusion-webui, modules/rng_philox.py: Generator(0).randn((3, 4))."""
+    expected = [[-0.92466259, -0.42534415, -2.6438457, 0.14518388],
+                [-0.12086657, -0.57972564, -0.62285122, -0.32838709],
+                [-1.07454231, -0.36314407, -1.67105067, 2.26550497]]
+    ours = noise.CudaGenerator(0).randn((3, 4))
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed, published", [
+    (9, [0.8888, -0.5659, 0.5834, -0.7469, 1.1912, -0.3923, 1.1241, -0.4424]),
+    (3, [-0.5649, 0.2402, -0.5518, 0.1248, 1.1328, -0.2443, -0.0325, -1.0078])])
+def test_noise_that_a_gpu_drew(seed, published):
+    """Given pure noise (t = 1000), Stable Diffusion 1.4's UNet answers about that noise.
+
+    So these answers, from diffusers' test_models_unet_2d_condition.py, show what noise a GPU drew.
+    """
+    drawn = noise.CudaGenerator(seed).randn((4, 4, 64, 64))[-1, -2:, -2:, :2].reshape(-1)
+    assert np.corrcoef(drawn, published)[0, 1] > 0.999
+    assert abs(drawn - published).max() < 0.1
+
+
+def one_cuda_number(seed, i, threads, calls=0):
+    """Number i of a draw after so many calls, alone and in float64."""
+    turn, place = divmod(i, 4 * threads)
+    which, thread = divmod(place, threads)
+    counter = np.array([[calls + turn], [0], [thread], [0]], np.uint64)
+    words = noise.philox(counter, (seed % 2**32, seed // 2**32))[:, 0].tolist()
+    u, v = (np.float32(word) * 2.0**-32 + 2.0**-33 for word in words[which // 2 * 2:][:2])
+    return math.sqrt(-2 * math.log(u)) * (math.sin, math.cos)[which % 2](2 * math.pi * v)
+
+
+@pytest.mark.parametrize("threads", [1, 8, 200])
+@pytest.mark.parametrize("seed", [0, 2**32 + 5, 2**64 - 1])
+def test_the_places_of_a_threads_numbers(threads, seed):
+    """Draws below, at and far above what the threads give in one call; one after the other."""
+    generator, calls = noise.CudaGenerator(seed, threads), 0
+    for shape in [(3,), (), (8, 4), (0,), (2, 3, 37), (1,)]:
+        ours = generator.randn(shape).reshape(-1)
+        working = min(threads, max(ours.size, 1))
+        expected = [one_cuda_number(seed, i, working, calls) for i in range(ours.size)]
+        np.testing.assert_allclose(ours, expected, atol=3e-6)
+        calls += math.ceil(ours.size / (4 * working))
+
+
+def test_small_draws_are_the_same_on_every_gpu():
+    t4, h100 = (noise.CudaGenerator(1, threads) for threads in (40960, 270336))
+    np.testing.assert_array_equal(t4.randn((4, 96, 96)), h100.randn((4, 96, 96)))
+    assert (t4.randn((4, 128, 128)) != h100.randn((4, 128, 128))).any()
+
+
+def test_a_million_cuda_numbers_are_normal():
+    normals = noise.CudaGenerator(5).randn(1_000_000).astype(np.float64)
+    assert abs(normals.mean()) < 4e-3 and abs(normals.std() - 1) < 3e-3
+    assert abs((normals ** 4).mean() - 3) < 0.03 and np.isfinite(normals).all()
+
+
+# ---- as NumPy draws -------------------------------------------------------------------------
+
+def test_numpy_numbers():
+    """Its last numbers of 10,000 are published in apple/ml-stable-diffusion's test of its RNG."""
+    ours, theirs = noise.NumpyGenerator(12345), np.random.RandomState(12345)
+    normals = ours.randn(10000)
+    np.testing.assert_allclose(normals[-5:], [-0.86285345, 2.15229409, -0.00670556, -1.21472309,
+                                              0.65498866], atol=1e-7)
+    np.testing.assert_array_equal(normals, theirs.standard_normal(10000).astype(np.float32))
+    for shape in [(3,), (), (2, 3, 5)]:
+        drawn = ours.randn(shape)
+        assert drawn.dtype == np.float32 and drawn.shape == shape
+        np.testing.assert_array_equal(drawn, theirs.standard_normal(shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, None])
+def test_seeds_numpy_does_not_take(seed):
+    with pytest.raises(TinyldmError, match=r"whole number from 0 to 2\*\*32 - 1, got"):
+        noise.NumpyGenerator(seed)
+
+
+def test_unknown_noise():
+    with pytest.raises(TinyldmError, match="unknown noise 'mps'; known: torch-cpu, torch-cuda, nu"):
+        noise.get_generator("mps")

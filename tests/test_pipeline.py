@@ -15,6 +15,7 @@ from tinyldm.checkpoints import components, save_model
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Tape
+from tinyldm.noise import CudaGenerator
 from tinyldm.pipeline import StableDiffusion, load
 from tinyldm.training.optim import AdamW
 
@@ -184,6 +185,31 @@ def test_same_seed_same_picture(small):
     other, = small("cat", seed=6)
     assert np.array_equal(one[0], two[0]) and not np.array_equal(one[0], other)
     assert one[0].size == (16, 16) and one[0].mode == "RGB"
+
+
+@pytest.mark.parametrize("kind, draw", [
+    ("torch-cpu", lambda seed: torch.randn(1, 4, 4, 4, generator=torch.manual_seed(seed)).numpy()),
+    ("torch-cuda", lambda seed: CudaGenerator(seed).randn((1, 4, 4, 4))),
+    ("numpy", lambda seed: np.random.RandomState(seed).standard_normal((1, 4, 4, 4)))])
+def test_kinds_of_noise(small, kind, draw):
+    """Image i starts from what seed + i gives elsewhere, where channels come first."""
+    latents = np.concatenate([draw(5), draw(6)]).transpose(0, 2, 3, 1)
+    options = {"num_inference_steps": 2, "num_images": 2}
+    *_, expected = small.stream("cat", latents=latents, **options)
+    *_, state = small.stream("cat", seed=5, noise=kind, **options)
+    assert np.array_equal(state.latents, expected.latents)
+
+
+def test_fresh_noise_is_of_the_same_kind(small):
+    """DDPM's steps go on drawing where the first latents' stream stands."""
+    options = {"sampler": "ddpm", "num_inference_steps": 2, "guidance_scale": 1.0}
+    state = np.random.RandomState(8)
+    first, second = (state.standard_normal((1, 4, 4, 4)).transpose(0, 2, 3, 1) for _ in range(2))
+    drawn, _ = small.stream("cat", noise="numpy", seed=8, **options)
+    # Given latents, the seed's first numbers are left for the first step's fresh noise.
+    given, _ = small.stream("cat", latents=first, noise="numpy", seed=8, **options)
+    difference = drawn.latents - given.latents
+    assert np.corrcoef(difference.reshape(-1), (second - first).reshape(-1))[0, 1] > 0.9999
 
 
 def test_float64_weights_draw_the_same(small_folder, small):

@@ -71,6 +71,8 @@ def parse(arguments):
                         "K, K + 1, ...: out-0.png, out-1.png, ... (1)")
     parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, "
                         "euler_ancestral, dpmpp_2m or dpmpp_2m_karras (the weights' own)")
+    parser.add_argument("--noise", metavar="NAME", default="torch-cpu", help="whose normal numbers "
+                        "the seed stands for: torch-cpu, torch-cuda or numpy (torch-cpu)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--dtype", help="float16, float32 or float64: of the weights and of what "
                         "is made of them (float32, but for large weights in float16 files; "
@@ -124,7 +126,7 @@ def draw_pictures(args, paths, profile=None):
             sampler = pipe.sampler(args.sampler)
             steps = pipe.num_inference_steps if args.steps is None else args.steps
             states = pipe.stream(args.prompt, args.negative, steps, args.guidance, seed, width,
-                                 height, sampler=sampler)
+                                 height, sampler=sampler, noise=args.noise)
             text = parameters(args, steps, sampler, seed, (width, height))
         with part("drawing"):
             for state in with_progress(states, steps, sampler):
@@ -174,9 +176,10 @@ def parameters(args, steps, sampler, seed, size):
     """How a picture was made, as the text that web interfaces store in PNG files and read back."""
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     model = Path(args.weights).resolve().name if args.weights else BUNDLED
+    noise = "" if args.noise == "torch-cpu" else f", Noise: {args.noise}"
     return (f"{args.prompt}{negative}\nSteps: {steps}, Sampler: {sampler}, "
             f"CFG scale: {args.guidance:g}, Seed: {seed}, Size: {size[0]}x{size[1]}, "
-            f"Model: {model}")
+            f"Model: {model}{noise}")
 
 
 # ---- files ----------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""Normal numbers from a seed, equal bit for bit to torch's on the CPU.
+"""Normal numbers from a seed, the same ones as elsewhere: torch's on the CPU or a GPU, or NumPy's.
 
 Where it stands: seed -> latents x_T, and the fresh noise of the stochastic samplers. A picture of
 another implementation can be drawn again here only if both start from the same numbers, so this
-file retraces how torch makes them:
+file retraces how they are made: a class a kind, all with a method randn, by name in GENERATORS.
+
+"torch-cpu", Generator, equals torch on the CPU bit for bit:
 
 1. The Mersenne Twister MT19937 gives 32-bit words. NumPy has the same engine, seeded the same way.
 2. The low 24 bits of a word are a uniform number in [0, 1) that float32 holds exactly.
@@ -13,10 +15,28 @@ file retraces how torch makes them:
    twice (a fused multiply-add). Both decide the last bits, so both are done here as well.
    Below 16 numbers it takes another road: one at a time, in float64, with the C library.
 
+"torch-cuda", CudaGenerator, follows torch on an NVIDIA GPU, without one:
+
+1. A twister's word depends on all words before it, and a GPU's threads cannot wait for each other.
+   Philox has no state to hand on: it is a function of a counter and a key, which scrambles four
+   words in ten rounds of multiplications so that they pass for random. The key is the seed; the
+   counter says which thread asks (t) and which of its calls this is.
+2. A call gives a thread four words, and Box and Muller turn them into four normal numbers.
+3. Thread t of T writes its four to the places t, t + T, t + 2T and t + 3T, its next call's to
+   4T more. A GPU starts one thread a number, up to as many as it can hold at once: only beyond that
+   (40,960 on a T4, a small one; a picture of 512x512 pixels asks for 16,384 numbers) does a thread
+   use more than the first of its four, and do GPUs differ.
+4. A GPU's own sine and cosine are approximate, so the numbers agree to about a millionth: with the
+   few that are published, and no closer was looked.
+
+"numpy", NumpyGenerator, is np.random.RandomState, which many public tests draw their latents from.
+
 Sources: Matsumoto & Nishimura 1998, "Mersenne Twister"; Box & Muller 1958, "A note on the
 generation of random normal deviates"; Moshier's Cephes library (logf, sinf, cosf); PyTorch 2.13,
 ATen/native/cpu/DistributionTemplates.h and avx_mathfun.h. The last bits are those of x86-64 with
-AVX2; on other processors torch itself differs from them.
+AVX2; on other processors torch itself differs from them. Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3"; curand_philox4x32_x.h and curand_normal.h of CUDA;
+PyTorch, ATen/native/cuda/DistributionTemplates.h.
 """
 import math
 import operator
@@ -27,6 +47,7 @@ from .errors import TinyldmError
 
 F32 = np.float32
 BLOCK = 16                  # torch's vector path: 8 radii and 8 angles make 16 normal numbers
+A100_THREADS = 221184       # what one can hold: 108 multiprocessors with 2048 threads each
 
 
 def randn(shape, seed):
@@ -45,15 +66,7 @@ class Generator:
     """
 
     def __init__(self, seed):
-        try:
-            seed = operator.index(seed)
-        except TypeError:
-            seed_fits = False
-        else:
-            seed_fits = -2**63 <= seed < 2**64
-        if not seed_fits:
-            raise TinyldmError(f"a seed is a whole number from -2**63 to 2**64 - 1, got {seed!r}: "
-                               "choose one in that range")
+        seed = _checked(seed, -2**63, 2**64)
         self._words = np.random.RandomState(seed & 0xFFFFFFFF)
         self._spare = None              # the scalar path makes two numbers and keeps the second
 
@@ -90,6 +103,105 @@ class Generator:
         """A float64 in [0, 1) from the low 53 bits of two words, the first being the high one."""
         high, low = (int(word) for word in self._words.randint(0, 2**32, 2, np.uint32))
         return ((high << 32 | low) & (2**53 - 1)) * 2**-53
+
+
+class CudaGenerator:
+    """The same for torch.Generator("cuda"): equal to its draws but for about a millionth.
+
+    seed: as for Generator, but all of its 64 bits matter. threads: T of the GPU that is followed,
+    its multiprocessors times the threads each holds. Raises TinyldmError: see Generator.
+    """
+
+    def __init__(self, seed, threads=A100_THREADS):
+        seed = _checked(seed, -2**63, 2**64)
+        self._key = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+        self._threads, self._calls = threads, 0
+
+    def randn(self, shape):
+        """Draw standard normal numbers: torch.randn(shape, device="cuda") -> float32 array."""
+        normals = np.empty(shape, F32)
+        flat = normals.reshape(-1)      # a view: torch's numbers depend on the size alone
+        threads = max(1, min(flat.size, self._threads))
+        for start in range(0, flat.size, 4 * threads):
+            part = flat[start:start + 4 * threads]
+            part[:] = self._fours(threads)[:part.size]
+        return normals
+
+    def _fours(self, threads):
+        """A call's numbers, four a thread: all first ones, all second ones ... -> (4 threads,)."""
+        counter = np.zeros((4, threads), np.uint64)
+        counter[0], counter[1] = self._calls & 0xFFFFFFFF, self._calls >> 32
+        counter[2] = np.arange(threads)
+        self._calls += 1
+        words = philox(counter, self._key).astype(F32)
+        radii, angles = words.reshape(2, 2, threads).swapaxes(0, 1)     # (4,T) -> twice (2,T)
+        u = fma(radii, F32(2**-32), F32(2**-33))                    # in (0, 1]
+        v = fma(angles, F32(2 * math.pi / 2**32), F32(math.pi / 2**32))     # in (0, 2 pi]
+        radius = np.sqrt(-2 * log(u))                               # (2, threads)
+        sin, cos = sin_cos(v)
+        return np.stack([radius * sin, radius * cos], axis=1).reshape(-1) + F32(0)
+
+
+class NumpyGenerator:
+    """The same for np.random.RandomState(seed).standard_normal.
+
+    seed: a whole number from 0 to 2**32 - 1. Raises TinyldmError for anything else.
+    """
+
+    def __init__(self, seed):
+        self._state = np.random.RandomState(_checked(seed, 0, 2**32))
+
+    def randn(self, shape):
+        """Draw standard normal numbers -> float32 array; they are made in float64 and rounded."""
+        return np.asarray(self._state.standard_normal(shape), F32)
+
+
+GENERATORS = {"torch-cpu": Generator, "torch-cuda": CudaGenerator, "numpy": NumpyGenerator}
+
+
+def get_generator(name):
+    """The class of a name in GENERATORS. Raises TinyldmError, listing the names, for any other."""
+    if name not in GENERATORS:
+        raise TinyldmError(f"unknown noise {name!r}; known: {', '.join(GENERATORS)}")
+    return GENERATORS[name]
+
+
+def _checked(seed, low, high):
+    """The seed as a python int in [low, high), or a TinyldmError that says what it must be."""
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = None
+    if number is None or not low <= number < high:
+        allowed = "0 to 2**32 - 1" if low == 0 else "-2**63 to 2**64 - 1"
+        raise TinyldmError(f"a seed is a whole number from {allowed}, got {seed!r}: "
+                           "choose one in that range")
+    return number
+
+
+def philox(counter, key):
+    """Philox 4x32-10: four scrambled words for every counter.
+
+    counter (4, n) uint64 of numbers below 2**32, key a pair of such -> (4, n) uint64, likewise.
+
+    A round multiplies two of the four words by constants. The product's high half is the scrambled
+    one: it is mixed (exclusive or) with a word that was not multiplied and with the key, which
+    changes from round to round; the low half, from which the word could be had back, stays beside
+    it. So a round can be undone, and different counters never meet.
+
+        (c0, c1, c2, c3) -> (high(M1 c2) ^ c1 ^ k0, low(M1 c2), high(M0 c0) ^ c3 ^ k1, low(M0 c0))
+
+    Source: Salmon et al. 2011; the constants are those of its library Random123, philox.h.
+    """
+    low = np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (product2 >> np.uint64(32) ^ c1 ^ np.uint64(k0), product2 & low,
+                          product0 >> np.uint64(32) ^ c3 ^ np.uint64(k1), product0 & low)
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32   # golden ratio, sqrt(3) - 1
+    return np.stack([c0, c1, c2, c3])
 
 
 def box_muller(uniforms):

@@ -21,7 +21,7 @@ from .diffusion.schedule import Schedule
 from .errors import TinyldmError
 from .files import read_json
 from .layers import named_modules, watching
-from .noise import Generator
+from .noise import get_generator
 
 STEPS = 50                  # where the weights recommend no number of their own
 LARGEST = 8192              # pixels a side: beyond is a slip of the keyboard, not a picture
@@ -102,15 +102,17 @@ class StableDiffusion:
                                f"encoder knows {limit} positions: use parts of one pipeline")
 
     def __call__(self, prompt, negative_prompt="", num_inference_steps=None, guidance_scale=7.5,
-                 seed=0, width=None, height=None, num_images=1, sampler=None, latents=None):
+                 seed=0, width=None, height=None, num_images=1, sampler=None, latents=None,
+                 noise="torch-cpu"):
         """Draw num_images pictures of a prompt -> list of PIL images. Arguments: see stream."""
         for state in self.stream(prompt, negative_prompt, num_inference_steps, guidance_scale, seed,
-                                 width, height, num_images, sampler, latents):
+                                 width, height, num_images, sampler, latents, noise):
             clean = state.latents
         return to_pil(self.decode(clean))
 
     def stream(self, prompt, negative_prompt="", num_inference_steps=None, guidance_scale=7.5,
-               seed=0, width=None, height=None, num_images=1, sampler=None, latents=None):
+               seed=0, width=None, height=None, num_images=1, sampler=None, latents=None,
+               noise="torch-cpu"):
         """Draw, a model call at a time -> iterator of samplers.State, whose last latents are clean.
 
         prompt: what to draw; beyond the tokenizer's 77 tokens it is cut, with a warning.
@@ -123,6 +125,8 @@ class StableDiffusion:
         sampler: a key of diffusion.samplers.SAMPLERS; the weights' own unless given.
         latents: (num_images, height / factor, width / factor, channels), standard normal numbers
         to start from in place of the seed's.
+        noise: a key of noise.GENERATORS, whose normal numbers the seed stands for: torch's on the
+        CPU ("torch-cpu") or on a GPU ("torch-cuda"), or NumPy's ("numpy").
         Raises TinyldmError, before anything is drawn for a bad argument, and at the step where
         the latents stop being finite, naming it and the layer.
         """
@@ -132,7 +136,8 @@ class StableDiffusion:
         guidance_scale = _finite_number(guidance_scale)
         latents = None if latents is None else self._array(latents)
         shape = self._latents_shape(width, height, num_images, latents)
-        generators = [Generator(seed), *(Generator(seed + i) for i in range(1, shape[0]))]
+        generator = get_generator(noise)
+        generators = [generator(seed), *(generator(seed + i) for i in range(1, shape[0]))]
 
         def draw_noise():                               # -> (B,H/f,W/f,C)
             return self._draw(generators, shape)

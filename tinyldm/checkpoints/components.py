@@ -85,8 +85,7 @@ def load_weights(module, files, dtype=np.float32, low_memory=False):
     parameters = dict(module.named_parameters())
     matrices = {layer.weight for _, layer in named_modules(module)
                 if isinstance(layer, (Linear, Conv2d))}  # the layers whose kernels take float16
-    tensors = layout.public_names(stored, parameters)
-    tensors = {name: layout.squeezed(name, tensor) for name, tensor in tensors.items()}
+    tensors = renamed(stored, parameters)
     _check_fit(type(module).__name__, files, parameters, tensors)
 
     def fill(name):
@@ -99,22 +98,35 @@ def load_weights(module, files, dtype=np.float32, low_memory=False):
     backend.parallel(fill, tensors)
 
 
-def _check_fit(model, files, parameters, tensors):
+def renamed(stored, parameters):
+    """{name in the file: tensor} -> {name in the model: tensor}, shapes as the model has them."""
+    tensors = layout.public_names(stored, parameters)
+    return {name: layout.squeezed(name, tensor) for name, tensor in tensors.items()}
+
+
+def misfits(parameters, tensors):
+    """What keeps renamed tensors from filling parameters -> names missing, unexpected, wrong."""
     missing = [name for name in parameters if name not in tensors]
     unexpected = [name for name in tensors if name not in parameters]
     shapes = {name: (layout.file_shape(parameters[name]), tensors[name].shape)
               for name in parameters if name in tensors}
     wrong = [f"{name} (expected {ours}, found {theirs})"
              for name, (ours, theirs) in shapes.items() if ours != theirs]
+    return missing, unexpected, wrong
+
+
+def _check_fit(model, files, parameters, tensors):
+    missing, unexpected, wrong = misfits(parameters, tensors)
     if missing or unexpected or wrong:
         raise TinyldmError(
             f"{', '.join(map(str, files))} does not fit the {model} of its config.json\n"
-            f"  missing: {_shorten(missing)}\n"
-            f"  unexpected: {_shorten(unexpected)}\n"
-            f"  wrong shape: {_shorten(wrong)}")
+            f"  missing: {shorten(missing)}\n"
+            f"  unexpected: {shorten(unexpected)}\n"
+            f"  wrong shape: {shorten(wrong)}")
 
 
-def _shorten(names):
+def shorten(names):
+    """Their number and the first few, or "none"."""
     if not names:
         return "none"
     rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
@@ -127,17 +139,25 @@ def load_model(folder, dtype=np.float32, low_memory=False):
     dtype, low_memory: see load_weights.
 
     Returns a UNet2DConditionModel, an AutoencoderKL or a CLIPTextModel.
-    Raises TinyldmError: see read_config, find_weights and load_weights.
+    Raises TinyldmError: see build_model, find_weights and load_weights.
+    """
+    module = build_model(folder)
+    load_weights(module, find_weights(folder), dtype, low_memory)
+    return module
+
+
+def build_model(folder):
+    """The model that folder/config.json names, its parameters no more than shapes.
+
+    Raises TinyldmError: see read_config; and for a config that its class cannot follow.
     """
     model, config = read_config(folder)
     try:
-        module = model(config)
+        return model(config)
     except Exception as error:                          # a constructor only follows the config
         reason = error if isinstance(error, TinyldmError) else f"{type(error).__name__}: {error}"
         raise TinyldmError(f"{Path(folder) / 'config.json'} does not describe a {model.__name__} "
                            f"that is supported ({reason})") from error
-    load_weights(module, find_weights(folder), dtype, low_memory)
-    return module
 
 
 def save_model(module, folder, dtype=np.float16):

@@ -4,8 +4,8 @@ All are x * sigmoid(z) = (x/2) * (1 + tanh(z/2)), by NumPy's vectorised tanh. Si
 GELU 1.702 x. GELU has z = log(Phi(x) / (1 - Phi(x))), an odd and almost straight function of x: x
 times a polynomial in x^2, in fewer passes than a rational erf takes.
 
-Measured beside PyTorch (`python -m tests.benchmarks.kernels`): the UNet's GEGLU the same time at 4096
-tokens, three times at fewer.
+Measured beside PyTorch (`python -m tests.benchmarks.kernels`): the UNet's GEGLU the same time at
+4096 tokens, three times at fewer.
 """
 import numpy as np
 

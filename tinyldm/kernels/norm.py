@@ -2,8 +2,8 @@
 
 Group norm reads the map twice: once for its sums, once for scale * x + shift and the SiLU.
 
-Measured beside PyTorch (`python -m tests.benchmarks.kernels`): group norm with SiLU half of the time
-on the VAE's maps, two to four times on the UNet's; layer norm a third to four times.
+Measured beside PyTorch (`python -m tests.benchmarks.kernels`): group norm with SiLU half of the
+time on the VAE's maps, two to four times on the UNet's; layer norm a third to four times.
 """
 import numpy as np
 
