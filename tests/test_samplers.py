@@ -215,6 +215,19 @@ def test_zero_terminal_snr(name, spacing, exact_sqrt):
         check(name, config, steps, scheduler)
 
 
+@every_sampler
+def test_zero_terminal_snr_with_epsilon(name):
+    """alpha_bar = 0 cannot be divided by, and is refused; sigma = 4096 can, as in diffusers."""
+    schedule = Schedule.from_config({**SD, "timestep_spacing": "trailing",
+                                     "rescale_betas_zero_snr": True})
+    states = SAMPLERS[name](predict, start()[1], schedule, 5, noise_source())
+    if name in ("ddpm", "ddim", "pndm", "lcm"):
+        with pytest.raises(TinyldmError, match="rescale_betas_zero_snr"):
+            next(states)
+    else:
+        assert all(np.isfinite(state.latents).all() for state in states)
+
+
 def test_zero_terminal_snr_stays_finite():
     """Where diffusers' DDIM takes the root of a rounded -1e-8 and returns NaN (10 steps, eta 1)."""
     schedule = Schedule.from_config({**SD21, "timestep_spacing": "trailing",
@@ -300,7 +313,7 @@ def test_default_sampler():
 
 
 @pytest.mark.parametrize("config, told", [
-    ({"_class_name": "KDPM2DiscreteScheduler"}, "KDPM2Disc.*supported: DDPMScheduler"),
+    ({"_class_name": "DEISMultistepScheduler"}, "DEISMulti.*supported: DDPMScheduler"),
     ({}, "None.*supported: DDPMScheduler"),
     ({"_class_name": "PNDMScheduler"}, "skip_prk_steps"),
     ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas"),

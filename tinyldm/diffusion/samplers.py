@@ -222,8 +222,9 @@ def dpmpp_2m(predict, latents, schedule, num_inference_steps, draw_noise, use_ka
         if step > 0 and not (step == n - 1 and first_order_last):
             D = x_0 + h / h_before / 2 * (x_0 - x_0_before)
         if sde:
+            fresh = max(-math.expm1(-2 * h), 0.0) ** 0.5    # 0 may round to -1e-7
             x_t = (_dpm_step(x_t * math.exp(-h), D, sigma_s, sigma_t, 2 * h)
-                   + _alpha(sigma_t) * sigma_t * (-math.expm1(-2 * h)) ** 0.5 * draw_noise())
+                   + _alpha(sigma_t) * sigma_t * fresh * draw_noise())
         else:
             x_t = _dpm_step(x_t, D, sigma_s, sigma_t, h)
         x_0_before, h_before = x_0, h
