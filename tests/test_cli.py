@@ -97,6 +97,17 @@ def test_noise_of_another_kind_is_recorded(weights, out):
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
+def test_guidance_rescale_and_the_steps_of_heun(weights, out, capsys):
+    path = out / "out.png"
+    assert main(["a cat", "--weights", str(weights), "--steps", "3", "--guidance-rescale", "0.7",
+                 "--sampler", "heun", "--output", str(path)]) == 0
+    expected, = load(weights)("a cat", num_inference_steps=3, sampler="heun", guidance_rescale=0.7)
+    picture = Image.open(path)
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    assert "CFG scale: 7.5, CFG rescale: 0.7, Seed: 0" in picture.text["parameters"]
+    assert re.search(r"drawing: 100%\|.*\| 3/3 ", capsys.readouterr().err)       # of five calls
+
+
 def test_count_draws_consecutive_seeds(weights, out, capsys):
     assert main(["a cat", "--weights", str(weights), "--steps", "2", "--seed", "4", "--count", "3",
                  "--output", str(out / "many.png")]) == 0
@@ -171,7 +182,8 @@ def test_the_bundled_model(tmp_path):
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--guidance", "nan"], "guidance_scale must be a finite number"),
     (["--seed", 2**64], "a seed is a whole number"), (["--count", 0], "--count must be at least 1"),
-    (["--sampler", "heun"], f"unknown sampler 'heun'; known: {', '.join(SAMPLERS)}"),
+    (["--guidance-rescale", 2], "guidance_rescale must be from 0 to 1, not 2"),
+    (["--sampler", "dpm2"], f"unknown sampler 'dpm2'; known: {', '.join(SAMPLERS)}"),
     (["--noise", "mps"], "unknown noise 'mps'; known: torch-cpu, torch-cuda, numpy"),
     (["--noise", "numpy", "--seed", -1], r"a seed is a whole number from 0 to 2\*\*32 - 1, got -1"),
     (["--negative", "\udcff"], "valid Unicode"),
@@ -254,8 +266,8 @@ def remove(name):
      "names the model UNet3D, supported are"),
     (lambda folder: change_json(folder / "unet" / "config.json", act_fn="mish"), "act_fn = 'mish'"),
     (lambda folder: change_json(folder / "scheduler" / "scheduler_config.json",
-                                _class_name="UniPCMultistepScheduler"),
-     "scheduler class 'UniPCMultistepScheduler' is not supported"),
+                                _class_name="DEISMultistepScheduler"),
+     "scheduler class 'DEISMultistepScheduler' is not supported"),
     (lambda folder: change_json(folder / "scheduler" / "scheduler_config.json",
                                 beta_schedule="sideways"), "beta_schedule 'sideways'"),
     (lambda folder: change_json(folder / "model_index.json", _class_name="FluxPipeline"),

@@ -130,6 +130,7 @@ def test_images_of_one_call_have_consecutive_seeds(both):
 @pytest.mark.parametrize("options", [
     {"guidance_scale": 1.0}, {"guidance_scale": 0.0, "negative_prompt": NEGATIVE},
     {"guidance_scale": 3.5, "negative_prompt": NEGATIVE}, {"width": 72, "height": 56},
+    {"guidance_rescale": 0.7}, {"guidance_rescale": 1.0, "guidance_scale": 1.0},
     {"width": 8, "height": 24}])
 def test_options(both_sd1, options):
     pipe, reference = both_sd1
@@ -147,11 +148,14 @@ def test_given_latents(both_sd1):
 @pytest.mark.parametrize("name, scheduler", [
     ("ddpm", "DDPMScheduler"), ("ddim", "DDIMScheduler"), ("euler", "EulerDiscreteScheduler"),
     ("euler_ancestral", "EulerAncestralDiscreteScheduler"),
-    ("dpmpp_2m", "DPMSolverMultistepScheduler")])
+    ("dpmpp_2m", "DPMSolverMultistepScheduler"), ("heun", "HeunDiscreteScheduler"),
+    ("dpmpp_2m_sde", "DPMSolverMultistepScheduler"),
+    ("unipc", "UniPCMultistepScheduler"), ("lcm", "LCMScheduler")])
 def test_another_sampler(sd1_folder, both_sd1, name, scheduler):
     pipe, _ = both_sd1
     reference = Reference(sd1_folder)
-    config = {**reference.pipe.scheduler.config, "clip_sample": False}
+    config = {**reference.pipe.scheduler.config, "clip_sample": False,
+              "algorithm_type": "sde-dpmsolver++" if "sde" in name else "dpmsolver++"}
     reference.pipe.scheduler = getattr(diffusers, scheduler).from_config(config)
     assert_same_drawing(ours(pipe, sampler=name), reference())
 
@@ -222,6 +226,7 @@ def test_float64_weights_draw_the_same(small_folder, small):
 
 def test_number_of_steps(small_folder, small, tmp_path):
     assert len(list(small.stream("cat", sampler="pndm", num_inference_steps=4))) == 5
+    assert len(list(small.stream("cat", sampler="heun", num_inference_steps=4))) == 7
     assert len(list(small.stream("cat"))) == 50
     folder = tmp_path / "own"
     smallest(folder)
@@ -249,13 +254,16 @@ BAD = [
     ({"guidance_scale": float("nan")}, "finite number, not nan"),
     ({"guidance_scale": float("inf")}, "finite number, not inf"),
     ({"guidance_scale": "7"}, "finite number, not '7'"),
+    ({"guidance_rescale": 1.5}, "guidance_rescale must be from 0 to 1, not 1.5"),
+    ({"guidance_rescale": -0.1}, "from 0 to 1, not -0.1"),
+    ({"guidance_rescale": None}, "guidance_rescale must be a finite number"),
     ({"seed": 1.5}, "seed is a whole number"), ({"seed": None}, "seed is a whole number"),
     ({"width": 18}, "width must be a multiple of 4, not 18: the nearest is 16 or 20"),
     ({"height": 2}, "height must be a multiple of 4, not 2: the nearest is 4"),
     ({"width": 0}, "from 4 to 8192 pixels, not 0"), ({"height": -8}, "not -8"),
     ({"height": 10**9}, "8192 pixels"), ({"width": 16.0}, "whole number of pixels"),
     ({"num_images": 0}, "num_images must be"), ({"num_images": None}, "num_images must be"),
-    ({"sampler": "heun"}, f"unknown sampler 'heun'; known: {', '.join(SAMPLERS)}"),
+    ({"sampler": "dpm2"}, f"unknown sampler 'dpm2'; known: {', '.join(SAMPLERS)}"),
     ({"latents": np.zeros((2, 4, 4, 4))}, r"shape \(1, 4, 4, 4\) .*, not \(2, 4, 4, 4\)"),
     ({"latents": np.zeros((4, 4))}, "latents must be finite and of shape"),
     ({"latents": np.zeros((1, 4, 4, 4)), "width": 32}, r"shape \(1, 4, 8, 4\)"),
@@ -282,10 +290,11 @@ def test_bad_loads(tmp_path):
 
 
 def test_unsupported_scheduler_still_draws_with_a_sampler(tmp_path):
-    folder = smallest(tmp_path / "unipc")
-    change_json(folder / "scheduler" / "scheduler_config.json", _class_name="UniPCMultistepSchedu")
+    folder = smallest(tmp_path / "deis")
+    config = folder / "scheduler" / "scheduler_config.json"
+    change_json(config, _class_name="DEISMultistepScheduler")
     pipe = load(folder)
-    with pytest.raises(TinyldmError, match="UniPC.*or choose a sampler: ddpm"):
+    with pytest.raises(TinyldmError, match="DEIS.*or choose a sampler: ddpm"):
         pipe.stream("cat")
     assert len(list(pipe.stream("cat", num_inference_steps=2, sampler="euler"))) == 2
 

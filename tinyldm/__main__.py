@@ -63,6 +63,9 @@ def parse(arguments):
                         "(what the weights recommend)")
     parser.add_argument("--guidance", type=float, default=7.5, help="how strongly to follow the "
                         "prompt; up to 1 the negative one plays no part (7.5)")
+    parser.add_argument("--guidance-rescale", type=float, default=0.0, metavar="R",
+                        help="0 to 1: how much of the contrast that guidance adds to take away "
+                        "again (0)")
     parser.add_argument("--seed", type=int, default=0, help="where the noise comes from (0)")
     parser.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
     parser.add_argument("--width", type=int, help="in pixels (the weights' own)")
@@ -70,7 +73,8 @@ def parse(arguments):
     parser.add_argument("--count", type=int, default=1, help="how many pictures, of the seeds "
                         "K, K + 1, ...: out-0.png, out-1.png, ... (1)")
     parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, "
-                        "euler_ancestral, dpmpp_2m or dpmpp_2m_karras (the weights' own)")
+                        "euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, "
+                        "dpmpp_2m_sde_karras, unipc or lcm (the weights' own)")
     parser.add_argument("--noise", metavar="NAME", default="torch-cpu", help="whose normal numbers "
                         "the seed stands for: torch-cpu, torch-cuda or numpy (torch-cpu)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
@@ -126,7 +130,8 @@ def draw_pictures(args, paths, profile=None):
             sampler = pipe.sampler(args.sampler)
             steps = pipe.num_inference_steps if args.steps is None else args.steps
             states = pipe.stream(args.prompt, args.negative, steps, args.guidance, seed, width,
-                                 height, sampler=sampler, noise=args.noise)
+                                 height, sampler=sampler, noise=args.noise,
+                                 guidance_rescale=args.guidance_rescale)
             text = parameters(args, steps, sampler, seed, (width, height))
         with part("drawing"):
             for state in with_progress(states, steps, sampler):
@@ -151,12 +156,12 @@ def draw_pictures(args, paths, profile=None):
 
 def with_progress(states, steps, sampler):
     """Pass on a stream's states, with a progress bar."""
-    # PNDM makes its first step twice; diffusers does not count the second time either.
-    uncounted = sampler == "pndm" and steps > 1
+    # PNDM makes its first step twice, Heun all but its last; diffusers counts them once as well.
+    again = {"pndm": range(steps > 1), "heun": range(1, 2 * steps, 2)}.get(sampler, ())
     with progress("drawing", BAR, steps) as bar:
         for state in states:
             yield state
-            bar.update(state.step >= uncounted)
+            bar.update(state.step not in again)
 
 
 def progress(name, bar_format, total):
@@ -177,8 +182,9 @@ def parameters(args, steps, sampler, seed, size):
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     model = Path(args.weights).resolve().name if args.weights else BUNDLED
     noise = "" if args.noise == "torch-cpu" else f", Noise: {args.noise}"
+    rescaled = f", CFG rescale: {args.guidance_rescale:g}" if args.guidance_rescale else ""
     return (f"{args.prompt}{negative}\nSteps: {steps}, Sampler: {sampler}, "
-            f"CFG scale: {args.guidance:g}, Seed: {seed}, Size: {size[0]}x{size[1]}, "
+            f"CFG scale: {args.guidance:g}{rescaled}, Seed: {seed}, Size: {size[0]}x{size[1]}, "
             f"Model: {model}{noise}")
 
 

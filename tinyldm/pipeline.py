@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 
 from .backend import array_library, get_xp, keep_freed_memory, to_host
-from .diffusion.guidance import classifier_free
+from .diffusion.guidance import classifier_free, rescale
 from .diffusion.samplers import default_sampler, get_sampler
 from .diffusion.schedule import Schedule
 from .errors import TinyldmError
@@ -103,21 +103,23 @@ class StableDiffusion:
 
     def __call__(self, prompt, negative_prompt="", num_inference_steps=None, guidance_scale=7.5,
                  seed=0, width=None, height=None, num_images=1, sampler=None, latents=None,
-                 noise="torch-cpu"):
+                 noise="torch-cpu", guidance_rescale=0.0):
         """Draw num_images pictures of a prompt -> list of PIL images. Arguments: see stream."""
         for state in self.stream(prompt, negative_prompt, num_inference_steps, guidance_scale, seed,
-                                 width, height, num_images, sampler, latents, noise):
+                                 width, height, num_images, sampler, latents, noise,
+                                 guidance_rescale):
             clean = state.latents
         return to_pil(self.decode(clean))
 
     def stream(self, prompt, negative_prompt="", num_inference_steps=None, guidance_scale=7.5,
                seed=0, width=None, height=None, num_images=1, sampler=None, latents=None,
-               noise="torch-cpu"):
+               noise="torch-cpu", guidance_rescale=0.0):
         """Draw, a model call at a time -> iterator of samplers.State, whose last latents are clean.
 
         prompt: what to draw; beyond the tokenizer's 77 tokens it is cut, with a warning.
         negative_prompt: what guidance moves away from.
-        num_inference_steps: 1 to 1000; more is slower and finer. PNDM makes a call more than that.
+        num_inference_steps: 1 to 1000; more is slower and finer. PNDM makes a call more than that,
+        Heun twice as many but one.
         guidance_scale: how strongly to follow the prompt; up to 1 there is no guidance, and the
         negative prompt plays no part.
         seed: image i is drawn from seed + i, and equals the one image of that seed.
@@ -127,13 +129,17 @@ class StableDiffusion:
         to start from in place of the seed's.
         noise: a key of noise.GENERATORS, whose normal numbers the seed stands for: torch's on the
         CPU ("torch-cpu") or on a GPU ("torch-cuda"), or NumPy's ("numpy").
+        guidance_rescale: 0 to 1, how much of the contrast that guidance adds to take away again.
         Raises TinyldmError, before anything is drawn for a bad argument, and at the step where
         the latents stop being finite, naming it and the layer.
         """
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.schedule.timesteps(steps, "leading")       # for its check of the number
         sampler = self.sampler(sampler)
-        guidance_scale = _finite_number(guidance_scale)
+        guidance_scale = _finite_number("guidance_scale", guidance_scale)
+        guidance_rescale = _finite_number("guidance_rescale", guidance_rescale)
+        if not 0 <= guidance_rescale <= 1:
+            raise TinyldmError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale:g}")
         latents = None if latents is None else self._array(latents)
         shape = self._latents_shape(width, height, num_images, latents)
         generator = get_generator(noise)
@@ -146,7 +152,7 @@ class StableDiffusion:
         guided = guidance_scale > 1
         contexts = [self.encode_prompt(text) for text in [negative_prompt] * guided + [prompt]]
         latents = draw_noise() if latents is None else latents
-        predict = Predictor(self.unet, contexts, guidance_scale)
+        predict = Predictor(self.unet, contexts, guidance_scale, guidance_rescale)
         states = get_sampler(sampler)(predict, latents, self.schedule, steps, draw_noise)
         return watched(states, predict)
 
@@ -262,8 +268,9 @@ class Predictor:
     are made in one batch. The last inputs are kept, to ask what went wrong in them.
     """
 
-    def __init__(self, unet, contexts, guidance_scale):
-        self.unet, self.contexts, self.guidance_scale = unet, contexts, guidance_scale
+    def __init__(self, unet, contexts, guidance_scale, guidance_rescale=0.0):
+        self.unet, self.contexts = unet, contexts
+        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.inputs = ()
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
@@ -274,7 +281,9 @@ class Predictor:
         output = self.unet(*self.inputs).astype(x_t.dtype)
         if n == 1:
             return output
-        return classifier_free(*xp.split(output, 2), self.guidance_scale)
+        uncond, cond = xp.split(output, 2)
+        noise = classifier_free(uncond, cond, self.guidance_scale)
+        return rescale(noise, cond, self.guidance_rescale) if self.guidance_rescale else noise
 
 
 def to_pil(images):
@@ -285,13 +294,13 @@ def to_pil(images):
     return [Image.fromarray(image) for image in (pixels * 255).round().astype(np.uint8)]
 
 
-def _finite_number(guidance_scale):
+def _finite_number(name, value):
     try:
-        if math.isfinite(guidance_scale):
-            return float(guidance_scale)
+        if math.isfinite(value):
+            return float(value)
     except (TypeError, OverflowError):
         pass
-    raise TinyldmError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
+    raise TinyldmError(f"{name} must be a finite number, not {value!r}")
 
 
 # ---- NaN and infinity -----------------------------------------------------------------------

@@ -12,3 +12,18 @@ def classifier_free(noise_uncond, noise_cond, guidance_scale):
     s = 1 + w.
     """
     return noise_uncond + guidance_scale * (noise_cond - noise_uncond)
+
+
+def rescale(noise, noise_cond, guidance_rescale):
+    """Take from a guided prediction the contrast that guidance added, and glaring pictures show.
+
+        noise = phi noise std(noise_cond) / std(noise) + (1 - phi) noise
+
+    noise, noise_cond (B,...) -> (B,...); each sample has its own std. phi = guidance_rescale: 0
+    changes nothing, 1 restores the std of the prompt's own prediction; the authors take 0.7.
+    Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
+    arXiv:2305.08891, section 3.4, eq. 14-16.
+    """
+    axes = tuple(range(1, noise.ndim))
+    ratio = noise_cond.std(axis=axes, keepdims=True) / noise.std(axis=axes, keepdims=True)
+    return guidance_rescale * (noise * ratio) + (1 - guidance_rescale) * noise

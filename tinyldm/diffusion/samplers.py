@@ -11,18 +11,21 @@ Every sampler is a generator function
     draw_noise() -> array             a fresh standard normal of latents' shape, if noise is added
 
 which yields a State after every model call, so a caller can show progress, look inside or stop.
-All raise TinyldmError at the first step for a number of steps outside 1 .. num_train_timesteps.
+All raise TinyldmError at the first step for a number of steps outside 1 .. num_train_timesteps;
+lcm, which has learnt 50 timesteps, for more than those.
 
 Coefficients are computed in float32, as the schedule's tables are and in the order PyTorch's
 schedulers have: differences of nearly equal numbers then round alike. They meet an array as python
 floats, so that it keeps its dtype.
 
-Two kinds of x appear. DDPM, DDIM, PNDM and DPM-Solver++ hold x_t = a x_0 + s noise with
-a^2 + s^2 = 1, as the model sees it. The Euler family holds x = x_t / a = x_0 + sigma noise with
-sigma = s / a, and scales it back for the model.
+Two kinds of x appear. DDPM, DDIM, PNDM, LCM, DPM-Solver++ and UniPC hold x_t = a x_0 + s noise
+with a^2 + s^2 = 1, as the model sees it. Euler, Heun and LMS hold x = x_t / a = x_0 + sigma noise
+with sigma = s / a, and scale it back for the model. Either way the walk is the same: Euler in x is
+DDIM with eta = 0 in x_t.
 """
 import math
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +61,7 @@ def ddpm(predict, latents, schedule, num_inference_steps, draw_noise):
         alpha_bar_t = schedule.alphas_cumprod[t]
         alpha_bar_p = schedule.alphas_cumprod[p] if p >= 0 else 1.0
         x_0, _ = _split(schedule, predict(x_t, t), x_t, alpha_bar_t)
-        x_0 = _clip(x_0, schedule)
+        x_0 = _clip(x_0, schedule, unless_told=True)
         alpha = alpha_bar_t / alpha_bar_p
         beta, var = 1 - alpha, (1 - alpha_bar_p) / (1 - alpha_bar_t) * (1 - alpha)
         x_t = (float(alpha_bar_p ** 0.5 * beta / (1 - alpha_bar_t)) * x_0
@@ -88,7 +91,7 @@ def ddim(predict, latents, schedule, num_inference_steps, draw_noise, eta=0.0):
         alpha_bar_t = schedule.alphas_cumprod[t]
         alpha_bar_p = _alpha_bar_after(schedule, t - jump, beyond_is_one=True)
         x_0, noise = _split(schedule, predict(x_t, t), x_t, alpha_bar_t)
-        x_0 = _clip(x_0, schedule)
+        x_0 = _clip(x_0, schedule, unless_told=True)
         var = (1 - alpha_bar_p) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_p)
         sigma = eta * var ** 0.5
         direction = max(1 - alpha_bar_p - sigma ** 2, 0) ** 0.5      # 0 may round to -1e-8
@@ -151,7 +154,46 @@ def _plms_step(schedule, x_t, output, t, p):
     return float(scale) * x_t - float((alpha_bar_p - alpha_bar_t) / d) * e
 
 
-def dpmpp_2m(predict, latents, schedule, num_inference_steps, draw_noise, use_karras_sigmas=False):
+def lcm(predict, latents, schedule, num_inference_steps, draw_noise):
+    """Latent consistency: jump to x_0, and as long as steps remain go back up with fresh noise.
+
+        f = c_out x_0 + c_skip x_t,  c_skip = 1/4 / (u^2 + 1/4),  c_out = u / sqrt(u^2 + 1/4)
+        x_p = sqrt(alpha_bar_p) f + sqrt(1 - alpha_bar_p) z
+
+    u = 10 t, so that f = x_t at t = 0: the boundary condition of a consistency model, which is
+    trained to answer the end of the walk from any of its points. It knows 50 timesteps, T / 50
+    apart; the steps are spread over them from the top, whatever the schedule's spacing.
+    Source: Luo et al. 2023, "Latent Consistency Models", arXiv:2310.04378, algorithm 3; c_skip and
+    c_out are Song et al.'s 2023, "Consistency Models", arXiv:2303.01469, for discrete t.
+    """
+    x_t = latents
+    timesteps = _lcm_timesteps(schedule, num_inference_steps)
+    for step, (t, p) in enumerate(zip(timesteps, [*timesteps[1:], None])):
+        x_0, _ = _split(schedule, predict(x_t, t), x_t, schedule.alphas_cumprod[t])
+        x_0 = _clip(x_0, schedule, unless_told=False)
+        u = 10.0 * t
+        x_t = f = u / (u ** 2 + 0.25) ** 0.5 * x_0 + 0.25 / (u ** 2 + 0.25) * x_t
+        if p is not None:
+            alpha_bar_p = schedule.alphas_cumprod[p]
+            x_t = float(alpha_bar_p ** 0.5) * f + float((1 - alpha_bar_p) ** 0.5) * draw_noise()
+        yield State(step, t, x_t, f)
+
+
+def _lcm_timesteps(schedule, n, known=50):
+    """n of the `known` timesteps that the model was distilled at, from the highest down."""
+    schedule.timesteps(n, "leading")                # for its check of n
+    T = schedule.num_train_timesteps
+    if not n <= known <= T:
+        raise TinyldmError(f"lcm takes from 1 to {known} steps, of at least {known} training "
+                           f"timesteps, not {n} of {T}: use another sampler")
+    places = np.linspace(0, known, n, endpoint=False)
+    return [T // known * (known - int(place)) - 1 for place in places]
+
+
+# ---- samplers on x_t that solve its linear part exactly -------------------------------------
+
+def dpmpp_2m(predict, latents, schedule, num_inference_steps, draw_noise, use_karras_sigmas=False,
+             sde=False):
     """DPM-Solver++(2M): the ODE's linear part solved exactly, x_0 extrapolated from two calls.
 
         h = log(sigma_s / sigma_t),  r = (the h before) / h,  alpha = 1 / sqrt(sigma^2 + 1)
@@ -160,29 +202,107 @@ def dpmpp_2m(predict, latents, schedule, num_inference_steps, draw_noise, use_ka
 
     goes from s to t; the paper's sigma is alpha sigma here. The first step has no past and takes
     D = x_0. So does the last where it ends at sigma = 0, h being infinite, or where the steps are
-    few (< 15) and so large.
+    few (< 15) and so large. With `sde` the old noise decays twice as fast and fresh noise fills up,
+    drawn on the last step too, times 0:
+
+        x_t = alpha_t sigma_t / (alpha_s sigma_s) e^-h x_s - alpha_t (e^-2h - 1) D
+              + alpha_t sigma_t sqrt(1 - e^-2h) z
+
     Source: Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion
-    Probabilistic Models", arXiv:2211.01095, algorithm 2.
+    Probabilistic Models", arXiv:2211.01095, algorithm 2; its SDE-DPM-Solver++(2M).
     """
     x_t, n = latents, num_inference_steps
+    timesteps, sigmas = _begin_dpm(schedule, n, use_karras_sigmas)
+    first_order_last = sigmas[-1] == 0 or n < 15
+    x_0_before = h_before = None
+    for step, t in enumerate(timesteps):
+        sigma_s, sigma_t = sigmas[step], sigmas[step + 1]
+        x_0 = _dpm_x_0(predict, x_t, t, sigma_s, schedule)
+        h, D = _log_ratio(sigma_s, sigma_t), x_0
+        if step > 0 and not (step == n - 1 and first_order_last):
+            D = x_0 + h / h_before / 2 * (x_0 - x_0_before)
+        if sde:
+            fresh = max(-math.expm1(-2 * h), 0.0) ** 0.5    # 0 may round to -1e-7
+            x_t = (_dpm_step(x_t * math.exp(-h), D, sigma_s, sigma_t, 2 * h)
+                   + _alpha(sigma_t) * sigma_t * fresh * draw_noise())
+        else:
+            x_t = _dpm_step(x_t, D, sigma_s, sigma_t, h)
+        x_0_before, h_before = x_0, h
+        yield State(step, t, x_t, x_0)
+
+
+def unipc(predict, latents, schedule, num_inference_steps, draw_noise):
+    """UniPC-2: a step of DPM-Solver++(2M), made again once the model has been called at its end.
+
+    The predictor is dpmpp_2m's step. The corrector starts from the same x_s and knows one x_0 more,
+    so that its D is, weighted as the exact solution weights it, the mean of the parabola through
+    three: the x_0 before at -r, x_0 at 0 and the x_0 after, at the predicted x_t, at 1.
+
+        D = x_0 + c_1 (x_0 - the x_0 before) / r + c_2 (the x_0 after - x_0)
+        c_1 + c_2 = b_1,  c_2 - r c_1 = b_2,  b_k = the mean of u^k over 0..1, weighted with e^hu
+
+    The first step has no past: its predictor takes D = x_0, its corrector the mean of the x_0 at
+    both ends. The last predictor takes D = x_0, and no corrector follows.
+    Source: Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of
+    Diffusion Models", arXiv:2302.04867, algorithms 1 and 2 in their multistep form for x_0, with
+    B(h) = e^h - 1.
+    """
+    x_t, n = latents, num_inference_steps
+    timesteps, sigmas = _begin_dpm(schedule, n)
+    h = [_log_ratio(sigma_s, sigma_t) for sigma_s, sigma_t in pairwise(sigmas)]
+    x_s, past = None, []                            # past: the x_0 before, newest first
+    for step, t in enumerate(timesteps):
+        x_0 = _dpm_x_0(predict, x_t, t, sigmas[step], schedule)
+        if step > 0:
+            D = _unipc_corrected(x_0, past, *h[max(step - 2, 0):step])
+            x_t = _dpm_step(x_s, D, sigmas[step - 1], sigmas[step], h[step - 1])
+        x_s, D = x_t, x_0
+        if 0 < step < n - 1:
+            D = x_0 + h[step] / h[step - 1] / 2 * (x_0 - past[0])
+        x_t = _dpm_step(x_s, D, sigmas[step], sigmas[step + 1], h[step])
+        past = [x_0, *past[:1]]
+        yield State(step, t, x_t, x_0)
+
+
+def _unipc_corrected(x_0_after, past, *h):
+    """D of unipc's corrector. h: of the step before, if there is one, and of the step itself."""
+    if len(past) == 1:
+        return (past[0] + x_0_after) / 2
+    h_before, h = h
+    r = h_before / h
+    b_1 = -1 / h - 1 / math.expm1(-h)
+    b_2 = -2 * b_1 / h - 1 / math.expm1(-h)
+    c_1 = (b_1 - b_2) / (1 + r)
+    return past[0] + c_1 / r * (past[0] - past[1]) + (b_1 - c_1) * (x_0_after - past[0])
+
+
+def _begin_dpm(schedule, n, use_karras_sigmas=False):
+    """n whole timesteps, and their sigmas with the final one: n + 1 python floats."""
     timesteps = schedule.timesteps(n, "linspace", spare=1)
     if use_karras_sigmas:
         sigmas, timesteps = _karras_sigmas(schedule, n)
     else:
         sigmas = _sigmas_at(schedule, timesteps.round())
-    sigmas = [*sigmas.tolist(), _final_sigma(schedule)]
-    first_order_last = sigmas[-1] == 0 or n < 15
-    x_0_before = h_before = None
-    for step, t in enumerate(_whole(timesteps)):
-        sigma_s, sigma_t = sigmas[step], sigmas[step + 1]
-        alpha_s, alpha_t = (sigma_s ** 2 + 1) ** -0.5, (sigma_t ** 2 + 1) ** -0.5
-        x_0, _ = schedule.split(predict(x_t, t), x_t, alpha_s, sigma_s * alpha_s)
-        h, D = math.log(sigma_s / sigma_t) if sigma_t > 0 else math.inf, x_0
-        if step > 0 and not (step == n - 1 and first_order_last):
-            D = x_0 + h / h_before / 2 * (x_0 - x_0_before)
-        x_t = alpha_t * sigma_t / (alpha_s * sigma_s) * x_t - alpha_t * math.expm1(-h) * D
-        x_0_before, h_before = x_0, h
-        yield State(step, t, x_t, x_0)
+    return _whole(timesteps), [*sigmas.tolist(), _final_sigma(schedule)]
+
+
+def _dpm_x_0(predict, x_t, t, sigma, schedule):
+    x_0, _ = schedule.split(predict(x_t, t), x_t, _alpha(sigma), sigma * _alpha(sigma))
+    return x_0
+
+
+def _dpm_step(x_s, D, sigma_s, sigma_t, h):
+    """The exact solution from s to t where x_0 is D all the way."""
+    alpha_s, alpha_t = _alpha(sigma_s), _alpha(sigma_t)
+    return alpha_t * sigma_t / (alpha_s * sigma_s) * x_s - alpha_t * math.expm1(-h) * D
+
+
+def _alpha(sigma):
+    return (sigma ** 2 + 1) ** -0.5
+
+
+def _log_ratio(sigma_s, sigma_t):
+    return math.log(sigma_s / sigma_t) if sigma_t > 0 else math.inf
 
 
 # ---- samplers on x = x_0 + sigma noise ------------------------------------------------------
@@ -226,6 +346,69 @@ def euler_ancestral(predict, latents, schedule, num_inference_steps, draw_noise)
         yield State(step, t, x, x_0)
 
 
+def heun(predict, latents, schedule, num_inference_steps, draw_noise):
+    """Euler's step, made again with the mean of the slopes at both of its ends.
+
+        d = (x - x_0) / sigma,  x' = x + d (sigma_to - sigma)
+        d' = (x' - x_0') / sigma_to, where x_0' is what the model says of x'
+        x = x + (d + d') / 2 (sigma_to - sigma)
+
+    The last step ends at sigma = 0, where there is no slope, and remains Euler's. So the model is
+    called 2 steps - 1 times; of every State but the last, the even ones hold x' for latents.
+    Source: Karras et al. 2022, arXiv:2206.00364, algorithm 1.
+    """
+    timesteps, sigmas, x = _begin_euler(schedule, num_inference_steps, latents, 0.0)
+    for step, t in enumerate(timesteps):
+        sigma, sigma_to = sigmas[step], sigmas[step + 1]
+        x_0 = _clip(_denoise(predict, x, t, sigma, schedule), schedule, unless_told=False)
+        d = (x - x_0) / float(sigma)
+        x_to = x + d * float(sigma_to - sigma)
+        yield State(2 * step, t, x_to, x_0)
+        if sigma_to > 0:
+            t = timesteps[step + 1]
+            x_0 = _clip(_denoise(predict, x_to, t, sigma_to, schedule), schedule, unless_told=False)
+            d = (d + (x_to - x_0) / float(sigma_to)) / 2
+            x = x + d * float(sigma_to - sigma)
+            yield State(2 * step + 1, t, x, x_0)
+
+
+def lms(predict, latents, schedule, num_inference_steps, draw_noise):
+    """Linear multistep: the slope is the polynomial through its last four values, integrated.
+
+        d_i = (x - x_0) / sigma_i at the i-th call
+        x = x + sum over j of c_j d_j,  j = i, i - 1, i - 2, i - 3
+        c_j = integral from sigma_i to sigma_{i+1} of L_j,
+        L_j(sigma) = product over the other k of (sigma - sigma_k) / (sigma_j - sigma_k)
+
+    Where fewer values are known the polynomial is of lower degree; the first step is Euler's.
+    Source: Crowson, k-diffusion, sample_lms; the method is Adams and Bashforth's, for uneven steps.
+    """
+    timesteps, sigmas, x = _begin_euler(schedule, num_inference_steps, latents, 0.0)
+    slopes = []                                             # newest first
+    for step, t in enumerate(timesteps):
+        x_0 = _denoise(predict, x, t, sigmas[step], schedule)
+        slopes = [(x - x_0) / float(sigmas[step]), *slopes[:3]]
+        weights = _lagrange_integrals(sigmas[step::-1][:4], sigmas[step + 1])
+        change = weights[0] * slopes[0]
+        for weight, slope in zip(weights[1:], slopes[1:]):
+            change = change + weight * slope
+        x = x + change
+        yield State(step, t, x, x_0)
+
+
+def _lagrange_integrals(sigmas, end):
+    """For each sigma, the integral of its Lagrange polynomial from the first sigma to the end.
+
+    By Gauss' two points, which are exact up to degree 3.
+    """
+    sigmas = sigmas.astype(np.float64)
+    half = (end - sigmas[0]) / 2
+    points = sigmas[0] + half * np.array([[1 - 3 ** -0.5], [1 + 3 ** -0.5]])        # (2,1)
+    others = [np.delete(sigmas, i) for i in range(len(sigmas))]
+    return [float(half * ((points - other) / (sigma - other)).prod(axis=1).sum())
+            for sigma, other in zip(sigmas, others)]
+
+
 def _begin_euler(schedule, num_inference_steps, latents, final_sigma):
     """Timesteps, their sigmas and the final one, and the first x: noise at the largest sigma.
 
@@ -238,10 +421,15 @@ def _begin_euler(schedule, num_inference_steps, latents, final_sigma):
 
 
 def _denoise(predict, x, t, sigma, schedule):
-    """The predicted x_0 of x = x_0 + sigma noise, by way of the x_t the model was trained on."""
+    """The predicted x_0 of x = x_0 + sigma noise, whose x_t = x / sqrt(sigma^2 + 1) the model sees.
+
+    Solved for in x, not in x_t: Heun divides x - x_0 by a small sigma, which magnifies roundings.
+    """
     scale = (sigma ** 2 + 1) ** 0.5
-    x_t = x / float(scale)
-    x_0, _ = schedule.split(predict(x_t, t), x_t, 1 / scale, sigma / scale)
+    output = predict(x / float(scale), t)
+    if schedule.prediction_type == "v_prediction":      # defined by x_t, which has unit variance
+        return output * float(-sigma / scale) + x / float(sigma ** 2 + 1)
+    x_0, _ = schedule.split(output, x, 1.0, sigma)
     return x_0
 
 
@@ -263,8 +451,9 @@ def _alpha_bar_after(schedule, p, beyond_is_one):
     return 1.0 if is_one else schedule.alphas_cumprod[0]
 
 
-def _clip(x_0, schedule):
-    if schedule.clip_sample is False:
+def _clip(x_0, schedule, unless_told):
+    """x_0 held in the schedule's range where clip_sample says so, or where None the sampler."""
+    if not (unless_told if schedule.clip_sample is None else schedule.clip_sample):
         return x_0
     return x_0.clip(-schedule.clip_sample_range, schedule.clip_sample_range)
 
@@ -299,9 +488,17 @@ SAMPLERS = {
     "pndm": pndm,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "lms": lms,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_karras": partial(dpmpp_2m, use_karras_sigmas=True),
+    "dpmpp_2m_sde": partial(dpmpp_2m, sde=True),
+    "dpmpp_2m_sde_karras": partial(dpmpp_2m, sde=True, use_karras_sigmas=True),
+    "unipc": unipc,
+    "lcm": lcm,
 }
+
+EVENLY = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 
 # the public files' class -> the name here, and the one value of each switch that is implemented
 CLASSES = {
@@ -309,14 +506,20 @@ CLASSES = {
     "DDIMScheduler": ("ddim", {}),
     "PNDMScheduler": ("pndm", {"skip_prk_steps": True}),
     "EulerDiscreteScheduler": ("euler", {
-        "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-        "interpolation_type": "linear", "timestep_type": "discrete"}),
+        **EVENLY, "interpolation_type": "linear", "timestep_type": "discrete"}),
     "EulerAncestralDiscreteScheduler": ("euler_ancestral", {}),
+    "HeunDiscreteScheduler": ("heun", EVENLY),
+    "LMSDiscreteScheduler": ("lms", EVENLY),
     "DPMSolverMultistepScheduler": ("dpmpp_2m", {
         "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
         "lower_order_final": True, "euler_at_final": False, "lambda_min_clipped": -math.inf,
         "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
         "use_flow_sigmas": False}),
+    "UniPCMultistepScheduler": ("unipc", {
+        **EVENLY, "solver_order": 2, "solver_type": "bh2", "predict_x0": True,
+        "lower_order_final": True, "disable_corrector": [], "solver_p": None,
+        "use_flow_sigmas": False}),
+    "LCMScheduler": ("lcm", {"original_inference_steps": 50, "timestep_scaling": 10.0}),
 }
 
 
@@ -338,10 +541,12 @@ def default_sampler(config):
                            f"{', '.join(CLASSES)}; or choose a sampler: {', '.join(SAMPLERS)}")
     sampler, switches = CLASSES[name]
     config = {"skip_prk_steps": False, **config}        # what its absence means in the public class
+    if sde := sampler == "dpmpp_2m" and config.get("algorithm_type") == "sde-dpmsolver++":
+        switches = switches | {"algorithm_type": "sde-dpmsolver++"}
     for key, supported in switches.items():
         value = config.get(key)
         if value is not None and value != supported:
             raise TinyldmError(f"{name} with {key} = {value!r} is not supported, only "
                                f"{supported!r}; or choose a sampler: {', '.join(SAMPLERS)}")
     karras = sampler == "dpmpp_2m" and config.get("use_karras_sigmas")
-    return "dpmpp_2m_karras" if karras else sampler
+    return sampler + "_sde" * sde + "_karras" * bool(karras)
