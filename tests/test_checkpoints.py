@@ -169,13 +169,13 @@ def test_plain_weights_come_before_fp16_and_shards_are_read(tmp_path):
     assert_holds(load_model(tmp_path / "both"), other.state_dict())
 
 
-def test_pickles_only_and_no_weights(folder_copy):
+def test_no_weights_and_a_pickle_that_is_none(folder_copy):
     weights = folder_copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
     with pytest.raises(TinyldmError, match="expected weights in .*vae .*none"):
         load_model(folder_copy / "vae")
     (folder_copy / "vae" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(TinyldmError, match="only diffusion_pytorch_model.bin, a pickle"):
+    with pytest.raises(TinyldmError, match="diffusion_pytorch_model.bin is a bare pickle"):
         load_model(folder_copy / "vae")
 
 
