@@ -252,11 +252,12 @@ def test_swapped_parts_are_named(folder_copy):
 
 def test_resolve_local(tmp_path, monkeypatch):
     assert resolve(tmp_path) == tmp_path and resolve(str(tmp_path)) == tmp_path
-    for name in ("model.safetensors", "model.ckpt", "owner/model.safetensors"):
-        if "/" not in name:
-            (tmp_path / name).write_bytes(b"")
-        with pytest.raises(TinyldmError, match="single file.*not supported yet"):
-            resolve(tmp_path / name if "/" not in name else name)
+    for name in ("model.safetensors", "model.ckpt", "model"):
+        (tmp_path / name).write_bytes(b"")
+        assert resolve(tmp_path / name) == tmp_path / name
+    for name in ("nowhere.ckpt", "owner/model.safetensors"):
+        with pytest.raises(TinyldmError, match=f"there is no file {name}"):
+            resolve(name)
     for name in ("nowhere", "/no/such/folder", "a b/c", "../up", "owner/name/more"):
         with pytest.raises(TinyldmError, match="there is no folder"):
             resolve(name)
