@@ -169,13 +169,13 @@ def test_plain_weights_come_before_fp16_and_shards_are_read(tmp_path):
     assert_holds(load_model(tmp_path / "both"), other.state_dict())
 
 
-def test_pickles_only_and_no_weights(folder_copy):
+def test_no_weights_and_a_pickle_that_is_none(folder_copy):
     weights = folder_copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
     with pytest.raises(TinyldmError, match="expected weights in .*vae .*none"):
         load_model(folder_copy / "vae")
     (folder_copy / "vae" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(TinyldmError, match="only diffusion_pytorch_model.bin, a pickle"):
+    with pytest.raises(TinyldmError, match="diffusion_pytorch_model.bin is a bare pickle"):
         load_model(folder_copy / "vae")
 
 
@@ -252,11 +252,12 @@ def test_swapped_parts_are_named(folder_copy):
 
 def test_resolve_local(tmp_path, monkeypatch):
     assert resolve(tmp_path) == tmp_path and resolve(str(tmp_path)) == tmp_path
-    for name in ("model.safetensors", "model.ckpt", "owner/model.safetensors"):
-        if "/" not in name:
-            (tmp_path / name).write_bytes(b"")
-        with pytest.raises(TinyldmError, match="single file.*not supported yet"):
-            resolve(tmp_path / name if "/" not in name else name)
+    for name in ("model.safetensors", "model.ckpt", "model"):
+        (tmp_path / name).write_bytes(b"")
+        assert resolve(tmp_path / name) == tmp_path / name
+    for name in ("nowhere.ckpt", "owner/model.safetensors"):
+        with pytest.raises(TinyldmError, match=f"there is no file {name}"):
+            resolve(name)
     for name in ("nowhere", "/no/such/folder", "a b/c", "../up", "owner/name/more"):
         with pytest.raises(TinyldmError, match="there is no folder"):
             resolve(name)

@@ -97,12 +97,11 @@ def test_a_pipeline_in_pieces(weights, tmp_path, said):
     """What is missing or not known is said in its place, and the rest is told all the same."""
     folder = shutil.copytree(weights, tmp_path / "pieces")
     shutil.rmtree(folder / "text_encoder")
-    (folder / "vae" / UNET).rename(folder / "vae" / "diffusion_pytorch_model.bin")
+    (folder / "vae" / UNET).rename(folder / "vae" / "weights.other")
     change_json(folder / "unet" / "config.json", _class_name="UNet3D")
     lines = said(folder)
     assert "missing: the folder text_encoder" in lines
-    assert any(line.startswith("not read: expected weights in") and "a pickle" in line
-               for line in lines)
+    assert any(line.startswith("not read: expected weights in") for line in lines)
     assert lines.index(f"{folder / 'unet'}: UNet3D") < lines.index(
         f"not compared with a model: {folder / 'unet' / 'config.json'} names the model UNet3D, "
         "supported are UNet2DConditionModel, AutoencoderKL, CLIPTextModel")
@@ -223,8 +222,8 @@ def test_a_damaged_picture(tmp_path, capsys):
 
 @pytest.mark.parametrize("content, message", [
     (None, "cannot read .*No such file"), (b"", "missing, truncated or corrupt"),
-    (b"\xff" * 99, "missing, truncated or corrupt"), (b"PK\x03\x04" + b"\0" * 99, "is a pickle"),
-    (b"\x80\x02}q\0X" + b"\0" * 99, "is a pickle"), (b"\x80\x04\x95", "is a pickle"),
+    (b"\xff" * 99, "missing, truncated or corrupt"), (b"PK\x03\x04" + b"\0" * 99, "corrupt"),
+    (b"\x80\x02}q\0X" + b"\0" * 99, "bare pickle"), (b"\x80\x04\x95", "bare pickle"),
     (b"\x89PNG\r\n\x1a\n", "is a damaged PNG"), (b"GIF89a" + b"\0" * 99, "corrupt")])
 def test_other_files(content, message, tmp_path, capsys):
     path = tmp_path / "file"
@@ -241,10 +240,11 @@ def test_a_folder_of_neither(tmp_path, capsys):
     assert "neither a model_index.json" in refused(tmp_path, capsys)
 
 
-def test_a_folder_of_pickles(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert "only pytorch_model.bin, a pickle" in refused(tmp_path, capsys)
+def test_a_file_of_torch(tmp_path, said):
+    """A pickle is described as well; it is read as data."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"conv_in.weight": torch.ones(8, 4, 3, 3).half()}, path)
+    assert "precision: 1 x F16" in " ".join(said(path))
 
 
 def test_the_command():

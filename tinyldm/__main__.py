@@ -55,8 +55,8 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments):
     parser = Parser("python -m tinyldm", description="Draw a picture of a prompt.")
     parser.add_argument("prompt", help="what to draw")
-    parser.add_argument("--weights", help="a folder in the diffusers layout, or a name on the "
-                        "Hugging Face hub (the bundled model)")
+    parser.add_argument("--weights", help="a folder in the diffusers layout, a single file in "
+                        "the original one, or a name on the Hugging Face hub (the bundled model)")
     parser.add_argument("--output", type=Path, default=Path("out.png"),
                         help="the file, in any format Pillow writes (out.png)")
     parser.add_argument("--steps", type=int, help="1 to 1000; more is slower and finer "

@@ -1,6 +1,6 @@
 """python -m tinyldm.inspect FILE: what a checkpoint is, or how a picture was made.
 
-    a safetensors file      its kind, layout and precision, and its parameters by module
+    a file of weights       its kind, layout and precision, and its parameters by module
     a component's folder    the same, and what does not fit the model that its config.json names
     a pipeline's folder     the same of every component
     a PNG from tinyldm      what it recorded: prompt, steps, sampler, seed ...
@@ -15,8 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 from .__main__ import Parser
-from .checkpoints.components import build_model, find_weights, misfits, renamed, shorten
-from .checkpoints.safetensors_file import read_safetensors
+from .checkpoints.components import build_model, find_weights, misfits, shorten
+from .checkpoints.layout import fitted
+from .checkpoints.reading import read_tensors
 from .errors import TinyldmError
 from .files import read_json
 
@@ -79,10 +80,7 @@ def describe(path):
                            "file or a folder") from None
     if start.startswith(PNG):
         return describe_picture(path)
-    zipped, bare = start.startswith(b"PK\x03\x04"), start.startswith(b"\x80")
-    if (zipped or bare) and start[8:] != b"{":          # safetensors: a length, then JSON
-        raise TinyldmError(f"{path} is a pickle, which is not read: convert it to safetensors")
-    return [f"{path}", *describe_tensors(read_safetensors(path))]
+    return [f"{path}", *describe_tensors(read_tensors(path))]
 
 
 # ---- folders --------------------------------------------------------------------------------
@@ -119,7 +117,7 @@ def describe_component(folder):
     name = ", ".join(map(str, name)) if isinstance(name, list) else name
     stored = {}
     for file in find_weights(folder):
-        stored |= read_safetensors(file)
+        stored |= read_tensors(file)
     return [f"{folder}: {name}", *describe_tensors(stored),
             *compare(folder, stored)]
 
@@ -130,7 +128,7 @@ def compare(folder, stored):
         parameters = dict(build_model(folder).named_parameters())
     except TinyldmError as error:
         return [f"  not compared with a model: {error}"]
-    lists = misfits(parameters, renamed(stored, parameters))
+    lists = misfits(parameters, fitted(stored, parameters))
     return [f"  {what}: {shorten(names)}"
             for what, names in zip(("missing", "unexpected", "wrong shape"), lists)]
 

@@ -19,7 +19,6 @@ from .diffusion.guidance import classifier_free, rescale
 from .diffusion.samplers import default_sampler, get_sampler
 from .diffusion.schedule import Schedule
 from .errors import TinyldmError
-from .files import read_json
 from .layers import named_modules, watching
 from .noise import get_generator
 
@@ -27,11 +26,14 @@ STEPS = 50                  # where the weights recommend no number of their own
 LARGEST = 8192              # pixels a side: beyond is a slip of the keyboard, not a picture
 
 
-def load(weights=None, device="cpu", dtype=None, low_memory=False):
+def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
     """Read a pipeline's weights -> StableDiffusion.
 
-    weights: None for the bundled model; a folder in the diffusers layout; or a name on the
-    Hugging Face hub (owner/name), downloaded once. device: "cpu" or "cuda". dtype: of the weights
+    weights: None for the bundled model; a folder in the diffusers layout; a single file in the
+    original layout (.safetensors, .ckpt); or a name on the Hugging Face hub (owner/name),
+    downloaded once. A single file's tokenizer is downloaded too, unless TINYLDM_TOKENIZER names a
+    folder with one. ema: of a single file with two sets of the UNet's weights take the averaged
+    one. device: "cpu" or "cuda". dtype: of the weights
     and of what the models store. Unless given it is float16 on the GPU and float32 on the CPU,
     where large weights that the files have in float16 stay so and are widened when they are used:
     half of the memory, the same numbers. To train them give float32. low_memory: less memory for
@@ -53,10 +55,9 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False):
         dtype = None if dtype is None else np.dtype(dtype)
     except TypeError:
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}") from None
-    folder = resolve(weights)
-    parts = load_pipeline_parts(folder, dtype, low_memory and xp is np)
-    steps = read_json(folder / "model_index.json").get("_num_inference_steps", STEPS)
-    tokenizer = Tokenizer.from_folder(parts.tokenizer)
+    parts = load_pipeline_parts(resolve(weights), dtype, low_memory and xp is np, ema)
+    steps = parts.index.get("_num_inference_steps", STEPS)
+    tokenizer = Tokenizer.from_folder(parts.tokenizer, parts.padding)
     for model in (parts.text_encoder, parts.unet, parts.vae):
         move(model, xp)
     return StableDiffusion(tokenizer, parts.text_encoder, parts.unet, parts.vae, parts.scheduler,

@@ -48,12 +48,13 @@ class Tokenizer:
             backend.token_to_id(token) for token in (bos_token, eos_token, pad_token))
 
     @classmethod
-    def from_folder(cls, path):
+    def from_folder(cls, path, padding=None):
         """Read a tokenizer folder: tokenizer.json, or vocab.json and merges.txt.
 
         tokenizer_config.json and special_tokens_map.json may be there. The latter wins: Stable
-        Diffusion 2 says only there that its padding is "!". Raises TinyldmError, naming the file,
-        for a missing or malformed one and for a special token that the vocabulary lacks.
+        Diffusion 2 says only there that its padding is "!". padding: a token in the place of what
+        the folder says. Raises TinyldmError, naming the file, for a missing or malformed one and
+        for a special token that the vocabulary lacks.
         """
         folder = Path(path)
         config_file = folder / "tokenizer_config.json"
@@ -62,6 +63,7 @@ class Tokenizer:
         special = read_json(map_file) if map_file.exists() else {}
         special = {name: special.get(name) or config.get(name) or default
                    for name, default in SPECIAL_TOKENS.items()}
+        special["pad_token"] = padding or special["pad_token"]
         special = {name: added_token(entry, True, folder) for name, entry in special.items()}
 
         backend = read_backend(folder, special["unk_token"].content)

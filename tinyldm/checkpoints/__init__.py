@@ -1,13 +1,20 @@
 """Weight files in and out: the one place that knows formats, public names and file layouts.
 
+    stored.py             a tensor in a file, not read yet
     safetensors_file.py   one file of tensors, read lazily and written atomically
+    torch_file.py         one file as torch.save writes it, read lazily by unpickle.py
+    unpickle.py           a pickle read as data: nothing in it is executed
+    reading.py            a file of either kind
     layout.py             what a file calls and how it orders a weight, against what a model does
     components.py         one component folder (config.json and weights) <-> one model, strictly
-    folders.py            a whole pipeline folder, by path, hub name, or the bundled one
+    ldm.py                the original names, of single files, against the public ones
+    kinds.py              which model a single file holds, and its configs
+    folders.py            a whole pipeline: a folder or a file, by path, hub name, or bundled
 """
 from .components import load_model, load_weights, save_model
 from .folders import load_pipeline_parts, resolve
+from .reading import read_tensors
 from .safetensors_file import read_safetensors, write_safetensors
 
-__all__ = ["load_model", "load_pipeline_parts", "load_weights", "read_safetensors", "resolve",
-           "save_model", "write_safetensors"]
+__all__ = ["load_model", "load_pipeline_parts", "load_weights", "read_safetensors",
+           "read_tensors", "resolve", "save_model", "write_safetensors"]

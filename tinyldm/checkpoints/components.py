@@ -1,6 +1,6 @@
 """One component of a pipeline: a folder of config.json and weights <-> one model, strictly.
 
-Stands between the files (safetensors_file.py, layout.py) and the models; folders.py puts three
+Stands between the files (reading.py, layout.py) and the models; folders.py puts three
 components together. Everything a user's folder can get wrong ends here in a TinyldmError.
 """
 import json
@@ -17,11 +17,14 @@ from ..models.clip import CLIPTextModel
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import layout
-from .safetensors_file import read_safetensors, write_safetensors
+from .reading import read_tensors
+from .safetensors_file import write_safetensors
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
-                "model.safetensors", "model.fp16.safetensors")
+                "model.safetensors", "model.fp16.safetensors",
+                "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin",
+                "pytorch_model.bin", "pytorch_model.fp16.bin")
 LARGE = 1 << 20                                         # numbers in a weight that may stay float16
 NAMES_SHOWN = 8                                         # of a list of keys in an error
 
@@ -47,7 +50,7 @@ def read_config(folder):
 def find_weights(folder):
     """The weight files of a component folder: one, or the shards that an index lists.
 
-    Raises TinyldmError where there is none, saying so if there are only pickles.
+    Pickles are the last choice. Raises TinyldmError where there is none.
     """
     folder = Path(folder)
     for name in WEIGHT_FILES:
@@ -59,49 +62,50 @@ def find_weights(folder):
             if not isinstance(shards, dict) or not shards:
                 raise TinyldmError(f"{index} must list files under weight_map, but does not")
             return [folder / str(shard) for shard in sorted(set(map(str, shards.values())))]
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt"))
-    found = f"only {', '.join(pickles)}, a pickle, which is not read: convert it to safetensors"
-    raise TinyldmError(f"expected weights in {folder} ({', '.join(WEIGHT_FILES)}), found "
-                       f"{found if pickles else 'none: is the folder complete?'}")
+    raise TinyldmError(f"expected weights in {folder} ({', '.join(WEIGHT_FILES)}), found none: "
+                       "is the folder complete?")
 
 
 def load_weights(module, files, dtype=np.float32, low_memory=False):
-    """Fill every parameter of `module` from safetensors files, strictly in both directions.
+    """Fill every parameter of `module` from weight files, strictly in both directions.
 
-    files: one path or a list. One tensor is read at a time; where file and parameter agree in
-    dtype and layout the parameter is a view of the memory-mapped file. dtype: float16, 32 or 64;
-    None is float32, but for large weights that the file has in float16: they stay so.
-    low_memory: convolutions too are left in the map, in the file's layout. Reading them at every
-    use then takes a fifth of a call of SD 1.5's UNet at 256x256 pixels, little at 512x512.
-    Raises TinyldmError with three lists (missing, unexpected, wrong shape) before anything is
-    filled, or naming the first weight that is not finite.
+    files: one path or a list. Options and errors: see fill.
     """
     files = [files] if isinstance(files, (str, Path)) else files
-    if dtype is not None and np.dtype(dtype) not in (np.float16, np.float32, np.float64):
-        raise TinyldmError(f"dtype must be float16, float32 or float64, not {np.dtype(dtype)}")
     stored = {}
     for file in files:
-        stored |= read_safetensors(file)
+        stored |= read_tensors(file)
+    tensors = layout.fitted(stored, dict(module.named_parameters()))
+    misfit = f"{', '.join(map(str, files))} does not fit the {type(module).__name__} of its config"
+    fill(module, tensors, misfit, dtype, low_memory)
+
+
+def fill(module, tensors, misfit, dtype=np.float32, low_memory=False):
+    """Fill every parameter of `module` from {its name: StoredTensor}, strictly in both directions.
+
+    One tensor is read at a time; where file and parameter agree in dtype and layout the parameter
+    is a view of the memory-mapped file. dtype: float16, 32 or 64; None is float32, but for large
+    weights that the file has in float16: they stay so. low_memory: convolutions too are left in
+    the map, in the file's layout. Reading them at every use then takes a fifth of a call of
+    SD 1.5's UNet at 256x256 pixels, little at 512x512.
+    Raises TinyldmError, a sentence `misfit` with three lists (missing, unexpected, wrong shape),
+    before anything is filled, or naming the first weight that is not finite.
+    """
+    if dtype is not None and np.dtype(dtype) not in (np.float16, np.float32, np.float64):
+        raise TinyldmError(f"dtype must be float16, float32 or float64, not {np.dtype(dtype)}")
     parameters = dict(module.named_parameters())
     matrices = {layer.weight for _, layer in named_modules(module)
                 if isinstance(layer, (Linear, Conv2d))}  # the layers whose kernels take float16
-    tensors = renamed(stored, parameters)
-    _check_fit(type(module).__name__, files, parameters, tensors)
+    _check_fit(misfit, parameters, tensors)
 
-    def fill(name):
+    def read(name):
         axes = layout.OUR_AXES if len(parameters[name].shape) == 4 else None
         stays = (parameters[name] in matrices and tensors[name].format == "F16"
                  and math.prod(parameters[name].shape) >= LARGE)
         wanted = dtype or (np.float16 if stays else np.float32)
         parameters[name].data = tensors[name].read(wanted, axes, contiguous=not low_memory)
 
-    backend.parallel(fill, tensors)
-
-
-def renamed(stored, parameters):
-    """{name in the file: tensor} -> {name in the model: tensor}, shapes as the model has them."""
-    tensors = layout.public_names(stored, parameters)
-    return {name: layout.squeezed(name, tensor) for name, tensor in tensors.items()}
+    backend.parallel(read, tensors)
 
 
 def misfits(parameters, tensors):
@@ -115,11 +119,11 @@ def misfits(parameters, tensors):
     return missing, unexpected, wrong
 
 
-def _check_fit(model, files, parameters, tensors):
+def _check_fit(misfit, parameters, tensors):
     missing, unexpected, wrong = misfits(parameters, tensors)
     if missing or unexpected or wrong:
         raise TinyldmError(
-            f"{', '.join(map(str, files))} does not fit the {model} of its config.json\n"
+            f"{misfit}\n"
             f"  missing: {shorten(missing)}\n"
             f"  unexpected: {shorten(unexpected)}\n"
             f"  wrong shape: {shorten(wrong)}")
@@ -136,7 +140,7 @@ def shorten(names):
 def load_model(folder, dtype=np.float32, low_memory=False):
     """The model that folder/config.json names, with the folder's weights in `dtype`.
 
-    dtype, low_memory: see load_weights.
+    dtype, low_memory: see fill.
 
     Returns a UNet2DConditionModel, an AutoencoderKL or a CLIPTextModel.
     Raises TinyldmError: see build_model, find_weights and load_weights.

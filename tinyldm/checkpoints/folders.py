@@ -1,9 +1,11 @@
-"""A whole pipeline's folder in the public diffusers layout: finding it, and reading its parts.
+"""A whole pipeline, a folder in the public diffusers layout or one file: finding and reading it.
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
+A single file in the original layout has the weights of the three models alone (ldm.py, kinds.py).
 Called by pipeline.py; the three models come from components.py.
 """
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +14,15 @@ import numpy as np
 
 from ..errors import TinyldmError
 from ..files import read_json
+from ..layers import Module
 from ..models.clip import CLIPTextModel
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
-from .components import find_weights, load_model, read_config
+from . import ldm
+from .components import fill, find_weights, load_model, read_config
+from .kinds import recognise
+from .layout import fitted
+from .reading import read_tensors
 
 PIPELINE = "StableDiffusionPipeline"
 COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
@@ -23,6 +30,10 @@ COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae"
 VARIANTS = (".safetensors", ".fp16.safetensors")
 SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt",
                "unet/*.json", "vae/*.json", "text_encoder/*.json"]
+# Every Stable Diffusion reads prompts with CLIP's vocabulary, which single files do not have.
+TOKENIZER = "openai/clip-vit-large-patch14"
+TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+TOKENIZER_VARIABLE = "TINYLDM_TOKENIZER"
 
 
 class PipelineParts(NamedTuple):
@@ -33,17 +44,27 @@ class PipelineParts(NamedTuple):
     vae: AutoencoderKL
     scheduler: dict                                     # of scheduler_config.json
     tokenizer: Path                                     # the folder with its files
+    padding: str | None                                 # the token, None for what the folder says
+    index: dict                                         # of model_index.json, {} for a single file
 
 
-def load_pipeline_parts(folder, dtype=np.float32, low_memory=False):
-    """Read a pipeline folder's models (options: see load_weights) and the scheduler's config.
+def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
+    """Read the models (dtype, low_memory: see fill) of a pipeline, and its scheduler's config.
 
+    path: a folder, or a single file. ema: of a file that holds the UNet's weights twice take those
+    averaged over the training.
     Raises TinyldmError for another pipeline than StableDiffusionPipeline, and for whatever is
     missing or wrong in a component; what costs nothing to check is checked before any weight.
     """
-    folder = Path(folder)
+    if Path(path).is_file():
+        return _load_file(Path(path), dtype, low_memory, ema)
+    return _load_folder(Path(path), dtype, low_memory)
+
+
+def _load_folder(folder, dtype, low_memory):
     index = folder / "model_index.json"
-    name = read_json(index).get("_class_name")
+    content = read_json(index)
+    name = content.get("_class_name")
     if name != PIPELINE:
         raise TinyldmError(f"{index} names the pipeline {name}, supported is {PIPELINE}")
     for part in (*COMPONENTS, "tokenizer", "scheduler"):
@@ -58,27 +79,70 @@ def load_pipeline_parts(folder, dtype=np.float32, low_memory=False):
                                f"not a {model.__name__}")
         find_weights(folder / part)
     models = {part: load_model(folder / part, dtype, low_memory) for part in COMPONENTS}
-    return PipelineParts(**models, scheduler=scheduler, tokenizer=folder / "tokenizer")
+    return PipelineParts(**models, scheduler=scheduler, tokenizer=folder / "tokenizer",
+                         padding=None, index=content)
+
+
+class Models(Module):
+    """The three models of a single file, whose parameters are named `part.name`."""
+
+    def __init__(self, kind):
+        self.text_encoder = CLIPTextModel(kind.text_encoder)
+        self.unet = UNet2DConditionModel(kind.unet)
+        self.vae = AutoencoderKL(kind.vae)
+
+
+def _load_file(path, dtype, low_memory, ema):
+    stored = read_tensors(path)
+    kind = recognise(stored, path)
+    if ema:
+        stored = ldm.with_averages(stored, path)
+    tokenizer = _tokenizer_folder()
+    found, tensors = ldm.parts(stored, kind.text_encoder["num_hidden_layers"])
+    models = Models(kind)
+    for part in COMPONENTS:
+        wanted = dict(getattr(models, part).named_parameters())
+        for name, tensor in fitted(found.get(part, {}), wanted).items():
+            tensors[f"{part}.{name}" if name in wanted else tensor.name] = tensor
+    fill(models, tensors, f"{path} does not fit {kind.name}", dtype, low_memory)
+    return PipelineParts(**vars(models), scheduler=kind.scheduler, tokenizer=tokenizer,
+                         padding=kind.padding, index={})
+
+
+def _tokenizer_folder():
+    """A folder with CLIP's vocabulary: the one that TINYLDM_TOKENIZER names, or of the hub."""
+    if folder := os.environ.get(TOKENIZER_VARIABLE):
+        if not Path(folder).is_dir():
+            raise TinyldmError(f"{TOKENIZER_VARIABLE} must name a folder with vocab.json and "
+                               f"merges.txt, but there is no folder {folder}")
+        return Path(folder)
+    try:
+        return _snapshot(TOKENIZER, TOKENIZER_FILES)
+    except TinyldmError as error:
+        raise TinyldmError(f"a single file has no tokenizer, and {error}; or let "
+                           f"{TOKENIZER_VARIABLE} name a folder with CLIP's vocab.json and "
+                           "merges.txt, such as the tokenizer folder of any Stable Diffusion"
+                           ) from None
 
 
 def resolve(weights=None):
-    """The pipeline folder that a user's word means.
+    """The pipeline's folder, or its single file, that a user's word means.
 
-    weights: None for the bundled model; a folder; or a hub name `owner/name`, downloaded once.
-    Raises TinyldmError for a single file, for what is neither, and for a failed download.
+    weights: None for the bundled model; a folder; a file; or a hub name `owner/name`, downloaded
+    once.
+    Raises TinyldmError for what is none of these, and for a failed download.
     """
     if weights is None:
         return _bundled()
     path = Path(weights).expanduser()
-    if path.is_dir():
+    if path.is_dir() or path.is_file():
         return path
-    if path.is_file() or path.suffix in (".safetensors", ".ckpt"):
-        raise TinyldmError(f"expected a folder in the diffusers layout, {path} is a single file: "
-                           f"these are not supported yet")
+    if path.suffix in (".safetensors", ".ckpt"):
+        raise TinyldmError(f"expected a file of weights, but there is no file {path}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights)):
         return _download(str(weights))
-    raise TinyldmError(f"expected weights to be a folder or a hub name (owner/name), but there is "
-                       f"no folder {weights}")
+    raise TinyldmError(f"expected weights to be a folder, a file or a hub name (owner/name), but "
+                       f"there is no folder {weights}")
 
 
 def _bundled():
@@ -92,23 +156,27 @@ def _bundled():
 
 def _download(name):
     """The local copy of the hub's `name`: only the files that are read, weights in one form."""
-    import huggingface_hub  # here: it takes long to import and is seldom needed
-
     wanted = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
               "text_encoder": "model"}
     for variant in VARIANTS:
         files = [f"{part}/{stem}{variant}" for part, stem in wanted.items()]
-        try:
-            folder = Path(huggingface_hub.snapshot_download(
-                name, allow_patterns=SMALL_FILES + files))
-        except Exception as error:
-            # The hub's errors and its network library's share no base, and run over many lines.
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            raise TinyldmError(f"{name} is no folder here and could not be downloaded from the "
-                               f"Hugging Face hub ({reason}): check the name, the network, and "
-                               f"for gated models `hf auth login`") from None
+        folder = _snapshot(name, SMALL_FILES + files)
         wanted = {part: stem for part, stem in wanted.items()
                   if not (folder / part / f"{stem}{variant}").is_file()}
         if not wanted:
             break
     return folder
+
+
+def _snapshot(name, files):
+    """The folder with the local copy of some files of the hub's `name`."""
+    import huggingface_hub  # here: it takes long to import and is seldom needed
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as error:
+        # The hub's errors and its network library's share no base, and run over many lines.
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise TinyldmError(f"{name} is no folder here and could not be downloaded from the "
+                           f"Hugging Face hub ({reason}): check the name, the network, and "
+                           f"for gated models `hf auth login`") from None

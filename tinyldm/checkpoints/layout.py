@@ -29,6 +29,12 @@ def to_file(array):
     return array.transpose(FILE_AXES) if array.ndim == 4 else array
 
 
+def fitted(stored, wanted):
+    """{name in the file: StoredTensor} -> {name in the model: StoredTensor as the model has it}."""
+    tensors = public_names(stored, wanted)
+    return {name: squeezed(name, tensor) for name, tensor in tensors.items()}
+
+
 def public_names(stored, wanted):
     """{name in the file: tensor} -> {name in the model: tensor}, for a model with names `wanted`.
 
@@ -60,5 +66,5 @@ def _public_name(name, wanted):
 def squeezed(name, tensor):
     """A VAE attention matrix stored as 1x1 convolution (O,C,1,1) -> (O,C); others as they are."""
     if VAE_ATTENTION_WEIGHT.fullmatch(name) and tensor.shape[2:] == (1, 1):
-        return tensor._replace(shape=tensor.shape[:2])
+        return tensor._replace(shape=tensor.shape[:2], strides=tensor.strides[:2])
     return tensor

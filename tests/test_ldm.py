@@ -1,0 +1,326 @@
+"""Single files in the original layout: names against real checkpoints, pictures against folders."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import tinyldm
+from tinyldm.checkpoints import folders, kinds, ldm, load_pipeline_parts
+from tinyldm.checkpoints.layout import file_shape, fitted
+from tinyldm.checkpoints.stored import StoredTensor, row_major
+from tinyldm.errors import TinyldmError
+from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+
+from . import single_files
+from .test_pipeline import Reference, assert_same_drawing, ours
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+KINDS = {"sd1": kinds.SD1, "sd2": kinds.SD2}
+with_lists = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no key lists at {REFERENCE}")
+
+
+# ---- the names of real checkpoints ----------------------------------------------------------
+
+def rows(kind):
+    """(part, original name, its shape, public name, its shape, what is done to it), each row."""
+    for line in (REFERENCE / f"keys_map_ldm_{kind}.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            part, theirs, their_shape, public, shape, operation = line.split("\t")
+            yield (part, theirs, tuple(json.loads(their_shape)), public,
+                   tuple(json.loads(shape)), operation)
+
+
+def dropped(kind):
+    """The names that the lists' headers give as dropped, with shapes that say nothing."""
+    for line in (REFERENCE / f"keys_map_ldm_{kind}.txt").read_text().splitlines():
+        if line.startswith("#") and "dropped LDM tensors: [" in line:
+            yield from json.loads("[" + line.rpartition("[")[2].replace("'", '"'))
+
+
+def stored_tensors(kind):
+    """Every tensor of a real checkpoint, one after another in a file that need not be there."""
+    tensors, place = {}, 0
+    shapes = {theirs: shape for _, theirs, shape, *_ in rows(kind)}
+    shapes |= {name: (2,) for name in dropped(kind)}
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape))
+        tensors[name] = StoredTensor(Path("file"), name, None, "F32", shape, row_major(shape, 4),
+                                     place, place + size)
+        place += size
+    return tensors
+
+
+def expected_place(tensor, operation):
+    """Start and strides of what a row makes of a tensor."""
+    if operation.startswith("rows"):
+        first = int(operation[5:].partition(":")[0])
+        return tensor.start + first * tensor.strides[0], tensor.strides
+    if operation == "T":
+        return tensor.start, tensor.strides[::-1]
+    return tensor.start, tensor.strides[:2] if "squeeze" in operation else tensor.strides
+
+
+@with_lists
+@pytest.mark.parametrize("kind, layers", [("sd1", 12), ("sd2", 23), ("sdxl", None)])
+def test_every_name_of_the_real_checkpoint_maps_one_to_one(kind, layers):
+    stored = stored_tensors(kind)
+    found, rest = ldm.parts(stored, layers)
+    assert not rest
+    table = list(rows(kind))
+    assert found.keys() == {part for part, *_ in table}
+    for part in found:
+        mine = [row for row in table if row[0] == part and not row[-1].startswith("drop")]
+        wanted = {public for _, _, _, public, _, _ in mine}
+        tensors = fitted(found[part], wanted)
+        assert tensors.keys() == wanted and len(mine) == len(wanted)
+        for _, theirs, _, public, shape, operation in mine:
+            tensor = tensors[public]
+            assert tensor.name == theirs and tensor.shape == shape, public
+            assert (tensor.start, tensor.strides) == expected_place(stored[theirs], operation)
+
+
+@with_lists
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_real_checkpoint_has_every_parameter_of_the_models_and_nothing_else(kind):
+    stored = stored_tensors(kind)
+    known = KINDS[kind]
+    found, rest = ldm.parts(stored, known.text_encoder["num_hidden_layers"])
+    assert not rest and found.keys() == MODELS.keys()
+    for part, model in MODELS.items():
+        parameters = dict(model(getattr(known, part)).named_parameters())
+        tensors = fitted(found[part], parameters)
+        assert tensors.keys() == parameters.keys()
+        for name, parameter in parameters.items():
+            assert tensors[name].shape == file_shape(parameter), name
+
+
+@with_lists
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_small_files_of_these_tests_are_named_like_the_real_ones(kind):
+    for part, theirs, _, public, _, operation in rows(kind):
+        if part == "unet":
+            assert theirs == "model.diffusion_model." + single_files.renamed(
+                public, single_files.unet_prefixes())
+        elif part == "vae":
+            assert theirs == "first_stage_model." + single_files.renamed(
+                public, single_files.vae_prefixes())
+        elif kind == "sd2":
+            name, third = single_files.open_clip_names(23)[public]
+            assert theirs == f"cond_stage_model.model.{name}"
+            assert operation.startswith("rows") == (third is not None)
+
+
+@with_lists
+@pytest.mark.parametrize("name, kind", [
+    ("stable-diffusion-v1-5", kinds.SD1), ("stable-diffusion-2-1 (768, v-prediction)", kinds.SD2),
+    ("stable-diffusion-2-1-base (512, epsilon)", kinds.SD2_BASE)])
+def test_the_built_in_configs_are_the_published_ones(name, kind):
+    published = json.loads((REFERENCE / "configs.json").read_text())[name]
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        config, ours = published[part]["config"], getattr(kind, part)
+        for key, value in ours.items():
+            assert config.get(key, {"scaling_factor": 0.18215}.get(key)) == value, (part, key)
+
+
+# ---- small files ----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sd2_base"])
+def folder(request, tmp_path_factory):
+    return getattr(single_files, request.param)(tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def sd1_folder(tmp_path_factory):
+    return single_files.sd1(tmp_path_factory.mktemp("sd1"))
+
+
+def as_file(folder, path, monkeypatch, **more):
+    """The folder's weights as a single file, and the built-in configs as small as they are."""
+    text = json.loads((folder / "text_encoder" / "config.json").read_text())
+    single_files.shrink(monkeypatch, text["vocab_size"])
+    monkeypatch.setenv(folders.TOKENIZER_VARIABLE, str(folder / "tokenizer"))
+    tensors = single_files.original(folder, open_clip=text["hidden_act"] == "gelu") | more
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(tensors, path)
+    else:
+        torch.save({"state_dict": tensors, "global_step": 1}, path)
+    return path
+
+
+def assert_same_weights(pipe, other):
+    for part in MODELS:
+        theirs = dict(getattr(other, part).named_parameters())
+        for name, parameter in getattr(pipe, part).named_parameters():
+            assert np.array_equal(parameter.data, theirs[name].data), name
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_single_file_draws_what_its_folder_draws(folder, suffix, tmp_path, monkeypatch):
+    file = as_file(folder, tmp_path / f"model{suffix}", monkeypatch)
+    pipe, other = tinyldm.load(file), tinyldm.load(folder)
+    assert_same_weights(pipe, other)
+    for key in ("_class_name", "beta_start", "beta_end", "beta_schedule", "set_alpha_to_one"):
+        assert pipe.scheduler[key] == other.scheduler[key]
+    assert (pipe.schedule.prediction_type == other.schedule.prediction_type
+            == ("v_prediction" if folder.name == "sd20" else "epsilon"))
+    assert pipe.size() == other.size() == (64, 64)
+    for text in ("", "a red cat!"):
+        assert np.array_equal(pipe.tokenizer(text), other.tokenizer(text))
+    assert_same_drawing(ours(pipe), Reference(folder)())
+
+
+def test_half_precision_and_memory_options(sd1_folder, tmp_path, monkeypatch):
+    file = as_file(sd1_folder, tmp_path / "model.ckpt", monkeypatch)
+    whole = safetensors.torch.load_file(as_file(sd1_folder, tmp_path / "model.safetensors",
+                                                monkeypatch))
+    torch.save({name: tensor.half() if tensor.is_floating_point() else tensor
+                for name, tensor in whole.items()}, file)           # without "state_dict"
+    parts = load_pipeline_parts(file, np.float16, low_memory=True)
+    weight = dict(parts.unet.named_parameters())["conv_out.weight"].data
+    theirs = whole["model.diffusion_model.out.2.weight"].half().numpy().transpose(2, 3, 1, 0)
+    assert weight.dtype == np.float16 and np.array_equal(weight, theirs)
+
+
+def test_padding_of_stable_diffusion_2_whatever_the_tokenizer_says(tmp_path, monkeypatch):
+    folder = single_files.sd2(tmp_path / "sd2")
+    file = as_file(folder, tmp_path / "model.safetensors", monkeypatch)
+    ids = tinyldm.load(file).tokenizer("a cat")
+    special = folder / "tokenizer" / "special_tokens_map.json"
+    special.write_text(special.read_text().replace('"!"', '"<|endoftext|>"'))
+    assert np.array_equal(tinyldm.load(file).tokenizer("a cat"), ids)
+    assert not np.array_equal(tinyldm.load(folder).tokenizer("a cat"), ids)
+
+
+def test_leftovers_are_ignored_and_averages_are_taken_if_asked_for(
+        sd1_folder, tmp_path, monkeypatch):
+    file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
+    with pytest.raises(TinyldmError, match=r"averaged weights .* of 0 of the UNet's 686 tensors"):
+        tinyldm.load(file, ema=True)
+    more = single_files.leftovers(single_files.original(sd1_folder))
+    file = as_file(sd1_folder, tmp_path / "full.ckpt", monkeypatch, **more)
+    folder = tinyldm.load(sd1_folder)
+    assert_same_weights(tinyldm.load(file), folder)
+    for parameter in folder.unet.parameters():
+        parameter.data = parameter.data / 2
+    assert_same_weights(tinyldm.load(file, ema=True), folder)
+
+
+def test_other_prefixes(sd1_folder, tmp_path, monkeypatch):
+    """Text encoders without text_model., and Stable Diffusion 2's as SD-Turbo's file has it."""
+    file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name.replace("transformer.text_model.", "transformer."): tensor
+                                 for name, tensor in tensors.items()}, file)
+    assert_same_weights(tinyldm.load(file), tinyldm.load(sd1_folder))
+    folder = single_files.sd2_base(tmp_path / "sd2")
+    file = as_file(folder, tmp_path / "model.safetensors", monkeypatch)
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({
+        name.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): tensor
+        for name, tensor in tensors.items()}, file)
+    assert_same_weights(tinyldm.load(file), tinyldm.load(folder))
+
+
+def test_three_lists(sd1_folder, tmp_path, monkeypatch):
+    file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.diffusion_model.out.3.weight"] = torch.zeros(1)
+    tensors["scribble"] = torch.zeros(1)
+    tensors["first_stage_model.encoder.mid.attn_1.q.bias"] = torch.zeros(3)
+    del tensors["cond_stage_model.transformer.text_model.final_layer_norm.bias"]
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(TinyldmError) as error:
+        tinyldm.load(file)
+    first, missing, unexpected, wrong = str(error.value).splitlines()
+    assert first == f"{file} does not fit Stable Diffusion 1"
+    assert missing == "  missing: 1: text_encoder.text_model.final_layer_norm.bias"
+    assert unexpected == "  unexpected: 2: scribble, model.diffusion_model.out.3.weight"
+    assert wrong == ("  wrong shape: 1: vae.encoder.mid_block.attentions.0.to_q.bias "
+                     "(expected (16,), found (3,))")
+
+
+# ---- what is not supported ------------------------------------------------------------------
+
+@pytest.mark.parametrize("names, expected", [
+    (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "a Stable Diffusion 3 mod"),
+    (["double_blocks.0.img_attn.qkv.weight"], "a Flux model.*not supported"),
+    (["model.diffusion_model.single_blocks.0.linear1.weight"], "a Flux model"),
+    (["single_transformer_blocks.0.attn.to_q.weight"], "a Flux model"),
+    (["conditioner.embedders.1.model.logit_scale"], "a Stable Diffusion XL model"),
+    (["conditioner.embedders.0.model.logit_scale", "model.diffusion_model.label_emb.0.0.weight"],
+     "refiner of Stable Diffusion XL"),
+    (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight"], "a LoRA, which changes"),
+    (["conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"], "one part of a model in the diff"),
+    (["layer.weight", "layer.bias"], r"unknown kind of model: found 2 tensors \(layer.\w+ \[3, 4\],"
+                                     r" layer.\w+ \[3, 4\] ...\), known are Stable Diffusion"),
+    ([], "found 0 tensors"),
+])
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_other_models_are_named(names, expected, suffix, tmp_path):
+    tensors = {name: torch.zeros(3, 4) for name in names}
+    file = tmp_path / f"model.{suffix}"
+    if suffix == "ckpt":
+        torch.save(tensors, file)
+    else:
+        safetensors.torch.save_file(tensors, file)
+    with pytest.raises(TinyldmError, match=expected) as error:
+        tinyldm.load(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("channels, width, expected", [
+    (9, 768, "Stable Diffusion 1 of 9 input channels .made for inpainting.: this is not supported"),
+    (8, 768, "8 input channels .made for editing"), (9, 1024, "Stable Diffusion 2 of 9"),
+    (4, 2048, r"width 2048, known are 768 \(Stable Diffusion 1\) and 1024 \(Stable Diffusion 2\)")])
+def test_other_shapes_are_named(channels, width, expected, tmp_path):
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({kinds.FIRST_CONVOLUTION: torch.zeros(2, channels, 3, 3),
+                                 kinds.FIRST_KEYS: torch.zeros(2, width)}, file)
+    with pytest.raises(TinyldmError, match=expected):
+        tinyldm.load(file)
+
+
+# ---- the tokenizer --------------------------------------------------------------------------
+
+def test_the_tokenizer_is_downloaded_unless_a_folder_is_named(sd1_folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
+    monkeypatch.setenv(folders.TOKENIZER_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(TinyldmError, match="TINYLDM_TOKENIZER must name a folder.*nowhere"):
+        tinyldm.load(file)
+    monkeypatch.delenv(folders.TOKENIZER_VARIABLE)
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(shutil.copytree(sd1_folder / "tokenizer", tmp_path / "downloaded"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_pipeline_parts(file).tokenizer == tmp_path / "downloaded"
+    (name, patterns), = asked
+    assert name == "openai/clip-vit-large-patch14"
+    assert set(patterns) == {"vocab.json", "merges.txt", "tokenizer_config.json",
+                             "special_tokens_map.json"}
+
+
+def test_offline_the_tokenizer_is_one_sentence(tmp_path):
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({kinds.FIRST_CONVOLUTION: torch.zeros(2, 4, 3, 3),
+                                 kinds.FIRST_KEYS: torch.zeros(2, 768)}, file)
+    run = subprocess.run([sys.executable, "-m", "tinyldm", "a cat", "--weights", str(file),
+                          "--output", str(tmp_path / "out.png")], capture_output=True, text=True,
+                         cwd=Path(__file__).parents[1],
+                         env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    *_, line = run.stderr.splitlines()
+    assert run.returncode == 2
+    assert line.startswith("error: a single file has no tokenizer, and openai/clip-vit-large-patch")
+    assert "TINYLDM_TOKENIZER" in line and "Traceback" not in run.stderr
