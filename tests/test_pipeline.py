@@ -1,7 +1,6 @@
 """The pipeline against diffusers' on the same random weights: ids, context, latents, picture."""
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import diffusers
@@ -110,6 +109,7 @@ def small(small_folder):
 
 # ---- against diffusers ----------------------------------------------------------------------
 
+@pytest.mark.filterwarnings("ignore:the prompt .* is read in 2 pieces")
 def test_every_configuration_draws_the_same(both):
     pipe, reference = both
     for text in (PROMPT, "", "word " * 100):
@@ -117,7 +117,8 @@ def test_every_configuration_draws_the_same(both):
                                        return_tensors="np").input_ids
         assert np.array_equal(pipe.tokenizer(text), ids)
         context, _ = reference.pipe.encode_prompt(text, "cpu", 1, False)
-        assert_close(pipe.encode_prompt(text), context.detach().numpy(), 1e-4, "context")
+        first = pipe.encode_prompt(text)[:, :77]        # all but for a long prompt, which they cut
+        assert_close(first, context.detach().numpy(), 1e-4, "context")
     assert_same_drawing(ours(pipe, negative_prompt=NEGATIVE, seed=7),
                         reference([7], negative_prompt=NEGATIVE))
 
@@ -235,16 +236,9 @@ def test_number_of_steps(small_folder, small, tmp_path):
     Reference(folder)                                   # which passes over the underscore's key
 
 
-def test_a_long_prompt_is_cut_with_a_warning(small):
-    with pytest.warns(UserWarning, match="longer than 77 tokens: ignored is 'dog"):
-        small.stream("cat " * 75 + "dog")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        small.stream("cat " * 75)
-        small.stream("")
-
-
 BAD = [
+    ({"prompt": "(cat:1000)"}, "the weight 1000: use -100 to 100"),
+    ({"negative_prompt": "(cat:1000)", "guidance_scale": 1}, "the weight 1000: use -100 to 100"),
     ({"prompt": 5}, "prompt must be a string"), ({"prompt": ["a", "b"]}, "prompt must be a string"),
     ({"negative_prompt": None}, "prompt must be a string"),
     ({"negative_prompt": "\udcff", "guidance_scale": 1}, "valid Unicode"),

@@ -54,7 +54,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments):
     parser = Parser("python -m tinyldm", description="Draw a picture of a prompt.")
-    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("prompt", help="what to draw, at any length: (word) and (word:1.3) count "
+                        "more, [word] less, BREAK starts a new piece of 75 tokens, and a bracket "
+                        r"itself is \( \) \[ or \]")
     parser.add_argument("--weights", help="a folder in the diffusers layout, a single file in "
                         "the original one, or a name on the Hugging Face hub (the bundled model)")
     parser.add_argument("--output", type=Path, default=Path("out.png"),

@@ -10,7 +10,6 @@ arXiv:2112.10752, figure 3.
 """
 import math
 import operator
-import warnings
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from .diffusion.schedule import Schedule
 from .errors import TinyldmError
 from .layers import named_modules, watching
 from .noise import get_generator
+from .prompt import rows, same_length, split, weigh
 
 STEPS = 50                  # where the weights recommend no number of their own
 LARGEST = 8192              # pixels a side: beyond is a slip of the keyboard, not a picture
@@ -117,8 +117,8 @@ class StableDiffusion:
                noise="torch-cpu", guidance_rescale=0.0):
         """Draw, a model call at a time -> iterator of samplers.State, whose last latents are clean.
 
-        prompt: what to draw; beyond the tokenizer's 77 tokens it is cut, with a warning.
-        negative_prompt: what guidance moves away from.
+        prompt: what to draw, of any length, with weights such as (word:1.3): see prompt.py.
+        negative_prompt: what guidance moves away from; the same goes for it.
         num_inference_steps: 1 to 1000; more is slower and finer. PNDM makes a call more than that,
         Heun twice as many but one.
         guidance_scale: how strongly to follow the prompt; up to 1 there is no guidance, and the
@@ -149,26 +149,40 @@ class StableDiffusion:
         def draw_noise():                               # -> (B,H/f,W/f,C)
             return self._draw(generators, shape)
 
-        self._warn_of_cuts(prompt, negative_prompt)
-        guided = guidance_scale > 1
-        contexts = [self.encode_prompt(text) for text in [negative_prompt] * guided + [prompt]]
+        pieces = split(prompt, self.tokenizer)
+        negative = split(negative_prompt, self.tokenizer)
+        contexts = []
+        if guidance_scale > 1:
+            pieces, negative = same_length([pieces, negative])
+            contexts = [self._encode(negative_prompt, negative)]
+        contexts.append(self._encode(prompt, pieces))
         latents = draw_noise() if latents is None else latents
         predict = Predictor(self.unet, contexts, guidance_scale, guidance_rescale)
         states = get_sampler(sampler)(predict, latents, self.schedule, steps, draw_noise)
         return watched(states, predict)
 
     def encode_prompt(self, text):
-        """The text transformer's last hidden state: text -> context (1, 77, D)."""
-        ids = self.tokenizer(text)
+        """What the UNet is to look at: text -> context (1, 77 * pieces, D).
+
+        The text transformer's last hidden state, weighted, the pieces of a long prompt side by
+        side. See prompt.py.
+        """
+        return self._encode(text, split(text, self.tokenizer))
+
+    def _encode(self, text, pieces):
+        ids, weights = rows(pieces, self.tokenizer)
         known = self.text_encoder.config["vocab_size"]
         if ids.max() >= known:
             raise TinyldmError(f"the tokenizer knows token {ids.max()}, the text encoder only "
                                f"{known} tokens: use parts of one pipeline")
         ids = self._xp.asarray(ids)
-        context = self.text_encoder(ids)
+        features = self.text_encoder(ids)                               # (n,77,D)
+        context = weigh(features, weights).reshape(1, -1, features.shape[-1])
         if not is_finite(context):
+            culprit = ("its weights are to blame, take some closer to 1" if is_finite(features)
+                       else blame(self.text_encoder, lambda: self.text_encoder(ids)))
             raise TinyldmError(f"the text encoder answers NaN or infinity for {text!a:.80}: "
-                               f"{blame(self.text_encoder, lambda: self.text_encoder(ids))}")
+                               f"{culprit}")
         return context
 
     def decode(self, latents):
@@ -234,12 +248,6 @@ class StableDiffusion:
                                f"{factor}, width / {factor}, channels), not {latents.shape}")
         return shape
 
-    def _warn_of_cuts(self, *texts):
-        for text in texts:
-            if cut := self.tokenizer.truncated(text):
-                warnings.warn(f"the prompt is longer than {self.tokenizer.model_max_length} tokens"
-                              f": ignored is {cut!r:.60}", stacklevel=3)
-
     # ---- arrays -----------------------------------------------------------------------------
 
     @property
@@ -265,8 +273,8 @@ class StableDiffusion:
 class Predictor:
     """The UNet with its contexts and guidance inside: what a sampler calls as predict(x_t, t).
 
-    contexts: the prompt's (1,M,D) alone, or the negative prompt's before it; then both predictions
-    are made in one batch. The last inputs are kept, to ask what went wrong in them.
+    contexts: the prompt's (1,M,D) alone, or the negative prompt's, as long, before it; then both
+    predictions are made in one batch. The last inputs are kept, to ask what went wrong in them.
     """
 
     def __init__(self, unet, contexts, guidance_scale, guidance_rescale=0.0):

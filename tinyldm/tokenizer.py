@@ -1,6 +1,6 @@
 """CLIP's tokenizer: a prompt becomes the row of numbers that the text transformer reads.
 
-Where it stands: prompt -> Tokenizer -> ids (1, 77) -> models/clip.py.
+Where it stands: prompt -> prompt.py -> Tokenizer -> ids (1, 77) -> models/clip.py.
 
 Byte-pair encoding: the text is put in lower case and cut into words. Every word is spelled in its
 bytes, a sign each, the last one carrying "</w>" for the end of the word; then the neighbours that
@@ -46,6 +46,7 @@ class Tokenizer:
         self.model_max_length = model_max_length
         self.start, self.end, self.padding = (
             backend.token_to_id(token) for token in (bos_token, eos_token, pad_token))
+        self.comma = backend.token_to_id(",</w>")       # None where the vocabulary has none
 
     @classmethod
     def from_folder(cls, path, padding=None):
@@ -71,8 +72,8 @@ class Tokenizer:
         add_special_tokens(backend, special.values(), folder)
 
         length = config.get("model_max_length", MAX_LENGTH)
-        if not isinstance(length, (int, float)) or length < 2:
-            raise TinyldmError(f"{config_file}: model_max_length must be a number of at least 2, "
+        if not isinstance(length, (int, float)) or length < 3:
+            raise TinyldmError(f"{config_file}: model_max_length must be a number of at least 3, "
                                f"got {length!r}: correct or remove it")
         return cls(backend, special["bos_token"].content, special["eos_token"].content,
                    special["pad_token"].content, int(length) if length < NO_LIMIT else MAX_LENGTH)
@@ -80,22 +81,28 @@ class Tokenizer:
     def __call__(self, text):
         """text -> ids (1, model_max_length) int64: start, the text's tokens, end, padding.
 
-        A long text loses its last tokens, never the end token; `truncated` says what was lost.
+        A long text loses its last tokens, never the end token; prompt.py cuts it in pieces instead.
         Raises TinyldmError for what is not a string of valid Unicode.
         """
-        ids = [self.start, *self._encode(text).ids[:self.model_max_length - 2], self.end]
+        return self.row(self.ids(text)[:self.model_max_length - 2])
+
+    def ids(self, text):
+        """text -> the list of its tokens' ids, of any length, without start and end."""
+        self.check(text)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def row(self, ids):
+        """At most model_max_length - 2 ids -> (1, model_max_length) int64, as __call__ has them."""
+        ids = [self.start, *ids, self.end]
         ids += [self.padding] * (self.model_max_length - len(ids))
         return np.array([ids], np.int64)
 
-    def truncated(self, text):
-        """The end of the text that found no place among the ids; "" if all of it did."""
-        cut = self._encode(text).offsets[self.model_max_length - 2:]
-        return text[cut[0][0]:] if cut else ""          # an offset: (first character, last + 1)
-
-    def _encode(self, text):
+    @staticmethod
+    def check(text):
+        """Raise TinyldmError for what is no string, and for one with a lone surrogate."""
         try:
-            return self.backend.encode(text, add_special_tokens=False)
-        except TypeError:                               # no string, or one with a lone surrogate
+            text.encode()
+        except (AttributeError, UnicodeEncodeError):
             raise TinyldmError("a prompt must be a string of valid Unicode, "
                                f"got {text!a:.80}: pass plain text") from None
 
