@@ -247,6 +247,15 @@ def test_three_lists(sd1_folder, tmp_path, monkeypatch):
                      "(expected (16,), found (3,))")
 
 
+def test_two_names_of_one_weight(sd1_folder, tmp_path, monkeypatch):
+    name = "first_stage_model.encoder.mid.attn_1.{}.bias"
+    tensor = single_files.original(sd1_folder)[name.format("q")]
+    file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch,
+                   **{name.format("to_q"): tensor + 1})
+    with pytest.raises(TinyldmError, match=r"unexpected: 1: first_stage_model.*_1\.(to_)?q\.bias"):
+        tinyldm.load(file)
+
+
 # ---- what is not supported ------------------------------------------------------------------
 
 @pytest.mark.parametrize("names, expected", [

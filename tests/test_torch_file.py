@@ -126,6 +126,18 @@ def test_every_protocol_of_python_3(protocol, tmp_path):
     assert_holds(toy, tensors)
 
 
+def test_archives_beyond_four_gigabytes(tmp_path):
+    """As float32 checkpoints are: places of 64 bits. The file has a hole, so it takes no room."""
+    path = tmp_path / "large.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("large/data.pkl", dump({"w": tensor()}))
+        archive.start_dir = 5 << 30                     # where the next entry goes
+        archive.writestr("large/data/0", np.arange(6, dtype=np.float32).tobytes())
+    assert path.stat().st_size > 5 << 30
+    weight = read_tensors(path)["w"].read(np.float32)
+    assert np.array_equal(weight, np.arange(6).reshape(2, 3))
+
+
 # ---- folders that hold only pickles ---------------------------------------------------------
 
 @pytest.mark.parametrize("make", [diffusers_unet, diffusers_vae, transformers_clip])
@@ -427,6 +439,15 @@ def test_entries_that_lie_elsewhere_or_are_encrypted(place, value, tmp_path):
     data[start:start + len(value)] = value
     path.write_bytes(data)
     refused(path, "truncated or corrupt|compressed or encrypted")
+
+
+def test_entries_without_a_header_of_their_own(tmp_path):
+    path = write(tmp_path / "x.pt", dump({"w": tensor()}))
+    data = bytearray(path.read_bytes())
+    place = directory(data, "archive/data/0")
+    data[int.from_bytes(data[place + 42:place + 46], "little")] ^= 1
+    path.write_bytes(data)
+    refused(path, "truncated or corrupt .*no entry 'archive/data/0'")
 
 
 def test_entries_on_top_of_each_other(tmp_path):

@@ -39,8 +39,8 @@ class StoredTensor(NamedTuple):
         if self.format not in DTYPES:
             raise TinyldmError(f"{self.path}: the tensor {self.name} has dtype {self.format}, "
                                f"supported are {', '.join(DTYPES)}")
-        values = view = np.ndarray(self.shape, DTYPES[self.format], self.mapped, self.start,
-                                   self.strides)
+        file = np.frombuffer(self.mapped, np.uint8)     # keeps the map open, unlike the map alone
+        values = view = np.ndarray(self.shape, DTYPES[self.format], file, self.start, self.strides)
         if self.format == "BF16":
             bits = values.astype(np.uint32)
             bits <<= 16
