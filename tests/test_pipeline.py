@@ -302,6 +302,11 @@ def test_parts_must_fit_together(small, both_sd1):
     if other.tokenizer("cat").max() >= small.text_encoder.config["vocab_size"]:
         with pytest.raises(TinyldmError, match="the tokenizer knows token"):
             mixed.encode_prompt("cat")
+    for told in ({"addition_embed_type": "text_time"}, {"time_cond_proj_dim": 256}):
+        before, small.unet.config = small.unet.config, small.unet.config | told
+        with pytest.raises(TinyldmError, match="told more than a prompt .*not built yet"):
+            StableDiffusion(*parts)
+        small.unet.config = before
     small.tokenizer.model_max_length = 100
     with pytest.raises(TinyldmError, match="model_max_length is 100, .* 77"):
         StableDiffusion(*parts)

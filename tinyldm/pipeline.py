@@ -97,6 +97,11 @@ class StableDiffusion:
             if np.any(np.asarray(unet[key]) != config[name]):       # may be a list, of the levels
                 raise TinyldmError(f"the UNet's {key} is {unet[key]}, but the {whose}'s {name} "
                                    f"is {config[name]}: use parts of one pipeline")
+        for key in ("addition_embed_type", "time_cond_proj_dim"):
+            if unet.get(key):
+                raise TinyldmError(f"the UNet wants to be told more than a prompt ({key} = "
+                                   f"{unet[key]!r}), as those of SDXL and of Latent Consistency "
+                                   "Models: a pipeline for it is not built yet")
         length, limit = self.tokenizer.model_max_length, text.get("max_position_embeddings", 77)
         if length > limit:
             raise TinyldmError(f"the tokenizer's model_max_length is {length}, but the text "
