@@ -112,7 +112,7 @@ def test_the_unet_asks_for_cos_then_sin(config, monkeypatch):
     class Seen(Exception):
         """Carries the waves out of the forward pass."""
 
-    def stop(self, waves, tape):
+    def stop(self, waves, tape, condition):
         raise Seen(waves)
     monkeypatch.setattr(unet.TimestepEmbedding, "forward", stop)
     with pytest.raises(Seen) as seen:
