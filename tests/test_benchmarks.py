@@ -34,6 +34,11 @@ def test_quoted_figures_are_the_measured_ones(page):
             f"Markdown would take this line of {page.name} for HTML: {line}")
 
 
+def test_everything_was_measured():
+    assert {path.name for path in figures.MEASURED.iterdir()} == {f"{name}.json"
+                                                                  for name in figures.AIMS}
+
+
 @pytest.mark.parametrize("path", sorted(figures.MEASURED.glob("*")), ids=lambda path: path.name)
 def test_committed_measurements(path):
     assert path.stem in figures.AIMS and path.suffix == ".json"
