@@ -137,12 +137,13 @@ def draw_pictures(args, paths, profile=None):
             text = parameters(args, steps, sampler, seed, (width, height))
         with part("drawing"):
             for state in with_progress(states, steps, sampler):
-                if args.animate:
-                    frames.append(preview(state.pred_x0))
                 step = state.step + 1
-                if args.preview and step % args.preview == 0:
-                    early = path.with_name(f"{path.stem}-step{step}{path.suffix}")
-                    save(preview(state.pred_x0), early, text)
+                wanted = args.preview and step % args.preview == 0
+                early = preview(state.pred_x0) if args.animate or wanted else None
+                if args.animate:
+                    frames.append(early)
+                if wanted:
+                    save(early, path.with_name(f"{path.stem}-step{step}{path.suffix}"), text)
         with stage("decoding"):
             with part("decoding"):
                 image, = to_pil(pipe.decode(state.latents))

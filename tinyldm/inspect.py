@@ -15,7 +15,14 @@ from collections import Counter
 from pathlib import Path
 
 from .__main__ import Parser
-from .checkpoints.components import build_model, find_weights, misfits, shorten
+from .checkpoints.components import (
+    build_model,
+    class_name,
+    find_weights,
+    misfits,
+    read_files,
+    shorten,
+)
 from .checkpoints.layout import fitted
 from .checkpoints.reading import read_tensors
 from .errors import TinyldmError
@@ -53,7 +60,7 @@ def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
     parser = Parser("python -m tinyldm.inspect", description="Tell what a checkpoint is, or how a "
                     "picture was made.")
-    parser.add_argument("file", type=Path, help="a safetensors file, the folder of a pipeline or "
+    parser.add_argument("file", type=Path, help="a file of weights, the folder of a pipeline or "
                         "of one component, or a PNG made by tinyldm")
     try:
         lines = describe(parser.parse_args(arguments).file)
@@ -74,11 +81,11 @@ def describe(path):
         return describe_component(path)
     try:
         with open(path, "rb") as file:
-            start = file.read(9)
+            start = file.read(len(PNG))
     except (OSError, ValueError) as error:
         raise TinyldmError(f"cannot read {path} ({getattr(error, 'strerror', error)}): name a "
                            "file or a folder") from None
-    if start.startswith(PNG):
+    if start == PNG:
         return describe_picture(path)
     return [f"{path}", *describe_tensors(read_tensors(path))]
 
@@ -113,12 +120,8 @@ def describe_component(folder):
         raise TinyldmError(f"{folder} holds neither a model_index.json (a pipeline) nor a "
                            "config.json (a component): name a folder or a file that does")
     config = read_json(folder / "config.json")
-    name = config.get("_class_name") or config.get("architectures") or config.get("model_type")
-    name = ", ".join(map(str, name)) if isinstance(name, list) else name
-    stored = {}
-    for file in find_weights(folder):
-        stored |= read_tensors(file)
-    return [f"{folder}: {name}", *describe_tensors(stored),
+    stored = read_files(find_weights(folder))
+    return [f"{folder}: {class_name(config)}", *describe_tensors(stored),
             *compare(folder, stored)]
 
 

@@ -37,14 +37,19 @@ def read_config(folder):
     """
     path = Path(folder) / "config.json"
     config = read_json(path)
-    name = config.get("_class_name") or config.get("architectures") or config.get("model_type")
-    name = name[0] if isinstance(name, list) else name
+    name = class_name(config)
     name = "CLIPTextModel" if name == "clip_text_model" else name
     for model in MODELS:
         if model.__name__ == name:
             return model, config
     raise TinyldmError(f"{path} names the model {name}, supported are "
                        f"{', '.join(model.__name__ for model in MODELS)}")
+
+
+def class_name(config):
+    """What a config.json calls its model: diffusers' word or transformers'."""
+    name = config.get("_class_name") or config.get("architectures") or config.get("model_type")
+    return name[0] if isinstance(name, list) else name
 
 
 def find_weights(folder):
@@ -72,12 +77,17 @@ def load_weights(module, files, dtype=np.float32, low_memory=False):
     files: one path or a list. Options and errors: see fill.
     """
     files = [files] if isinstance(files, (str, Path)) else files
+    tensors = layout.fitted(read_files(files), dict(module.named_parameters()))
+    misfit = f"{', '.join(map(str, files))} does not fit the {type(module).__name__} of its config"
+    fill(module, tensors, misfit, dtype, low_memory)
+
+
+def read_files(files):
+    """{name: StoredTensor} of all files together, as shards have them."""
     stored = {}
     for file in files:
         stored |= read_tensors(file)
-    tensors = layout.fitted(stored, dict(module.named_parameters()))
-    misfit = f"{', '.join(map(str, files))} does not fit the {type(module).__name__} of its config"
-    fill(module, tensors, misfit, dtype, low_memory)
+    return stored
 
 
 def fill(module, tensors, misfit, dtype=np.float32, low_memory=False):
