@@ -14,12 +14,11 @@ import operator
 import numpy as np
 
 from .backend import array_library, get_xp, keep_freed_memory, to_host
-from .diffusion.guidance import classifier_free, rescale
 from .diffusion.samplers import default_sampler, get_sampler
 from .diffusion.schedule import Schedule
 from .errors import TinyldmError
-from .layers import named_modules, watching
 from .noise import get_generator
+from .predictor import Predictor, blame, is_finite, watched
 from .prompt import rows, same_length, split, weigh
 
 STEPS = 50                  # where the weights recommend no number of their own
@@ -156,13 +155,13 @@ class StableDiffusion:
 
         pieces = split(prompt, self.tokenizer)
         negative = split(negative_prompt, self.tokenizer)
-        contexts = []
+        conditions = []
         if guidance_scale > 1:
             pieces, negative = same_length([pieces, negative])
-            contexts = [self._encode(negative_prompt, negative)]
-        contexts.append(self._encode(prompt, pieces))
+            conditions = [{"context": self._encode(negative_prompt, negative)}]
+        conditions.append({"context": self._encode(prompt, pieces)})
         latents = draw_noise() if latents is None else latents
-        predict = Predictor(self.unet, contexts, guidance_scale, guidance_rescale)
+        predict = Predictor(self.unet, conditions, guidance_scale, guidance_rescale)
         states = get_sampler(sampler)(predict, latents, self.schedule, steps, draw_noise)
         return watched(states, predict)
 
@@ -275,31 +274,6 @@ class StableDiffusion:
         return self._xp.ascontiguousarray(self._xp.asarray(values, dtype))
 
 
-class Predictor:
-    """The UNet with its contexts and guidance inside: what a sampler calls as predict(x_t, t).
-
-    contexts: the prompt's (1,M,D) alone, or the negative prompt's, as long, before it; then both
-    predictions are made in one batch. The last inputs are kept, to ask what went wrong in them.
-    """
-
-    def __init__(self, unet, contexts, guidance_scale, guidance_rescale=0.0):
-        self.unet, self.contexts = unet, contexts
-        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
-        self.inputs = ()
-
-    def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
-        xp, n = get_xp(x_t), len(self.contexts)
-        context = xp.concatenate([c.repeat(len(x_t), axis=0) for c in self.contexts])  # (nB,M,D)
-        timesteps = xp.full(len(context), t, x_t.dtype)
-        self.inputs = xp.concatenate([x_t] * n).astype(context.dtype), timesteps, context
-        output = self.unet(*self.inputs).astype(x_t.dtype)
-        if n == 1:
-            return output
-        uncond, cond = xp.split(output, 2)
-        noise = classifier_free(uncond, cond, self.guidance_scale)
-        return rescale(noise, cond, self.guidance_rescale) if self.guidance_rescale else noise
-
-
 def to_pil(images):
     """Images (B,H,W,3) in [-1, 1] -> list of PIL images."""
     from PIL import Image  # takes long to import
@@ -315,49 +289,3 @@ def _finite_number(name, value):
     except (TypeError, OverflowError):
         pass
     raise TinyldmError(f"{name} must be a finite number, not {value!r}")
-
-
-# ---- NaN and infinity -----------------------------------------------------------------------
-
-def is_finite(array):
-    return bool(get_xp(array).isfinite(array).all())
-
-
-def watched(states, predict):
-    """Pass on a sampler's states while their latents are finite; else say where that ended."""
-    for state in states:
-        if not is_finite(state.latents):
-            culprit = blame(predict.unet, lambda: predict.unet(*predict.inputs))
-            raise TinyldmError(f"the latents became NaN or infinite at step {state.step + 1} "
-                               f"(timestep {state.timestep:g}): {culprit}")
-        yield state
-
-
-def blame(module, run):
-    """Run a module again with every layer watched -> a phrase naming the first that goes wrong.
-
-    That is the innermost one which is given finite numbers and answers others.
-    """
-    culprits = []
-
-    def watch(name, layer, forward):
-        def watched_forward(*inputs, **options):
-            clean = _all_finite(inputs)
-            output = forward(*inputs, **options)
-            if clean and not culprits and not is_finite(output):
-                culprits.append(name)
-            return output
-        return watched_forward
-
-    with watching(list(named_modules(module)), watch):
-        run()
-    if not culprits:
-        return "no layer is to blame, so lower guidance_scale or take another sampler"
-    return (f"the first layer to produce it is {culprits[0]} of {type(module).__name__}: "
-            "check the weights, or use dtype float32")
-
-
-def _all_finite(values):
-    """Of arrays, also in lists such as the UNet's skips; anything else passes."""
-    return all(_all_finite(value) if isinstance(value, (list, tuple))
-               else is_finite(value) if hasattr(value, "dtype") else True for value in values)
