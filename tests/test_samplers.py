@@ -16,6 +16,7 @@ from diffusers.schedulers import scheduling_lms_discrete
 
 from tinyldm.diffusion.samplers import SAMPLERS, default_sampler, get_sampler
 from tinyldm.diffusion.schedule import Schedule
+from tinyldm.diffusion.walk import NO_PICTURE, Origin
 from tinyldm.errors import TinyldmError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -111,17 +112,30 @@ def lms_scheduler(config):
     return scheduling_lms_discrete.LMSDiscreteScheduler.from_config(config)
 
 
-def reference_loop(scheduler, steps, eta=0.0):
-    """What the pipeline does: (timestep, latents, predicted x_0 or None) after every model call."""
+def reference_loop(scheduler, steps, eta=0.0, origin=NO_PICTURE):
+    """What the pipelines do: (timestep, latents, predicted x_0 or None) after every model call."""
     scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[origin.first * scheduler.order:]
     takes = inspect.signature(scheduler.step).parameters
     options = {"generator": torch.Generator().manual_seed(1), "eta": eta}
     options = {name: value for name, value in options.items() if name in takes}
-    latents = start()[0] * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    noise, _ = start()
+    latents = noise * scheduler.init_noise_sigma
+    if origin.picture is not None:
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(origin.first * scheduler.order)
+        picture = torch.tensor(origin.picture)
+        if not origin.noise_only:
+            latents = scheduler.add_noise(picture, noise, timesteps[:1])
+    for i, t in enumerate(timesteps):
         output = stand_in(scheduler.scale_model_input(latents, t), float(t))
         result = scheduler.step(output, t, latents, **options)
         latents = result.prev_sample
+        if origin.mask is not None:
+            known, mask = picture, torch.tensor(origin.mask)
+            if i < len(timesteps) - 1:
+                known = scheduler.add_noise(picture, noise, timesteps[i + 1:i + 2])
+            latents = (1 - mask) * known + mask * latents
         yield t.item(), latents.numpy(), result.get("pred_original_sample", result.get("denoised"))
 
 
@@ -151,6 +165,23 @@ def test_every_step_is_diffusers(name, prediction, spacing):
         config["timestep_spacing"] = spacing
     for steps in STEPS:
         check(name, config, steps)
+
+
+@every_sampler
+@every_prediction
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_from_a_picture(name, prediction, masked, final):
+    """Image to image and inpainting: fewer steps from a noised picture, parts of it put back."""
+    config = {**SD, "prediction_type": prediction, "final_sigmas_type": final}
+    random = np.random.default_rng(5)
+    picture = 0.8 * random.standard_normal(SHAPE, np.float32)
+    mask = (random.random((1, *SHAPE[1:3], 1)) < 0.6).astype(np.float32) if masked else None
+    for array in (picture, *([mask] if masked else [])):
+        array.flags.writeable = False
+    for steps, first in [(1, 0), (2, 1), (5, 0), (5, 1), (5, 2), (5, 3), (5, 4), (10, 7), (20, 4)]:
+        check(name, config, steps, origin=Origin(picture, first, mask))
+        check(name, config, steps, origin=Origin(picture, first, mask, noise_only=True))
 
 
 @every_sampler
