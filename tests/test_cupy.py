@@ -17,9 +17,10 @@ from tinyldm.__main__ import main
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
+from tinyldm.images import to_pil
 from tinyldm.layers import Tape
 from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
-from tinyldm.pipeline import load, to_pil
+from tinyldm.pipeline import load
 from tinyldm.profiling import Profiler
 from tinyldm.training.optim import AdamW, initialise, modules
 from tinyldm.training.unet import diffusion_loss

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tinyldm.errors import TinyldmError
-from tinyldm.pipeline import load, to_pil
+from tinyldm.images import to_pil
+from tinyldm.pipeline import load
 from tinyldm.prompt import parse, rows, same_length, split, weigh
 
 from .reference import assert_close, nhwc

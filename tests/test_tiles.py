@@ -1,4 +1,4 @@
-"""A picture decoded in tiles: those of diffusers, whatever the size of tiles and picture."""
+"""A picture decoded and encoded in tiles: those of diffusers, whatever their size."""
 import numpy as np
 import pytest
 import torch
@@ -41,6 +41,25 @@ def test_tiles_are_those_of_diffusers(name, dtype, kind, allowed):
                 theirs = nhwc(reference.decode(nchw(z)).sample)
             with backend.plain():
                 assert_close(module.decode_tiled(z), theirs, allowed, f"{size}, tiles of {tile}")
+
+
+@pytest.mark.parametrize("dtype, kind, allowed", [
+    pytest.param(torch.float64, np.float64, 1e-8, id="float64"),
+    pytest.param(torch.float32, np.float32, 1e-4, id="float32")])
+def test_a_picture_is_encoded_in_tiles_as_diffusers_does(dtype, kind, allowed):
+    for tile in (8, 4):
+        config = dict(VAES["two levels"], sample_size=tile * 2)
+        reference, module = vae_pair(config, dtype)
+        reference.enable_tiling()
+        for height, width in SIZES:
+            images = normal(2, 2 * height, 2 * width, 3, kind=kind)
+            with torch.no_grad():
+                theirs = reference.encode(nchw(images)).latent_dist
+            with backend.plain():
+                mean, logvar = module.encode_tiled(images)
+            where = f"{height}x{width}, tiles of {tile}"
+            assert_close(mean, nhwc(theirs.mean), allowed, where)
+            assert_close(logvar, nhwc(theirs.logvar), allowed, where)
 
 
 def test_what_fits_in_a_tile_is_decoded_as_ever():

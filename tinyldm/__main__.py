@@ -119,7 +119,8 @@ def draw(args):
 def draw_pictures(args, paths, profile=None):
     part = profile.stage if profile else nullcontext
     with part("loading"), stage("loading"):
-        from .pipeline import load, to_pil
+        from .images import to_pil
+        from .pipeline import load
         from .watch import Preview, animation, half_blocks
         pipe = load(args.weights, args.device, args.dtype, args.low_memory)
     if profile:

@@ -1,6 +1,7 @@
-"""The whole machine: prompt and seed in, picture out.
+"""The whole machine: prompt and seed in, picture out; or a picture in, and another one out.
 
     encode_prompt   text -> context, what the UNet is to look at
+    encode          images -> latents, where a walk may begin in place of noise
     stream          seed -> latents, cleaned step by step by a sampler that calls the UNet
     decode          latents -> images
 
@@ -13,10 +14,12 @@ import operator
 
 import numpy as np
 
-from .backend import array_library, get_xp, keep_freed_memory, to_host
+from .backend import array_library, get_xp, keep_freed_memory
 from .diffusion.samplers import default_sampler, get_sampler
 from .diffusion.schedule import Schedule
+from .diffusion.walk import NO_PICTURE, Origin
 from .errors import TinyldmError
+from .images import check_image, check_mask_size, from_pil, mask_from_pil, to_pil
 from .noise import get_generator
 from .predictor import Predictor, blame, is_finite, watched
 from .prompt import rows, same_length, split, weigh
@@ -90,12 +93,16 @@ class StableDiffusion:
     def _check_fit(self):
         unet, vae, text = self.unet.config, self.vae.config, self.text_encoder.config
         for key, whose, config, name in [
-                ("in_channels", "VAE", vae, "latent_channels"),
                 ("out_channels", "VAE", vae, "latent_channels"),
                 ("cross_attention_dim", "text encoder", text, "hidden_size")]:
             if np.any(np.asarray(unet[key]) != config[name]):       # may be a list, of the levels
                 raise TinyldmError(f"the UNet's {key} is {unet[key]}, but the {whose}'s {name} "
                                    f"is {config[name]}: use parts of one pipeline")
+        channels = vae["latent_channels"]
+        if unet["in_channels"] != channels and not self._inpaints:
+            raise TinyldmError(f"the UNet's in_channels is {unet['in_channels']}, but the VAE's "
+                               f"latent_channels is {channels}, which wants {channels}, or "
+                               f"{2 * channels + 1} for inpainting: use parts of one pipeline")
         for key in ("addition_embed_type", "time_cond_proj_dim"):
             if unet.get(key):
                 raise TinyldmError(f"the UNet wants to be told more than a prompt ({key} = "
@@ -106,19 +113,15 @@ class StableDiffusion:
             raise TinyldmError(f"the tokenizer's model_max_length is {length}, but the text "
                                f"encoder knows {limit} positions: use parts of one pipeline")
 
-    def __call__(self, prompt, negative_prompt="", num_inference_steps=None, guidance_scale=7.5,
-                 seed=0, width=None, height=None, num_images=1, sampler=None, latents=None,
-                 noise="torch-cpu", guidance_rescale=0.0):
+    def __call__(self, prompt, *arguments, **options):
         """Draw num_images pictures of a prompt -> list of PIL images. Arguments: see stream."""
-        for state in self.stream(prompt, negative_prompt, num_inference_steps, guidance_scale, seed,
-                                 width, height, num_images, sampler, latents, noise,
-                                 guidance_rescale):
+        for state in self.stream(prompt, *arguments, **options):
             clean = state.latents
         return to_pil(self.decode(clean))
 
     def stream(self, prompt, negative_prompt="", num_inference_steps=None, guidance_scale=7.5,
                seed=0, width=None, height=None, num_images=1, sampler=None, latents=None,
-               noise="torch-cpu", guidance_rescale=0.0):
+               noise="torch-cpu", guidance_rescale=0.0, image=None, strength=None, mask=None):
         """Draw, a model call at a time -> iterator of samplers.State, whose last latents are clean.
 
         prompt: what to draw, of any length, with weights such as (word:1.3): see prompt.py.
@@ -128,13 +131,19 @@ class StableDiffusion:
         guidance_scale: how strongly to follow the prompt; up to 1 there is no guidance, and the
         negative prompt plays no part.
         seed: image i is drawn from seed + i, and equals the one image of that seed.
-        width, height: pixels, multiples of the VAE's factor; the weights' own size unless given.
+        width, height: pixels, multiples of the VAE's factor; unless given the image's size, rounded
+        down, or without one the weights' own.
         sampler: a key of diffusion.samplers.SAMPLERS; the weights' own unless given.
         latents: (num_images, height / factor, width / factor, channels), standard normal numbers
         to start from in place of the seed's.
         noise: a key of noise.GENERATORS, whose normal numbers the seed stands for: torch's on the
         CPU ("torch-cpu") or on a GPU ("torch-cuda"), or NumPy's ("numpy").
         guidance_rescale: 0 to 1, how much of the contrast that guidance adds to take away again.
+        image: a PIL image to begin from, resized. strength: 0 to 1, how much of it to draw anew:
+        the share of the steps that are made, the noise added to the image being that of the first;
+        0.8 unless given. mask: a PIL image, white where to paint and black where the image is to
+        stay; then strength is 1 unless given, and 1 begins from noise alone. Models made for
+        inpainting want both. Source: SDEdit, see walk.Origin.
         Raises TinyldmError, before anything is drawn for a bad argument, and at the step where
         the latents stop being finite, naming it and the layer.
         """
@@ -145,8 +154,11 @@ class StableDiffusion:
         guidance_rescale = _finite_number("guidance_rescale", guidance_rescale)
         if not 0 <= guidance_rescale <= 1:
             raise TinyldmError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale:g}")
+        self._check_edit(image, mask, strength)
+        strength = (1.0 if mask is not None else 0.8) if strength is None else strength
+        first = 0 if image is None else steps_left_out(steps, strength)
         latents = None if latents is None else self._array(latents)
-        shape = self._latents_shape(width, height, num_images, latents)
+        shape = self._latents_shape(width, height, num_images, latents, image)
         generator = get_generator(noise)
         generators = [generator(seed), *(generator(seed + i) for i in range(1, shape[0]))]
 
@@ -160,10 +172,39 @@ class StableDiffusion:
             pieces, negative = same_length([pieces, negative])
             conditions = [{"context": self._encode(negative_prompt, negative)}]
         conditions.append({"context": self._encode(prompt, pieces)})
-        latents = draw_noise() if latents is None else latents
-        predict = Predictor(self.unet, conditions, guidance_scale, guidance_rescale)
-        states = get_sampler(sampler)(predict, latents, self.schedule, steps, draw_noise)
+        latents, origin, hints = self._begin(image, mask, first, shape, latents, draw_noise,
+                                             noise_only=mask is not None and strength == 1)
+        predict = Predictor(self.unet, conditions, guidance_scale, guidance_rescale, hints)
+        states = get_sampler(sampler)(predict, latents, self.schedule, steps, draw_noise, origin)
         return watched(states, predict)
+
+    def _begin(self, image, mask, first, shape, latents, draw_noise, noise_only):
+        """Where a walk begins -> noise (B,h,w,C), a walk.Origin, the hints of an inpainting model.
+
+        The order of the draws is that of diffusers, from which the seed's picture depends.
+        """
+        if image is None:
+            return draw_noise() if latents is None else latents, NO_PICTURE, None
+        size = shape[2] * self.vae.factor, shape[1] * self.vae.factor
+        pixels, picture = self._array(from_pil(image, size)), None
+        holes = cells = None
+        if mask is not None:
+            holes = self._array(mask_from_pil(mask, size))              # (1,H,W,1)
+            cells = holes[:, ::self.vae.factor, ::self.vae.factor]      # (1,h,w,1)
+            if not cells.any():
+                raise TinyldmError("the mask is black, so that there is nothing to paint: make it "
+                                   "white where the picture is to change")
+        if not (self._inpaints and noise_only):
+            picture = self.encode(pixels, draw_noise())
+        latents = draw_noise() if latents is None else latents
+        if mask is None:
+            return latents, Origin(picture, first), None
+        noise = draw_noise()                            # drawn by diffusers even if it is not used
+        if not self._inpaints:
+            return latents, Origin(picture, first, cells, noise_only), None
+        seen = self.encode(pixels * (1 - holes), noise)
+        hints = self._xp.concatenate([cells.repeat(len(seen), axis=0), seen], axis=-1)
+        return latents, Origin(picture, first, noise_only=noise_only), hints        # (B,h,w,1+C)
 
     def encode_prompt(self, text):
         """What the UNet is to look at: text -> context (1, 77 * pieces, D).
@@ -188,6 +229,20 @@ class StableDiffusion:
             raise TinyldmError(f"the text encoder answers NaN or infinity for {text!a:.80}: "
                                f"{culprit}")
         return context
+
+    def encode(self, images, noise):
+        """The VAE's latents of images, drawn by standard normal numbers from its distribution.
+
+        images (1 or B,H,W,3) in [-1, 1], noise (B,h,w,C) -> latents (B,h,w,C). With low_memory one
+        tile at a time.
+        """
+        encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
+        mean, logvar = (self._array(moment) for moment in encode(images.astype(self._dtype)))
+        latents = (mean + self._xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
+        if not is_finite(latents):
+            culprit = blame(self.vae, lambda: encode(images.astype(self._dtype)))
+            raise TinyldmError(f"the picture is encoded to NaN or infinity: {culprit}")
+        return latents
 
     def decode(self, latents):
         """The VAE's pictures of clean latents: (B,h,w,C) -> images (B,f*h,f*w,3) in [-1, 1].
@@ -216,10 +271,12 @@ class StableDiffusion:
         get_sampler(name)                               # for its check of the name
         return name
 
-    def size(self, width=None, height=None):
-        """(width, height) in pixels, the weights' own where None. Raises TinyldmError."""
+    def size(self, width=None, height=None, image=None):
+        """(width, height) in pixels; where None the image's, or the weights' own."""
         own = self.unet.config.get("sample_size")
         own = own if isinstance(own, (list, tuple)) else (own, own)     # (height, width)
+        if image is not None:
+            own = image.height // self.vae.factor, image.width // self.vae.factor
         return (self._side("width", width, own[1]), self._side("height", height, own[0]))
 
     def _side(self, name, pixels, own):
@@ -238,15 +295,34 @@ class StableDiffusion:
                                f"the nearest is {' or '.join(map(str, near))}")
         return pixels
 
-    def _latents_shape(self, width, height, num_images, latents):
+    def _check_edit(self, image, mask, strength):
+        for name, value in [("image", image), ("mask", mask)]:
+            if value is not None:
+                check_image(name, value)
+        if strength is not None and not 0 <= _finite_number("strength", strength) <= 1:
+            raise TinyldmError(f"strength must be from 0 to 1, not {strength:g}")
+        if image is None and (mask is not None or strength is not None):
+            raise TinyldmError("a mask and a strength go with an image: give one")
+        if self._inpaints and mask is None:
+            raise TinyldmError("this model paints into a picture: give an image and a mask, white "
+                               "where to paint")
+        if mask is not None:
+            check_mask_size(mask, image)
+
+    @property
+    def _inpaints(self):
+        """Whether the UNet reads a mask and the latents of what is around it as well."""
+        return self.unet.config["in_channels"] == 2 * self.vae.config["latent_channels"] + 1
+
+    def _latents_shape(self, width, height, num_images, latents, image):
         if not isinstance(num_images, (int, np.integer)) or num_images < 1:
             raise TinyldmError(f"num_images must be a whole number from 1, not {num_images!r}")
         factor = self.vae.factor
         if latents is not None and latents.ndim == 4:           # they have a size of their own
             height = latents.shape[1] * factor if height is None else height
             width = latents.shape[2] * factor if width is None else width
-        width, height = self.size(width, height)
-        shape = (num_images, height // factor, width // factor, self.unet.config["in_channels"])
+        width, height = self.size(width, height, image)
+        shape = (num_images, height // factor, width // factor, self.vae.config["latent_channels"])
         if latents is not None and (latents.shape != shape or not is_finite(latents)):
             raise TinyldmError(f"latents must be finite and of shape {shape} (num_images, height / "
                                f"{factor}, width / {factor}, channels), not {latents.shape}")
@@ -274,12 +350,13 @@ class StableDiffusion:
         return self._xp.ascontiguousarray(self._xp.asarray(values, dtype))
 
 
-def to_pil(images):
-    """Images (B,H,W,3) in [-1, 1] -> list of PIL images."""
-    from PIL import Image  # takes long to import
-
-    pixels = (to_host(images).astype(np.float32) / 2 + 0.5).clip(0, 1)
-    return [Image.fromarray(image) for image in (pixels * 255).round().astype(np.uint8)]
+def steps_left_out(steps, strength):
+    """How many of a walk's first steps a strength from 0 to 1 leaves out. Raises TinyldmError."""
+    first = steps - int(steps * strength)
+    if first == steps:
+        raise TinyldmError(f"strength {strength:g} leaves none of {steps} steps: take at least "
+                           f"{1 / steps:.3g}, or more steps")
+    return first
 
 
 def _finite_number(name, value):

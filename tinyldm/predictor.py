@@ -13,11 +13,12 @@ class Predictor:
 
     conditions: the UNet's keyword arguments besides latents and timesteps, such as the prompt's
     context (1,M,D); or two of them, the negative prompt's first: then both predictions are made in
-    one batch. The last inputs are kept, to ask what went wrong in them.
+    one batch. hints: None, or (B,H,W,c) for a model that reads more channels than it draws. The
+    last inputs are kept, to ask what went wrong in them.
     """
 
-    def __init__(self, unet, conditions, guidance_scale, guidance_rescale=0.0):
-        self.unet, self.conditions = unet, conditions
+    def __init__(self, unet, conditions, guidance_scale, guidance_rescale=0.0, hints=None):
+        self.unet, self.conditions, self.hints = unet, conditions, hints
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.inputs = {}
 
@@ -27,7 +28,8 @@ class Predictor:
         told = {name: xp.concatenate([condition[name].repeat(len(x_t), axis=0)
                                       for condition in self.conditions])        # (nB,...)
                 for name in self.conditions[0]}
-        latents = xp.concatenate([x_t] * n)
+        latents = x_t if self.hints is None else xp.concatenate([x_t, self.hints], axis=-1)
+        latents = xp.concatenate([latents] * n)
         self.inputs = {"latents": latents.astype(dtype), **told,
                        "timesteps": xp.full(len(latents), t, x_t.dtype)}
         output = self.unet(**self.inputs).astype(x_t.dtype)

@@ -6,7 +6,7 @@ so far (State.pred_x0); here they become something to look at.
 import numpy as np
 
 from .backend import to_host
-from .pipeline import to_pil
+from .images import to_pil
 
 DECODED = 256 * 256         # pixels: up to this size a preview is worth the VAE's time
 PATCHES = 8                 # a side, of one colour each, from which the linear map is fitted

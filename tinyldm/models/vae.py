@@ -21,7 +21,8 @@ class AutoencoderKL(Module):
 
     encode: images (B,H,W,3) in [-1, 1] -> mean, logvar (B,H/f,W/f,4), f = 2^(levels - 1);
             H and W multiples of f.
-    decode: z (B,h,w,4) -> images (B,f*h,f*w,3), about [-1, 1]; decode_tiled: in pieces.
+    decode: z (B,h,w,4) -> images (B,f*h,f*w,3), about [-1, 1].
+    encode_tiled, decode_tiled: the same in pieces.
     Raises TinyldmError for a config it does not build.
     """
 
@@ -48,8 +49,13 @@ class AutoencoderKL(Module):
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
     def encode(self, images, tape=NO_TAPE):
+        return self._distribution(self._moments(images, tape), tape)
+
+    def _moments(self, images, tape=NO_TAPE):           # -> (B,h,w,2*4)
         h = self.encoder(images, tape)
-        moments = self.quant_conv(h, tape)              # (B,h,w,2*4)
+        return self.quant_conv(h, tape)
+
+    def _distribution(self, moments, tape=NO_TAPE):
         mean, logvar = ops.split(moments)
         inside = (logvar > -30) & (logvar < 20)         # the reference clamps; beyond, no gradient
         tape.save(self, inside)
@@ -77,35 +83,48 @@ class AutoencoderKL(Module):
         side, where one fades into the other.
         Source: diffusers 0.42.1, AutoencoderKL.tiled_decode.
         """
-        f, tile = self.factor, self.tile
-        if max(z.shape[1:3]) <= tile:
-            return self.decode(z)
-        step = max(1, int(tile * (1 - OVERLAP)))
-        kept, shared = f * step, f * (tile - step)      # pixels of a tile: its own, the next one's
-        concatenate = get_xp(z).concatenate
-        rows, above = [], []
-        for top in range(0, z.shape[1], step):
-            row = []
-            for left in range(0, z.shape[2], step):
-                image = self.decode(z[:, top:top + tile, left:left + tile])
-                if top:
-                    image = fade(above[len(row)], image, shared, axis=1)
-                if left:
-                    image = fade(row[-1], image, shared, axis=2)
-                row.append(image)
-            rows.append(concatenate([image[:, :kept, :kept] for image in row], axis=2))
-            above = row
-        return concatenate(rows, axis=1)
+        return in_tiles(self.decode, z, self.tile, 1, self.factor)
+
+    def encode_tiled(self, images):
+        """As encode, a tile at a time: see decode_tiled."""
+        return self._distribution(in_tiles(self._moments, images, self.tile, self.factor, 1))
 
     @property
     def tile(self):
-        """The side of a tile of decode_tiled, in latents."""
+        """The side of a tile, in latents."""
         size = self.config.get("sample_size") or 32     # a number, or (height, width)
         return max(1, (min(size) if isinstance(size, (list, tuple)) else size) // self.factor)
 
 
+def in_tiles(function, x, tile, size, factor):
+    """function(x), tile by tile, each fading into the next: (B,H,W,C) -> (B,rH,rW,C').
+
+    tile: the side of one in latents, of which each is `size` places of x and `factor` of the
+    result wide.
+    """
+    side = tile * size
+    if max(x.shape[1:3]) <= side:
+        return function(x)
+    step = max(1, int(tile * (1 - OVERLAP)))
+    kept, shared = factor * step, factor * (tile - step)    # of a tile: its own, the next one's
+    concatenate = get_xp(x).concatenate
+    rows, above = [], []
+    for top in range(0, x.shape[1], step * size):
+        row = []
+        for left in range(0, x.shape[2], step * size):
+            y = function(x[:, top:top + side, left:left + side])
+            if top:
+                y = fade(above[len(row)], y, shared, axis=1)
+            if left:
+                y = fade(row[-1], y, shared, axis=2)
+            row.append(y)
+        rows.append(concatenate([y[:, :kept, :kept] for y in row], axis=2))
+        above = row
+    return concatenate(rows, axis=1)
+
+
 def fade(before, image, shared, axis):
-    """Images (B,H,W,3) that begin as the end of those before them and turn into themselves.
+    """Images (B,H,W,C) that begin as the end of those before them and turn into themselves.
 
     shared: over how many rows (axis 1) or columns (axis 2), or as many as there are.
     """
