@@ -20,9 +20,9 @@ def make_unet(widths, context, attention, **config):
     """attention: one letter a level, from the finest: y or n."""
     down = tuple(CROSS[0] if letter == "y" else "DownBlock2D" for letter in attention)
     up = tuple(CROSS[1] if letter == "y" else "UpBlock2D" for letter in reversed(attention))
-    config = {"layers_per_block": 1, "norm_num_groups": 8, **config}
+    config = {"layers_per_block": 1, "norm_num_groups": 8, "in_channels": 4, **config}
     return randomise(diffusers.UNet2DConditionModel(
-        in_channels=4, out_channels=4, block_out_channels=widths, cross_attention_dim=context,
+        out_channels=4, block_out_channels=widths, cross_attention_dim=context,
         down_block_types=down, up_block_types=up, **config), 1)
 
 
@@ -36,37 +36,61 @@ def make_vae(widths, **config):
     return vae
 
 
-def make_text_encoder(width, vocab_size, **config):
-    return randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(
+def make_text_encoder(width, vocab_size, model=transformers.CLIPTextModel, **config):
+    return randomise(model(transformers.CLIPTextConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, vocab_size=vocab_size,
         num_attention_heads=4, max_position_embeddings=77, **config)), 3)
 
 
-def save(folder, unet, vae, scheduler, width, padding="<|endoftext|>", toy=False, half=False,
-         **text_config):
-    """A pipeline's folder as diffusers writes it, with a text encoder as wide as the context.
-
-    toy: with a vocabulary of a few words even where CLIP's is at hand. half: weights in float16.
-    """
-    words = folder / "words"
-    words.mkdir(parents=True)
+def make_words(folder, padding, toy):
+    """A tokenizer's published files. toy: a few words even where CLIP's vocabulary is at hand."""
+    folder.mkdir(parents=True)
     if toy or not VOCABULARY.exists():
-        write_toy_vocabulary(words)
+        write_toy_vocabulary(folder)
     else:
         for name in ("vocab.json", "merges.txt"):
-            shutil.copy(VOCABULARY / name, words / name)
-    write_settings(words, padding)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(words)
+            shutil.copy(VOCABULARY / name, folder / name)
+    write_settings(folder, padding)
+    return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def save(folder, unet, vae, scheduler, width, padding="<|endoftext|>", toy=False, half=False,
+         pipeline=diffusers.StableDiffusionPipeline, **text_config):
+    """A pipeline's folder as diffusers writes it, with a text encoder as wide as the context.
+
+    half: weights in float16.
+    """
+    tokenizer = make_words(folder / "words", padding, toy)
     text_encoder = make_text_encoder(width, len(tokenizer), **text_config)
-    pipeline = diffusers.StableDiffusionPipeline(
+    return write(folder, pipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False), half)
+
+
+def save_xl(folder, unet, vae, scheduler, widths, projection, toy=False, half=False,
+            pipeline=diffusers.StableDiffusionXLPipeline, **options):
+    """The same of Stable Diffusion XL, whose two text encoders have these widths."""
+    words = [make_words(folder / f"words{end}", padding, toy)
+             for end, padding in (("", "<|endoftext|>"), ("_2", "!"))]
+    end = words[1].eos_token_id
+    encoders = [make_text_encoder(widths[0], len(words[0])),
+                make_text_encoder(widths[1], len(words[1]),
+                                  transformers.CLIPTextModelWithProjection, hidden_act="gelu",
+                                  projection_dim=projection, eos_token_id=end)]
+    return write(folder, pipeline(
+        vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1], tokenizer=words[0],
+        tokenizer_2=words[1], unet=unet, scheduler=scheduler, add_watermarker=False, **options),
+        half)
+
+
+def write(folder, pipeline, half):
     if half:
         pipeline.to(torch.float16)
     pipeline.save_pretrained(folder, variant="fp16" if half else None)
-    for file in words.iterdir():                        # as published; newer writers leave them out
-        shutil.copy(file, folder / "tokenizer" / file.name)
-    shutil.rmtree(words)
+    for words in folder.glob("words*"):                 # as published; newer writers leave them out
+        for file in words.iterdir():
+            shutil.copy(file, folder / words.name.replace("words", "tokenizer") / file.name)
+        shutil.rmtree(words)
     return folder
 
 
@@ -142,6 +166,60 @@ def ddpm(folder):
 
 
 CONFIGURATIONS = [sd1, sd2, euler, euler_ancestral, dpmpp, ddpm]
+
+
+def unet_xl(**config):
+    """No attention at the first level, two transformers at the last, two encoders' context."""
+    return make_unet((16, 24, 32), 16 + 24, "nyy", attention_head_dim=(2, 4, 4), layers_per_block=2,
+                     transformer_layers_per_block=(1, 1, 2), use_linear_projection=True,
+                     addition_embed_type="text_time", addition_time_embed_dim=8,
+                     projection_class_embeddings_input_dim=20 + 6 * 8,
+                     **{"sample_size": 8, **config})
+
+
+def vae_xl():
+    return make_vae((8, 16, 16), layers_per_block=2, scaling_factor=0.13025, force_upcast=True)
+
+
+def sdxl(folder):
+    """Stable Diffusion XL: Euler, leading, two text encoders, sizes."""
+    return save_xl(folder, unet_xl(), vae_xl(), diffusers.EulerDiscreteScheduler(
+        **SD, timestep_spacing="leading", steps_offset=1), (16, 24), 20)
+
+
+def sdxl_turbo(folder):
+    """SDXL-Turbo: Euler ancestral, trailing."""
+    return save_xl(folder, unet_xl(), vae_xl(), diffusers.EulerAncestralDiscreteScheduler(
+        **SD, timestep_spacing="trailing", steps_offset=1), (16, 24), 20)
+
+
+def sd_turbo(folder):
+    """SD-Turbo: Stable Diffusion 2 that predicts the noise; Euler, trailing."""
+    return save(folder, make_unet((16, 32), 24, "yy", attention_head_dim=(2, 4), sample_size=8,
+                                  use_linear_projection=True), make_vae((8, 16, 16)),
+                diffusers.EulerDiscreteScheduler(**SD, timestep_spacing="trailing",
+                                                 steps_offset=1), 24, padding="!",
+                hidden_act="gelu")
+
+
+def lcm(folder):
+    """A Latent Consistency Model that is told the guidance, with clipping in its scheduler."""
+    return save(folder, make_unet((16, 32), 32, "yn", attention_head_dim=4, sample_size=8,
+                                  time_cond_proj_dim=64), make_vae((8, 16, 16)),
+                diffusers.LCMScheduler(**SD, clip_sample=True), 32,
+                pipeline=diffusers.LatentConsistencyModelPipeline)
+
+
+def inpainting(folder):
+    """Stable Diffusion 1 that paints into a picture: nine channels in."""
+    return save(folder, make_unet((16, 32), 32, "yn", attention_head_dim=4, sample_size=8,
+                                  in_channels=9), make_vae((8, 16, 16)),
+                diffusers.DDIMScheduler(**SD, steps_offset=1, set_alpha_to_one=False,
+                                        clip_sample=False), 32,
+                pipeline=diffusers.StableDiffusionInpaintPipeline)
+
+
+KINDS = [sdxl, sdxl_turbo, sd_turbo, lcm, inpainting]
 
 
 def smallest(folder):

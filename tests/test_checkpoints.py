@@ -185,8 +185,7 @@ def test_no_weights_and_a_pickle_that_is_none(folder_copy):
     ("[" * 100000, "not readable JSON"), (b"\xff\xfe{", "not readable JSON"),
     ('{"_class_name": "SD3Transformer2DModel"}', "SD3Transformer2DModel, supported are UNet2DCond"),
     ('{"_class_name": ["x"]}', "names the model x"), ('{"_class_name": {"a": 1}}', "supported are"),
-    ('{"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}',
-     "CLIPTextModelWithProjection, supported"),
+    ('{"architectures": ["CLIPVisionModelWithProjection"]}', "CLIPVisionModelWithProjection, supp"),
     ('{"architectures": ["CLIPTextModel"]}', "config.json does not describe a CLIPTextModel"),
     ('{"_class_name": "UNet2DConditionModel", "block_out_channels": "wide"}', "describe a UNet2D"),
     ('{"_class_name": "AutoencoderKL", "block_out_channels": [3, null]}', "describe a Autoenc"),
@@ -223,10 +222,18 @@ def test_pipeline_parts(pipeline_folder):
     assert parts.tokenizer == pipeline_folder / "tokenizer"
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", None])
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", None])
 def test_other_pipelines_are_named(name, folder_copy):
     (folder_copy / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    with pytest.raises(TinyldmError, match=f"names the pipeline {name}, supported is StableDiff"):
+    with pytest.raises(TinyldmError, match=f"names the pipeline {name}, supported are StableDif"):
+        load_pipeline_parts(folder_copy)
+
+
+def test_the_refiner_is_named(folder_copy):
+    (folder_copy / "model_index.json").write_text(json.dumps({
+        "_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True,
+        "text_encoder": [None, None]}))
+    with pytest.raises(TinyldmError, match="holds the refiner of Stable Diffusion XL, .* base mod"):
         load_pipeline_parts(folder_copy)
 
 

@@ -38,7 +38,7 @@ def check_image(name, image):
 
 def from_pil(image, size):
     """A PIL image -> (1,H,W,3) float32 in [-1, 1], resized to size = (W, H)."""
-    pixels = np.asarray(_resized(image, size).convert("RGB"), np.float32)
+    pixels = np.asarray(_resized(image.convert("RGB"), size), np.float32)
     return (pixels / 255 * 2 - 1)[None]
 
 

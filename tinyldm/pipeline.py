@@ -15,6 +15,7 @@ import operator
 import numpy as np
 
 from .backend import array_library, get_xp, keep_freed_memory
+from .conditioning import Conditioner
 from .diffusion.samplers import default_sampler, get_sampler
 from .diffusion.schedule import Schedule
 from .diffusion.walk import NO_PICTURE, Origin
@@ -22,9 +23,9 @@ from .errors import TinyldmError
 from .images import check_image, check_mask_size, from_pil, mask_from_pil, to_pil
 from .noise import get_generator
 from .predictor import Predictor, blame, is_finite, watched
-from .prompt import rows, same_length, split, weigh
 
 STEPS = 50                  # where the weights recommend no number of their own
+FEW_STEPS = 4               # the same of a UNet that imitates guidance, made to need no more
 LARGEST = 8192              # pixels a side: beyond is a slip of the keyboard, not a picture
 
 
@@ -58,12 +59,16 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
     except TypeError:
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}") from None
     parts = load_pipeline_parts(resolve(weights), dtype, low_memory and xp is np, ema)
-    steps = parts.index.get("_num_inference_steps", STEPS)
+    steps = parts.index.get("_num_inference_steps",
+                            FEW_STEPS if parts.unet.config.get("time_cond_proj_dim") else STEPS)
     tokenizer = Tokenizer.from_folder(parts.tokenizer, parts.padding)
-    for model in (parts.text_encoder, parts.unet, parts.vae):
-        move(model, xp)
+    tokenizer_2 = parts.tokenizer_2 and Tokenizer.from_folder(parts.tokenizer_2, parts.padding_2)
+    for model in (parts.text_encoder, parts.text_encoder_2, parts.unet, parts.vae):
+        if model is not None:
+            move(model, xp)
     return StableDiffusion(tokenizer, parts.text_encoder, parts.unet, parts.vae, parts.scheduler,
-                           steps, low_memory)
+                           steps, low_memory, tokenizer_2, parts.text_encoder_2,
+                           parts.index.get("force_zeros_for_empty_prompt", True))
 
 
 def move(module, xp):
@@ -78,40 +83,54 @@ class StableDiffusion:
     scheduler: the dict of a scheduler_config.json, whose class names the sampler to use if none is
     asked for. num_inference_steps: how many steps if none are asked for; a folder recommends its
     own as `_num_inference_steps` in model_index.json. low_memory: whether to decode in tiles.
+    tokenizer_2, text_encoder_2: of Stable Diffusion XL, else None; force_zeros_for_empty_prompt:
+    see Conditioner.
     Raises TinyldmError for parts that do not fit together.
     """
 
     def __init__(self, tokenizer, text_encoder, unet, vae, scheduler, num_inference_steps=STEPS,
-                 low_memory=False):
+                 low_memory=False, tokenizer_2=None, text_encoder_2=None,
+                 force_zeros_for_empty_prompt=True):
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
+        self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2
+        self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.scheduler, self.num_inference_steps = scheduler, num_inference_steps
         self.low_memory = low_memory
-        # Old files carry other values of these two; the public pipeline corrects them as well.
-        self.schedule = Schedule.from_config(scheduler | {"steps_offset": 1, "clip_sample": False})
         self._check_fit()
+        # Old files carry other values of these two; the public pipeline corrects them as well, but
+        # not those of SDXL and Latent Consistency Models.
+        newer = unet.config.get("addition_embed_type") or unet.config.get("time_cond_proj_dim")
+        corrected = {} if newer else {"steps_offset": 1, "clip_sample": False}
+        self.schedule = Schedule.from_config({"clip_sample": False} | scheduler | corrected)
 
     def _check_fit(self):
-        unet, vae, text = self.unet.config, self.vae.config, self.text_encoder.config
-        for key, whose, config, name in [
-                ("out_channels", "VAE", vae, "latent_channels"),
-                ("cross_attention_dim", "text encoder", text, "hidden_size")]:
-            if np.any(np.asarray(unet[key]) != config[name]):       # may be a list, of the levels
-                raise TinyldmError(f"the UNet's {key} is {unet[key]}, but the {whose}'s {name} "
-                                   f"is {config[name]}: use parts of one pipeline")
-        channels = vae["latent_channels"]
-        if unet["in_channels"] != channels and not self._inpaints:
-            raise TinyldmError(f"the UNet's in_channels is {unet['in_channels']}, but the VAE's "
-                               f"latent_channels is {channels}, which wants {channels}, or "
-                               f"{2 * channels + 1} for inpainting: use parts of one pipeline")
-        for key in ("addition_embed_type", "time_cond_proj_dim"):
-            if unet.get(key):
-                raise TinyldmError(f"the UNet wants to be told more than a prompt ({key} = "
-                                   f"{unet[key]!r}), as those of SDXL and of Latent Consistency "
-                                   "Models: a pipeline for it is not built yet")
-        length, limit = self.tokenizer.model_max_length, text.get("max_position_embeddings", 77)
-        if length > limit:
-            raise TinyldmError(f"the tokenizer's model_max_length is {length}, but the text "
-                               f"encoder knows {limit} positions: use parts of one pipeline")
+        unet, C = self.unet.config, self.vae.config["latent_channels"]
+        texts = [encoder.config for _, encoder in self._readers]
+        D = sum(text["hidden_size"] for text in texts)
+        for key, fitting, what in [
+                ("in_channels", (C, 2 * C + 1), f"VAE's latent_channels is {C}"),
+                ("out_channels", (C,), f"VAE's latent_channels is {C}"),
+                ("cross_attention_dim", (D,), f"text encoder's hidden_size is {D}")]:
+            if not np.isin(unet[key], fitting).all():                   # may be a list, of levels
+                raise TinyldmError(f"the UNet's {key} is {unet[key]}, but the {what}: "
+                                   "use parts of one pipeline")
+        if (unet.get("addition_embed_type") is None) != (len(texts) == 1):
+            raise TinyldmError(f"the UNet's addition_embed_type is "
+                               f"{unet.get('addition_embed_type')}, but there is "
+                               f"{'a' if len(texts) == 2 else 'no'} second text encoder: "
+                               "use parts of one pipeline")
+        if len(texts) == 2:
+            told = texts[1]["projection_dim"] + 6 * unet["addition_time_embed_dim"]
+            if unet["projection_class_embeddings_input_dim"] != told:
+                raise TinyldmError(
+                    "the UNet's projection_class_embeddings_input_dim is "
+                    f"{unet['projection_class_embeddings_input_dim']}, but six sizes and the "
+                    f"second text encoder's projection make {told}: use parts of one pipeline")
+        for (tokenizer, _), text in zip(self._readers, texts):
+            length, limit = tokenizer.model_max_length, text.get("max_position_embeddings", 77)
+            if length > limit:
+                raise TinyldmError(f"the tokenizer's model_max_length is {length}, but the text "
+                                   f"encoder knows {limit} positions: use parts of one pipeline")
 
     def __call__(self, prompt, *arguments, **options):
         """Draw num_images pictures of a prompt -> list of PIL images. Arguments: see stream."""
@@ -129,7 +148,8 @@ class StableDiffusion:
         num_inference_steps: 1 to 1000; more is slower and finer. PNDM makes a call more than that,
         Heun twice as many but one.
         guidance_scale: how strongly to follow the prompt; up to 1 there is no guidance, and the
-        negative prompt plays no part.
+        negative prompt plays no part. Nor does it in a model that imitates guidance (LCM), which
+        is told this number.
         seed: image i is drawn from seed + i, and equals the one image of that seed.
         width, height: pixels, multiples of the VAE's factor; unless given the image's size, rounded
         down, or without one the weights' own.
@@ -165,13 +185,10 @@ class StableDiffusion:
         def draw_noise():                               # -> (B,H/f,W/f,C)
             return self._draw(generators, shape)
 
-        pieces = split(prompt, self.tokenizer)
-        negative = split(negative_prompt, self.tokenizer)
-        conditions = []
-        if guidance_scale > 1:
-            pieces, negative = same_length([pieces, negative])
-            conditions = [{"context": self._encode(negative_prompt, negative)}]
-        conditions.append({"context": self._encode(prompt, pieces)})
+        _, height, width, _ = shape
+        factor = self.vae.factor
+        conditions = self._conditioner(prompt, negative_prompt, guidance_scale, factor * width,
+                                       factor * height)
         latents, origin, hints = self._begin(image, mask, first, shape, latents, draw_noise,
                                              noise_only=mask is not None and strength == 1)
         predict = Predictor(self.unet, conditions, guidance_scale, guidance_rescale, hints)
@@ -210,25 +227,18 @@ class StableDiffusion:
         """What the UNet is to look at: text -> context (1, 77 * pieces, D).
 
         The text transformer's last hidden state, weighted, the pieces of a long prompt side by
-        side. See prompt.py.
+        side; of Stable Diffusion XL's two the one before, D of both together. See conditioning.py.
         """
-        return self._encode(text, split(text, self.tokenizer))
+        return self._conditioner.context(text)
 
-    def _encode(self, text, pieces):
-        ids, weights = rows(pieces, self.tokenizer)
-        known = self.text_encoder.config["vocab_size"]
-        if ids.max() >= known:
-            raise TinyldmError(f"the tokenizer knows token {ids.max()}, the text encoder only "
-                               f"{known} tokens: use parts of one pipeline")
-        ids = self._xp.asarray(ids)
-        features = self.text_encoder(ids)                               # (n,77,D)
-        context = weigh(features, weights).reshape(1, -1, features.shape[-1])
-        if not is_finite(context):
-            culprit = ("its weights are to blame, take some closer to 1" if is_finite(features)
-                       else blame(self.text_encoder, lambda: self.text_encoder(ids)))
-            raise TinyldmError(f"the text encoder answers NaN or infinity for {text!a:.80}: "
-                               f"{culprit}")
-        return context
+    @property
+    def _readers(self):
+        readers = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
+        return readers[:1 if self.text_encoder_2 is None else 2]
+
+    @property
+    def _conditioner(self):
+        return Conditioner(self._readers, self.unet.config, self.force_zeros_for_empty_prompt)
 
     def encode(self, images, noise):
         """The VAE's latents of images, drawn by standard normal numbers from its distribution.
@@ -254,7 +264,8 @@ class StableDiffusion:
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = (self._array(latents) / self.vae.scaling_factor).astype(self._dtype)
+        z = self._array(latents) / self.vae.scaling_factor
+        z = z.astype(self.vae.post_quant_conv.bias.data.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         images = [decode(z[i:i + 1]) for i in range(len(z))]
         for i, image in enumerate(images):
@@ -322,7 +333,8 @@ class StableDiffusion:
             height = latents.shape[1] * factor if height is None else height
             width = latents.shape[2] * factor if width is None else width
         width, height = self.size(width, height, image)
-        shape = (num_images, height // factor, width // factor, self.vae.config["latent_channels"])
+        shape = (num_images, height // factor, width // factor,
+                 self.vae.config["latent_channels"])
         if latents is not None and (latents.shape != shape or not is_finite(latents)):
             raise TinyldmError(f"latents must be finite and of shape {shape} (num_images, height / "
                                f"{factor}, width / {factor}, channels), not {latents.shape}")

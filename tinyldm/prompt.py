@@ -61,10 +61,10 @@ def parse(text):
     alone += "".join(bracket for bracket, places in opened.items() if places)
     if alone:
         warnings.warn(f"unbalanced {' '.join(sorted(set(alone)))} in the prompt {text!r:.60}: "
-                      "taken literally", stacklevel=4)
+                      "taken literally", stacklevel=6)
     for found in dict.fromkeys(NO_WEIGHT.findall(text)):
         warnings.warn(f"{found!r:.30} in the prompt {text!r:.60} is no weight: taken literally",
-                      stacklevel=4)
+                      stacklevel=6)
     return merge(pieces)
 
 
@@ -105,9 +105,9 @@ def split(text, tokenizer):
     pieces = [piece for part in parts for piece in cut(part, size, tokenizer.comma)]
     if len(pieces) > 1:
         warnings.warn(f"the prompt {text!r:.60} is read in {len(pieces)} pieces of at most {size} "
-                      "tokens, joined", stacklevel=3)
+                      "tokens, joined", stacklevel=5)
     elif not pieces[0] and text.strip():
-        warnings.warn(f"the prompt {text!r:.60} has no words: drawn is an empty one", stacklevel=3)
+        warnings.warn(f"the prompt {text!r:.60} has no words: drawn is an empty one", stacklevel=5)
     return pieces
 
 

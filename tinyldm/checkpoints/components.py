@@ -13,14 +13,14 @@ from .. import backend
 from ..errors import TinyldmError
 from ..files import read_json, replacing
 from ..layers import Conv2d, Linear, named_modules
-from ..models.clip import CLIPTextModel
+from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import layout
 from .reading import read_tensors
 from .safetensors_file import write_safetensors
 
-MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
                 "model.safetensors", "model.fp16.safetensors",
                 "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin",
@@ -152,7 +152,7 @@ def load_model(folder, dtype=np.float32, low_memory=False):
 
     dtype, low_memory: see fill.
 
-    Returns a UNet2DConditionModel, an AutoencoderKL or a CLIPTextModel.
+    Returns one of MODELS.
     Raises TinyldmError: see build_model, find_weights and load_weights.
     """
     module = build_model(folder)

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import TinyldmError
 from ..files import read_json
 from ..layers import Module
-from ..models.clip import CLIPTextModel
+from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import ldm
@@ -24,8 +24,12 @@ from .kinds import recognise
 from .layout import fitted
 from .reading import read_tensors
 
-PIPELINE = "StableDiffusionPipeline"
 COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+SECOND = {"text_encoder_2": CLIPTextModelWithProjection}                # of Stable Diffusion XL
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
+             "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline",
+             "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline",
+             "StableDiffusionXLInpaintPipeline")
 # What is downloaded of a hub folder: each component's weights once, in the first form it has.
 VARIANTS = (".safetensors", ".fp16.safetensors")
 SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt",
@@ -46,6 +50,9 @@ class PipelineParts(NamedTuple):
     tokenizer: Path                                     # the folder with its files
     padding: str | None                                 # the token, None for what the folder says
     index: dict                                         # of model_index.json, {} for a single file
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: Path | None = None
+    padding_2: str | None = None
 
 
 def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
@@ -53,8 +60,8 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
 
     path: a folder, or a single file. ema: of a file that holds the UNet's weights twice take those
     averaged over the training.
-    Raises TinyldmError for another pipeline than StableDiffusionPipeline, and for whatever is
-    missing or wrong in a component; what costs nothing to check is checked before any weight.
+    Raises TinyldmError for another pipeline than PIPELINES, and for whatever is missing or wrong in
+    a component; what costs nothing to check is checked before any weight.
     """
     if Path(path).is_file():
         return _load_file(Path(path), dtype, low_memory, ema)
@@ -65,22 +72,29 @@ def _load_folder(folder, dtype, low_memory):
     index = folder / "model_index.json"
     content = read_json(index)
     name = content.get("_class_name")
-    if name != PIPELINE:
-        raise TinyldmError(f"{index} names the pipeline {name}, supported is {PIPELINE}")
-    for part in (*COMPONENTS, "tokenizer", "scheduler"):
+    if name not in PIPELINES:
+        raise TinyldmError(f"{index} names the pipeline {name}, supported are "
+                           f"{', '.join(PIPELINES)}")
+    if content.get("requires_aesthetics_score"):
+        raise TinyldmError(f"{folder} holds the refiner of Stable Diffusion XL, which is not "
+                           "supported: take the base model")
+    components, tokenizers = COMPONENTS, ["tokenizer"]
+    if "XL" in name:
+        components, tokenizers = COMPONENTS | SECOND, ["tokenizer", "tokenizer_2"]
+    for part in (*components, *tokenizers, "scheduler"):
         if not (folder / part).is_dir():
             raise TinyldmError(f"expected a folder {folder / part}, found none: "
                                f"is the download complete?")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    for part, expected in COMPONENTS.items():
+    for part, expected in components.items():
         model, _ = read_config(folder / part)
         if model is not expected:
             raise TinyldmError(f"{folder / part / 'config.json'} must name a {expected.__name__}, "
                                f"not a {model.__name__}")
         find_weights(folder / part)
-    models = {part: load_model(folder / part, dtype, low_memory) for part in COMPONENTS}
-    return PipelineParts(**models, scheduler=scheduler, tokenizer=folder / "tokenizer",
-                         padding=None, index=content)
+    models = {part: load_model(folder / part, dtype, low_memory) for part in components}
+    return PipelineParts(**models, **{name: folder / name for name in tokenizers},
+                         scheduler=scheduler, padding=None, index=content)
 
 
 class Models(Module):
