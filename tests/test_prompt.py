@@ -11,7 +11,7 @@ import torch
 from tinyldm.errors import TinyldmError
 from tinyldm.images import to_pil
 from tinyldm.pipeline import load
-from tinyldm.prompt import parse, rows, same_length, split, weigh
+from tinyldm.prompt import parse, rows, split, weigh
 
 from .reference import assert_close, nhwc
 from .small_pipelines import sd1, sd2, smallest
@@ -150,10 +150,6 @@ def test_rows_carry_the_weights(tokenizer):
     assert np.array_equal(ids[1:], tokenizer("cat"))
     assert weights[0, :5].tolist() == [1, 1, 1.5, 1, 1] and weights[1, 1] == 1 / 1.1
     assert (weights[0, 4:] == 1).all() and (weights[1, 2:] == 1).all()
-
-
-def test_a_shorter_prompt_gets_empty_pieces():
-    assert same_length([[[]], [[(5, 1.0)], [(6, 1.0)]]]) == [[[], []], [[(5, 1.0)], [(6, 1.0)]]]
 
 
 @pytest.mark.parametrize("text", ["()", "BREAK", "([ ])", "(:1.3)"])

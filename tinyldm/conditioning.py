@@ -14,10 +14,11 @@ import numpy as np
 
 from . import ops
 from .backend import get_xp
+from .between import ends, lerp, mixed
 from .errors import TinyldmError
 from .models.clip import CLIPTextModelWithProjection
 from .predictor import blame, is_finite
-from .prompt import rows, same_length, split, weigh
+from .prompt import rows, split, weigh
 
 
 class Conditioner:
@@ -40,21 +41,27 @@ class Conditioner:
         width, height: of the picture, in pixels.
         Raises TinyldmError as split does, of either prompt, and for what context names.
         """
-        pieces, negative = self._split(prompt), self._split(negative_prompt)
-        guided = guidance_scale > 1 and not self.imitated_waves
         if self.imitated_waves and negative_prompt:
             warnings.warn("this model imitates guidance, and knows no negative prompt: it plays "
                           "no part", stacklevel=3)
-        if not guided:
-            conditions = [self._encode(prompt, same_length(pieces))]
-        elif self.zeros_if_empty and not negative_prompt:
-            told = self._encode(prompt, same_length(pieces))
-            conditions = [{name: get_xp(array).zeros_like(array) for name, array in told.items()},
-                          told]
-        else:
-            both = same_length([*negative, *pieces])
-            conditions = [self._encode(negative_prompt, both[:len(negative)]),
-                          self._encode(prompt, both[len(negative):])]
+        guided = guidance_scale > 1 and not self.imitated_waves
+        zeros = self.zeros_if_empty and not negative_prompt
+        pieces, texts = {}, [*ends(prompt), *ends(negative_prompt)]
+        for text in texts:                              # no comprehension: split counts frames
+            pieces[text] = self._split(text)
+        if not guided or zeros:
+            texts = ends(prompt)
+        longest = max(len(own) for text in texts for own in pieces[text])
+
+        def read(prompt):                               # a batch needs contexts of one length
+            return mixed(prompt, lambda text: self._encode(text, pieces[text], longest), _lerp_all)
+
+        conditions = [read(prompt)]
+        if guided and zeros:
+            xp = get_xp(conditions[0]["context"])
+            conditions.insert(0, {name: xp.zeros_like(x) for name, x in conditions[0].items()})
+        elif guided:
+            conditions.insert(0, read(negative_prompt))
         more = self._besides(conditions[0]["context"], guidance_scale, width, height)
         return [told | more for told in conditions]
 
@@ -63,7 +70,8 @@ class Conditioner:
 
         Raises TinyldmError as split does, for a vocabulary that is not the encoder's, and for NaN.
         """
-        return self._encode(text, same_length(self._split(text)))["context"]
+        pieces = self._split(text)
+        return self._encode(text, pieces, max(map(len, pieces)))["context"]
 
     def _split(self, text):
         """The pieces of a text for each reader: a tokenizer's padding, too, is a word to it."""
@@ -72,15 +80,15 @@ class Conditioner:
             pieces.append(split(text, tokenizer))
         return pieces
 
-    def _encode(self, text, pieces):
-        """A text and its pieces for each reader -> {"context": (1,77n,D)}.
+    def _encode(self, text, pieces, length):
+        """A text, its pieces for each reader, how many to make of them -> {"context": (1,77n,D)}.
 
         And "text_embeds" (1,P) where an encoder projects; of a long prompt that is the first
         piece's, and weights of words leave it alone: a prompt has one such vector, not one a piece.
         """
         contexts, told = [], {}
         for (tokenizer, encoder), own in zip(self.readers, pieces, strict=True):
-            ids, weights = rows(own, tokenizer)
+            ids, weights = rows(own + [[]] * (length - len(own)), tokenizer)
             known = encoder.config["vocab_size"]
             if ids.max() >= known:
                 raise TinyldmError(f"the tokenizer knows token {ids.max()}, the text encoder only "
@@ -118,3 +126,8 @@ class Conditioner:
                                               freq_shift=1)
             more["timestep_cond"] = waves.astype(like.dtype)
         return more
+
+
+def _lerp_all(first, second, weight):
+    """Two conditions of one shape -> one on the line between them."""
+    return {name: lerp(first[name], second[name], weight) for name in first}

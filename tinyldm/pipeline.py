@@ -15,12 +15,13 @@ import operator
 import numpy as np
 
 from .backend import array_library, get_xp, keep_freed_memory
+from .between import BetweenGenerator, ends, mixed
 from .conditioning import Conditioner
 from .diffusion.samplers import default_sampler, get_sampler
 from .diffusion.schedule import Schedule
-from .diffusion.walk import NO_PICTURE, Origin
+from .editing import Edit
 from .errors import TinyldmError
-from .images import check_image, check_mask_size, from_pil, mask_from_pil, to_pil
+from .images import to_pil
 from .noise import get_generator
 from .predictor import Predictor, blame, is_finite, watched
 
@@ -164,6 +165,7 @@ class StableDiffusion:
         0.8 unless given. mask: a PIL image, white where to paint and black where the image is to
         stay; then strength is 1 unless given, and 1 begins from noise alone. Models made for
         inpainting want both. Source: SDEdit, see walk.Origin.
+        A prompt, a seed and an image may be a between.Between, to mix two of them.
         Raises TinyldmError, before anything is drawn for a bad argument, and at the step where
         the latents stop being finite, naming it and the layer.
         """
@@ -174,54 +176,23 @@ class StableDiffusion:
         guidance_rescale = _finite_number("guidance_rescale", guidance_rescale)
         if not 0 <= guidance_rescale <= 1:
             raise TinyldmError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale:g}")
-        self._check_edit(image, mask, strength)
-        strength = (1.0 if mask is not None else 0.8) if strength is None else strength
-        first = 0 if image is None else steps_left_out(steps, strength)
+        edit = self.edit(image, strength, mask)
+        edit.steps_left_out(steps)                      # for its check
         latents = None if latents is None else self._array(latents)
         shape = self._latents_shape(width, height, num_images, latents, image)
         generator = get_generator(noise)
-        generators = [generator(seed), *(generator(seed + i) for i in range(1, shape[0]))]
+        generators = [mixed(seed, lambda k, i=i: generator(k + i if i else k), BetweenGenerator)
+                      for i in range(shape[0])]
 
         def draw_noise():                               # -> (B,H/f,W/f,C)
             return self._draw(generators, shape)
 
-        _, height, width, _ = shape
-        factor = self.vae.factor
-        conditions = self._conditioner(prompt, negative_prompt, guidance_scale, factor * width,
-                                       factor * height)
-        latents, origin, hints = self._begin(image, mask, first, shape, latents, draw_noise,
-                                             noise_only=mask is not None and strength == 1)
+        size = self.vae.factor * shape[2], self.vae.factor * shape[1]
+        conditions = self._conditioner(prompt, negative_prompt, guidance_scale, *size)
+        latents, origin, hints = edit.begin(self.encode, steps, size, latents, draw_noise)
         predict = Predictor(self.unet, conditions, guidance_scale, guidance_rescale, hints)
         states = get_sampler(sampler)(predict, latents, self.schedule, steps, draw_noise, origin)
         return watched(states, predict)
-
-    def _begin(self, image, mask, first, shape, latents, draw_noise, noise_only):
-        """Where a walk begins -> noise (B,h,w,C), a walk.Origin, the hints of an inpainting model.
-
-        The order of the draws is that of diffusers, from which the seed's picture depends.
-        """
-        if image is None:
-            return draw_noise() if latents is None else latents, NO_PICTURE, None
-        size = shape[2] * self.vae.factor, shape[1] * self.vae.factor
-        pixels, picture = self._array(from_pil(image, size)), None
-        holes = cells = None
-        if mask is not None:
-            holes = self._array(mask_from_pil(mask, size))              # (1,H,W,1)
-            cells = holes[:, ::self.vae.factor, ::self.vae.factor]      # (1,h,w,1)
-            if not cells.any():
-                raise TinyldmError("the mask is black, so that there is nothing to paint: make it "
-                                   "white where the picture is to change")
-        if not (self._inpaints and noise_only):
-            picture = self.encode(pixels, draw_noise())
-        latents = draw_noise() if latents is None else latents
-        if mask is None:
-            return latents, Origin(picture, first), None
-        noise = draw_noise()                            # drawn by diffusers even if it is not used
-        if not self._inpaints:
-            return latents, Origin(picture, first, cells, noise_only), None
-        seen = self.encode(pixels * (1 - holes), noise)
-        hints = self._xp.concatenate([cells.repeat(len(seen), axis=0), seen], axis=-1)
-        return latents, Origin(picture, first, noise_only=noise_only), hints        # (B,h,w,1+C)
 
     def encode_prompt(self, text):
         """What the UNet is to look at: text -> context (1, 77 * pieces, D).
@@ -247,10 +218,11 @@ class StableDiffusion:
         tile at a time.
         """
         encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
-        mean, logvar = (self._array(moment) for moment in encode(images.astype(self._dtype)))
+        images = self._array(images).astype(self.vae.quant_conv.bias.data.dtype)
+        mean, logvar = (self._array(moment) for moment in encode(images))
         latents = (mean + self._xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
         if not is_finite(latents):
-            culprit = blame(self.vae, lambda: encode(images.astype(self._dtype)))
+            culprit = blame(self.vae, lambda: encode(images))
             raise TinyldmError(f"the picture is encoded to NaN or infinity: {culprit}")
         return latents
 
@@ -282,11 +254,19 @@ class StableDiffusion:
         get_sampler(name)                               # for its check of the name
         return name
 
+    def edit(self, image=None, strength=None, mask=None):
+        """What these arguments of stream ask for, an editing.Edit. Raises TinyldmError."""
+        if strength is not None:
+            strength = _finite_number("strength", strength)
+        channels = self.vae.config["latent_channels"]
+        return Edit(image, strength, mask, self.unet.config["in_channels"] == 2 * channels + 1)
+
     def size(self, width=None, height=None, image=None):
         """(width, height) in pixels; where None the image's, or the weights' own."""
         own = self.unet.config.get("sample_size")
         own = own if isinstance(own, (list, tuple)) else (own, own)     # (height, width)
         if image is not None:
+            image = ends(image)[0]
             own = image.height // self.vae.factor, image.width // self.vae.factor
         return (self._side("width", width, own[1]), self._side("height", height, own[0]))
 
@@ -305,25 +285,6 @@ class StableDiffusion:
             raise TinyldmError(f"{name} must be a multiple of {factor}, not {pixels}: "
                                f"the nearest is {' or '.join(map(str, near))}")
         return pixels
-
-    def _check_edit(self, image, mask, strength):
-        for name, value in [("image", image), ("mask", mask)]:
-            if value is not None:
-                check_image(name, value)
-        if strength is not None and not 0 <= _finite_number("strength", strength) <= 1:
-            raise TinyldmError(f"strength must be from 0 to 1, not {strength:g}")
-        if image is None and (mask is not None or strength is not None):
-            raise TinyldmError("a mask and a strength go with an image: give one")
-        if self._inpaints and mask is None:
-            raise TinyldmError("this model paints into a picture: give an image and a mask, white "
-                               "where to paint")
-        if mask is not None:
-            check_mask_size(mask, image)
-
-    @property
-    def _inpaints(self):
-        """Whether the UNet reads a mask and the latents of what is around it as well."""
-        return self.unet.config["in_channels"] == 2 * self.vae.config["latent_channels"] + 1
 
     def _latents_shape(self, width, height, num_images, latents, image):
         if not isinstance(num_images, (int, np.integer)) or num_images < 1:
@@ -360,15 +321,6 @@ class StableDiffusion:
         """On the models' device, at least float32: the sampler's sums want more than float16."""
         dtype = np.promote_types(self._dtype, np.float32)
         return self._xp.ascontiguousarray(self._xp.asarray(values, dtype))
-
-
-def steps_left_out(steps, strength):
-    """How many of a walk's first steps a strength from 0 to 1 leaves out. Raises TinyldmError."""
-    first = steps - int(steps * strength)
-    if first == steps:
-        raise TinyldmError(f"strength {strength:g} leaves none of {steps} steps: take at least "
-                           f"{1 / steps:.3g}, or more steps")
-    return first
 
 
 def _finite_number(name, value):

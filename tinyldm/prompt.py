@@ -123,12 +123,6 @@ def cut(tokens, size, comma):
     yield tokens
 
 
-def same_length(prompts):
-    """Several prompts' pieces, with empty ones after the shorter: a batch needs equal contexts."""
-    longest = max(len(pieces) for pieces in prompts)
-    return [pieces + [[]] * (longest - len(pieces)) for pieces in prompts]
-
-
 def rows(pieces, tokenizer):
     """Pieces -> ids (n,77) int64 and weights (n,77), 1 for start, end and padding."""
     ids = np.concatenate([tokenizer.row([number for number, _ in piece]) for piece in pieces])

@@ -1,0 +1,85 @@
+"""From a picture, and a mask, to where a walk begins that changes it: image to image, inpainting.
+
+Where it stands: pipeline.py -> Edit -> walk.Origin, for the sampler, and hints, for the Predictor.
+"""
+from .backend import get_xp
+from .between import ends, lerp, mixed
+from .diffusion.walk import NO_PICTURE, Origin
+from .errors import TinyldmError
+from .images import check_image, check_mask_size, from_pil, mask_from_pil
+
+STRENGTH = 0.8              # how much is drawn anew where neither a number nor a mask says it
+
+
+class Edit:
+    """What the arguments image, strength and mask of StableDiffusion.stream ask for.
+
+    strength: from 0 to 1, or None. inpaints: whether the model is made for inpainting, whose UNet
+    reads the mask and the latents of what is left of the picture beside those it cleans.
+    Raises TinyldmError for arguments that are wrong or do not go together.
+    """
+
+    def __init__(self, image, strength, mask, inpaints):
+        self.image, self.mask, self.inpaints = image, mask, inpaints
+        for name, value in [("image", image), ("mask", mask)]:
+            for end in ends(value):
+                if end is not None:
+                    check_image(name, end)
+        if image is None and (mask is not None or strength is not None):
+            raise TinyldmError("a mask and a strength go with an image: give one")
+        if inpaints and mask is None:
+            raise TinyldmError("this model paints into a picture: give an image and a mask, white "
+                               "where to paint")
+        if mask is not None:
+            check_mask_size(mask, ends(image)[0])
+        if strength is None:
+            strength = STRENGTH if mask is None else 1.0
+        if not 0 <= strength <= 1:
+            raise TinyldmError(f"strength must be from 0 to 1, not {strength:g}")
+        self.strength = strength
+
+    def steps_left_out(self, steps):
+        """How many of a walk's first steps are not made. Raises TinyldmError if none remains."""
+        if self.image is None:
+            return 0
+        made = int(steps * self.strength)
+        if made == 0:
+            raise TinyldmError(f"strength {self.strength:g} leaves none of {steps} steps: take at "
+                               f"least {1 / steps:.3g}, or more steps")
+        return steps - made
+
+    def begin(self, encode, steps, size, latents, draw_noise):
+        """-> the noise of the walk (B,h,w,C), its walk.Origin, hints for the UNet or None.
+
+        encode: images (1,H,W,3), noise (B,h,w,C) -> latents (B,h,w,C). size: (W, H) in pixels.
+        latents: given noise (B,h,w,C), or None. draw_noise() -> (B,h,w,C). The order of the draws
+        is that of diffusers, on which depends what picture a seed gives.
+        Raises TinyldmError for a mask with nothing to paint.
+        """
+        if self.image is None:
+            return draw_noise() if latents is None else latents, NO_PICTURE, None
+        first, holes, picture = self.steps_left_out(steps), 0, None
+        if self.mask is not None:
+            holes = mask_from_pil(self.mask, size)                      # (1,H,W,1)
+            if not holes.any():
+                raise TinyldmError("the mask is black, so that there is nothing to paint: make it "
+                                   "white where the picture is to change")
+
+        def encoded(noise, shown=1):
+            return mixed(self.image, lambda image: encode(from_pil(image, size) * shown, noise),
+                         lerp)
+
+        noise_only = self.mask is not None and self.strength == 1
+        if not (self.inpaints and noise_only):
+            picture = encoded(draw_noise())
+        latents = draw_noise() if latents is None else latents
+        if self.mask is None:
+            return latents, Origin(picture, first), None
+        noise = draw_noise()                            # drawn by diffusers even if it is not used
+        factor = size[0] // latents.shape[2]
+        xp = get_xp(latents)
+        cells = xp.asarray(holes[:, ::factor, ::factor], latents.dtype)     # (1,h,w,1)
+        if not self.inpaints:
+            return latents, Origin(picture, first, cells, noise_only), None
+        hints = [cells.repeat(len(latents), axis=0), encoded(noise, 1 - holes)]
+        return latents, Origin(picture, first, None, noise_only), xp.concatenate(hints, axis=-1)
