@@ -209,7 +209,7 @@ def number(tensor):
 def adapter_settings(path):
     """What diffusers notes of peft's settings in a safetensors header: {"unet.lora_alpha": ...}."""
     try:
-        settings = json.loads(read_metadata(path).get(ADAPTER, "{}"))
+        settings = json.loads(read_metadata(path).get(ADAPTER, "{}"), parse_int=float)
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
@@ -225,10 +225,11 @@ def adapter_alpha(settings, part, layer, rank, path):
     """
     alpha = settings.get(f"{part}.lora_alpha", rank)
     pattern = settings.get(f"{part}.alpha_pattern") or {}
-    for end in reversed(pattern):                       # the first that fits decides
-        if f".{layer}".endswith(f".{end.removeprefix('^')}"):
-            alpha = pattern[end]
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise TinyldmError(f"{path}: the alpha of {layer} must be a finite number, not "
-                           f"{alpha!r:.40}: get it again")
+    if isinstance(pattern, dict):
+        ends = [end for end in pattern if f".{layer}".endswith(f".{end.removeprefix('^')}")]
+        alpha = pattern[ends[0]] if ends else alpha
+    if (not isinstance(pattern, dict) or not isinstance(alpha, (int, float))
+            or not math.isfinite(alpha)):
+        raise TinyldmError(f"{path}: {ADAPTER} in its header must give {layer} a number as alpha: "
+                           "get it again")
     return alpha * math.sqrt(rank) if settings.get(f"{part}.use_rslora") else alpha
