@@ -4,6 +4,7 @@ What a person may get wrong ends in one line, `error: ...`, and exit status 2; C
 status 130. A picture is drawn, written under a temporary name and moved into place, one by one.
 """
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -204,8 +205,8 @@ def parameters(args, steps, sampler, seed, size):
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     model = Path(args.weights).resolve().name if args.weights else BUNDLED
     noise = "" if args.noise == "torch-cpu" else f", Noise: {args.noise}"
-    loras = "; ".join(f"{Path(file).stem}:{weight:g}" for file, weight in args.lora)
-    loras = f", Lora: {loras}" if loras else ""
+    loras = ", ".join(f"{Path(file).stem}:{weight:g}" for file, weight in args.lora)
+    loras = f", Lora: {json.dumps(loras, ensure_ascii=False)}" if loras else ""
     rescaled = f", CFG rescale: {args.guidance_rescale:g}" if args.guidance_rescale else ""
     return (f"{args.prompt}{negative}\nSteps: {steps}, Sampler: {sampler}, "
             f"CFG scale: {args.guidance:g}{rescaled}, Seed: {seed}, Size: {size[0]}x{size[1]}, "

@@ -79,7 +79,7 @@ OTHERS = {
     "conditioner.embedders.1.": "a Stable Diffusion XL model",
     "label_emb.": "a UNet that is told more than a prompt, such as the refiner of Stable Diffusion "
                   "XL",
-    "lora_": "a LoRA, which changes a model",
+    "lora_": "a LoRA, which changes a model (--lora adds it)",
     "down_blocks.0.": "one part of a model in the diffusers layout, whose whole folder is read",
 }
 
