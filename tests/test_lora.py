@@ -387,6 +387,7 @@ def test_every_name_of_a_kohya_file_for_sdxl_finds_its_weight():
 FAR = torch.zeros(2, 8)
 UP, DOWN = "lora_unet_conv_in.lora_up.weight", "lora_unet_conv_in.lora_down.weight"
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+LATE = "lora_unet_time_embedding_linear_1"                  # behind the query in a file
 KEY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 
 
@@ -425,7 +426,8 @@ BAD = [
     ({"lora_unet_conv_in.alpha": torch.ones(())}, "a part for 1: lora_unet_conv_in.alpha"),
     (pair("lora_unet_conv_in", (2, 4, 3, 3), (8, 2, 1, 1), alpha=torch.tensor(math.nan)),
      "lora_unet_conv_in.alpha holds NaN"),
-    ({DOWN: torch.ones(2, 4, 3, 3), UP: torch.full((8, 2, 1, 1), math.inf)}, f"{UP} holds NaN"),
+    ({f"{LATE}.lora_down.weight": torch.ones(2, 8),
+      f"{LATE}.lora_up.weight": torch.full((32, 2), math.inf)}, f"{LATE}.lora_up.weight holds NaN"),
     *((pair("lora_unet_conv_in", (2, 4, 3, 3), (8, 2, 1, 1)) | {f"lora_unet_conv_in.{key}": FAR},
        message) for key, message in [
         ("lora_mid.weight", "is a LoCon in Tucker's form"), ("hada_w1_a", "is a LoHa"),
