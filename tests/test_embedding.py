@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(name, content, message
 def test_a_word_is_learned_once(pipe, tmp_path):
     file = write({WORD: vectors()}, tmp_path / "a.safetensors")
     pipe.load_textual_inversion(file)
-    for word in (None, f"{WORD}_2", 5, "\udcff"):
+    for word in (None, f"{WORD}_2", WORD.upper(), 5, "\udcff"):
         with pytest.raises(TinyldmError, match="already|must be a string of valid Unicode"):
             pipe.load_textual_inversion(file, word)
     pipe.load_textual_inversion(file, "xq_1")

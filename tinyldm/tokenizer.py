@@ -99,13 +99,17 @@ class Tokenizer:
     def new_tokens(self, word, count):
         """The names of a new word's `count` tokens: word, word_1, word_2 ...
 
-        Raises TinyldmError for a word that is no text or blank, and for a name that is taken.
+        Raises TinyldmError for a word that is no text or blank, and for a name that is taken; of
+        added tokens in any case, as they are found in lower-case text.
         """
         self.check(word)
         if not word.strip():
             raise TinyldmError(f"a new word must have a letter or sign, got {word!r:.40}: name it")
         names = [word, *(f"{word}_{i}" for i in range(1, count))]
-        taken = [name for name in names if self.backend.token_to_id(name) is not None]
+        added = self.backend.get_added_tokens_decoder().values()
+        added = {token.content.lower() for token in added}
+        taken = [name for name in names
+                 if self.backend.token_to_id(name) is not None or name.lower() in added]
         if taken:
             raise TinyldmError(f"{taken[0]!a:.80} is a token of the vocabulary already: "
                                "give the word another name")
