@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from tinyldm.__main__ import main
+from tinyldm.__main__ import main, parse
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.pipeline import load
 
@@ -108,6 +108,41 @@ def test_guidance_rescale_and_the_steps_of_heun(weights, out, capsys):
     assert re.search(r"drawing: 100%\|.*\| 3/3 ", capsys.readouterr().err)       # of five calls
 
 
+def test_a_lora_and_an_embedding(weights, out, tmp_path):
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    files = [tmp_path / "in:k, style.safetensors", tmp_path / "dots.safetensors",
+             tmp_path / "xq-toy.safetensors"]
+    for i, file in enumerate(files[:2]):
+        generator = torch.Generator().manual_seed(i)
+        safetensors.torch.save_file({
+            f"{layer}.lora_{way}.weight": torch.randn(shape, generator=generator)
+            for way, shape in [("down", (2, 8)), ("up", (8, 2))]}, file)
+    safetensors.torch.save_file({"emb_params": torch.randn(3, 8)}, files[2])
+    prompt = "a red (xq-toy:1.2)"
+    process = run(prompt, "--weights", weights, "--steps", 2, "--lora", f"{files[0]}:-0.75",
+                  "--lora", files[1], "--embedding", files[2], folder=out)
+    assert process.returncode == 0, process.stderr
+    pipe = load(weights)
+    plain = np.asarray(pipe(prompt, num_inference_steps=2)[0])
+    pipe.load_lora(files[0], -0.75)
+    pipe.load_lora(files[1])
+    pipe.load_textual_inversion(files[2])
+    expected = np.asarray(pipe(prompt, num_inference_steps=2)[0])
+    picture = Image.open(out / "out.png")
+    assert np.array_equal(np.asarray(picture), expected)
+    assert not np.array_equal(expected, plain)
+    assert picture.text["parameters"].endswith(
+        f'Model: {weights.name}, Lora: "in:k, style:-0.75, dots:1"')
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("a.safetensors", ("a.safetensors", 1)), ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+    ("a:b.pt:-1e-1", ("a:b.pt", -0.1)), (r"C:\loras\a.safetensors", (r"C:\loras\a.safetensors", 1)),
+    (r"C:\a.pt:2", (r"C:\a.pt", 2)), ("a:b", ("a:b", 1)), ("7", ("7", 1))])
+def test_the_weight_of_a_lora(text, expected):
+    assert parse(["a cat", "--lora", text, "--lora", "b"]).lora == [expected, ("b", 1)]
+
+
 def test_count_draws_consecutive_seeds(weights, out, capsys):
     assert main(["a cat", "--weights", str(weights), "--steps", "2", "--seed", "4", "--count", "3",
                  "--output", str(out / "many.png")]) == 0
@@ -186,6 +221,9 @@ def test_the_bundled_model(tmp_path):
     (["--guidance", "nan"], "guidance_scale must be a finite number"),
     (["--seed", 2**64], "a seed is a whole number"), (["--count", 0], "--count must be at least 1"),
     (["--guidance-rescale", 2], "guidance_rescale must be from 0 to 1, not 2"),
+    (["--lora", "nowhere.safetensors:0.5"], "nowhere.safetensors is missing"),
+    (["--lora", "a.pt:nan"], "weight must be a finite number, not nan"),
+    (["--embedding", "nowhere.pt"], "nowhere.pt is missing"),
     (["--sampler", "dpm2"], f"unknown sampler 'dpm2'; known: {', '.join(SAMPLERS)}"),
     (["--noise", "mps"], "unknown noise 'mps'; known: torch-cpu, torch-cuda, numpy"),
     (["--noise", "numpy", "--seed", -1], r"a seed is a whole number from 0 to 2\*\*32 - 1, got -1"),

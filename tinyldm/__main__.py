@@ -4,6 +4,7 @@ What a person may get wrong ends in one line, `error: ...`, and exit status 2; C
 status 130. A picture is drawn, written under a temporary name and moved into place, one by one.
 """
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -59,6 +60,12 @@ def parse(arguments):
                         r"itself is \( \) \[ or \]")
     parser.add_argument("--weights", help="a folder in the diffusers layout, a single file in "
                         "the original one, or a name on the Hugging Face hub (the bundled model)")
+    parser.add_argument("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]",
+                        help="a LoRA to add to the weights, that many times (1); may be given "
+                        "several times")
+    parser.add_argument("--embedding", action="append", default=[], metavar="FILE",
+                        help="a textual inversion, whose word the prompt may then use: the one in "
+                        "the file, else the file's name; may be given several times")
     parser.add_argument("--output", type=Path, default=Path("out.png"),
                         help="the file, in any format Pillow writes (out.png)")
     parser.add_argument("--steps", type=int, help="1 to 1000; more is slower and finer "
@@ -97,6 +104,15 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
+def lora(text):
+    """FILE or FILE:WEIGHT -> (file, weight): what follows the last colon, if it is a number."""
+    file, colon, weight = text.rpartition(":")
+    try:
+        return (file, float(weight)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def draw(args):
     """Draw, save and print the path of every picture asked for; then the profile, if asked for."""
     paths = output_paths(args.output, args.count)
@@ -123,6 +139,10 @@ def draw_pictures(args, paths, profile=None):
         from .pipeline import load
         from .watch import Preview, animation, half_blocks
         pipe = load(args.weights, args.device, args.dtype, args.low_memory)
+        for file, weight in args.lora:
+            pipe.load_lora(file, weight)
+        for file in args.embedding:
+            pipe.load_textual_inversion(file)
     if profile:
         profile.watch(pipe)
     preview = Preview(pipe)
@@ -186,10 +206,12 @@ def parameters(args, steps, sampler, seed, size):
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     model = Path(args.weights).resolve().name if args.weights else BUNDLED
     noise = "" if args.noise == "torch-cpu" else f", Noise: {args.noise}"
+    loras = ", ".join(f"{Path(file).stem}:{weight:g}" for file, weight in args.lora)
+    loras = f", Lora: {json.dumps(loras, ensure_ascii=False)}" if loras else ""
     rescaled = f", CFG rescale: {args.guidance_rescale:g}" if args.guidance_rescale else ""
     return (f"{args.prompt}{negative}\nSteps: {steps}, Sampler: {sampler}, "
             f"CFG scale: {args.guidance:g}{rescaled}, Seed: {seed}, Size: {size[0]}x{size[1]}, "
-            f"Model: {model}{noise}")
+            f"Model: {model}{noise}{loras}")
 
 
 # ---- files ----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .checkpoints.components import (
     read_files,
     shorten,
 )
+from .checkpoints.kinds import FAMILIES
 from .checkpoints.layout import fitted
 from .checkpoints.reading import read_tensors
 from .errors import TinyldmError
@@ -50,9 +51,7 @@ LAYOUTS = (
     ("encoder.layers.", "transformers", "text encoder"),
     ("emb_params", "web interface", "textual inversion"),
 )
-# The width of the context that a UNet attends to, and the channels it takes.
-FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
-            1280: "Stable Diffusion XL's refiner"}
+# The channels that a UNet takes.
 VARIANTS = {8: "for instructions", 9: "for inpainting"}
 
 

@@ -246,6 +246,32 @@ class StableDiffusion:
                 raise TinyldmError(f"picture {i} is decoded to NaN or infinity: {culprit}")
         return self._xp.concatenate(images).clip(-1, 1)
 
+    # ---- add-ons ----------------------------------------------------------------------------
+
+    def load_lora(self, path, weight=1.0):
+        """Add `weight` times what a LoRA trained to the weights; the same negative undoes it.
+
+        path: a .safetensors file, or one that torch.save wrote, as kohya, peft and diffusers name
+        its contents; several may be added one after another. See checkpoints/lora.py.
+        Raises TinyldmError, and changes nothing, for a file that does not fit this model.
+        """
+        from .checkpoints import merge_lora
+
+        parts = {"unet": self.unet, "text_encoder": self.text_encoder}
+        merge_lora(parts, path, _finite_number("weight", weight), self._dtype)
+
+    def load_textual_inversion(self, path, token=None):
+        """Teach prompts a word, `token` or the one that the file or its name says.
+
+        path: as for load_lora, in the layout of diffusers or of the web interfaces. See
+        checkpoints/embedding.py.
+        Raises TinyldmError, and changes nothing, for a file that does not fit this model and for a
+        word that is in the vocabulary.
+        """
+        from .checkpoints import add_word
+
+        add_word({"text_encoder": (self.tokenizer, self.text_encoder)}, path, token)
+
     # ---- arguments --------------------------------------------------------------------------
 
     def sampler(self, name=None):

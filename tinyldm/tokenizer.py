@@ -47,6 +47,7 @@ class Tokenizer:
         self.start, self.end, self.padding = (
             backend.token_to_id(token) for token in (bos_token, eos_token, pad_token))
         self.comma = backend.token_to_id(",</w>")       # None where the vocabulary has none
+        self.learned = {}                               # a word's id -> the ids of its vectors
 
     @classmethod
     def from_folder(cls, path, padding=None):
@@ -89,7 +90,37 @@ class Tokenizer:
     def ids(self, text):
         """text -> the list of its tokens' ids, of any length, without start and end."""
         self.check(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        found = self.backend.encode(text, add_special_tokens=False).ids
+        return [number for first in found for number in self.learned.get(first, [first])]
+
+    def __len__(self):
+        return self.backend.get_vocab_size()
+
+    def new_tokens(self, word, count):
+        """The names of a new word's `count` tokens: word, word_1, word_2 ...
+
+        Raises TinyldmError for a word that is no text or blank, and for a name that is taken; of
+        added tokens in any case, as they are found in lower-case text.
+        """
+        self.check(word)
+        if not word.strip():
+            raise TinyldmError(f"a new word must have a letter or sign, got {word!r:.40}: name it")
+        names = [word, *(f"{word}_{i}" for i in range(1, count))]
+        added = self.backend.get_added_tokens_decoder().values()
+        added = {token.content.lower() for token in added}
+        taken = [name for name in names
+                 if self.backend.token_to_id(name) is not None or name.lower() in added]
+        if taken:
+            raise TinyldmError(f"{taken[0]!a:.80} is a token of the vocabulary already: "
+                               "give the word another name")
+        return names
+
+    def learn(self, names):
+        """Take in new_tokens' names, which stand in a prompt as the first of them -> their ids."""
+        self.backend.add_tokens(names)
+        ids = [self.backend.token_to_id(name) for name in names]
+        self.learned[ids[0]] = ids
+        return ids
 
     def row(self, ids):
         """At most model_max_length - 2 ids -> (1, model_max_length) int64, as __call__ has them."""

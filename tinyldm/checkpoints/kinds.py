@@ -67,6 +67,9 @@ SD2 = Kind("Stable Diffusion 2",
 SD2_BASE = SD2._replace(                                # 512 pixels
     name="Stable Diffusion 2 base", unet=SD2.unet | {"sample_size": 64},
     scheduler=SCHEDULER | {"_class_name": "PNDMScheduler", "prediction_type": "epsilon"})
+# The width of the context that a UNet looks at.
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
+            1280: "Stable Diffusion XL's refiner"}
 KNOWN = "Stable Diffusion 1 and 2 in the original layout (model.diffusion_model.*)"
 
 # What a part of a name gives away, the most telling first.
@@ -76,7 +79,7 @@ OTHERS = {
     "conditioner.embedders.1.": "a Stable Diffusion XL model",
     "label_emb.": "a UNet that is told more than a prompt, such as the refiner of Stable Diffusion "
                   "XL",
-    "lora_": "a LoRA, which changes a model",
+    "lora_": "a LoRA, which changes a model (--lora adds it)",
     "down_blocks.0.": "one part of a model in the diffusers layout, whose whole folder is read",
 }
 
@@ -104,6 +107,11 @@ def recognise(stored, path):
         raise TinyldmError(f"{path} holds a {kind.name} of {channels} input channels{word}: "
                            f"this is not supported, only {kind.unet['in_channels']}")
     return SD2_BASE if kind is SD2 and not _predicts_v(stored) else kind
+
+
+def context_width(width):
+    """What an error says of a model whose context is that wide."""
+    return f"{FAMILIES.get(width, 'a model')} (context of width {width})"
 
 
 def _predicts_v(stored):

@@ -44,6 +44,16 @@ def read_safetensors(path):
     return tensors
 
 
+def read_metadata(path):
+    """{name: text} of what a file's header says besides its tensors; {} of a file of another kind.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
 def write_safetensors(tensors, path):
     """Write {name: array} atomically, marked as PyTorch weights, which diffusers asks for.
 

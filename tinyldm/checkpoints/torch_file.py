@@ -16,6 +16,7 @@ from ..errors import TinyldmError
 from .stored import StoredTensor, map_file
 from .unpickle import Global, unpickle
 
+NAMELESS = "emb_params"         # vectors of a textual inversion whose word is the file's name
 LARGEST_PICKLE = 1 << 24        # bytes; a checkpoint has some 200 a tensor
 MOST_AXES = 8
 ENCRYPTED = 1                   # a bit of a zip entry's flags
@@ -40,6 +41,8 @@ def read_torch(path):
     """{name: StoredTensor} of a file's state dict, in the file's order. No number is read yet.
 
     Lightning keeps the state dict among others' under `state_dict`; what is no tensor is dropped.
+    Web interfaces keep the vectors of a textual inversion under `string_to_param` and its word
+    under `name`: here their name is that word, or else the one that is theirs in safetensors files.
     Raises TinyldmError naming a file that is damaged, or whose pickle is more than weights.
     """
     path = Path(path)
@@ -50,6 +53,10 @@ def read_torch(path):
     content = unpickle(path, archive.pickle, calls, archive.storage)
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
+    if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):
+        word = content.get("name")
+        word = word if isinstance(word, str) else NAMELESS
+        content = {word: next(iter(content["string_to_param"].values()), None)}
     if not isinstance(content, dict):
         raise TinyldmError(f"{path} must hold tensors by name, not a {type(content).__name__}: "
                            "use another file")
