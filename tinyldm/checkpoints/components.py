@@ -106,7 +106,7 @@ def fill(module, tensors, misfit, dtype=np.float32, low_memory=False):
     parameters = dict(module.named_parameters())
     matrices = {layer.weight for _, layer in named_modules(module)
                 if isinstance(layer, (Linear, Conv2d))}  # the layers whose kernels take float16
-    _check_fit(misfit, parameters, tensors)
+    check_fit(misfit, parameters, tensors)
 
     def read(name):
         axes = layout.OUR_AXES if len(parameters[name].shape) == 4 else None
@@ -129,7 +129,8 @@ def misfits(parameters, tensors):
     return missing, unexpected, wrong
 
 
-def _check_fit(misfit, parameters, tensors):
+def check_fit(misfit, parameters, tensors):
+    """Raise TinyldmError, the sentence `misfit` and three lists, where tensors do not fit."""
     missing, unexpected, wrong = misfits(parameters, tensors)
     if missing or unexpected or wrong:
         raise TinyldmError(
