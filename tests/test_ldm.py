@@ -230,6 +230,22 @@ def test_a_single_file_draws_what_its_folder_draws(folder, suffix, tmp_path, mon
     assert_same_drawing(ours(pipe), Reference(folder)(guidance_scale=7.5))
 
 
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_a_single_file_saved_as_a_folder(kind, tmp_path, monkeypatch):
+    """With the padding that its prompts want, of a vocabulary that says nothing of it."""
+    source = getattr(single_files, kind)(tmp_path / kind)
+    file = as_file(source, tmp_path / "model.safetensors", monkeypatch)
+    words = shutil.copytree(source / "tokenizer", tmp_path / "words",
+                            ignore=lambda _, names: set(names) - {"vocab.json", "merges.txt"})
+    monkeypatch.setenv(folders.TOKENIZER_VARIABLE, str(words))
+    pipe = tinyldm.load(file)
+    tinyldm.save(pipe, tmp_path / "saved")
+    reference = Reference(tmp_path / "saved")
+    assert_same_drawing(ours(pipe, seed=3), reference([3], guidance_scale=7.5))
+    assert_same_drawing(ours(tinyldm.load(tmp_path / "saved"), seed=3),
+                        Reference(source)([3], guidance_scale=7.5))
+
+
 def test_a_single_file_for_inpainting(tmp_path, monkeypatch):
     folder = single_files.sd1_inpainting(tmp_path / "inpainting")
     file = as_file(folder, tmp_path / "model.safetensors", monkeypatch)

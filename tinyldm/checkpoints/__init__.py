@@ -10,11 +10,13 @@
     ldm.py                the original names, of single files, against the public ones
     kinds.py              which model a single file holds, and its configs
     folders.py            a whole pipeline: a folder or a file, by path, hub name, or bundled
+    saving.py             a whole pipeline written as a folder
 """
-from .components import load_model, load_weights, save_model
+from .components import float_type, load_model, load_weights, save_model
 from .folders import load_pipeline_parts, resolve
 from .reading import read_tensors
 from .safetensors_file import read_safetensors, write_safetensors
+from .saving import save, write_pipeline
 
-__all__ = ["load_model", "load_pipeline_parts", "load_weights", "read_safetensors",
-           "read_tensors", "resolve", "save_model", "write_safetensors"]
+__all__ = ["float_type", "load_model", "load_pipeline_parts", "load_weights", "read_safetensors",
+           "read_tensors", "resolve", "save", "save_model", "write_pipeline", "write_safetensors"]
