@@ -3,13 +3,15 @@
 The public names are turned into the original ones by loops over levels and blocks, the other way
 round from tinyldm/checkpoints/ldm.py; test_ldm.py compares both with the lists of real checkpoints.
 """
+import json
+
 import diffusers
 import safetensors.torch
 import torch
 
 from tinyldm.checkpoints import kinds
 
-from .small_pipelines import SD, make_unet, make_vae, save
+from .small_pipelines import SD, make_unet, make_vae, save, save_xl
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -21,13 +23,14 @@ OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc"
 
 # ---- names ----------------------------------------------------------------------------------
 
-def unet_prefixes():
-    """{a public prefix: the original one}, of modules."""
-    names = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+def unet_prefixes(levels=4):
+    """{a public prefix: the original one}, of modules. 4 levels, or Stable Diffusion XL's 3."""
+    names = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+             "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
              "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
              "mid_block.attentions.0": "middle_block.1"}
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    for i in range(4):
+    for i in range(levels):
         for j in range(2):
             resnets[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{3 * i + j + 1}.0"
             names[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{3 * i + j + 1}.1"
@@ -35,7 +38,8 @@ def unet_prefixes():
             resnets[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{3 * i + j}.0"
             names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{3 * i + j}.1"
         names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * i + 3}.0.op"
-        names[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{3 * i + 2}.{1 if i == 0 else 2}"
+        alone = levels == 4 and i == 0                  # without attention before it
+        names[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{3 * i + 2}.{1 if alone else 2}"
     return names | {f"{block}.{ours}": f"{resnets[block]}.{theirs}"
                     for block in resnets for ours, theirs in RESNET.items()}
 
@@ -87,27 +91,33 @@ def open_clip_names(layers):
 
 # ---- files ----------------------------------------------------------------------------------
 
-def original(folder, open_clip=False):
+def original(folder):
     """The tensors of a diffusers folder under their original names."""
-    tensors = {}
+    xl = (folder / "text_encoder_2").is_dir()
+    tensors, prefixes = {}, unet_prefixes(3 if xl else 4)
     for name, tensor in component(folder / "unet").items():
-        tensors[f"model.diffusion_model.{renamed(name, unet_prefixes())}"] = tensor
+        tensors[f"model.diffusion_model.{renamed(name, prefixes)}"] = tensor
     for name, tensor in component(folder / "vae").items():
         if "attentions" in name and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]
         tensors[f"first_stage_model.{renamed(name, vae_prefixes())}"] = tensor
-    text = component(folder / "text_encoder")
-    text = {name if name.startswith("text_model.") else f"text_model.{name}": tensor
-            for name, tensor in text.items()}
-    if open_clip:
-        return tensors | open_clip_tensors(text)
-    tensors |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in text.items()}
-    positions = "cond_stage_model.transformer.text_model.embeddings.position_ids"
-    return tensors | {positions: torch.arange(77)[None]}
+    text = text_component(folder / "text_encoder")
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    if config["hidden_act"] == "gelu":
+        last = {"text_projection": torch.zeros(2 * [config["hidden_size"]])}
+        return tensors | open_clip_tensors(text, "cond_stage_model.model.", last, unused_layer=True)
+    start = "conditioner.embedders.0" if xl else "cond_stage_model"
+    tensors |= {f"{start}.transformer.{name}": tensor for name, tensor in text.items()}
+    tensors[f"{start}.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    if xl:
+        text = text_component(folder / "text_encoder_2")
+        last = {"text_projection": text.pop("text_projection.weight").T}
+        tensors |= open_clip_tensors(text, "conditioner.embedders.1.model.", last)
+    return tensors
 
 
-def open_clip_tensors(text):
-    """With a last layer, a projection and a scale that the model does not use."""
+def open_clip_tensors(text, start, last, unused_layer=False):
+    """With a scale, and if asked for a layer, that the model does not use."""
     layers = 1 + max(int(name.split(".")[3]) for name in text if ".layers." in name)
     names = open_clip_names(layers)
     tensors = {}
@@ -119,11 +129,17 @@ def open_clip_tensors(text):
             tensors.setdefault(theirs, [None] * 3)[third] = tensor
     tensors = {name: torch.cat(tensor) if isinstance(tensor, list) else tensor
                for name, tensor in tensors.items()}
-    last = {name.replace(f"resblocks.{layers - 1}", f"resblocks.{layers}"): torch.zeros_like(tensor)
-            for name, tensor in tensors.items() if f"resblocks.{layers - 1}." in name}
-    D = len(tensors["ln_final.bias"])
-    tensors |= last | {"text_projection": torch.zeros(D, D), "logit_scale": torch.tensor(4.6)}
-    return {f"cond_stage_model.model.{name}": tensor for name, tensor in tensors.items()}
+    if unused_layer:
+        last |= {name.replace(f"resblocks.{layers - 1}", f"resblocks.{layers}"):
+                 torch.zeros_like(tensor) for name, tensor in tensors.items()
+                 if f"resblocks.{layers - 1}." in name}
+    tensors |= last | {"logit_scale": torch.tensor(4.6)}
+    return {start + name: tensor for name, tensor in tensors.items()}
+
+
+def text_component(folder):
+    return {name if name.startswith("text_") else f"text_model.{name}": tensor
+            for name, tensor in component(folder).items()}
 
 
 def component(folder):
@@ -148,11 +164,16 @@ VAE = {"layers_per_block": 2, "sample_size": 64}
 WIDTHS, VAE_WIDTHS = (16, 24, 32, 32), (4, 8, 16, 16)
 
 
-def sd1(folder):
+def sd1(folder, in_channels=4, **options):
+    scheduler = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1,
+                                        set_alpha_to_one=False)
     return save(folder, make_unet(WIDTHS, 24, "yyyn", attention_head_dim=8, layers_per_block=2,
-                                  sample_size=8), make_vae(VAE_WIDTHS, **VAE),
-                diffusers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1,
-                                        set_alpha_to_one=False), 24)
+                                  sample_size=8, in_channels=in_channels),
+                make_vae(VAE_WIDTHS, **VAE), scheduler, 24, **options)
+
+
+def sd1_inpainting(folder):
+    return sd1(folder, in_channels=9, pipeline=diffusers.StableDiffusionInpaintPipeline)
 
 
 def sd2(folder, base=False):
@@ -174,17 +195,34 @@ def sd2_base(folder):
     return sd2(folder, base=True)
 
 
-def shrink(monkeypatch, vocab_size):
-    """Let the built-in configs be those of the small pipelines."""
+def sdxl(folder):
+    unet = make_unet(WIDTHS[:3], 24 + 32, "nyy", attention_head_dim=(2, 4, 4), layers_per_block=2,
+                     sample_size=8, use_linear_projection=True,
+                     transformer_layers_per_block=(1, 1, 2), addition_embed_type="text_time",
+                     addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8)
+    vae = make_vae(VAE_WIDTHS, **VAE, scaling_factor=0.13025)
+    return save_xl(folder, unet, vae, diffusers.EulerDiscreteScheduler(
+        **SD, timestep_spacing="leading", steps_offset=1), (24, 32), 20)
+
+
+def shrink(monkeypatch, vocab_size, end):
+    """Let the built-in configs be those of the small pipelines. end: the end token."""
     text = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": vocab_size}
     unet = {"block_out_channels": list(WIDTHS), "norm_num_groups": 8, "sample_size": 8}
-    for name in ("SD1", "SD2", "SD2_BASE"):
+    xl = {"block_out_channels": list(WIDTHS[:3]), "transformer_layers_per_block": [1, 1, 2],
+          "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 68}
+    changes = {"SD1": (24, {}), "SD2": (32, {"attention_head_dim": [2, 2, 4, 4]}),
+               "SDXL": (24, {"attention_head_dim": [2, 4, 4], **xl, "cross_attention_dim": 56})}
+    for name in ("SD1", "SD2", "SD2_BASE", "SDXL", "SD1_INPAINTING", "SD2_INPAINTING",
+                 "SDXL_INPAINTING"):
         kind = getattr(kinds, name)
-        width = 24 if name == "SD1" else 32
-        heads = {} if name == "SD1" else {"attention_head_dim": [2, 2, 4, 4]}
+        width, more = changes[name.partition("_")[0]]
+        second = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 20,
+                  "eos_token_id": end}
         monkeypatch.setattr(kinds, name, kind._replace(
-            unet=kind.unet | unet | heads | {"cross_attention_dim": width},
+            unet=kind.unet | unet | {"cross_attention_dim": width} | more,
             vae=kind.vae | {"block_out_channels": list(VAE_WIDTHS), "norm_num_groups": 4,
                             "sample_size": 64},
             text_encoder=kind.text_encoder | text | {"hidden_size": width,
-                                                     "intermediate_size": 2 * width}))
+                                                     "intermediate_size": 2 * width},
+            text_encoder_2=kind.text_encoder_2 and kind.text_encoder_2 | text | second))

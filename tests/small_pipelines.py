@@ -219,8 +219,6 @@ def inpainting(folder):
                 pipeline=diffusers.StableDiffusionInpaintPipeline)
 
 
-KINDS = [sdxl, sdxl_turbo, sd_turbo, lcm, inpainting]
-
 
 def smallest(folder):
     """For the command line, which only needs what draws: 16x16 pixels, a toy vocabulary."""

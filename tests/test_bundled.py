@@ -22,6 +22,18 @@ def test_size():
     assert sum(file.stat().st_size for file in files) <= 20e6
 
 
+def test_saving_it_gives_its_files(pipe, tmp_path):
+    tinyldm.save(pipe, tmp_path / "new")
+    saved = [file for file in (tmp_path / "new").rglob("*") if file.is_file()]
+    assert len(saved) == 12
+    for file in saved:
+        original = FOLDER / file.relative_to(tmp_path / "new")
+        if file.parent.name == "tokenizer" and file.suffix == ".json":
+            assert json.loads(file.read_text()) == json.loads(original.read_text())
+        else:
+            assert file.read_bytes() == original.read_bytes(), file.name
+
+
 def test_readme_states_what_was_measured(pipe):
     readme = (FOLDER / "README.md").read_text()
     accuracy = json.loads((FOLDER / "accuracy.json").read_text())

@@ -281,6 +281,15 @@ def test_resolve_local(tmp_path, monkeypatch):
 
 # ---- the hub --------------------------------------------------------------------------------
 
+XL = [*(f"{part}/{file}" for file in ("config.json", "model.fp16.safetensors")
+        for part in ("text_encoder", "text_encoder_2")),
+      *(f"{part}/{file}" for file in ("config.json", "diffusion_pytorch_model.fp16.safetensors")
+        for part in ("unet", "vae", "vae_1_0")),
+      *(f"{part}/{file}" for file in ("vocab.json", "merges.txt")
+        for part in ("tokenizer", "tokenizer_2")),
+      "scheduler/scheduler_config.json", "model_index.json", "sd_xl_base_1.0.safetensors"]
+
+
 @pytest.mark.parametrize("files, kept", [
     (["unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
       "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/diffusion_pytorch_model.bin",
@@ -297,6 +306,7 @@ def test_resolve_local(tmp_path, monkeypatch):
       "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors"],
      ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
       "text_encoder/model.fp16.safetensors"]),
+    (XL, [file for file in XL if not file.startswith(("vae_1_0", "sd_xl"))]),
 ])
 def test_only_what_is_read_is_downloaded(files, kept, tmp_path, monkeypatch):
     import huggingface_hub

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import tinyldm
 from tinyldm import prompt, tokenizer
 from tinyldm.checkpoints import add_word, load_model, save_model
 from tinyldm.errors import TinyldmError
@@ -110,6 +111,21 @@ def test_several_words_in_a_picture(pipe, reference, original, tmp_path):
     assert_same_pictures(np.asarray(image)[None], theirs)
     _, without = original([3], prompt=text, negative_prompt=negative)
     assert abs(theirs.astype(int) - without).mean() > 2, "the words say nothing"
+
+
+def test_stable_diffusion_xl(tmp_path):
+    folder, pair = small_pipelines.sdxl(tmp_path / "xl"), tmp_path / "pot.safetensors"
+    rows = write({"clip_l": vectors(2, 16), "clip_g": vectors(2, 24)}, pair)
+    reference, pipe = Reference(folder), load(folder)
+    pipe.load_textual_inversion(rows, WORD)
+    for name, end in [("clip_l", ""), ("clip_g", "_2")]:
+        reference.pipe.load_textual_inversion(
+            safetensors.torch.load_file(pair)[name], token=WORD,
+            text_encoder=getattr(reference.pipe, f"text_encoder{end}"),
+            tokenizer=getattr(reference.pipe, f"tokenizer{end}"))
+    image, = pipe(TEXTS[0], num_inference_steps=STEPS, seed=3)
+    _, theirs = reference([3], prompt=TEXTS[0], guidance_scale=7.5)
+    assert_same_pictures(np.asarray(image)[None], theirs)
 
 
 def test_another_word_than_the_files(pipe, reference, tmp_path):
@@ -250,6 +266,13 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(name, content, message
     assert "\n" not in str(error.value)
     after = table.data, table.shape, len(pipe.tokenizer), pipe.text_encoder.config["vocab_size"]
     assert after[0] is before[0] and after[1:] == before[1:]
+
+
+def test_a_pipeline_that_learned_a_word_is_not_saved(pipe, tmp_path):
+    pipe.load_textual_inversion(write({"<pot>": vectors(2)}, tmp_path / "pot.safetensors"))
+    with pytest.raises(TinyldmError, match=r"cannot be saved with a pipeline \(<pot>\): save it"):
+        tinyldm.save(pipe, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_word_is_learned_once(pipe, tmp_path):

@@ -104,7 +104,8 @@ def test_a_pipeline_in_pieces(weights, tmp_path, said):
     assert any(line.startswith("not read: expected weights in") for line in lines)
     assert lines.index(f"{folder / 'unet'}: UNet3D") < lines.index(
         f"not compared with a model: {folder / 'unet' / 'config.json'} names the model UNet3D, "
-        "supported are UNet2DConditionModel, AutoencoderKL, CLIPTextModel")
+        "supported are UNet2DConditionModel, AutoencoderKL, CLIPTextModel, "
+            "CLIPTextModelWithProjection")
 
 
 @pytest.mark.parametrize("name, layout, kind", [

@@ -27,15 +27,16 @@ REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 with_lists = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no key lists at {REFERENCE}")
 with_peft = pytest.mark.skipif(not is_peft_available(), reason="diffusers reads LoRAs with peft")
 PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+XL_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
 # ---- random LoRAs, each layer {(part, name in diffusers): (down, up, alpha)} ------------------
 
-def make_lora(pipe, layers="", ranks=(3, 4), alphas=(0.5, 1.0, 3.0), seed=0):
+def make_lora(pipe, layers="", ranks=(3, 4), alphas=(0.5, 1.0, 3.0), seed=0, parts=PARTS):
     """A pair for every layer whose name has the word `layers`, ranks and alphas taken in turns."""
     generator, pairs = torch.Generator().manual_seed(seed), {}
-    for part in PARTS:
+    for part in parts:
         for name, layer in getattr(pipe, part).named_modules():
             if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and layers in name:
                 O, *inputs = layer.weight.shape
@@ -61,9 +62,10 @@ def public(part, name):
 
 
 def kohya(pairs):
-    tensors = {}
+    tensors, parts = {}, {part for part, _ in pairs}
+    prefixes = XL_PARTS if "text_encoder_2" in parts else PARTS
     for (part, name), (down, up, alpha) in pairs.items():
-        flat = PARTS[part] + public(part, name).replace(".", "_")
+        flat = prefixes[part] + public(part, name).replace(".", "_")
         tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
         if alpha is not None:
             tensors[f"{flat}.alpha"] = torch.tensor(alpha)
@@ -189,6 +191,18 @@ def test_every_layout_draws_as_diffusers(layout, folder, reference, tmp_path):
     reference.pipe.load_lora_weights(file)
     reference.pipe.fuse_lora(lora_scale=0.8)
     assert_same_drawing(ours(pipe), reference())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("names", [kohya, peft])
+def test_stable_diffusion_xl(names, tmp_path):
+    """Both text encoders too; and a LoRA of the other kind is refused by name."""
+    folder = small_pipelines.sdxl(tmp_path / "xl")
+    reference, pipe = Reference(folder), load(folder)
+    pairs = make_lora(reference.pipe, "attn", alphas=(None,), parts=XL_PARTS)
+    pipe.load_lora(write(names(pairs), tmp_path / "style.safetensors"), 0.8)
+    merge(reference.pipe, pairs, 0.8)
+    assert_same_drawing(ours(pipe), reference(guidance_scale=7.5))
 
 
 SETTINGS = [

@@ -8,10 +8,10 @@ Public names only. Each is imported when it is first asked for, so that `import 
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["Between", "StableDiffusion", "TinyldmError", "load", "load_model", "noise"]
+__all__ = ["Between", "StableDiffusion", "TinyldmError", "load", "load_model", "noise", "save"]
 
 _HOMES = {"Between": "between", "StableDiffusion": "pipeline", "TinyldmError": "errors",
-          "load": "pipeline", "load_model": "checkpoints"}
+          "load": "pipeline", "load_model": "checkpoints", "save": "checkpoints"}
 
 
 def __getattr__(name):

@@ -4,6 +4,7 @@ Used by whatever reads a config or writes a result; it knows nothing of what is 
 """
 import json
 import os
+import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def read_json(path):
         raise TinyldmError(f"{path} must hold a JSON object, not a {type(content).__name__}: "
                            "get it again")
     return content
+
+
+def write_json(path, content, indent=2):
+    """Write an object as a JSON file, whole or not at all, in a folder made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -51,3 +59,26 @@ def replacing(path):
     with temporary_beside(path) as temporary:
         yield temporary
         os.replace(temporary, path)
+
+
+@contextmanager
+def new_folder(path):
+    """A temporary folder beside `path`, moved there at the end: `path` is whole or not there.
+
+    Raises TinyldmError for a path with something in it, and where nothing can be written.
+    """
+    path = Path(os.path.abspath(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise TinyldmError(f"{path} exists already: name a new folder, or an empty one")
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            path.rmdir()                                # not every system replaces a folder
+        os.replace(temporary, path)
+    except OSError as error:
+        raise TinyldmError(f"cannot write {path} ({error.strerror or error}): "
+                           "choose another place") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)    # moved away, or left half-written

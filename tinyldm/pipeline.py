@@ -47,18 +47,13 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Here, so that `import tinyldm` need not wait for the libraries behind them.
-    from .checkpoints import load_pipeline_parts, resolve
+    from .checkpoints import float_type, load_pipeline_parts, resolve
     from .tokenizer import Tokenizer
 
     if not low_memory:
         keep_freed_memory()
     xp = array_library(device)
-    try:
-        if dtype is None and xp is not np:
-            dtype = np.float16
-        dtype = None if dtype is None else np.dtype(dtype)
-    except TypeError:
-        raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}") from None
+    dtype = float_type(np.float16 if dtype is None and xp is not np else dtype)
     parts = load_pipeline_parts(resolve(weights), dtype, low_memory and xp is np, ema)
     steps = parts.index.get("_num_inference_steps",
                             FEW_STEPS if parts.unet.config.get("time_cond_proj_dim") else STEPS)
@@ -257,7 +252,8 @@ class StableDiffusion:
         """
         from .checkpoints import merge_lora
 
-        parts = {"unet": self.unet, "text_encoder": self.text_encoder}
+        parts = {name: getattr(self, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+        parts = {name: model for name, model in parts.items() if model is not None}
         merge_lora(parts, path, _finite_number("weight", weight), self._dtype)
 
     def load_textual_inversion(self, path, token=None):
@@ -270,7 +266,7 @@ class StableDiffusion:
         """
         from .checkpoints import add_word
 
-        add_word({"text_encoder": (self.tokenizer, self.text_encoder)}, path, token)
+        add_word(dict(zip(("text_encoder", "text_encoder_2"), self._readers)), path, token)
 
     # ---- arguments --------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ Sources: Sennrich et al. 2016, "Neural machine translation of rare words with su
 arXiv:1508.07909; Radford et al. 2021 (CLIP), arXiv:2103.00020; the file format is that of the
 `tokenizer` folder of published Stable Diffusion weights.
 """
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,15 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from .errors import TinyldmError
-from .files import read_json
+from .files import read_json, write_json
 
 # What Stable Diffusion 1 uses, for folders that do not say. The order matters: where two of them
 # are the same token, the later entry says how it is recognised in a text.
 SPECIAL_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
                   "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 MAX_LENGTH = 77
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+FILES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json", *SETTINGS)
 NO_LIMIT = 10**6            # folders written without a length say 10**30
 
 # Special tokens, English endings, words, single digits, runs of anything else but spaces.
@@ -48,6 +51,7 @@ class Tokenizer:
             backend.token_to_id(token) for token in (bos_token, eos_token, pad_token))
         self.comma = backend.token_to_id(",</w>")       # None where the vocabulary has none
         self.learned = {}                               # a word's id -> the ids of its vectors
+        self.folder = Path()                            # with its files
 
     @classmethod
     def from_folder(cls, path, padding=None):
@@ -76,8 +80,43 @@ class Tokenizer:
         if not isinstance(length, (int, float)) or length < 3:
             raise TinyldmError(f"{config_file}: model_max_length must be a number of at least 3, "
                                f"got {length!r}: correct or remove it")
-        return cls(backend, special["bos_token"].content, special["eos_token"].content,
-                   special["pad_token"].content, int(length) if length < NO_LIMIT else MAX_LENGTH)
+        tokenizer = cls(backend, special["bos_token"].content, special["eos_token"].content,
+                        special["pad_token"].content,
+                        int(length) if length < NO_LIMIT else MAX_LENGTH)
+        tokenizer.folder = folder
+        return tokenizer
+
+    def save(self, path):
+        """Copy the files that from_folder read into a new folder, made to say padding and length.
+
+        Raises TinyldmError where they are gone, or cannot be written, and for a tokenizer that has
+        learnt words: the format has no place for a word of several vectors.
+        """
+        if self.learned:
+            words = ", ".join(map(self.backend.id_to_token, self.learned))
+            raise TinyldmError(f"textual inversions cannot be saved with a pipeline ({words}): "
+                               "save it without them, and load them anew")
+        path = Path(path)
+        try:
+            path.mkdir(parents=True)
+            for file in (self.folder / name for name in FILES):
+                if file.exists():
+                    shutil.copyfile(file, path / file.name)
+        except OSError as error:
+            raise TinyldmError(f"cannot copy the tokenizer of {self.folder} to {path} "
+                               f"({error.strerror or error}): choose another place") from None
+        if not (path / "vocab.json").exists() and not (path / "tokenizer.json").exists():
+            raise TinyldmError(f"the tokenizer's files in {self.folder} are gone: put them back")
+        padding = self.backend.id_to_token(self.padding)
+        for name in SETTINGS:
+            settings = read_json(path / name) if (path / name).exists() else {}
+            said = settings.get("pad_token")
+            if (said["content"] if isinstance(said, dict) else said) != padding:
+                settings["pad_token"] = padding
+            if name == "tokenizer_config.json":
+                settings |= {"tokenizer_class": "CLIPTokenizer",
+                             "model_max_length": self.model_max_length}
+            write_json(path / name, settings)
 
     def __call__(self, text):
         """text -> ids (1, model_max_length) int64: start, the text's tokens, end, padding.

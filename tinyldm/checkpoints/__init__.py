@@ -10,15 +10,18 @@
     ldm.py                the original names, of single files, against the public ones
     kinds.py              which model a single file holds, and its configs
     folders.py            a whole pipeline: a folder or a file, by path, hub name, or bundled
+    saving.py             a whole pipeline written as a folder
     lora.py               a small file that changes a loaded model's weights
     embedding.py          a small file that teaches a loaded model a word
 """
-from .components import load_model, load_weights, save_model
+from .components import float_type, load_model, load_weights, save_model
 from .embedding import add_word
 from .folders import load_pipeline_parts, resolve
 from .lora import merge_lora
 from .reading import read_tensors
 from .safetensors_file import read_safetensors, write_safetensors
+from .saving import save, write_pipeline
 
-__all__ = ["add_word", "load_model", "load_pipeline_parts", "load_weights", "merge_lora",
-           "read_safetensors", "read_tensors", "resolve", "save_model", "write_safetensors"]
+__all__ = ["add_word", "float_type", "load_model", "load_pipeline_parts", "load_weights",
+           "merge_lora", "read_safetensors", "read_tensors", "resolve", "save", "save_model",
+           "write_pipeline", "write_safetensors"]

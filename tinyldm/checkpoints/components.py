@@ -3,7 +3,6 @@
 Stands between the files (reading.py, layout.py) and the models; folders.py puts three
 components together. Everything a user's folder can get wrong ends here in a TinyldmError.
 """
-import json
 import math
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from .. import backend
 from ..errors import TinyldmError
-from ..files import read_json, replacing
+from ..files import read_json, write_json
 from ..layers import Conv2d, Linear, named_modules
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
@@ -101,12 +100,11 @@ def fill(module, tensors, misfit, dtype=np.float32, low_memory=False):
     Raises TinyldmError, a sentence `misfit` with three lists (missing, unexpected, wrong shape),
     before anything is filled, or naming the first weight that is not finite.
     """
-    if dtype is not None and np.dtype(dtype) not in (np.float16, np.float32, np.float64):
-        raise TinyldmError(f"dtype must be float16, float32 or float64, not {np.dtype(dtype)}")
+    dtype = float_type(dtype)
     parameters = dict(module.named_parameters())
     matrices = {layer.weight for _, layer in named_modules(module)
                 if isinstance(layer, (Linear, Conv2d))}  # the layers whose kernels take float16
-    _check_fit(misfit, parameters, tensors)
+    check_fit(misfit, parameters, tensors)
 
     def read(name):
         axes = layout.OUR_AXES if len(parameters[name].shape) == 4 else None
@@ -116,6 +114,17 @@ def fill(module, tensors, misfit, dtype=np.float32, low_memory=False):
         parameters[name].data = tensors[name].read(wanted, axes, contiguous=not low_memory)
 
     backend.parallel(read, tensors)
+
+
+def float_type(dtype):
+    """None, or the np.dtype of a user's word. Raises TinyldmError for any but float16, 32, 64."""
+    try:
+        known = dtype is None or np.dtype(dtype) in (np.float16, np.float32, np.float64)
+    except TypeError:                                   # NumPy does not know the word
+        known = False
+    if not known:
+        raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}")
+    return None if dtype is None else np.dtype(dtype)
 
 
 def misfits(parameters, tensors):
@@ -129,7 +138,8 @@ def misfits(parameters, tensors):
     return missing, unexpected, wrong
 
 
-def _check_fit(misfit, parameters, tensors):
+def check_fit(misfit, parameters, tensors):
+    """Raise TinyldmError, the sentence `misfit` and three lists, where tensors do not fit."""
     missing, unexpected, wrong = misfits(parameters, tensors)
     if missing or unexpected or wrong:
         raise TinyldmError(
@@ -177,17 +187,20 @@ def build_model(folder):
 def save_model(module, folder, dtype=np.float16):
     """Write a model as config.json and safetensors weights that diffusers and transformers load.
 
-    Each file is whole or untouched. dtype: of the weights in the file.
+    Each file is whole or untouched. dtype: of the weights in the file; None for the narrowest
+    floating-point type that holds all of them exactly.
     Raises TinyldmError for a folder that cannot be written, and for weights that are not finite.
     """
     folder, name = Path(folder), type(module).__name__
-    tensors = {}
-    for key, parameter in module.named_parameters():
+    tensors = {key: layout.to_file(backend.to_host(parameter.data))
+               for key, parameter in module.named_parameters()}
+    dtype = narrowest(tensors.values()) if dtype is None else np.dtype(dtype)
+    for key, tensor in tensors.items():
         with np.errstate(over="ignore"):                # what overflows is reported below
-            tensors[key] = layout.to_file(backend.to_host(parameter.data)).astype(dtype)
+            tensors[key] = np.ascontiguousarray(tensor, dtype)
         if not np.isfinite(tensors[key]).all():
-            raise TinyldmError(f"{key} is not finite in {np.dtype(dtype)}: nothing is written")
-    if name == "CLIPTextModel":
+            raise TinyldmError(f"{key} is not finite in {dtype}: nothing is written")
+    if name.startswith("CLIPText"):
         # dtype: what transformers computes in; its default is the file's, diffusers' is float32.
         identity = {"architectures": [name], "model_type": "clip_text_model", "dtype": "float32"}
         weights = "model.safetensors"
@@ -198,5 +211,14 @@ def save_model(module, folder, dtype=np.float16):
     except OSError as error:
         raise TinyldmError(f"cannot make the folder {folder} ({error}): choose another") from None
     write_safetensors(tensors, folder / weights)
-    with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(module.config | identity, indent=2) + "\n", "utf-8")
+    write_json(folder / "config.json", module.config | identity)
+
+
+def narrowest(arrays):
+    """The first of float16, 32 and 64 that holds every number of some arrays."""
+    for dtype in (np.float16, np.float32):
+        with np.errstate(over="ignore"):
+            if all(np.can_cast(array.dtype, dtype) or (array.astype(dtype) == array).all()
+                   for array in arrays):
+                return np.dtype(dtype)
+    return np.dtype(np.float64)

@@ -19,7 +19,7 @@ from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import ldm
-from .components import fill, find_weights, load_model, read_config
+from .components import check_fit, fill, find_weights, load_model, read_config
 from .kinds import recognise
 from .layout import fitted
 from .reading import read_tensors
@@ -33,7 +33,8 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
 # What is downloaded of a hub folder: each component's weights once, in the first form it has.
 VARIANTS = (".safetensors", ".fp16.safetensors")
 SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt",
-               "unet/*.json", "vae/*.json", "text_encoder/*.json"]
+               "tokenizer_2/*.json", "tokenizer_2/*.txt", "unet/*.json", "vae/*.json",
+               "text_encoder/*.json", "text_encoder_2/*.json"]
 # Every Stable Diffusion reads prompts with CLIP's vocabulary, which single files do not have.
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
@@ -59,7 +60,7 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
     """Read the models (dtype, low_memory: see fill) of a pipeline, and its scheduler's config.
 
     path: a folder, or a single file. ema: of a file that holds the UNet's weights twice take those
-    averaged over the training.
+    averaged over the training. In float16, a VAE whose config says `force_upcast` is in float32.
     Raises TinyldmError for another pipeline than PIPELINES, and for whatever is missing or wrong in
     a component; what costs nothing to check is checked before any weight.
     """
@@ -86,24 +87,33 @@ def _load_folder(folder, dtype, low_memory):
             raise TinyldmError(f"expected a folder {folder / part}, found none: "
                                f"is the download complete?")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    dtypes = {}
     for part, expected in components.items():
-        model, _ = read_config(folder / part)
+        model, config = read_config(folder / part)
         if model is not expected:
             raise TinyldmError(f"{folder / part / 'config.json'} must name a {expected.__name__}, "
                                f"not a {model.__name__}")
         find_weights(folder / part)
-    models = {part: load_model(folder / part, dtype, low_memory) for part in components}
+        dtypes[part] = _dtype(config, dtype)
+    models = {part: load_model(folder / part, dtypes[part], low_memory) for part in components}
     return PipelineParts(**models, **{name: folder / name for name in tokenizers},
                          scheduler=scheduler, padding=None, index=content)
 
 
+def _dtype(config, dtype):
+    """float32 in the place of float16, which the numbers inside some VAEs are too large for."""
+    return np.float32 if dtype == np.float16 and config.get("force_upcast") else dtype
+
+
 class Models(Module):
-    """The three models of a single file, whose parameters are named `part.name`."""
+    """The models of a single file, whose parameters are named `part.name`."""
 
     def __init__(self, kind):
         self.text_encoder = CLIPTextModel(kind.text_encoder)
         self.unet = UNet2DConditionModel(kind.unet)
         self.vae = AutoencoderKL(kind.vae)
+        if kind.text_encoder_2:
+            self.text_encoder_2 = CLIPTextModelWithProjection(kind.text_encoder_2)
 
 
 def _load_file(path, dtype, low_memory, ema):
@@ -114,13 +124,19 @@ def _load_file(path, dtype, low_memory, ema):
     tokenizer = _tokenizer_folder()
     found, tensors = ldm.parts(stored, kind.text_encoder["num_hidden_layers"])
     models = Models(kind)
-    for part in COMPONENTS:
-        wanted = dict(getattr(models, part).named_parameters())
-        for name, tensor in fitted(found.get(part, {}), wanted).items():
+    for part, model in vars(models).items():
+        wanted = dict(model.named_parameters())
+        for name, tensor in fitted(found.pop(part, {}), wanted).items():
             tensors[f"{part}.{name}" if name in wanted else tensor.name] = tensor
-    fill(models, tensors, f"{path} does not fit {kind.name}", dtype, low_memory)
+    tensors |= {tensor.name: tensor for other in found.values() for tensor in other.values()}
+    misfit = f"{path} does not fit {kind.name}"
+    check_fit(misfit, dict(models.named_parameters()), tensors)
+    for part, model in vars(models).items():
+        own = {name: tensors[f"{part}.{name}"] for name, _ in model.named_parameters()}
+        fill(model, own, misfit, _dtype(model.config, dtype), low_memory)
     return PipelineParts(**vars(models), scheduler=kind.scheduler, tokenizer=tokenizer,
-                         padding=kind.padding, index={})
+                         padding=kind.padding, index={}, padding_2=kind.padding_2,
+                         tokenizer_2=tokenizer if kind.padding_2 else None)
 
 
 def _tokenizer_folder():
@@ -171,12 +187,13 @@ def _bundled():
 def _download(name):
     """The local copy of the hub's `name`: only the files that are read, weights in one form."""
     wanted = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
-              "text_encoder": "model"}
+              "text_encoder": "model", "text_encoder_2": "model"}
     for variant in VARIANTS:
         files = [f"{part}/{stem}{variant}" for part, stem in wanted.items()]
         folder = _snapshot(name, SMALL_FILES + files)
         wanted = {part: stem for part, stem in wanted.items()
-                  if not (folder / part / f"{stem}{variant}").is_file()}
+                  if not (folder / part / f"{stem}{variant}").is_file()
+                  and (part in COMPONENTS or (folder / part).is_dir())}
         if not wanted:
             break
     return folder

@@ -1,8 +1,10 @@
 """Which model a single file holds, told by its names and shapes, and that model's configs.
 
 A single file has the weights and no config. What the published folders' config.json files say of
-the same models stands here. Source: stable-diffusion-v1-5, stable-diffusion-2-1 and
-stable-diffusion-2-1-base on the Hugging Face hub.
+the same models stands here. Source: on the Hugging Face hub stable-diffusion-v1-5,
+stable-diffusion-2-1, stable-diffusion-2-1-base, stable-diffusion-xl-base-1.0, and those made for
+inpainting: stable-diffusion-inpainting, stable-diffusion-2-inpainting,
+stable-diffusion-xl-1.0-inpainting-0.1.
 """
 from typing import NamedTuple
 
@@ -12,8 +14,9 @@ from ..errors import TinyldmError
 
 UNET = "model.diffusion_model."
 FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0.weight"
-# Its second axis is the width of the context. SDXL has no attention at its first level.
+# Their second axis is the width of the context. SDXL has no attention at its first level.
 FIRST_KEYS = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+FIRST_KEYS_XL = f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 LAST_NORM = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_DEVIATION = 0.09          # of the last norm's bias: above it, the model predicts v
 
@@ -52,6 +55,8 @@ class Kind(NamedTuple):
     text_encoder: dict
     scheduler: dict
     padding: str
+    text_encoder_2: dict | None = None                  # and of SDXL's second
+    padding_2: str | None = None
 
 
 SD1 = Kind("Stable Diffusion 1", SD1_UNET, SD1_VAE, SD1_TEXT,
@@ -67,16 +72,39 @@ SD2 = Kind("Stable Diffusion 2",
 SD2_BASE = SD2._replace(                                # 512 pixels
     name="Stable Diffusion 2 base", unet=SD2.unet | {"sample_size": 64},
     scheduler=SCHEDULER | {"_class_name": "PNDMScheduler", "prediction_type": "epsilon"})
+SDXL = Kind("Stable Diffusion XL", SD2.unet | {
+                "sample_size": 128, "block_out_channels": [320, 640, 1280],
+                "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+                "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+                "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10],
+                "cross_attention_dim": 2048, "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816},
+            SD1_VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+            SD1_TEXT, SCHEDULER | {"_class_name": "EulerDiscreteScheduler",
+                                   "timestep_spacing": "leading", "prediction_type": "epsilon"},
+            "<|endoftext|>",
+            SD1_TEXT | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+                        "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280},
+            "!")
+# Noisy latents, a mask, and the latents of the picture with a hole.
+INPAINTING = {"in_channels": 9}
+SD1_INPAINTING = SD1._replace(
+    name="Stable Diffusion 1 for inpainting", unet=SD1_UNET | INPAINTING,
+    vae=SD1_VAE | {"sample_size": 256}, scheduler=SCHEDULER | {"_class_name": "DDIMScheduler"})
+SD2_INPAINTING = SD2_BASE._replace(
+    name="Stable Diffusion 2 for inpainting", unet=SD2_BASE.unet | INPAINTING, vae=SD1_VAE)
+SDXL_INPAINTING = SDXL._replace(
+    name="Stable Diffusion XL for inpainting", unet=SDXL.unet | INPAINTING)
+KNOWN = "Stable Diffusion 1, 2 and XL in the original layout (model.diffusion_model.*)"
+
 # The width of the context that a UNet looks at.
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
             1280: "Stable Diffusion XL's refiner"}
-KNOWN = "Stable Diffusion 1 and 2 in the original layout (model.diffusion_model.*)"
 
-# What a part of a name gives away, the most telling first.
+# What a part of a name gives away, the most telling first. SDXL has "label_emb." too.
 OTHERS = {
     "joint_blocks.": "a Stable Diffusion 3 model", "double_blocks.": "a Flux model",
     "single_blocks.": "a Flux model", "single_transformer_blocks.": "a Flux model",
-    "conditioner.embedders.1.": "a Stable Diffusion XL model",
     "label_emb.": "a UNet that is told more than a prompt, such as the refiner of Stable Diffusion "
                   "XL",
     "lora_": "a LoRA, which changes a model (--lora adds it)",
@@ -89,23 +117,27 @@ def recognise(stored, path):
 
     Raises TinyldmError for another model, named where it is known, else with what was found.
     """
+    first, keys = stored.get(FIRST_CONVOLUTION), stored.get(FIRST_KEYS, stored.get(FIRST_KEYS_XL))
+    width = keys.shape[1] if keys is not None and len(keys.shape) == 2 else None
     for word, other in OTHERS.items():
-        if any(word in name for name in stored):
+        told = word == "label_emb." and width == SDXL.unet["cross_attention_dim"]
+        if not told and any(word in name for name in stored):
             raise TinyldmError(f"{path} holds {other}: as a single file this is not supported, "
                                f"only {KNOWN}")
-    first, keys = stored.get(FIRST_CONVOLUTION), stored.get(FIRST_KEYS)
-    if first is None or keys is None or len(first.shape) != 4 or len(keys.shape) != 2:
+    if first is None or width is None or len(first.shape) != 4:
         raise _unknown(stored, path)
-    channels, width = first.shape[1], keys.shape[1]
-    kinds = {kind.unet["cross_attention_dim"]: kind for kind in (SD1, SD2)}
+    kinds = {kind.unet["cross_attention_dim"]: (kind, inpainting) for kind, inpainting in
+             ((SD1, SD1_INPAINTING), (SD2, SD2_INPAINTING), (SDXL, SDXL_INPAINTING))}
     if width not in kinds:
         raise TinyldmError(f"{path} holds a UNet for a context of width {width}, known are "
-                           f"{' and '.join(f'{w} ({kind.name})' for w, kind in kinds.items())}")
-    kind = kinds[width]
-    if channels != kind.unet["in_channels"]:
-        word = {8: " (made for editing pictures)", 9: " (made for inpainting)"}.get(channels, "")
-        raise TinyldmError(f"{path} holds a {kind.name} of {channels} input channels{word}: "
-                           f"this is not supported, only {kind.unet['in_channels']}")
+                           f"{', '.join(f'{w} ({kind.name})' for w, (kind, _) in kinds.items())}")
+    channels = {kind.unet["in_channels"]: kind for kind in kinds[width]}
+    kind = channels.get(first.shape[1])
+    if kind is None:
+        word = " (made for editing pictures)" if first.shape[1] == 8 else ""
+        raise TinyldmError(f"{path} holds a {kinds[width][0].name} of {first.shape[1]} input "
+                           f"channels{word}: this is not supported, only "
+                           f"{' and '.join(map(str, channels))}")
     return SD2_BASE if kind is SD2 and not _predicts_v(stored) else kind
 
 

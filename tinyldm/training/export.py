@@ -2,13 +2,11 @@
 
 Everything that reads such folders reads this one: `tinyldm.load(folder)`, diffusers, and others.
 """
-import json
-
 import numpy as np
 
-from ..checkpoints import load_model, save_model
+from ..checkpoints import load_model, write_pipeline
 from ..errors import TinyldmError
-from ..files import read_json, replacing
+from ..files import read_json, write_json
 from . import data
 from .configs import SCHEDULER
 from .loop import save_state, trained
@@ -18,17 +16,7 @@ from .vae import decoder_parameters, load_vae
 
 STAGES = ("vae", "unet", "decoder")
 
-MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
-    "_num_inference_steps": 25,                         # ours: what this model needs
-    "feature_extractor": [None, None], "image_encoder": [None, None],
-    "requires_safety_checker": False, "safety_checker": [None, None],
-    "scheduler": ["diffusers", SCHEDULER["_class_name"]],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+STEPS = 25                  # what this model needs
 
 
 def export(run, output):
@@ -42,14 +30,12 @@ def export(run, output):
     vae = load_vae(run, round(float(pool["scaling_factor"]), 6))
     text_encoder, unet = build(pool)
     load_ema(run / "unet.npz", named_parameters(text_encoder, unet))
-    for name, model in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet)):
-        save_model(model, output / name, np.float16)
-    data.write_tokenizer(output / "tokenizer")
-    _write_json(output / "scheduler" / "scheduler_config.json", SCHEDULER)
-    _write_json(output / "model_index.json", MODEL_INDEX)
+    write_pipeline(output, {"vae": vae, "text_encoder": text_encoder, "unet": unet},
+                   {"tokenizer": data.write_tokenizer}, SCHEDULER, {"_num_inference_steps": STEPS},
+                   np.float16)
     record = {stage: _history(run / f"{stage}.npz") for stage in STAGES
               if (run / f"{stage}.npz").exists()}
-    _write_json(output / "training.json", record, indent=None)
+    write_json(output / "training.json", record, indent=None)
     plot_losses(record, output / "loss.png")
 
 
@@ -69,12 +55,6 @@ def restore(weights, run):
     for stage in record:
         save_state(run / f"{stage}.npz", AdamW(parameters[stage]), begun=record[stage]["steps"],
                    history=record[stage]["loss"])
-
-
-def _write_json(path, content, indent=2):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def _history(path):
