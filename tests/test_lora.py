@@ -219,6 +219,7 @@ def alpha_of(settings, name, rank):
     return alpha * rank ** 0.5 if settings.get("use_rslora") else alpha
 
 
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")     # of the other part
 @pytest.mark.parametrize("settings", SETTINGS, ids=["patterns", "rslora"])
 def test_alphas_of_the_header_that_diffusers_writes(settings, folder, reference, tmp_path):
     pairs = make_lora(reference.pipe, "attn", ranks=(4,))
