@@ -54,7 +54,7 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
         dtype = None if dtype is None else np.dtype(dtype)
     except TypeError:
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}") from None
-    parts = load_pipeline_parts(resolve(weights), dtype, low_memory and xp is np, ema)
+    parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema)
     steps = parts.index.get("_num_inference_steps", STEPS)
     tokenizer = Tokenizer.from_folder(parts.tokenizer, parts.padding)
     for model in (parts.text_encoder, parts.unet, parts.vae):
