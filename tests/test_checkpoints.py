@@ -4,8 +4,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -270,52 +268,3 @@ def test_resolve_local(tmp_path, monkeypatch):
         (root / "weights" / "shapes").mkdir(parents=True)
         (root / "weights" / "shapes" / "model_index.json").write_text("{}")
         assert resolve() == root / "weights" / "shapes"
-
-
-# ---- the hub --------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("files, kept", [
-    (["unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
-      "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/diffusion_pytorch_model.bin",
-      "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
-      "text_encoder/model.fp16.safetensors", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors",
-      "safety_checker/model.safetensors", "unet/config.json", "tokenizer/merges.txt"],
-     ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-      "text_encoder/model.safetensors", "unet/config.json", "tokenizer/merges.txt"]),
-    (["unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors",
-      "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/pytorch_model.fp16.bin"],
-     ["unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors",
-      "vae/diffusion_pytorch_model.fp16.safetensors"]),
-    (["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors",
-      "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors"],
-     ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-      "text_encoder/model.fp16.safetensors"]),
-])
-def test_only_what_is_read_is_downloaded(files, kept, tmp_path, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    def download(name, allow_patterns):
-        assert name == "owner/some-model_v1.5"
-        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
-            (tmp_path / file).parent.mkdir(exist_ok=True)
-            (tmp_path / file).write_text("")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve("owner/some-model_v1.5") == tmp_path
-    found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(found) == sorted(kept)
-
-
-@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"},
-                                         {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_a_failed_download_is_one_sentence(environment, tmp_path):
-    code = ("from tinyldm.checkpoints import resolve\nfrom tinyldm.errors import TinyldmError\n"
-            "try: resolve('owner/name')\nexcept TinyldmError as error: print(error)")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         cwd=Path(__file__).parents[1],
-                         env=os.environ | {"HF_HOME": str(tmp_path)} | environment)
-    line, = run.stdout.splitlines()
-    assert line.startswith("owner/name is no folder here and could not be downloaded")
-    assert run.stderr == ""

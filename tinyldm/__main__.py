@@ -58,7 +58,8 @@ def parse(arguments):
                         "more, [word] less, BREAK starts a new piece of 75 tokens, and a bracket "
                         r"itself is \( \) \[ or \]")
     parser.add_argument("--weights", help="a folder in the diffusers layout, a single file in "
-                        "the original one, or a name on the Hugging Face hub (the bundled model)")
+                        "the original one, or a name on the Hugging Face hub: owner/name, or "
+                        "owner/name/file of a single file there (the bundled model)")
     parser.add_argument("--output", type=Path, default=Path("out.png"),
                         help="the file, in any format Pillow writes (out.png)")
     parser.add_argument("--steps", type=int, help="1 to 1000; more is slower and finer "

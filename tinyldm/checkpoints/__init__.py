@@ -9,6 +9,7 @@
     components.py         one component folder (config.json and weights) <-> one model, strictly
     ldm.py                the original names, of single files, against the public ones
     kinds.py              which model a single file holds, and its configs
+    hub.py                what is needed of the Hugging Face hub, and its download
     folders.py            a whole pipeline: a folder or a file, by path, hub name, or bundled
 """
 from .components import load_model, load_weights, save_model
