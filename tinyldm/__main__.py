@@ -1,7 +1,8 @@
 """python -m tinyldm "a prompt": the command line over pipeline.py.
 
 What a person may get wrong ends in one line, `error: ...`, and exit status 2; Ctrl-C in exit
-status 130. A picture is drawn, written under a temporary name and moved into place, one by one.
+status 130, a closed pipe in 141. A picture is drawn, written under a temporary name and moved into
+place, one by one.
 """
 import argparse
 import os
@@ -23,20 +24,33 @@ CLOCK = "{desc}: {elapsed_s:.1f} s"
 
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
+    def run():
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = show_warning
+                draw(parse(arguments))
+        except MemoryError:
+            raise TinyldmError("not enough memory: take --low-memory, or a smaller --width and "
+                               "--height") from None
+    return status(run)
+
+
+def status(run):
+    """Run a command -> its exit status, whatever came of it; standard error says in a line what."""
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show_warning
-            draw(parse(arguments))
+        try:
+            run()
+        finally:
+            sys.stdout.flush()                          # or it fails at the exit, past all hands
     except TinyldmError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except MemoryError:
-        print("error: not enough memory: take --low-memory, or a smaller --width and --height",
-              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:                             # who read the output, such as head, left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141                                      # 128 + SIGPIPE, as shells have it
     return 0
 
 

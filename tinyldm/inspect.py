@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from .__main__ import Parser
+from .__main__ import Parser, status
 from .checkpoints.components import (
     build_model,
     class_name,
@@ -62,14 +62,12 @@ def main(arguments=None):
                     "picture was made.")
     parser.add_argument("file", type=Path, help="a file of weights, the folder of a pipeline or "
                         "of one component, or a PNG made by tinyldm")
-    try:
-        lines = describe(parser.parse_args(arguments).file)
-    except TinyldmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for line in lines:                                  # a file's text is not to steer a terminal
-        print("".join(char if char.isprintable() else "?" for char in line))
-    return 0
+
+    def run():
+        for line in describe(parser.parse_args(arguments).file):
+            # A file's text is not to steer a terminal.
+            print("".join(char if char.isprintable() else "?" for char in line))
+    return status(run)
 
 
 def describe(path):
