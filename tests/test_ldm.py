@@ -214,12 +214,15 @@ def test_leftovers_are_ignored_and_averages_are_taken_if_asked_for(
 
 
 def test_other_prefixes(sd1_folder, tmp_path, monkeypatch):
-    """Text encoders without text_model., and Stable Diffusion 2's as SD-Turbo's file has it."""
+    """Text encoders without text_model., the VAE as `vae.`, and Stable Diffusion 2's text encoder
+    as SD-Turbo's file has it."""
     file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
     tensors = safetensors.torch.load_file(file)
-    safetensors.torch.save_file({name.replace("transformer.text_model.", "transformer."): tensor
-                                 for name, tensor in tensors.items()}, file)
-    assert_same_weights(tinyldm.load(file), tinyldm.load(sd1_folder))
+    for word, other in [("transformer.text_model.", "transformer."),
+                        ("first_stage_model.", "vae.")]:
+        tensors = {name.replace(word, other): tensor for name, tensor in tensors.items()}
+        safetensors.torch.save_file(tensors, file)
+        assert_same_weights(tinyldm.load(file), tinyldm.load(sd1_folder))
     folder = single_files.sd2_base(tmp_path / "sd2")
     file = as_file(folder, tmp_path / "model.safetensors", monkeypatch)
     tensors = safetensors.torch.load_file(file)
