@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from tinyldm.checkpoints import (
+    components,
     folders,
     load_model,
     load_pipeline_parts,
@@ -177,6 +178,35 @@ def test_no_weights_and_a_pickle_that_is_none(folder_copy):
         load_model(folder_copy / "vae")
 
 
+def test_half_a_download(folder_copy):
+    """What browsers and the hub's client call a file that is not whole yet is named."""
+    weights = folder_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name(f"{weights.name}.incomplete"))
+    with pytest.raises(TinyldmError, match=r"expected weights in .*vae .*found none \(it holds 2: "
+                       r"config.json, diffusion_pytorch_model.safetensors.incomplete\): is the"):
+        load_pipeline_parts(folder_copy)
+
+
+def test_an_index_of_shards_that_lacks_one_is_found_before_any_weight(folder_copy, monkeypatch):
+    unet = diffusers_unet()
+    shutil.rmtree(folder_copy / "unet")
+    unet.save_pretrained(folder_copy / "unet", max_shard_size="20KB")
+    shards = sorted((folder_copy / "unet").glob("*.safetensors"))
+    shards[1].rename(f"{shards[1]}.incomplete")
+    monkeypatch.setattr(components, "read_files", None)
+    with pytest.raises(TinyldmError, match=rf"diffusion_pytorch_model.safetensors.index.json lists "
+                       rf"{len(shards)} files of weights, of which the folder lacks 1: "
+                       rf"{shards[1].name}: is the download complete"):
+        load_pipeline_parts(folder_copy)
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {}}', '{"weight_map": ["x"]}', "{}"])
+def test_an_index_of_shards_that_is_none(content, tmp_path):
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
+    with pytest.raises(TinyldmError, match="must list files under weight_map, but does not"):
+        components.find_weights(tmp_path)
+
+
 @pytest.mark.parametrize("content, expected", [
     (None, "expected a file .*config.json"), ("{", "not readable JSON"), ("", "not readable JSON"),
     ("[1]", "JSON object, not a list"), ("{}", "names the model None"),
@@ -221,7 +251,8 @@ def test_pipeline_parts(pipeline_folder):
     assert parts.tokenizer == pipeline_folder / "tokenizer"
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", None])
+@pytest.mark.parametrize("name", [
+    "StableDiffusion3Pipeline", "StableDiffusionXLPipeline", "FluxPipeline", None])
 def test_other_pipelines_are_named(name, folder_copy):
     (folder_copy / "model_index.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(TinyldmError, match=f"names the pipeline {name}, supported is StableDiff"):
