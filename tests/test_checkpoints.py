@@ -4,8 +4,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -16,6 +14,7 @@ import torch
 import transformers
 
 from tinyldm.checkpoints import (
+    components,
     folders,
     load_model,
     load_pipeline_parts,
@@ -179,6 +178,35 @@ def test_no_weights_and_a_pickle_that_is_none(folder_copy):
         load_model(folder_copy / "vae")
 
 
+def test_half_a_download(folder_copy):
+    """What browsers and the hub's client call a file that is not whole yet is named."""
+    weights = folder_copy / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name(f"{weights.name}.incomplete"))
+    with pytest.raises(TinyldmError, match=r"expected weights in .*vae .*found none \(it holds 2: "
+                       r"config.json, diffusion_pytorch_model.safetensors.incomplete\): is the"):
+        load_pipeline_parts(folder_copy)
+
+
+def test_an_index_of_shards_that_lacks_one_is_found_before_any_weight(folder_copy, monkeypatch):
+    unet = diffusers_unet()
+    shutil.rmtree(folder_copy / "unet")
+    unet.save_pretrained(folder_copy / "unet", max_shard_size="20KB")
+    shards = sorted((folder_copy / "unet").glob("*.safetensors"))
+    shards[1].rename(f"{shards[1]}.incomplete")
+    monkeypatch.setattr(components, "read_files", None)
+    with pytest.raises(TinyldmError, match=rf"diffusion_pytorch_model.safetensors.index.json lists "
+                       rf"{len(shards)} files of weights, of which the folder lacks 1: "
+                       rf"{shards[1].name}: is the download complete"):
+        load_pipeline_parts(folder_copy)
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {}}', '{"weight_map": ["x"]}', "{}"])
+def test_an_index_of_shards_that_is_none(content, tmp_path):
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
+    with pytest.raises(TinyldmError, match="must list files under weight_map, but does not"):
+        components.find_weights(tmp_path)
+
+
 @pytest.mark.parametrize("content, expected", [
     (None, "expected a file .*config.json"), ("{", "not readable JSON"), ("", "not readable JSON"),
     ("[1]", "JSON object, not a list"), ("{}", "names the model None"),
@@ -277,62 +305,3 @@ def test_resolve_local(tmp_path, monkeypatch):
         (root / "weights" / "shapes").mkdir(parents=True)
         (root / "weights" / "shapes" / "model_index.json").write_text("{}")
         assert resolve() == root / "weights" / "shapes"
-
-
-# ---- the hub --------------------------------------------------------------------------------
-
-XL = [*(f"{part}/{file}" for file in ("config.json", "model.fp16.safetensors")
-        for part in ("text_encoder", "text_encoder_2")),
-      *(f"{part}/{file}" for file in ("config.json", "diffusion_pytorch_model.fp16.safetensors")
-        for part in ("unet", "vae", "vae_1_0")),
-      *(f"{part}/{file}" for file in ("vocab.json", "merges.txt")
-        for part in ("tokenizer", "tokenizer_2")),
-      "scheduler/scheduler_config.json", "model_index.json", "sd_xl_base_1.0.safetensors"]
-
-
-@pytest.mark.parametrize("files, kept", [
-    (["unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
-      "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/diffusion_pytorch_model.bin",
-      "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
-      "text_encoder/model.fp16.safetensors", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors",
-      "safety_checker/model.safetensors", "unet/config.json", "tokenizer/merges.txt"],
-     ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-      "text_encoder/model.safetensors", "unet/config.json", "tokenizer/merges.txt"]),
-    (["unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors",
-      "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/pytorch_model.fp16.bin"],
-     ["unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors",
-      "vae/diffusion_pytorch_model.fp16.safetensors"]),
-    (["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors",
-      "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors"],
-     ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-      "text_encoder/model.fp16.safetensors"]),
-    (XL, [file for file in XL if not file.startswith(("vae_1_0", "sd_xl"))]),
-])
-def test_only_what_is_read_is_downloaded(files, kept, tmp_path, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    def download(name, allow_patterns):
-        assert name == "owner/some-model_v1.5"
-        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
-            (tmp_path / file).parent.mkdir(exist_ok=True)
-            (tmp_path / file).write_text("")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve("owner/some-model_v1.5") == tmp_path
-    found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(found) == sorted(kept)
-
-
-@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"},
-                                         {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_a_failed_download_is_one_sentence(environment, tmp_path):
-    code = ("from tinyldm.checkpoints import resolve\nfrom tinyldm.errors import TinyldmError\n"
-            "try: resolve('owner/name')\nexcept TinyldmError as error: print(error)")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         cwd=Path(__file__).parents[1],
-                         env=os.environ | {"HF_HOME": str(tmp_path)} | environment)
-    line, = run.stdout.splitlines()
-    assert line.startswith("owner/name is no folder here and could not be downloaded")
-    assert run.stderr == ""

@@ -204,6 +204,23 @@ def test_interrupt(weights, out):
     assert stdout == b"" and list(out.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes of Unix")
+@pytest.mark.parametrize("module", ["tinyldm", "tinyldm.inspect"])
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_a_pipe_that_is_closed(module, stderr, weights, out):
+    """As by head: the command ends without a word, and as shells say it does."""
+    arguments = [weights] if module == "tinyldm.inspect" else [
+        "a cat", "--weights", weights, "--steps", "1"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run([sys.executable, "-m", module, *arguments], cwd=out, timeout=300,
+                             env=environment(), stdout=writer, stderr=stderr)
+    os.close(writer)
+    assert process.returncode == 141
+    assert stderr == subprocess.STDOUT or b"Error" not in process.stderr, process.stderr
+    assert not list(out.glob(".*"))
+
+
 def test_the_bundled_model(tmp_path):
     process = run("a red circle on a blue background", folder=tmp_path)
     assert process.returncode == 0, process.stderr

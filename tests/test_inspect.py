@@ -15,7 +15,8 @@ from PIL import Image, PngImagePlugin
 
 from tinyldm import __main__ as draw
 from tinyldm.checkpoints import write_safetensors
-from tinyldm.inspect import family, layout_of, main
+from tinyldm.checkpoints.kinds import family, layout_of
+from tinyldm.inspect import main
 
 from .small_pipelines import change_json, smallest
 from .test_keys import KEYS, REFERENCE, SD15, SD21, published_shapes
@@ -135,7 +136,7 @@ def original(width, channels):
 
 @pytest.mark.parametrize("width, channels, expected", [
     (768, 4, "Stable Diffusion 1"), (768, 9, "Stable Diffusion 1 for inpainting"),
-    (768, 8, "Stable Diffusion 1 for instructions"), (1024, 4, "Stable Diffusion 2"),
+    (768, 8, "Stable Diffusion 1 for editing"), (1024, 4, "Stable Diffusion 2"),
     (2048, 4, "Stable Diffusion XL"), (1280, 4, "Stable Diffusion XL's refiner")])
 def test_families(width, channels, expected):
     tensors = original(width, channels)

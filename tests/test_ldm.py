@@ -312,12 +312,15 @@ def test_leftovers_are_ignored_and_averages_are_taken_if_asked_for(
 
 
 def test_other_prefixes(sd1_folder, tmp_path, monkeypatch):
-    """Text encoders without text_model., and Stable Diffusion 2's as SD-Turbo's file has it."""
+    """Text encoders without text_model., the VAE as `vae.`, and Stable Diffusion 2's text encoder
+    as SD-Turbo's file has it."""
     file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
     tensors = safetensors.torch.load_file(file)
-    safetensors.torch.save_file({name.replace("transformer.text_model.", "transformer."): tensor
-                                 for name, tensor in tensors.items()}, file)
-    assert_same_weights(tinyldm.load(file), tinyldm.load(sd1_folder))
+    for word, other in [("transformer.text_model.", "transformer."),
+                        ("first_stage_model.", "vae.")]:
+        tensors = {name.replace(word, other): tensor for name, tensor in tensors.items()}
+        safetensors.torch.save_file(tensors, file)
+        assert_same_weights(tinyldm.load(file), tinyldm.load(sd1_folder))
     folder = single_files.sd2_base(tmp_path / "sd2")
     file = as_file(folder, tmp_path / "model.safetensors", monkeypatch)
     tensors = safetensors.torch.load_file(file)
@@ -357,14 +360,16 @@ def test_two_names_of_one_weight(sd1_folder, tmp_path, monkeypatch):
 # ---- what is not supported ------------------------------------------------------------------
 
 @pytest.mark.parametrize("names, expected", [
-    (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "a Stable Diffusion 3 mod"),
-    (["double_blocks.0.img_attn.qkv.weight"], "a Flux model.*not supported"),
-    (["model.diffusion_model.single_blocks.0.linear1.weight"], "a Flux model"),
-    (["single_transformer_blocks.0.attn.to_q.weight"], "a Flux model"),
-    (["conditioner.embedders.0.model.logit_scale", "model.diffusion_model.label_emb.0.0.weight"],
-     "refiner of Stable Diffusion XL"),
-    (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight"], "a LoRA, which changes"),
-    (["conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"], "one part of a model in the diff"),
+    (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3 .not"),
+    (["double_blocks.0.img_attn.qkv.weight"], r"Flux \(not supported\) in the original layout"),
+    (["model.diffusion_model.single_blocks.0.linear1.weight"], "Flux .not supported"),
+    (["single_transformer_blocks.0.attn.to_q.weight"], "Flux .not supported"),
+    (["transformer_blocks.0.attn.add_k_proj.weight"], "Stable Diffusion 3 .not supp.* diffusers"),
+    (["encoder.down.0.block.0.conv1.weight"], "VAE in the original layout"),
+    (["conditioner.embedders.1.model.logit_scale"], "text encoder in the original layout"),
+    (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight"],
+     "LoRA in the kohya layout: .*; --lora adds it to one"),
+    (["conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"], "UNet in the diffusers layout"),
     (["layer.weight", "layer.bias"], r"unknown kind of model: found 2 tensors \(layer.\w+ \[3, 4\],"
                                      r" layer.\w+ \[3, 4\] ...\), known are Stable Diffusion"),
     ([], "found 0 tensors"),
@@ -392,6 +397,14 @@ def test_other_shapes_are_named(channels, width, expected, tmp_path):
                                  kinds.FIRST_KEYS: torch.zeros(2, width)}, file)
     with pytest.raises(TinyldmError, match=expected):
         tinyldm.load(file)
+
+
+@with_lists
+@pytest.mark.parametrize("kind, expected", [
+    ("sdxl", "kind of model, Stable Diffusion XL: "), ("sdxl_refiner", "model, .* XL's refiner: ")])
+def test_other_real_checkpoints_are_named(kind, expected):
+    with pytest.raises(TinyldmError, match=expected):
+        kinds.recognise(stored_tensors(kind), "file")
 
 
 # ---- the tokenizer --------------------------------------------------------------------------

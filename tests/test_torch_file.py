@@ -18,11 +18,12 @@ import pytest
 import safetensors.torch
 import torch
 
+import tinyldm
 from tinyldm.checkpoints import load_model, load_weights, read_tensors, unpickle
 from tinyldm.errors import TinyldmError
 
 from .reference import reference_names
-from .small_pipelines import with_old_vae_names
+from .small_pipelines import smallest, with_old_vae_names
 from .test_checkpoints import (
     assert_holds,
     diffusers_unet,
@@ -175,6 +176,24 @@ def test_shards_of_pickles_and_old_vae_names(tmp_path):
         str({"weight_map": {key: name for name, shard in shards.items() for key in shard}}
             ).replace("'", '"'))
     assert_holds(load_model(tmp_path / "vae"), vae.state_dict())
+
+
+def test_a_pipeline_of_pickles_only(tmp_path):
+    folder = smallest(tmp_path / "pipeline")
+    pipe = tinyldm.load(folder)
+    for file in folder.glob("*/*.safetensors"):
+        stem = "pytorch_model" if file.stem == "model" else file.stem
+        torch.save(safetensors.torch.load_file(file), file.with_name(f"{stem}.bin"))
+        file.unlink()
+    pickled = tinyldm.load(folder)
+    for part in ("text_encoder", "unet", "vae"):
+        stored = dict(getattr(pickled, part).named_parameters())
+        for name, parameter in getattr(pipe, part).named_parameters():
+            assert np.array_equal(stored[name].data, parameter.data), name
+    write(folder / "unet" / "diffusion_pytorch_model.bin", dump({"w": Call(os.system, "exit")}))
+    with pytest.raises(TinyldmError, match="diffusion_pytorch_model.bin: its pickle calls '.*system"
+                       "', which no weights need, so nothing of it was run"):
+        tinyldm.load(folder)
 
 
 # ---- hostile pickles ------------------------------------------------------------------------

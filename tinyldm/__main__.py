@@ -1,7 +1,8 @@
 """python -m tinyldm "a prompt": the command line over pipeline.py.
 
 What a person may get wrong ends in one line, `error: ...`, and exit status 2; Ctrl-C in exit
-status 130. A picture is drawn, written under a temporary name and moved into place, one by one.
+status 130, a closed pipe in 141. A picture is drawn, written under a temporary name and moved into
+place, one by one.
 """
 import argparse
 import json
@@ -24,20 +25,33 @@ CLOCK = "{desc}: {elapsed_s:.1f} s"
 
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
+    def run():
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = show_warning
+                draw(parse(arguments))
+        except MemoryError:
+            raise TinyldmError("not enough memory: take --low-memory, or a smaller --width and "
+                               "--height") from None
+    return status(run)
+
+
+def status(run):
+    """Run a command -> its exit status, whatever came of it; standard error says in a line what."""
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show_warning
-            draw(parse(arguments))
+        try:
+            run()
+        finally:
+            sys.stdout.flush()                          # or it fails at the exit, past all hands
     except TinyldmError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except MemoryError:
-        print("error: not enough memory: take --low-memory, or a smaller --width and --height",
-              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:                             # who read the output, such as head, left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141                                      # 128 + SIGPIPE, as shells have it
     return 0
 
 
@@ -59,7 +73,8 @@ def parse(arguments):
                         "more, [word] less, BREAK starts a new piece of 75 tokens, and a bracket "
                         r"itself is \( \) \[ or \]")
     parser.add_argument("--weights", help="a folder in the diffusers layout, a single file in "
-                        "the original one, or a name on the Hugging Face hub (the bundled model)")
+                        "the original one, or a name on the Hugging Face hub: owner/name, or "
+                        "owner/name/file of a single file there (the bundled model)")
     parser.add_argument("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]",
                         help="a LoRA to add to the weights, that many times (1); may be given "
                         "several times")

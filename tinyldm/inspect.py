@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from .__main__ import Parser
+from .__main__ import Parser, status
 from .checkpoints.components import (
     build_model,
     class_name,
@@ -23,36 +23,13 @@ from .checkpoints.components import (
     read_files,
     shorten,
 )
-from .checkpoints.kinds import FAMILIES
+from .checkpoints.kinds import family, layout_of
 from .checkpoints.layout import fitted
 from .checkpoints.reading import read_tensors
 from .errors import TinyldmError
 from .files import read_json
 
 PNG = b"\x89PNG\r\n\x1a\n"
-# What some key contains -> the layout, and what the file holds. The first line that fits decides.
-LAYOUTS = (
-    ("lora_unet_", "kohya", "LoRA"),
-    ("lora_te", "kohya", "LoRA"),
-    (".lora_A.", "peft", "LoRA"),
-    (".lora.down.", "diffusers", "LoRA"),
-    ("joint_blocks.", "original", "Stable Diffusion 3 (not supported)"),
-    ("double_blocks.", "original", "Flux (not supported)"),
-    ("controlnet_", "diffusers", "ControlNet (not supported)"),
-    ("model.diffusion_model.", "original", "single file"),
-    ("first_stage_model.", "original", "VAE"),
-    ("cond_stage_model.", "original", "text encoder"),
-    ("conditioner.embedders.", "original", "text encoder"),
-    ("input_blocks.", "original", "UNet"),
-    ("encoder.down.", "original", "VAE"),
-    ("encoder.down_blocks.", "diffusers", "VAE"),
-    ("down_blocks.", "diffusers", "UNet"),
-    ("vision_model.", "transformers", "image encoder"),
-    ("encoder.layers.", "transformers", "text encoder"),
-    ("emb_params", "web interface", "textual inversion"),
-)
-# The channels that a UNet takes.
-VARIANTS = {8: "for instructions", 9: "for inpainting"}
 
 
 def main(arguments=None):
@@ -61,14 +38,12 @@ def main(arguments=None):
                     "picture was made.")
     parser.add_argument("file", type=Path, help="a file of weights, the folder of a pipeline or "
                         "of one component, or a PNG made by tinyldm")
-    try:
-        lines = describe(parser.parse_args(arguments).file)
-    except TinyldmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for line in lines:                                  # a file's text is not to steer a terminal
-        print("".join(char if char.isprintable() else "?" for char in line))
-    return 0
+
+    def run():
+        for line in describe(parser.parse_args(arguments).file):
+            # A file's text is not to steer a terminal.
+            print("".join(char if char.isprintable() else "?" for char in line))
+    return status(run)
 
 
 def describe(path):
@@ -140,32 +115,12 @@ def compare(folder, stored):
 def describe_tensors(tensors):
     """Lines on {name: StoredTensor}: layout, kind, precision, parameters by module."""
     layout, kind = layout_of(tensors)
+    kind = kind or f"unknown, with keys such as {', '.join(list(tensors)[:3]) or 'none'}"
+    kinds = filter(None, [kind, family(tensors)])
     formats = Counter(tensor.format for tensor in tensors.values())
     precision = ", ".join(f"{count:,} x {name}" for name, count in formats.most_common())
-    return [f"  layout: {layout}", f"  kind: {', '.join(filter(None, [kind, family(tensors)]))}",
+    return [f"  layout: {layout or 'unknown'}", f"  kind: {', '.join(kinds)}",
             f"  precision: {precision or 'no tensors'}", *table(tensors)]
-
-
-def layout_of(names):
-    """What the keys of a file say of it -> (layout, kind): see LAYOUTS."""
-    for mark, layout, kind in LAYOUTS:
-        if any(mark in name for name in names):
-            return layout, kind
-    return "unknown", f"unknown, with keys such as {', '.join(list(names)[:3]) or 'none'}"
-
-
-def family(tensors):
-    """Which Stable Diffusion a UNet in either layout is of, by its shapes; "" without a UNet."""
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    widths = [shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
-    if not widths:
-        return ""
-    channels = [shape[1] for name, shape in shapes.items() if len(shape) == 4
-                and (name == "conv_in.weight" or name.endswith("input_blocks.0.0.weight"))]
-    return " ".join(filter(None, [
-        FAMILIES.get(widths[0], f"with a context of width {widths[0]}"),
-        VARIANTS.get(next(iter(channels), None)),
-        "guided as LCM" if "time_embedding.cond_proj.weight" in shapes else None]))
 
 
 def table(tensors):

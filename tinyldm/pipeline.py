@@ -34,16 +34,17 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
     """Read a pipeline's weights -> StableDiffusion.
 
     weights: None for the bundled model; a folder in the diffusers layout; a single file in the
-    original layout (.safetensors, .ckpt); or a name on the Hugging Face hub (owner/name),
-    downloaded once. A single file's tokenizer is downloaded too, unless TINYLDM_TOKENIZER names a
-    folder with one. ema: of a single file with two sets of the UNet's weights take the averaged
-    one. device: "cpu" or "cuda". dtype: of the weights
-    and of what the models store. Unless given it is float16 on the GPU and float32 on the CPU,
-    where large weights that the files have in float16 stay so and are widened when they are used:
-    half of the memory, the same numbers. To train them give float32. low_memory: less memory for
-    more time. Pictures larger than those the VAE was trained on are decoded in tiles, a little
-    differently (see AutoencoderKL.decode_tiled); on the CPU freed memory goes back to the system,
-    and weights whose dtype is the file's stay in its memory map.
+    original layout (.safetensors, .ckpt); or a name on the Hugging Face hub, downloaded once:
+    owner/name, or owner/name/file of a single file there. A single file's tokenizer is downloaded
+    too, unless TINYLDM_TOKENIZER names a folder with one. ema: of a single file with two sets of
+    the UNet's weights take the averaged one. device: "cpu" or "cuda". dtype: of the weights and of
+    what the models store; for float16 the weights' fp16 variant is taken where there is one. Unless
+    given it is float16 on the GPU and float32 on the CPU, where large weights that the files have
+    in float16 stay so and are widened when they are used: half of the memory, the same numbers. To
+    train them give float32. low_memory: less memory for more time. Pictures larger than those the
+    VAE was trained on are decoded in tiles, a little differently (see AutoencoderKL.decode_tiled);
+    on the CPU freed memory goes back to the system, and weights whose dtype is the file's stay in
+    its memory map.
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Here, so that `import tinyldm` need not wait for the libraries behind them.
@@ -54,7 +55,7 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
         keep_freed_memory()
     xp = array_library(device)
     dtype = float_type(np.float16 if dtype is None and xp is not np else dtype)
-    parts = load_pipeline_parts(resolve(weights), dtype, low_memory and xp is np, ema)
+    parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema)
     steps = parts.index.get("_num_inference_steps",
                             FEW_STEPS if parts.unet.config.get("time_cond_proj_dim") else STEPS)
     tokenizer = Tokenizer.from_folder(parts.tokenizer, parts.padding)

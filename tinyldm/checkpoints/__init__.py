@@ -8,7 +8,8 @@
     layout.py             what a file calls and how it orders a weight, against what a model does
     components.py         one component folder (config.json and weights) <-> one model, strictly
     ldm.py                the original names, of single files, against the public ones
-    kinds.py              which model a single file holds, and its configs
+    kinds.py              what a file of weights is, and the configs of a single file's model
+    hub.py                what is needed of the Hugging Face hub, and its download
     folders.py            a whole pipeline: a folder or a file, by path, hub name, or bundled
     saving.py             a whole pipeline written as a folder
     lora.py               a small file that changes a loaded model's weights

@@ -20,10 +20,10 @@ from .reading import read_tensors
 from .safetensors_file import write_safetensors
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
-                "model.safetensors", "model.fp16.safetensors",
-                "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin",
-                "pytorch_model.bin", "pytorch_model.fp16.bin")
+# As diffusers and transformers call them, what is no pickle first. The float16 variant of name.end
+# is name.fp16.end; an index of shards is name.end.index.json, or name.end.index.fp16.json.
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors",
+                "diffusion_pytorch_model.bin", "pytorch_model.bin")
 LARGE = 1 << 20                                         # numbers in a weight that may stay float16
 NAMES_SHOWN = 8                                         # of a list of keys in an error
 
@@ -51,23 +51,37 @@ def class_name(config):
     return name[0] if isinstance(name, list) else name
 
 
-def find_weights(folder):
+def find_weights(folder, dtype=None, names=None):
     """The weight files of a component folder: one, or the shards that an index lists.
 
-    Pickles are the last choice. Raises TinyldmError where there is none.
+    For dtype float16 the variant in float16 comes first, else the one without a variant, which is
+    the precise one; of each, pickles are the last choice. names: of the files that the folder
+    will have, if it does not have them yet, but for an index.
+    Raises TinyldmError where there is none, and for shards that are missing.
     """
     folder = Path(folder)
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise TinyldmError(f"{index} must list files under weight_map, but does not")
-            return [folder / str(shard) for shard in sorted(set(map(str, shards.values())))]
-    raise TinyldmError(f"expected weights in {folder} ({', '.join(WEIGHT_FILES)}), found none: "
-                       "is the folder complete?")
+    names = {path.name for path in folder.glob("*")} if names is None else set(names)
+    half = dtype is not None and np.dtype(dtype) == np.float16
+    for variant in (".fp16", "") if half else ("", ".fp16"):
+        for name in WEIGHT_FILES:
+            stem, end = name.split(".")
+            if f"{stem}{variant}.{end}" in names:
+                return [folder / f"{stem}{variant}.{end}"]
+            if f"{name}.index{variant}.json" in names:
+                return _shards(folder, f"{name}.index{variant}.json", names)
+    raise TinyldmError(f"expected weights in {folder} ({', '.join(WEIGHT_FILES)}, or with .fp16), "
+                       f"found none (it holds {shorten(sorted(names))}): is the folder complete?")
+
+
+def _shards(folder, index, names):
+    shards = read_json(folder / index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise TinyldmError(f"{folder / index} must list files under weight_map, but does not")
+    shards = sorted(set(map(str, shards.values())))
+    if missing := [shard for shard in shards if shard not in names]:
+        raise TinyldmError(f"{folder / index} lists {len(shards)} files of weights, of which the "
+                           f"folder lacks {shorten(missing)}: is the download complete?")
+    return [folder / shard for shard in shards]
 
 
 def load_weights(module, files, dtype=np.float32, low_memory=False):
@@ -160,13 +174,13 @@ def shorten(names):
 def load_model(folder, dtype=np.float32, low_memory=False):
     """The model that folder/config.json names, with the folder's weights in `dtype`.
 
-    dtype, low_memory: see fill.
+    dtype, low_memory: see fill; of a folder with two variants, find_weights chooses by dtype.
 
     Returns one of MODELS.
     Raises TinyldmError: see build_model, find_weights and load_weights.
     """
     module = build_model(folder)
-    load_weights(module, find_weights(folder), dtype, low_memory)
+    load_weights(module, find_weights(folder, dtype), dtype, low_memory)
     return module
 
 

@@ -3,7 +3,7 @@
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
 A single file in the original layout has the weights of the three models alone (ldm.py, kinds.py).
-Called by pipeline.py; the three models come from components.py.
+Called by pipeline.py; the three models come from components.py, what is not here from hub.py.
 """
 import os
 import re
@@ -18,7 +18,7 @@ from ..layers import Module
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
-from . import ldm
+from . import hub, ldm
 from .components import check_fit, fill, find_weights, load_model, read_config
 from .kinds import recognise
 from .layout import fitted
@@ -30,15 +30,12 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
              "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline",
              "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline",
              "StableDiffusionXLInpaintPipeline")
-# What is downloaded of a hub folder: each component's weights once, in the first form it has.
-VARIANTS = (".safetensors", ".fp16.safetensors")
-SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt",
-               "tokenizer_2/*.json", "tokenizer_2/*.txt", "unet/*.json", "vae/*.json",
-               "text_encoder/*.json", "text_encoder_2/*.json"]
 # Every Stable Diffusion reads prompts with CLIP's vocabulary, which single files do not have.
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
 TOKENIZER_VARIABLE = "TINYLDM_TOKENIZER"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILE = re.compile(rf"({HUB_NAME.pattern})/(.+\.(?:safetensors|ckpt))")
 
 
 class PipelineParts(NamedTuple):
@@ -70,17 +67,9 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
 
 
 def _load_folder(folder, dtype, low_memory):
-    index = folder / "model_index.json"
-    content = read_json(index)
-    name = content.get("_class_name")
-    if name not in PIPELINES:
-        raise TinyldmError(f"{index} names the pipeline {name}, supported are "
-                           f"{', '.join(PIPELINES)}")
-    if content.get("requires_aesthetics_score"):
-        raise TinyldmError(f"{folder} holds the refiner of Stable Diffusion XL, which is not "
-                           "supported: take the base model")
+    index = _read_index(folder)
     components, tokenizers = COMPONENTS, ["tokenizer"]
-    if "XL" in name:
+    if "XL" in index["_class_name"]:
         components, tokenizers = COMPONENTS | SECOND, ["tokenizer", "tokenizer_2"]
     for part in (*components, *tokenizers, "scheduler"):
         if not (folder / part).is_dir():
@@ -93,11 +82,24 @@ def _load_folder(folder, dtype, low_memory):
         if model is not expected:
             raise TinyldmError(f"{folder / part / 'config.json'} must name a {expected.__name__}, "
                                f"not a {model.__name__}")
-        find_weights(folder / part)
         dtypes[part] = _dtype(config, dtype)
+        find_weights(folder / part, dtypes[part])
     models = {part: load_model(folder / part, dtypes[part], low_memory) for part in components}
     return PipelineParts(**models, **{name: folder / name for name in tokenizers},
-                         scheduler=scheduler, padding=None, index=content)
+                         scheduler=scheduler, padding=None, index=index)
+
+
+def _read_index(folder):
+    """The dict of folder/model_index.json. Raises TinyldmError for a pipeline not supported."""
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if name not in PIPELINES:
+        raise TinyldmError(f"{folder / 'model_index.json'} names the pipeline {name}, supported "
+                           f"are {', '.join(PIPELINES)}")
+    if index.get("requires_aesthetics_score"):
+        raise TinyldmError(f"{folder} holds the refiner of Stable Diffusion XL, which is not "
+                           "supported: take the base model")
+    return index
 
 
 def _dtype(config, dtype):
@@ -147,7 +149,7 @@ def _tokenizer_folder():
                                f"merges.txt, but there is no folder {folder}")
         return Path(folder)
     try:
-        return _snapshot(TOKENIZER, TOKENIZER_FILES)
+        return hub.fetch(TOKENIZER, TOKENIZER_FILES)
     except TinyldmError as error:
         raise TinyldmError(f"a single file has no tokenizer, and {error}; or let "
                            f"{TOKENIZER_VARIABLE} name a folder with CLIP's vocab.json and "
@@ -155,11 +157,12 @@ def _tokenizer_folder():
                            ) from None
 
 
-def resolve(weights=None):
+def resolve(weights=None, dtype=None):
     """The pipeline's folder, or its single file, that a user's word means.
 
-    weights: None for the bundled model; a folder; a file; or a hub name `owner/name`, downloaded
-    once.
+    weights: None for the bundled model; a folder; a file; or what is downloaded once, a hub name
+    `owner/name` or a single file there, `owner/name/file.safetensors`. dtype: which variant of the
+    weights to download, see find_weights.
     Raises TinyldmError for what is none of these, and for a failed download.
     """
     if weights is None:
@@ -167,10 +170,14 @@ def resolve(weights=None):
     path = Path(weights).expanduser()
     if path.is_dir() or path.is_file():
         return path
-    if path.suffix in (".safetensors", ".ckpt"):
+    name = str(weights)
+    if (match := HUB_FILE.fullmatch(name)) and not path.parent.is_dir():
+        return hub.download_file(match[1], match[2])
+    if path.suffix in hub.CHECKPOINTS:
         raise TinyldmError(f"expected a file of weights, but there is no file {path}")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights)):
-        return _download(str(weights))
+    if HUB_NAME.fullmatch(name):
+        folder = hub.download_index(name)
+        return hub.download_parts(name, folder, _read_index(folder), dtype)
     raise TinyldmError(f"expected weights to be a folder, a file or a hub name (owner/name), but "
                        f"there is no folder {weights}")
 
@@ -182,32 +189,3 @@ def _bundled():
             return root / "weights" / "shapes"
     raise TinyldmError(f"the bundled model is missing from {package.parent}: install tinyldm "
                        f"again, or name a folder of weights")
-
-
-def _download(name):
-    """The local copy of the hub's `name`: only the files that are read, weights in one form."""
-    wanted = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
-              "text_encoder": "model", "text_encoder_2": "model"}
-    for variant in VARIANTS:
-        files = [f"{part}/{stem}{variant}" for part, stem in wanted.items()]
-        folder = _snapshot(name, SMALL_FILES + files)
-        wanted = {part: stem for part, stem in wanted.items()
-                  if not (folder / part / f"{stem}{variant}").is_file()
-                  and (part in COMPONENTS or (folder / part).is_dir())}
-        if not wanted:
-            break
-    return folder
-
-
-def _snapshot(name, files):
-    """The folder with the local copy of some files of the hub's `name`."""
-    import huggingface_hub  # here: it takes long to import and is seldom needed
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except Exception as error:
-        # The hub's errors and its network library's share no base, and run over many lines.
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise TinyldmError(f"{name} is no folder here and could not be downloaded from the "
-                           f"Hugging Face hub ({reason}): check the name, the network, and "
-                           f"for gated models `hf auth login`") from None

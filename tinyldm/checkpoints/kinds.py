@@ -1,4 +1,4 @@
-"""Which model a single file holds, told by its names and shapes, and that model's configs.
+"""What a file of weights is, told by its names and shapes, and the configs of whole models.
 
 A single file has the weights and no config. What the published folders' config.json files say of
 the same models stands here. Source: on the Hugging Face hub stable-diffusion-v1-5,
@@ -97,46 +97,31 @@ SDXL_INPAINTING = SDXL._replace(
     name="Stable Diffusion XL for inpainting", unet=SDXL.unet | INPAINTING)
 KNOWN = "Stable Diffusion 1, 2 and XL in the original layout (model.diffusion_model.*)"
 
-# The width of the context that a UNet looks at.
-FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
-            1280: "Stable Diffusion XL's refiner"}
-
-# What a part of a name gives away, the most telling first. SDXL has "label_emb." too.
-OTHERS = {
-    "joint_blocks.": "a Stable Diffusion 3 model", "double_blocks.": "a Flux model",
-    "single_blocks.": "a Flux model", "single_transformer_blocks.": "a Flux model",
-    "label_emb.": "a UNet that is told more than a prompt, such as the refiner of Stable Diffusion "
-                  "XL",
-    "lora_": "a LoRA, which changes a model (--lora adds it)",
-    "down_blocks.0.": "one part of a model in the diffusers layout, whose whole folder is read",
-}
-
 
 def recognise(stored, path):
     """The Kind of a single file with these {name: StoredTensor}.
 
     Raises TinyldmError for another model, named where it is known, else with what was found.
     """
+    layout, what = layout_of(stored)
+    if what not in (SINGLE_FILE, None):
+        raise TinyldmError(f"{path} holds another kind of weights, {what} in the {layout} layout: "
+                           f"as a single file only {KNOWN} are supported{HINTS.get(what, '')}")
     first, keys = stored.get(FIRST_CONVOLUTION), stored.get(FIRST_KEYS, stored.get(FIRST_KEYS_XL))
-    width = keys.shape[1] if keys is not None and len(keys.shape) == 2 else None
-    for word, other in OTHERS.items():
-        told = word == "label_emb." and width == SDXL.unet["cross_attention_dim"]
-        if not told and any(word in name for name in stored):
-            raise TinyldmError(f"{path} holds {other}: as a single file this is not supported, "
-                               f"only {KNOWN}")
-    if first is None or width is None or len(first.shape) != 4:
+    if first is None or keys is None or len(first.shape) != 4 or len(keys.shape) != 2:
         raise _unknown(stored, path)
     kinds = {kind.unet["cross_attention_dim"]: (kind, inpainting) for kind, inpainting in
              ((SD1, SD1_INPAINTING), (SD2, SD2_INPAINTING), (SDXL, SDXL_INPAINTING))}
+    width = keys.shape[1]
     if width not in kinds:
-        raise TinyldmError(f"{path} holds a UNet for a context of width {width}, known are "
+        raise TinyldmError(f"{path} holds a UNet of {context_width(width)}, supported are "
                            f"{', '.join(f'{w} ({kind.name})' for w, (kind, _) in kinds.items())}")
     channels = {kind.unet["in_channels"]: kind for kind in kinds[width]}
     kind = channels.get(first.shape[1])
     if kind is None:
-        word = " (made for editing pictures)" if first.shape[1] == 8 else ""
+        made = f" (made {MADE_FOR[first.shape[1]]})" if first.shape[1] in MADE_FOR else ""
         raise TinyldmError(f"{path} holds a {kinds[width][0].name} of {first.shape[1]} input "
-                           f"channels{word}: this is not supported, only "
+                           f"channels{made}: this is not supported, only "
                            f"{' and '.join(map(str, channels))}")
     return SD2_BASE if kind is SD2 and not _predicts_v(stored) else kind
 
@@ -157,5 +142,63 @@ def _predicts_v(stored):
 
 def _unknown(stored, path):
     found = [f"{name} {list(tensor.shape)}" for name, tensor in list(stored.items())[:4]]
-    return TinyldmError(f"{path} holds an unknown kind of model: found {len(stored)} tensors "
+    kind = ", ".join(filter(None, ["an unknown kind of model", family(stored)]))
+    return TinyldmError(f"{path} holds {kind}: found {len(stored)} tensors "
                         f"({', '.join(found)} ...), known are {KNOWN}")
+
+
+# ---- any file of weights --------------------------------------------------------------------
+
+SINGLE_FILE = "single file"                             # all the models of a pipeline
+HINTS = {"LoRA": "; --lora adds it to one", "textual inversion": "; --embedding adds it to one"}
+# What some key contains -> the layout, and what the file holds. The first line that fits decides.
+LAYOUTS = (
+    ("lora_unet_", "kohya", "LoRA"),
+    ("lora_te", "kohya", "LoRA"),
+    (".lora_A.", "peft", "LoRA"),
+    (".lora.down.", "diffusers", "LoRA"),
+    ("joint_blocks.", "original", "Stable Diffusion 3 (not supported)"),
+    ("double_blocks.", "original", "Flux (not supported)"),
+    ("single_blocks.", "original", "Flux (not supported)"),
+    ("single_transformer_blocks.", "diffusers", "Flux (not supported)"),
+    (".attn.add_k_proj.", "diffusers", "Stable Diffusion 3 (not supported)"),
+    ("controlnet_", "diffusers", "ControlNet (not supported)"),
+    ("model.diffusion_model.", "original", SINGLE_FILE),
+    ("first_stage_model.", "original", "VAE"),
+    ("cond_stage_model.", "original", "text encoder"),
+    ("conditioner.embedders.", "original", "text encoder"),
+    ("input_blocks.", "original", "UNet"),
+    ("encoder.down.", "original", "VAE"),
+    ("encoder.down_blocks.", "diffusers", "VAE"),
+    ("down_blocks.", "diffusers", "UNet"),
+    ("vision_model.", "transformers", "image encoder"),
+    ("encoder.layers.", "transformers", "text encoder"),
+    ("emb_params", "web interface", "textual inversion"),
+)
+# The width of the context that a UNet attends to, and the channels it takes.
+FAMILIES = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name,
+            1280: "Stable Diffusion XL's refiner"}
+MADE_FOR = {8: "for editing", 9: "for inpainting"}
+
+
+def layout_of(names):
+    """What the keys of a file say of it -> (layout, kind): see LAYOUTS; both None if nothing."""
+    for mark, layout, kind in LAYOUTS:
+        if any(mark in name for name in names):
+            return layout, kind
+    return None, None
+
+
+def family(tensors):
+    """Which Stable Diffusion a UNet in either layout is of, by its shapes; "" without a UNet."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    widths = [shape[-1] for name, shape in shapes.items()
+              if name.endswith("attn2.to_k.weight") and shape]
+    if not widths:
+        return ""
+    channels = [shape[1] for name, shape in shapes.items() if len(shape) == 4
+                and (name == "conv_in.weight" or name.endswith("input_blocks.0.0.weight"))]
+    return " ".join(filter(None, [
+        FAMILIES.get(widths[0], f"with a context of width {widths[0]}"),
+        MADE_FOR.get(next(iter(channels), None)),
+        "guided as LCM" if "time_embedding.cond_proj.weight" in shapes else None]))

@@ -176,6 +176,7 @@ def _same(name):
 PREFIXES = (
     ("model.diffusion_model.", "unet", unet_name),
     ("first_stage_model.", "vae", vae_name),
+    ("vae.", "vae", vae_name),                          # re-packed files
     ("cond_stage_model.transformer.", "text_encoder", _same),
     ("cond_stage_model.model.", "text_encoder", open_clip_names),
     ("conditioner.embedders.0.transformer.", "text_encoder", _same),
