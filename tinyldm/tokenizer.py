@@ -50,7 +50,7 @@ class Tokenizer:
         self.start, self.end, self.padding = (
             backend.token_to_id(token) for token in (bos_token, eos_token, pad_token))
         self.comma = backend.token_to_id(",</w>")       # None where the vocabulary has none
-        self.folder = Path()                            # with its files
+        self.folder = None                              # with its files
 
     @classmethod
     def from_folder(cls, path, padding=None):
@@ -90,6 +90,9 @@ class Tokenizer:
 
         Raises TinyldmError where they are gone, or cannot be written.
         """
+        if self.folder is None:
+            raise TinyldmError("this tokenizer was not read from a folder, so it has no files to "
+                               "save: make it with Tokenizer.from_folder")
         path = Path(path)
         try:
             path.mkdir(parents=True)
