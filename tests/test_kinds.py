@@ -242,6 +242,10 @@ def test_a_save_that_fails_leaves_nothing(tmp_path):
     pipe.vae.decoder.conv_out.bias.data[:] = 0
     with pytest.raises(TinyldmError, match="the tokenizer's files in .* are gone"):
         tinyldm.save(pipe, tmp_path / "empty")
+    folder, pipe.tokenizer.folder = pipe.tokenizer.folder, None
+    with pytest.raises(TinyldmError, match="not read from a folder"):
+        tinyldm.save(pipe, tmp_path / "empty")
+    pipe.tokenizer.folder = folder
     assert {path.name for path in tmp_path.iterdir()} == before
     assert not any((tmp_path / "empty").iterdir())
     shutil.copytree(load(sd1(tmp_path / "other")).tokenizer.folder, tmp_path / "source/tokenizer",

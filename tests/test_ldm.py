@@ -335,6 +335,7 @@ def test_three_lists(sd1_folder, tmp_path, monkeypatch):
     tensors = safetensors.torch.load_file(file)
     tensors["model.diffusion_model.out.3.weight"] = torch.zeros(1)
     tensors["scribble"] = torch.zeros(1)
+    tensors["conditioner.embedders.1.model.ln_final.bias"] = torch.zeros(1)   # a part too many
     tensors["first_stage_model.encoder.mid.attn_1.q.bias"] = torch.zeros(3)
     del tensors["cond_stage_model.transformer.text_model.final_layer_norm.bias"]
     safetensors.torch.save_file(tensors, file)
@@ -343,7 +344,8 @@ def test_three_lists(sd1_folder, tmp_path, monkeypatch):
     first, missing, unexpected, wrong = str(error.value).splitlines()
     assert first == f"{file} does not fit Stable Diffusion 1"
     assert missing == "  missing: 1: text_encoder.text_model.final_layer_norm.bias"
-    assert unexpected == "  unexpected: 2: scribble, model.diffusion_model.out.3.weight"
+    assert unexpected == ("  unexpected: 3: scribble, model.diffusion_model.out.3.weight, "
+                          "conditioner.embedders.1.model.ln_final.bias")
     assert wrong == ("  wrong shape: 1: vae.encoder.mid_block.attentions.0.to_q.bias "
                      "(expected (16,), found (3,))")
 

@@ -51,7 +51,7 @@ class Tokenizer:
             backend.token_to_id(token) for token in (bos_token, eos_token, pad_token))
         self.comma = backend.token_to_id(",</w>")       # None where the vocabulary has none
         self.learned = {}                               # a word's id -> the ids of its vectors
-        self.folder = Path()                            # with its files
+        self.folder = None                              # with its files
 
     @classmethod
     def from_folder(cls, path, padding=None):
@@ -96,6 +96,9 @@ class Tokenizer:
             words = ", ".join(map(self.backend.id_to_token, self.learned))
             raise TinyldmError(f"textual inversions cannot be saved with a pipeline ({words}): "
                                "save it without them, and load them anew")
+        if self.folder is None:
+            raise TinyldmError("this tokenizer was not read from a folder, so it has no files to "
+                               "save: make it with Tokenizer.from_folder")
         path = Path(path)
         try:
             path.mkdir(parents=True)
