@@ -1,15 +1,18 @@
-"""Pictures in and out: PIL images <-> the arrays in [-1, 1] that the VAE reads and writes.
+"""Pictures in and out: files <-> PIL images <-> the arrays in [-1, 1] of the VAE.
 
-Beside pipeline.py, which calls it at both ends; the conversions are those of diffusers' image
-processor. What a person's file may have wrong ends here in a TinyldmError.
+Beside pipeline.py and __main__.py, which call it at both ends; the conversions are those of
+diffusers' image processor. What a person's file may have wrong ends here in a TinyldmError.
 """
+import os
 import warnings
 
 import numpy as np
 
 from .backend import to_host
 from .errors import TinyldmError
+from .files import replacing, temporary_beside
 
+# ---- files ----------------------------------------------------------------------------------
 
 def open_image(path, mode="RGB"):
     """The picture in a file, upright, as a PIL image of a mode ("RGB", or "L" for a mask).
@@ -26,6 +29,48 @@ def open_image(path, mode="RGB"):
         raise TinyldmError(f"cannot read {path} as a picture{reason}: give a PNG, a JPEG or "
                            "another file that Pillow reads") from None
 
+
+def check_output(path):
+    """Find out before the long drawing whether a picture can be saved there: write a small one.
+
+    Raises TinyldmError.
+    """
+    from PIL import Image
+
+    if not os.path.isdir(path.parent):
+        raise TinyldmError(f"cannot write {path}: there is no folder {path.parent}")
+    with temporary_beside(path) as temporary:
+        write(Image.new("RGB", (16, 16)), path, temporary, "")
+
+
+def save(image, path, text, **options):
+    """Write under a temporary name, then move into place: the file is whole or not there."""
+    with replacing(path) as temporary:
+        write(image, path, temporary, text, **options)
+
+
+def write(image, path, temporary, text, **options):
+    """Save as `temporary` in the format of path's suffix; PNG carries the text as `parameters`."""
+    from PIL import Image, PngImagePlugin
+
+    suffix = path.suffix.lower()
+    Image.preinit()                                     # the usual formats; all take 0.2 s more
+    image_format = Image.EXTENSION.get(suffix) or Image.registered_extensions().get(suffix)
+    if image_format not in Image.SAVE:
+        known = sorted(end for end, name in Image.EXTENSION.items() if name in Image.SAVE)
+        raise TinyldmError(f"{path} must end as a picture format does that Pillow writes: "
+                           f"{' '.join(known)}")
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", text)
+    options |= {"PNG": {"pnginfo": chunks}, "JPEG": {"quality": 95}}.get(image_format, {})
+    try:
+        image.save(temporary, image_format, **options)
+    except (KeyError, ValueError) as error:             # what plugins say of a mode or a size
+        raise TinyldmError(f"cannot write {path}: {image_format} does not take this picture "
+                           f"({error}): choose another format") from None
+
+
+# ---- arrays ---------------------------------------------------------------------------------
 
 def check_image(name, image):
     """Raise TinyldmError for what is not a PIL image."""

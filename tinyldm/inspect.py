@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from .__main__ import Parser, status
+from .__main__ import status
 from .checkpoints.components import (
     build_model,
     class_name,
@@ -28,6 +28,7 @@ from .checkpoints.layout import fitted
 from .checkpoints.reading import read_tensors
 from .errors import TinyldmError
 from .files import read_json
+from .options import Parser
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
