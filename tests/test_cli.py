@@ -14,11 +14,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from tinyldm.__main__ import main, parse
+from tinyldm import Between
+from tinyldm.__main__ import main
 from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.options import parse
 from tinyldm.pipeline import load
 
 from .small_pipelines import change_json, smallest
+from .test_editing import hole
+from .test_editing import picture as make_picture
 
 ROOT = Path(__file__).parents[1]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -157,6 +161,92 @@ def test_count_draws_consecutive_seeds(weights, out, capsys):
         assert abs(difference).max() <= 1               # there in one batch, here one by one
 
 
+def draw(weights, out, *arguments):
+    """Run the command here -> its pictures and what they record, by name, steps and files apart."""
+    assert main([*map(str, arguments), "--weights", str(weights), "--steps", "2",
+                 "--output", str(out / "out.png")]) == 0
+    pictures = {path.name: Image.open(path) for path in sorted(out.glob("*.png"))}
+    return ([np.asarray(picture) for picture in pictures.values()],
+            [picture.text["parameters"] for picture in pictures.values()])
+
+
+def assert_drawn(pictures, pipe, expected):
+    """As if each were drawn by a call with these arguments."""
+    assert len(pictures) == len(expected)
+    for picture, (prompt, options) in zip(pictures, expected):
+        theirs, = pipe(prompt, num_inference_steps=2, **options)
+        assert np.array_equal(picture, np.asarray(theirs)), (prompt, options)
+
+
+def test_several_prompts(weights, out, capsys):
+    pictures, said = draw(weights, out, "a cat", "a red dog", "--count", 2, "--seed", 5)
+    assert [text.partition("\n")[0] for text in said] == ["a cat"] * 2 + ["a red dog"] * 2
+    assert capsys.readouterr().out.split() == [str(out / f"out-{i}.png") for i in range(4)]
+    assert_drawn(pictures, load(weights), [
+        (prompt, {"seed": seed}) for prompt in ("a cat", "a red dog") for seed in (5, 6)])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two pictures and a mask."""
+    names = ["in, a.png", "b.webp", "mask.png"]
+    for seed, name in enumerate(names[:2]):
+        make_picture(seed, (17, 23)).save(tmp_path / name, lossless=True)
+    hole((17, 23)).save(tmp_path / names[2])
+    return [tmp_path / name for name in names]
+
+
+def test_image_to_image_and_inpainting(weights, out, files, capsys):
+    one, _, mask = files
+    pictures, said = draw(weights, out, "a cat", "--image", one, "--strength", 0.5)
+    assert said[0].endswith(f'Size: 16x20, Model: {weights.name}, Image: "in, a.png", '
+                            "Denoising strength: 0.5")
+    assert re.search(r"drawing: 100%\|.*\| 1/1 ", capsys.readouterr().err)
+    image, pipe = Image.open(one), load(weights)
+    assert_drawn(pictures, pipe, [("a cat", {"image": image, "strength": 0.5})])
+    pictures, said = draw(weights, out, "a cat", "--image", one, "--mask", mask, "--width", 20)
+    assert said[0].endswith('Image: "in, a.png", Mask: "mask.png", Denoising strength: 1')
+    assert_drawn(pictures, pipe, [("a cat", {"image": image, "mask": Image.open(mask),
+                                             "width": 20})])
+
+
+def test_variations(weights, out):
+    pictures, said = draw(weights, out, "a cat", "--variation", 0.25, "--count", 2, "--seed", 5)
+    assert "Seed: 5, Variation seed: 7, Variation seed strength: 0.25, Size" in said[1]
+    assert_drawn(pictures, load(weights), [
+        ("a cat", {"seed": Between(5, seed, 0.25)}) for seed in (6, 7)])
+
+
+def test_on_a_way(weights, out, files):
+    one, other, _ = files
+    pictures, said = draw(weights, out, "a cat", "a dog", "--count", 3, "--to-prompt", "red, cat",
+                          "--to-seed", 8, "--image", one, "--to-image", other, "--strength", 1,
+                          "--animate", out / "film.gif")
+    assert said[4].endswith('Image: "in, a.png", Denoising strength: 1, To prompt: "red, cat", '
+                            'To image: "b.webp", On the way: 0.5')
+    images = Image.open(one), Image.open(other)
+    assert_drawn(pictures, load(weights), [
+        (Between(prompt, "red, cat", weight), {"seed": Between(0, 8, weight), "strength": 1,
+                                               "image": Between(*images, weight)})
+        for prompt in ("a cat", "a dog") for weight in (0, 0.5, 1)])
+    films = [Image.open(out / f"film-{i}.gif") for i in (0, 1)]
+    assert [film.n_frames for film in films] == [3, 3]
+    for film, last in zip(films, (pictures[2], pictures[5])):
+        film.seek(2)
+        assert abs(np.asarray(film.convert("RGB"), int) - last).mean() < 10     # 256 colours
+
+
+def test_eight_pictures_on_a_way_unless_told(weights, out):
+    pictures, said = draw(weights, out, "a cat", "--to-seed", 8)
+    assert len(pictures) == 8 and "Variation seed strength: 0.142857" in said[1]
+
+
+def test_the_averaged_weights_of_a_folder(weights, out, capsys):
+    """There are none apart: the option is for single files, and does no harm."""
+    assert_drawn(draw(weights, out, "a cat", "--ema")[0], load(weights), [("a cat", {})])
+    assert "has one set of weights: those averaged apart" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix, image_format", [
     (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP"), (".bmp", "BMP"), (".tiff", "TIFF"),
     (".gif", "GIF")])
@@ -230,6 +320,9 @@ def test_the_bundled_model(tmp_path):
 
 # ---- what bad input gets --------------------------------------------------------------------
 
+IN = Path(__file__).parents[1] / "weights" / "shapes" / "samples.png"
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--width", 18], "width must be a multiple of 4, not 18: the nearest is 16 or 20"),
     (["--height", 0], "height must be from 4 to 8192 pixels, not 0"),
@@ -255,6 +348,18 @@ def test_the_bundled_model(tmp_path):
     (["--dtype", "bfloat16"], "dtype must be float16, float32 or float64, not 'bfloat16'"),
     (["--colour", "red"], "unrecognized arguments: --colour red"),
     (["--weights", "nowhere"], "there is no folder nowhere"),
+    (["--image", "nowhere.png"], r"cannot read nowhere.png as a picture \(.*No such file"),
+    (["--image", __file__], r"cannot read .*test_cli.py as a picture: give a PNG, a JPEG"),
+    (["--mask", IN, "--image", __file__], "cannot read .*test_cli.py as a picture"),
+    (["--mask", __file__, "--image", IN], "cannot read .*test_cli.py as a picture"),
+    (["--mask", IN], "a mask and a strength go with an image: give one"),
+    (["--strength", 0.5], "a mask and a strength go with an image: give one"),
+    (["--image", IN, "--strength", 1.5], "strength must be from 0 to 1, not 1.5"),
+    (["--image", IN, "--strength", 0.01, "--steps", 9], "0.01 leaves none of 9 steps: take at "),
+    (["--to-image", IN], "--to-image goes with --image, from which the way leads: give both"),
+    (["--to-seed", 5, "--count", 1], "--count must be at least 2, not 1"),
+    (["--to-seed", 5, "--variation", 0.5], "--variation stays with one seed's picture"),
+    (["--variation", 1.5], "weight of a Between must be from 0 to 1, not 1.5"),
 ])
 def test_bad_arguments(arguments, message, weights, out):
     process = run("a cat", "--weights", weights, *arguments, folder=out)

@@ -7,6 +7,7 @@ Called by pipeline.py; the three models come from components.py, what is not her
 """
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,9 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
     """
     if Path(path).is_file():
         return _load_file(Path(path), dtype, low_memory, ema)
+    if ema:
+        warnings.warn(f"{path} has one set of weights: those averaged apart, ema, are for single "
+                      "files that hold both", stacklevel=3)
     return _load_folder(Path(path), dtype, low_memory)
 
 
