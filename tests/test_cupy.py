@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyldm import backend, layers, ops
+from tinyldm import Between, backend, layers, ops
 from tinyldm.__main__ import main
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
@@ -27,6 +27,7 @@ from tinyldm.training.unet import diffusion_loss
 from tinyldm.training.vae import vae_loss
 
 from . import strict
+from .test_editing import hole, picture
 from .test_imports import PACKAGE, SOURCES
 from .test_models import CLIPS, UNETS, VAES, vae_config
 from .test_samplers import SD15
@@ -238,7 +239,11 @@ def draw(pipe, steps=3, **options):
 @pytest.mark.parametrize("options", [
     {}, {"sampler": "euler_ancestral", "num_images": 2, "negative_prompt": "blue"},
     {"sampler": "euler", "guidance_scale": 1, "width": 48, "height": 32},
-], ids=str)
+    {"image": picture(0, (64, 64)), "strength": 0.7, "num_images": 2},
+    {"image": picture(0, (64, 64)), "mask": hole((64, 64)), "sampler": "heun"},
+    {"image": Between(picture(0, (64, 64)), picture(1, (64, 64)), 0.3),
+     "seed": Between(1, 2, 0.5), "mask": hole((64, 64)), "strength": 0.7, "sampler": "unipc"},
+], ids=lambda options: " ".join(options) or "nothing")
 def test_a_picture(options, pipes):
     expected, images = draw(pipes["cpu"], **options)
     latents, same = draw(pipes["float32"], **options)

@@ -124,7 +124,7 @@ def test_a_pipeline_that_is_not_supported_is_refused_before_its_weights(hub, wei
     folder = shutil.copytree(weights, tmp_path / "flux")
     change_json(folder / "model_index.json", _class_name="FluxPipeline")
     hub.repositories["owner/flux"] = folder
-    with pytest.raises(TinyldmError, match="names the pipeline FluxPipeline, supported is Stable"):
+    with pytest.raises(TinyldmError, match="names the pipeline FluxPipeline, supported are Stable"):
         tinyldm.load("owner/flux")
     assert hub.fetched() == ["model_index.json"]
 

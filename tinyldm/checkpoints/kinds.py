@@ -114,7 +114,7 @@ def recognise(stored, path):
              ((SD1, SD1_INPAINTING), (SD2, SD2_INPAINTING), (SDXL, SDXL_INPAINTING))}
     width = keys.shape[1]
     if width not in kinds:
-        raise TinyldmError(f"{path} holds a UNet of {context_width(width)}, supported are "
+        raise TinyldmError(f"{path} holds the UNet of {context_width(width)}, supported are "
                            f"{', '.join(f'{w} ({kind.name})' for w, (kind, _) in kinds.items())}")
     channels = {kind.unet["in_channels"]: kind for kind in kinds[width]}
     kind = channels.get(first.shape[1])
