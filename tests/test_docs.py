@@ -6,7 +6,9 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -40,6 +42,10 @@ def test_snippets_print_what_the_page_shows(page, tmp_path, monkeypatch):
             exec(compile("\n" * line + block[2], str(page), "exec"), names)
         shown = following[2] if following and following[1] == "text" else ""
         assert_same_output(printed.getvalue(), shown, f"{page.name}, snippet in line {line + 1}")
+    for picture in re.findall(r"!\[[^]]*\]\((\w+\.png)\)", text):   # beside its page: drawn by it
+        drawn, shown = (np.asarray(Image.open(path / picture), int)
+                        for path in (tmp_path, page.parent))
+        assert drawn.shape == shown.shape and abs(drawn - shown).max() <= 8, picture
 
 
 def assert_same_output(printed, shown, where):
