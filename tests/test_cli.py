@@ -236,6 +236,20 @@ def test_on_a_way(weights, out, files):
         assert abs(np.asarray(film.convert("RGB"), int) - last).mean() < 10     # 256 colours
 
 
+@pytest.mark.parametrize("changes, noted", [
+    ({"timestep_spacing": "trailing"}, True), ({"timestep_spacing": "leading"}, False),
+    ({"timestep_spacing": "trailing", "rescale_betas_zero_snr": True,
+      "prediction_type": "v_prediction"}, False)])
+def test_a_note_on_what_looks_like_a_turbo_model(bad_weights, out, capsys, changes, noted):
+    change_json(bad_weights / "scheduler" / "scheduler_config.json", **changes)
+    arguments = ["a cat", "--weights", str(bad_weights), "--output", str(out / "out.png")]
+    assert main([*arguments, "--width", "4", "--height", "4"]) == 0
+    note = "note: the scheduler is that of a model made for few steps, such as Turbo: if it is"
+    assert (note in capsys.readouterr().err) == noted
+    assert main([*arguments, "--steps", "1"]) == 0
+    assert note not in capsys.readouterr().err
+
+
 def test_eight_pictures_on_a_way_unless_told(weights, out):
     pictures, said = draw(weights, out, "a cat", "--to-seed", 8)
     assert len(pictures) == 8 and "Variation seed strength: 0.142857" in said[1]

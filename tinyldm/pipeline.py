@@ -138,7 +138,7 @@ class StableDiffusion:
     def stream(self, prompt, negative_prompt="", num_inference_steps=None, guidance_scale=7.5,
                seed=0, width=None, height=None, num_images=1, sampler=None, latents=None,
                noise="torch-cpu", guidance_rescale=0.0, image=None, strength=None, mask=None):
-        """Draw, a model call at a time -> iterator of samplers.State, whose last latents are clean.
+        """Draw, a model call at a time -> iterator of walk.State, whose last latents are clean.
 
         prompt: what to draw, of any length, with weights such as (word:1.3): see prompt.py.
         negative_prompt: what guidance moves away from; the same goes for it.
