@@ -236,6 +236,15 @@ def test_a_picture_from_a_file_is_upright(tmp_path):
     assert abs(np.asarray(read, int) - np.asarray(image, int)).mean() < 3
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_grey_picture_of_16_bits(tmp_path, mode):
+    """Pillow's own convert would clip it, so that nearly all of it were white."""
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(grey * 257).save(tmp_path / "in.png")
+    read = open_image(tmp_path / "in.png", mode)
+    assert read.mode == mode and np.array_equal(np.asarray(read.convert("L")), grey)
+
+
 def test_a_picture_survives_the_way_in_and_out():
     image = picture()
     back, = to_pil(from_pil(image, image.size))

@@ -23,7 +23,10 @@ def open_image(path, mode="RGB"):
 
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):            # 16 bits, of which convert clips all but 8
+                upright = upright.convert("I").point(lambda value: value / 257)
+            return upright.convert(mode)
     except Exception as error:          # Pillow's plugins raise all kinds for a damaged file
         reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
         raise TinyldmError(f"cannot read {path} as a picture{reason}: give a PNG, a JPEG or "
