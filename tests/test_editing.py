@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from tinyldm import load
+from tinyldm.editing import Edit
 from tinyldm.errors import TinyldmError
 from tinyldm.images import from_pil, open_image, to_pil
 from tinyldm.noise import get_generator
@@ -197,6 +198,14 @@ def test_bad_input(small, options, message):
         options["strength"] = 1.0
     with pytest.raises(TinyldmError, match=message):
         small.stream("cat", num_inference_steps=4, **options)
+
+
+def test_the_least_strength_that_is_named_is_enough():
+    for steps in range(1, 1001):
+        with pytest.raises(TinyldmError) as refused:
+            Edit(picture(), 0, None, False).steps_left_out(steps)
+        least = float(str(refused.value).partition("at least ")[2].partition(",")[0])
+        assert Edit(picture(), least, None, False).steps_left_out(steps) < steps
 
 
 def test_a_model_for_inpainting_wants_both(nine):

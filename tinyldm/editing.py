@@ -2,6 +2,8 @@
 
 Where it stands: pipeline.py -> Edit -> walk.Origin, for the sampler, and hints, for the Predictor.
 """
+import math
+
 from .backend import get_xp
 from .between import ends, lerp, mixed
 from .diffusion.walk import NO_PICTURE, Origin
@@ -45,7 +47,7 @@ class Edit:
         made = int(steps * self.strength)
         if made == 0:
             raise TinyldmError(f"strength {self.strength:g} leaves none of {steps} steps: take at "
-                               f"least {1 / steps:.3g}, or more steps")
+                               f"least {math.ceil(1000 / steps) / 1000:g}, or more steps")
         return steps - made
 
     def begin(self, encode, steps, size, latents, draw_noise):
