@@ -46,6 +46,13 @@ def hole(size=SIZE):
     return mask
 
 
+def thin(side):
+    """A mask with white lines that lie between the pixels which a latent's cell is told by."""
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (5, 0, 8, side))
+    return mask
+
+
 class Editing(Reference):
     """diffusers' pipelines for image to image, or with a mask for inpainting."""
 
@@ -189,7 +196,8 @@ def test_where_the_mask_is_black_the_latents_are_the_pictures(small):
     ({"image": "in.png"}, "image must be a PIL image, not a str"),
     ({"mask": np.ones((16, 16))}, "mask must be a PIL image, not a ndarray"),
     ({"image": None}, "a mask and a strength go with an image: give one"),
-    ({"mask": Image.new("L", (16, 16), 127)}, "the mask is black, so that there is nothing"),
+    ({"mask": Image.new("L", (16, 16), 127)}, "the mask leaves nothing to paint: make it white"),
+    ({"mask": thin(16)}, "in spots of at least 4x4 pixels"),
     ({"image": Image.new("RGB", (3, 16))}, "width must be from 4 to 8192 pixels, not 0"),
 ])
 def test_bad_input(small, options, message):

@@ -63,9 +63,6 @@ class Edit:
         first, holes, picture = self.steps_left_out(steps), 0, None
         if self.mask is not None:
             holes = mask_from_pil(self.mask, size)                      # (1,H,W,1)
-            if not holes.any():
-                raise TinyldmError("the mask is black, so that there is nothing to paint: make it "
-                                   "white where the picture is to change")
 
         def encoded(noise, shown=1):
             return mixed(self.image, lambda image: encode(from_pil(image, size) * shown, noise),
@@ -81,6 +78,9 @@ class Edit:
         factor = size[0] // latents.shape[2]
         xp = get_xp(latents)
         cells = xp.asarray(holes[:, ::factor, ::factor], latents.dtype)     # (1,h,w,1)
+        if not cells.any():
+            raise TinyldmError("the mask leaves nothing to paint: make it white where the picture "
+                               f"is to change, in spots of at least {factor}x{factor} pixels")
         if not self.inpaints:
             return latents, Origin(picture, first, cells, noise_only), None
         hints = [cells.repeat(len(latents), axis=0), encoded(noise, 1 - holes)]
