@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from tinyldm import load
+from tinyldm import Between, load
 from tinyldm.editing import Edit
 from tinyldm.errors import TinyldmError
 from tinyldm.images import from_pil, open_image, to_pil
@@ -195,6 +195,8 @@ def test_where_the_mask_is_black_the_latents_are_the_pictures(small):
     ({"strength": 0.2}, "strength 0.2 leaves none of 4 steps"),
     ({"image": "in.png"}, "image must be a PIL image, not a str"),
     ({"mask": np.ones((16, 16))}, "mask must be a PIL image, not a ndarray"),
+    ({"image": Between(picture(), None, 0.5)}, "image must be a PIL image, not a NoneType"),
+    ({"mask": Between(hole(), hole(), 0.5)}, "mask must be a PIL image, not a Between"),
     ({"image": None}, "a mask and a strength go with an image: give one"),
     ({"mask": Image.new("L", (16, 16), 127)}, "the mask leaves nothing to paint: make it white"),
     ({"mask": thin(16)}, "in spots of at least 4x4 pixels"),

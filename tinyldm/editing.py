@@ -23,16 +23,15 @@ class Edit:
 
     def __init__(self, image, strength, mask, inpaints):
         self.image, self.mask, self.inpaints = image, mask, inpaints
-        for name, value in [("image", image), ("mask", mask)]:
-            for end in ends(value):
-                if end is not None:
-                    check_image(name, end)
+        for end in [] if image is None else ends(image):
+            check_image("image", end)
         if image is None and (mask is not None or strength is not None):
             raise TinyldmError("a mask and a strength go with an image: give one")
         if inpaints and mask is None:
             raise TinyldmError("this model paints into a picture: give an image and a mask, white "
                                "where to paint")
         if mask is not None:
+            check_image("mask", mask)
             check_mask_size(mask, ends(image)[0])
         if strength is None:
             strength = STRENGTH if mask is None else 1.0
