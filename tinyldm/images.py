@@ -106,7 +106,7 @@ def check_mask_size(mask, image):
     """Warn of a mask that is not of its picture's size."""
     if mask.size != image.size:
         warnings.warn(f"the mask is {mask.width}x{mask.height} pixels and the image "
-                      f"{image.width}x{image.height}: the mask is resized", stacklevel=4)
+                      f"{image.width}x{image.height}: the mask is resized", stacklevel=5)
 
 
 def to_pil(images):
