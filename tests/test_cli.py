@@ -210,6 +210,12 @@ def test_image_to_image_and_inpainting(weights, out, files, capsys):
                                              "width": 20})])
 
 
+@pytest.mark.parametrize("sampler", ["pndm", "heun", "ddim"])
+def test_the_bar_of_a_last_step_alone(weights, out, files, sampler, capsys):
+    draw(weights, out, "a cat", "--image", files[0], "--strength", 0.5, "--sampler", sampler)
+    assert re.search(r"drawing: 100%\|.*\| 1/1 ", capsys.readouterr().err)
+
+
 def test_variations(weights, out):
     pictures, said = draw(weights, out, "a cat", "--variation", 0.25, "--count", 2, "--seed", 5)
     assert "Seed: 5, Variation seed: 7, Variation seed strength: 0.25, Size" in said[1]

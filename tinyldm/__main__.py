@@ -116,7 +116,7 @@ def draw_pictures(args, todo, paths, profile=None):
             edit = pipe.edit(job.image, args.strength, mask)
             text = parameters(args, job, steps, sampler, size, edit)
         with part("drawing"):
-            for state in with_progress(states, steps - edit.steps_left_out(steps), sampler):
+            for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
                 step = state.step + 1
                 wanted = args.preview and step % args.preview == 0
                 early = preview(state.pred_x0) if wanted or films and not walks else None
@@ -140,11 +140,12 @@ def draw_pictures(args, todo, paths, profile=None):
         print(path)
 
 
-def with_progress(states, steps, sampler):
-    """Pass on a stream's states, with a progress bar."""
+def with_progress(states, steps, left_out, sampler):
+    """Pass on a stream's states, with a progress bar of the steps that are not left out."""
+    made = steps - left_out
     # PNDM makes its first step twice, Heun all but its last; diffusers counts them once as well.
-    again = {"pndm": range(steps > 1), "heun": range(1, 2 * steps, 2)}.get(sampler, ())
-    with progress("drawing", BAR, steps) as bar:
+    again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}.get(sampler, ())
+    with progress("drawing", BAR, made) as bar:
         for state in states:
             yield state
             bar.update(state.step not in again)
