@@ -365,7 +365,8 @@ IN = Path(__file__).parents[1] / "weights" / "shapes" / "samples.png"
     (["--to-image", IN], "--to-image goes with --image, from which the way leads: give both"),
     (["--to-seed", 5, "--count", 1], "--count must be at least 2, not 1"),
     (["--to-seed", 5, "--variation", 0.5], "--variation stays with one seed's picture"),
-    (["--variation", 1.5], "weight of a Between must be from 0 to 1, not 1.5"),
+    (["--variation", 1.5], "--variation must be from 0 to 1, not 1.5"),
+    (["--variation", "nan"], "--variation must be from 0 to 1, not nan"),
 ])
 def test_bad_arguments(arguments, message, weights, out):
     process = run("a cat", "--weights", weights, *arguments, folder=out)

@@ -119,6 +119,8 @@ def jobs(args):
         raise TinyldmError("--to-image goes with --image, from which the way leads: give both")
     if args.variation is not None and walks:
         raise TinyldmError("--variation stays with one seed's picture: leave it out, or --to-...")
+    if args.variation is not None and not 0 <= args.variation <= 1:
+        raise TinyldmError(f"--variation must be from 0 to 1, not {args.variation:g}")
     count = (ON_THE_WAY if walks else 1) if args.count is None else args.count
     if count < 1 + walks:
         raise TinyldmError(f"--count must be at least {1 + walks}, not {count}")
