@@ -178,6 +178,15 @@ def assert_drawn(pictures, pipe, expected):
         assert np.array_equal(picture, np.asarray(theirs)), (prompt, options)
 
 
+@pytest.mark.parametrize("prompts, said", [
+    (["a", "red", "cat"], "note: 3 prompts of one word each are drawn: put a prompt of several"),
+    (["cat", "a dog"], ""), (["cat"], "")])
+def test_a_prompt_without_quotes(weights, out, prompts, said, capsys):
+    draw(weights, out, *prompts)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+    assert len(notes) == bool(said) and all(note.startswith(said) for note in notes)
+
+
 def test_several_prompts(weights, out, capsys):
     pictures, said = draw(weights, out, "a cat", "a red dog", "--count", 2, "--seed", 5)
     assert [text.partition("\n")[0] for text in said] == ["a cat"] * 2 + ["a red dog"] * 2

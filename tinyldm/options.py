@@ -3,6 +3,7 @@
 Above __main__.py, which draws them; not in the way of `import tinyldm`.
 """
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,6 +125,9 @@ def jobs(args):
     count = (ON_THE_WAY if walks else 1) if args.count is None else args.count
     if count < 1 + walks:
         raise TinyldmError(f"--count must be at least {1 + walks}, not {count}")
+    if len(args.prompt) > 1 and not any(" " in prompt for prompt in args.prompt):
+        warnings.warn(f"{len(args.prompt)} prompts of one word each are drawn: put a prompt of "
+                      "several words in quotes", stacklevel=2)
     image, to_image = (file and open_image(file) for file in (args.image, args.to_image))
 
     def between(first, second, i):
