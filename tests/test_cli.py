@@ -382,6 +382,24 @@ def test_bad_arguments(arguments, message, weights, out):
     assert_refused(process, message, out)
 
 
+def test_a_folder_in_the_place_of_a_later_picture(weights, out, capsys):
+    (out / "out-1.png").mkdir()
+    arguments = ["a cat", "--weights", str(weights), "--count", "2", "--output"]
+    assert main([*arguments, str(out / "out.png")]) == 2
+    assert "out-1.png: it is a folder" in capsys.readouterr().err
+    assert main([*arguments, str(out)]) == 2
+    assert "out: it is a folder" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["out-1.png"]
+
+
+@pytest.mark.parametrize("count, name", [(1, "out.gif"), (2, "out-0.gif")])
+def test_a_film_that_would_replace_the_picture(weights, out, count, name, capsys):
+    assert main(["a cat", "--weights", str(weights), "--count", str(count), "--output",
+                 str(out / "out.gif"), "--animate", str(out / "out.gif")]) == 2
+    assert f"out/{name}: name two files" in capsys.readouterr().err
+    assert not list(out.iterdir())
+
+
 def test_no_prompt(out):
     assert_refused(run(folder=out), "required: prompt", out)
 

@@ -76,7 +76,10 @@ def draw(args):
         if args.animate.suffix.lower() not in ANIMATED:
             raise TinyldmError(f"--animate must name a {' or '.join(ANIMATED)} file, "
                                f"not {args.animate}")
-        check_output(film_paths(args, todo)[0])
+        films = film_paths(args, todo)
+        check_output(films[0])
+        if same := {*paths} & {*films}:
+            raise TinyldmError(f"--animate and --output both name {min(same)}: name two files")
     if not args.profile:
         return draw_pictures(args, todo, paths)
     from .profiling import Profiler
@@ -204,11 +207,13 @@ def quoted(text):
 
 def output_paths(output, count):
     """One path a picture: out.png, or for several out-0.png, out-1.png, ..."""
-    if os.path.isdir(output):
-        raise TinyldmError(f"cannot write {output}: it is a folder; name a file in it")
-    if count == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    paths = [output]
+    if count > 1 and not os.path.isdir(output):
+        paths = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    for path in paths:
+        if os.path.isdir(path):
+            raise TinyldmError(f"cannot write {path}: it is a folder; name a file in it")
+    return paths
 
 
 if __name__ == "__main__":
