@@ -292,6 +292,13 @@ def test_help_names_every_sampler():
     assert process.returncode == 0 and set(SAMPLERS) <= set(words)
 
 
+def test_help_waits_for_no_library():
+    process = subprocess.run([sys.executable, "-X", "importtime", "-m", "tinyldm", "--help"],
+                             cwd=ROOT, env=environment(), capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert "tinyldm.options" in imported and not imported & {"numpy", "PIL", "tqdm"}
+
+
 def test_interrupt(weights, out):
     process = subprocess.Popen(
         command("a cat", "--weights", weights, "--steps", 1000), cwd=out, env=environment(),
