@@ -227,7 +227,8 @@ def test_a_model_for_inpainting_wants_both(nine):
 
 def test_a_mask_of_another_size_is_resized_and_said(small):
     options = {"num_inference_steps": 2, "image": picture(size=(16, 16))}
-    with pytest.warns(UserWarning, match="mask is 32x32 pixels and the image 16x16: .* resized") as said:
+    message = "mask is 32x32 pixels and the image 16x16: .* resized"
+    with pytest.warns(UserWarning, match=message) as said:
         *_, state = small.stream("cat", mask=hole((32, 32)), **options)
     assert [warning.filename for warning in said] == [__file__]         # the caller's line
     *_, expected = small.stream("cat", mask=hole((32, 32)).resize((16, 16), 1), **options)

@@ -28,7 +28,7 @@ def main(arguments=None):
 
     def show_warning(message, *_):                      # as one line, once, without its source
         if str(message) not in said:
-            from tqdm import tqdm                       # which knows what bars stand in the way
+            from tqdm import tqdm  # which knows what bars stand in the way
             tqdm.write(f"note: {message}", file=sys.stderr)
         said.add(str(message))
 
