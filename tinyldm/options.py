@@ -1,6 +1,6 @@
 """What the command line asks for: its options, and the pictures to draw.
 
-Above __main__.py, which draws them; not in the way of `import tinyldm`.
+Read by __main__.py, which draws them; nothing that takes long to import is needed to answer --help.
 """
 import argparse
 import warnings
