@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from tinyldm import Between, load
 from tinyldm.editing import Edit
 from tinyldm.errors import TinyldmError
-from tinyldm.images import from_pil, open_image, to_pil
+from tinyldm.images import from_pil, mask_from_pil, open_image, to_pil
 from tinyldm.noise import get_generator
 
 from .reference import nhwc
@@ -264,6 +264,13 @@ def test_a_grey_picture_of_16_bits(tmp_path, mode):
     Image.fromarray(grey * 257).save(tmp_path / "in.png")
     read = open_image(tmp_path / "in.png", mode)
     assert read.mode == mode and np.array_equal(np.asarray(read.convert("L")), grey)
+
+
+def test_a_grey_picture_of_16_bits_from_python():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    deep = Image.fromarray(np.asarray(grey, np.uint16) * 257)
+    assert np.array_equal(from_pil(deep, (16, 16)), from_pil(grey, (16, 16)))
+    assert np.array_equal(mask_from_pil(deep, (12, 12)), mask_from_pil(grey, (12, 12)))
 
 
 def test_a_picture_survives_the_way_in_and_out():
