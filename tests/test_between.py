@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tinyldm import Between, TinyldmError, load
-from tinyldm.between import slerp
+from tinyldm.between import BetweenGenerator, slerp
 from tinyldm.images import from_pil
+from tinyldm.noise import get_generator
 
 from .reference import assert_close, nchw
 from .small_pipelines import sd1, sdxl, smallest
@@ -125,6 +126,17 @@ def test_noise_on_the_arc_stays_noise():
         assert abs(slerp(a, b, weight).std() - 1) < 0.02
     assert np.array_equal(slerp(a, b, 0), a) and np.array_equal(slerp(a, b, 1), b)
     assert np.array_equal(slerp(a, a, 0.5), a)
+
+
+def test_one_direction_whose_cosine_is_rounded_above_1():
+    for seed in range(20):
+        a = np.random.default_rng(seed).standard_normal(5)
+        assert np.allclose(slerp(a, 3 * a, 0.5), 2 * a)
+
+
+def test_the_numbers_between_two_seeds_are_of_the_precision_of_either():
+    first, second = map(get_generator("torch-cpu"), (1, 2))
+    assert BetweenGenerator(first, second, 0.3).randn((1, 2)).dtype == first.randn((1,)).dtype
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan"), "half", None])

@@ -178,6 +178,15 @@ def assert_drawn(pictures, pipe, expected):
         assert np.array_equal(picture, np.asarray(theirs)), (prompt, options)
 
 
+@pytest.mark.parametrize("prompts, said", [
+    (["a", "red", "cat"], "note: 3 prompts of one word each are drawn: put a prompt of several"),
+    (["cat", "a dog"], ""), (["cat"], "")])
+def test_a_prompt_without_quotes(weights, out, prompts, said, capsys):
+    draw(weights, out, *prompts)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+    assert len(notes) == bool(said) and all(note.startswith(said) for note in notes)
+
+
 def test_several_prompts(weights, out, capsys):
     pictures, said = draw(weights, out, "a cat", "a red dog", "--count", 2, "--seed", 5)
     assert [text.partition("\n")[0] for text in said] == ["a cat"] * 2 + ["a red dog"] * 2
@@ -208,6 +217,12 @@ def test_image_to_image_and_inpainting(weights, out, files, capsys):
     assert said[0].endswith('Image: "in, a.png", Mask: "mask.png", Denoising strength: 1')
     assert_drawn(pictures, pipe, [("a cat", {"image": image, "mask": Image.open(mask),
                                              "width": 20})])
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "heun", "ddim"])
+def test_the_bar_of_a_last_step_alone(weights, out, files, sampler, capsys):
+    draw(weights, out, "a cat", "--image", files[0], "--strength", 0.5, "--sampler", sampler)
+    assert re.search(r"drawing: 100%\|.*\| 1/1 ", capsys.readouterr().err)
 
 
 def test_variations(weights, out):
@@ -279,7 +294,7 @@ def test_a_long_prompt_is_said_to_be_in_pieces_in_one_line(weights, out):
     process = run(prompt, "--weights", weights, "--steps", 1, "--count", 2, folder=out)
     assert process.returncode == 0, process.stderr
     notes = [line for line in process.stderr.splitlines() if "note" in line]
-    assert [line[line.index("note"):] for line in notes] == [
+    assert notes == [                                   # each a line of its own
         f"note: unbalanced ) in the prompt {prompt!r:.60}: taken literally",
         f"note: ':abc' in the prompt {prompt!r:.60} is no weight: taken literally",
         f"note: the prompt {prompt!r:.60} is read in 2 pieces of at most 75 tokens, joined"]
@@ -289,6 +304,13 @@ def test_help_names_every_sampler():
     process = run("--help", folder=ROOT)
     words = re.split(r"[,\s]+", process.stdout)
     assert process.returncode == 0 and set(SAMPLERS) <= set(words)
+
+
+def test_help_waits_for_no_library():
+    process = subprocess.run([sys.executable, "-X", "importtime", "-m", "tinyldm", "--help"],
+                             cwd=ROOT, env=environment(), capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert "tinyldm.options" in imported and not imported & {"numpy", "PIL", "tqdm"}
 
 
 def test_interrupt(weights, out):
@@ -373,11 +395,30 @@ IN = Path(__file__).parents[1] / "weights" / "shapes" / "samples.png"
     (["--to-image", IN], "--to-image goes with --image, from which the way leads: give both"),
     (["--to-seed", 5, "--count", 1], "--count must be at least 2, not 1"),
     (["--to-seed", 5, "--variation", 0.5], "--variation stays with one seed's picture"),
-    (["--variation", 1.5], "weight of a Between must be from 0 to 1, not 1.5"),
+    (["--variation", 1.5], "--variation must be from 0 to 1, not 1.5"),
+    (["--variation", "nan"], "--variation must be from 0 to 1, not nan"),
 ])
 def test_bad_arguments(arguments, message, weights, out):
     process = run("a cat", "--weights", weights, *arguments, folder=out)
     assert_refused(process, message, out)
+
+
+def test_a_folder_in_the_place_of_a_later_picture(weights, out, capsys):
+    (out / "out-1.png").mkdir()
+    arguments = ["a cat", "--weights", str(weights), "--count", "2", "--output"]
+    assert main([*arguments, str(out / "out.png")]) == 2
+    assert "out-1.png: it is a folder" in capsys.readouterr().err
+    assert main([*arguments, str(out)]) == 2
+    assert "out: it is a folder" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["out-1.png"]
+
+
+@pytest.mark.parametrize("count, name", [(1, "out.gif"), (2, "out-0.gif")])
+def test_a_film_that_would_replace_the_picture(weights, out, count, name, capsys):
+    assert main(["a cat", "--weights", str(weights), "--count", str(count), "--output",
+                 str(out / "out.gif"), "--animate", str(out / "out.gif")]) == 2
+    assert f"out/{name}: name two files" in capsys.readouterr().err
+    assert not list(out.iterdir())
 
 
 def test_no_prompt(out):

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from tinyldm import load
+from tinyldm import Between, load
+from tinyldm.editing import Edit
 from tinyldm.errors import TinyldmError
-from tinyldm.images import from_pil, open_image, to_pil
+from tinyldm.images import from_pil, mask_from_pil, open_image, to_pil
 from tinyldm.noise import get_generator
 
 from .reference import nhwc
@@ -42,6 +43,13 @@ def hole(size=SIZE):
     width, height = size
     draw.ellipse((0.1 * width, 0.1 * height, 0.8 * width, 0.8 * height), fill=100)
     draw.ellipse((0.2 * width, 0.2 * height, 0.7 * width, 0.7 * height), fill=255)
+    return mask
+
+
+def thin(side):
+    """A mask with white lines that lie between the pixels which a latent's cell is told by."""
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (5, 0, 8, side))
     return mask
 
 
@@ -187,8 +195,11 @@ def test_where_the_mask_is_black_the_latents_are_the_pictures(small):
     ({"strength": 0.2}, "strength 0.2 leaves none of 4 steps"),
     ({"image": "in.png"}, "image must be a PIL image, not a str"),
     ({"mask": np.ones((16, 16))}, "mask must be a PIL image, not a ndarray"),
+    ({"image": Between(picture(), None, 0.5)}, "image must be a PIL image, not a NoneType"),
+    ({"mask": Between(hole(), hole(), 0.5)}, "mask must be a PIL image, not a Between"),
     ({"image": None}, "a mask and a strength go with an image: give one"),
-    ({"mask": Image.new("L", (16, 16), 127)}, "the mask is black, so that there is nothing"),
+    ({"mask": Image.new("L", (16, 16), 127)}, "the mask leaves nothing to paint: make it white"),
+    ({"mask": thin(16)}, "in spots of at least 4x4 pixels"),
     ({"image": Image.new("RGB", (3, 16))}, "width must be from 4 to 8192 pixels, not 0"),
 ])
 def test_bad_input(small, options, message):
@@ -197,6 +208,14 @@ def test_bad_input(small, options, message):
         options["strength"] = 1.0
     with pytest.raises(TinyldmError, match=message):
         small.stream("cat", num_inference_steps=4, **options)
+
+
+def test_the_least_strength_that_is_named_is_enough():
+    for steps in range(1, 1001):
+        with pytest.raises(TinyldmError) as refused:
+            Edit(picture(), 0, None, False).steps_left_out(steps)
+        least = float(str(refused.value).partition("at least ")[2].partition(",")[0])
+        assert Edit(picture(), least, None, False).steps_left_out(steps) < steps
 
 
 def test_a_model_for_inpainting_wants_both(nine):
@@ -208,8 +227,10 @@ def test_a_model_for_inpainting_wants_both(nine):
 
 def test_a_mask_of_another_size_is_resized_and_said(small):
     options = {"num_inference_steps": 2, "image": picture(size=(16, 16))}
-    with pytest.warns(UserWarning, match="mask is 32x32 pixels and the image 16x16: .* resized"):
+    message = "mask is 32x32 pixels and the image 16x16: .* resized"
+    with pytest.warns(UserWarning, match=message) as said:
         *_, state = small.stream("cat", mask=hole((32, 32)), **options)
+    assert [warning.filename for warning in said] == [__file__]         # the caller's line
     *_, expected = small.stream("cat", mask=hole((32, 32)).resize((16, 16), 1), **options)
     assert np.array_equal(state.latents, expected.latents)
 
@@ -234,6 +255,22 @@ def test_a_picture_from_a_file_is_upright(tmp_path):
     read = open_image(turned)
     assert read.size == image.size and read.mode == "RGB"
     assert abs(np.asarray(read, int) - np.asarray(image, int)).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_grey_picture_of_16_bits(tmp_path, mode):
+    """Pillow's own convert would clip it, so that nearly all of it were white."""
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(grey * 257).save(tmp_path / "in.png")
+    read = open_image(tmp_path / "in.png", mode)
+    assert read.mode == mode and np.array_equal(np.asarray(read.convert("L")), grey)
+
+
+def test_a_grey_picture_of_16_bits_from_python():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    deep = Image.fromarray(np.asarray(grey, np.uint16) * 257)
+    assert np.array_equal(from_pil(deep, (16, 16)), from_pil(grey, (16, 16)))
+    assert np.array_equal(mask_from_pil(deep, (12, 12)), mask_from_pil(grey, (12, 12)))
 
 
 def test_a_picture_survives_the_way_in_and_out():

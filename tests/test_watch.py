@@ -80,6 +80,15 @@ def test_an_animation_has_a_frame_a_step_and_ends_in_the_picture(suffix, tmp_pat
     assert abs(last - pixels(out)).mean() < 8           # 256 colours, or compressed
 
 
+def test_the_last_frame_is_the_picture_in_the_place_of_its_preview(tmp_path):
+    """pndm's last preview is another picture: both would be frames, where a double is dropped."""
+    out, walk = tmp_path / "out.png", tmp_path / "walk.gif"
+    assert main([PROMPT, "--steps", "4", "--sampler", "pndm", "--output", str(out),
+                 "--animate", str(walk)]) == 0
+    with Image.open(walk) as image:
+        assert image.n_frames == 5                      # calls of pndm
+
+
 @pytest.mark.parametrize("options, message", [
     (["--preview", "0"], "--preview must be at least 1 step, not 0"),
     (["--preview", "two"], "invalid int value"),

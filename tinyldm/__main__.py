@@ -28,7 +28,8 @@ def main(arguments=None):
 
     def show_warning(message, *_):                      # as one line, once, without its source
         if str(message) not in said:
-            print(f"note: {message}", file=sys.stderr)
+            from tqdm import tqdm  # which knows what bars stand in the way
+            tqdm.write(f"note: {message}", file=sys.stderr)
         said.add(str(message))
 
     def run():
@@ -75,7 +76,10 @@ def draw(args):
         if args.animate.suffix.lower() not in ANIMATED:
             raise TinyldmError(f"--animate must name a {' or '.join(ANIMATED)} file, "
                                f"not {args.animate}")
-        check_output(film_paths(args, todo)[0])
+        films = film_paths(args, todo)
+        check_output(films[0])
+        if same := {*paths} & {*films}:
+            raise TinyldmError(f"--animate and --output both name {min(same)}: name two files")
     if not args.profile:
         return draw_pictures(args, todo, paths)
     from .profiling import Profiler
@@ -118,7 +122,7 @@ def draw_pictures(args, todo, paths, profile=None):
             edit = pipe.edit(job.image, args.strength, mask)
             text = parameters(args, job, steps, sampler, size, edit)
         with part("drawing"):
-            for state in with_progress(states, steps - edit.steps_left_out(steps), sampler):
+            for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
                 step = state.step + 1
                 wanted = args.preview and step % args.preview == 0
                 early = preview(state.pred_x0) if wanted or films and not walks else None
@@ -154,11 +158,12 @@ def advise(pipe):
                       stacklevel=2)
 
 
-def with_progress(states, steps, sampler):
-    """Pass on a stream's states, with a progress bar."""
+def with_progress(states, steps, left_out, sampler):
+    """Pass on a stream's states, with a progress bar of the steps that are not left out."""
+    made = steps - left_out
     # PNDM makes its first step twice, Heun all but its last; diffusers counts them once as well.
-    again = {"pndm": range(steps > 1), "heun": range(1, 2 * steps, 2)}.get(sampler, ())
-    with progress("drawing", BAR, steps) as bar:
+    again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}.get(sampler, ())
+    with progress("drawing", BAR, made) as bar:
         for state in states:
             yield state
             bar.update(state.step not in again)
@@ -216,11 +221,13 @@ def quoted(text):
 
 def output_paths(output, count):
     """One path a picture: out.png, or for several out-0.png, out-1.png, ..."""
-    if os.path.isdir(output):
-        raise TinyldmError(f"cannot write {output}: it is a folder; name a file in it")
-    if count == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    paths = [output]
+    if count > 1 and not os.path.isdir(output):
+        paths = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    for path in paths:
+        if os.path.isdir(path):
+            raise TinyldmError(f"cannot write {path}: it is a folder; name a file in it")
+    return paths
 
 
 if __name__ == "__main__":

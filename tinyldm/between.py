@@ -10,8 +10,6 @@ pictures, the results are mixed, and what they have in common is drawn from ther
 """
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from .errors import TinyldmError
 
 
@@ -58,6 +56,8 @@ def slerp(a, b, weight):
     for noise; on a straight line their deviation would sink to 0.7 half-way.
     Source: Shoemake 1985, "Animating rotation with quaternion curves", section 3.3.
     """
+    import numpy as np  # here, so that the command line's --help need not wait for it
+
     a, b = (np.asarray(array, np.float64) for array in (a, b))
     cosine = (a * b).sum() / np.sqrt((a ** 2).sum() * (b ** 2).sum())
     angle = np.arccos(cosine.clip(-1, 1))
@@ -74,4 +74,4 @@ class BetweenGenerator:
 
     def randn(self, shape):
         numbers = slerp(self.first.randn(shape), self.second.randn(shape), self.weight)
-        return numbers.astype(np.float32)
+        return numbers.astype("float32")

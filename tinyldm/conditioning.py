@@ -49,7 +49,7 @@ class Conditioner:
         pieces, texts = {}, [*ends(prompt), *ends(negative_prompt)]
         for text in texts:                              # no comprehension: split counts frames
             pieces[text] = self._split(text)
-        if not guided or zeros:
+        if not guided:
             texts = ends(prompt)
         longest = max(len(own) for text in texts for own in pieces[text])
 

@@ -2,6 +2,8 @@
 
 Where it stands: pipeline.py -> Edit -> walk.Origin, for the sampler, and hints, for the Predictor.
 """
+import math
+
 from .backend import get_xp
 from .between import ends, lerp, mixed
 from .diffusion.walk import NO_PICTURE, Origin
@@ -21,16 +23,15 @@ class Edit:
 
     def __init__(self, image, strength, mask, inpaints):
         self.image, self.mask, self.inpaints = image, mask, inpaints
-        for name, value in [("image", image), ("mask", mask)]:
-            for end in ends(value):
-                if end is not None:
-                    check_image(name, end)
+        for end in [] if image is None else ends(image):
+            check_image("image", end)
         if image is None and (mask is not None or strength is not None):
             raise TinyldmError("a mask and a strength go with an image: give one")
         if inpaints and mask is None:
             raise TinyldmError("this model paints into a picture: give an image and a mask, white "
                                "where to paint")
         if mask is not None:
+            check_image("mask", mask)
             check_mask_size(mask, ends(image)[0])
         if strength is None:
             strength = STRENGTH if mask is None else 1.0
@@ -45,7 +46,7 @@ class Edit:
         made = int(steps * self.strength)
         if made == 0:
             raise TinyldmError(f"strength {self.strength:g} leaves none of {steps} steps: take at "
-                               f"least {1 / steps:.3g}, or more steps")
+                               f"least {math.ceil(1000 / steps) / 1000:g}, or more steps")
         return steps - made
 
     def begin(self, encode, steps, size, latents, draw_noise):
@@ -61,9 +62,6 @@ class Edit:
         first, holes, picture = self.steps_left_out(steps), 0, None
         if self.mask is not None:
             holes = mask_from_pil(self.mask, size)                      # (1,H,W,1)
-            if not holes.any():
-                raise TinyldmError("the mask is black, so that there is nothing to paint: make it "
-                                   "white where the picture is to change")
 
         def encoded(noise, shown=1):
             return mixed(self.image, lambda image: encode(from_pil(image, size) * shown, noise),
@@ -79,6 +77,9 @@ class Edit:
         factor = size[0] // latents.shape[2]
         xp = get_xp(latents)
         cells = xp.asarray(holes[:, ::factor, ::factor], latents.dtype)     # (1,h,w,1)
+        if not cells.any():
+            raise TinyldmError("the mask leaves nothing to paint: make it white where the picture "
+                               f"is to change, in spots of at least {factor}x{factor} pixels")
         if not self.inpaints:
             return latents, Origin(picture, first, cells, noise_only), None
         hints = [cells.repeat(len(latents), axis=0), encoded(noise, 1 - holes)]

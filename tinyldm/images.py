@@ -23,7 +23,7 @@ def open_image(path, mode="RGB"):
 
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
+            return _converted(ImageOps.exif_transpose(image), mode)
     except Exception as error:          # Pillow's plugins raise all kinds for a damaged file
         reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
         raise TinyldmError(f"cannot read {path} as a picture{reason}: give a PNG, a JPEG or "
@@ -83,14 +83,21 @@ def check_image(name, image):
 
 def from_pil(image, size):
     """A PIL image -> (1,H,W,3) float32 in [-1, 1], resized to size = (W, H)."""
-    pixels = np.asarray(_resized(image.convert("RGB"), size), np.float32)
+    pixels = np.asarray(_resized(_converted(image, "RGB"), size), np.float32)
     return (pixels / 255 * 2 - 1)[None]
 
 
 def mask_from_pil(mask, size):
     """A PIL image -> (1,H,W,1) float32, resized: 1 where it is at least half white, else 0."""
-    pixels = np.asarray(_resized(mask, size).convert("L"), np.float32)
+    pixels = np.asarray(_converted(_resized(mask, size), "L"), np.float32)
     return (pixels / 255 >= 0.5).astype(np.float32)[None, :, :, None]
+
+
+def _converted(image, mode):
+    """A PIL image in another mode. Of 16 bits Pillow's own convert leaves 255 of all above 255."""
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value / 257)
+    return image.convert(mode)
 
 
 def _resized(image, size):
@@ -103,7 +110,7 @@ def check_mask_size(mask, image):
     """Warn of a mask that is not of its picture's size."""
     if mask.size != image.size:
         warnings.warn(f"the mask is {mask.width}x{mask.height} pixels and the image "
-                      f"{image.width}x{image.height}: the mask is resized", stacklevel=4)
+                      f"{image.width}x{image.height}: the mask is resized", stacklevel=5)
 
 
 def to_pil(images):

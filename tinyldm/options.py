@@ -1,8 +1,9 @@
 """What the command line asks for: its options, and the pictures to draw.
 
-Above __main__.py, which draws them; not in the way of `import tinyldm`.
+Read by __main__.py, which draws them; nothing that takes long to import is needed to answer --help.
 """
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,9 +120,14 @@ def jobs(args):
         raise TinyldmError("--to-image goes with --image, from which the way leads: give both")
     if args.variation is not None and walks:
         raise TinyldmError("--variation stays with one seed's picture: leave it out, or --to-...")
+    if args.variation is not None and not 0 <= args.variation <= 1:
+        raise TinyldmError(f"--variation must be from 0 to 1, not {args.variation:g}")
     count = (ON_THE_WAY if walks else 1) if args.count is None else args.count
     if count < 1 + walks:
         raise TinyldmError(f"--count must be at least {1 + walks}, not {count}")
+    if len(args.prompt) > 1 and not any(" " in prompt for prompt in args.prompt):
+        warnings.warn(f"{len(args.prompt)} prompts of one word each are drawn: put a prompt of "
+                      "several words in quotes", stacklevel=2)
     image, to_image = (file and open_image(file) for file in (args.image, args.to_image))
 
     def between(first, second, i):

@@ -11,8 +11,7 @@ from ..errors import TinyldmError
 from .walk import NO_PICTURE, State, clip, level, whole
 
 
-def ddpm(predict, latents, schedule, num_inference_steps, draw_noise,
-         origin=NO_PICTURE):
+def ddpm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE):
     """Ancestral sampling: each step draws from the posterior q(x_p | x_t, x_0), p the next lower t.
 
         x_p = sqrt(alpha_bar_p) beta / (1 - alpha_bar_t) x_0
@@ -71,8 +70,7 @@ def ddim(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_
         yield State(step, t, x_t, x_0)
 
 
-def pndm(predict, latents, schedule, num_inference_steps, draw_noise,
-         origin=NO_PICTURE):
+def pndm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE):
     """Pseudo linear multistep (PLMS): DDIM's jump with the noise averaged over up to four calls.
 
         x_p = sqrt(alpha_bar_p / alpha_bar_t) x_t - (alpha_bar_p - alpha_bar_t) e / d
@@ -128,8 +126,7 @@ def _plms_step(schedule, x_t, output, t, p):
     return float(scale) * x_t - float((alpha_bar_p - alpha_bar_t) / d) * e
 
 
-def lcm(predict, latents, schedule, num_inference_steps, draw_noise,
-        origin=NO_PICTURE):
+def lcm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE):
     """Latent consistency: jump to x_0, and as long as steps remain go back up with fresh noise.
 
         f = c_out x_0 + c_skip x_t,  c_skip = 1/4 / (u^2 + 1/4),  c_out = u / sqrt(u^2 + 1/4)
