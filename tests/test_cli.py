@@ -421,6 +421,18 @@ def test_a_film_that_would_replace_the_picture(weights, out, count, name, capsys
     assert not list(out.iterdir())
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["a (dog:1000)"], "the prompt gives 'dog' the weight 1000"),
+    (["--count", 2, "--seed", 2 ** 64 - 1], "a seed is a whole number from"),
+    (["--to-prompt", "a (dog:1000)"], "the prompt gives 'dog' the weight 1000"),
+])
+def test_what_is_wrong_of_a_later_picture_is_found_before_the_first(
+        arguments, message, weights, out, capsys):
+    arguments = ["a cat", *map(str, arguments), "--weights", str(weights)]
+    assert main([*arguments, "--output", str(out / "out.png")]) == 2
+    assert message in capsys.readouterr().err and not list(out.iterdir())
+
+
 def test_no_prompt(out):
     assert_refused(run(folder=out), "required: prompt", out)
 

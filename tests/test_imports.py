@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "conditioning": BOTTOM | {"between", "ops", "models", "prompt", "predictor"},
     "pipeline": BOTTOM | {"noise", "layers", "models", "diffusion", "tokenizer", "conditioning",
                           "between", "editing", "predictor", "images", "checkpoints"},
-    "options": BOTTOM | {"between", "images"},
+    "options": BOTTOM | {"between", "images", "noise", "prompt"},
     "watch": BOTTOM | {"images"},
     "profiling": BOTTOM | {"layers", "models"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "tokenizer",

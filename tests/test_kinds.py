@@ -159,6 +159,12 @@ def test_latent_consistency_model(consistent, options):
     assert_same_drawing(ours(pipe, seed=1, num_images=2, **options), reference([1, 2], **options))
 
 
+def test_the_waves_of_guidance_are_of_the_contexts_precision(consistent):
+    """They are computed in float64, in which the UNet is not to go on."""
+    conditions, = told(consistent[0], "cat", "")
+    assert conditions["timestep_cond"].dtype == conditions["context"].dtype == np.float32
+
+
 def test_a_latent_consistency_model_knows_no_negative_prompt(consistent):
     pipe, _ = consistent
     assert len(list(pipe.stream(PROMPT))) == 4

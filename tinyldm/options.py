@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .between import Between
+from .between import Between, ends
 from .errors import TinyldmError
 
 ON_THE_WAY = 8              # pictures from one prompt, seed or image to another
@@ -144,7 +144,21 @@ def jobs(args):
                 seed = args.seed + i
             found.append(Job(between(prompt, args.to_prompt, i), seed,
                              between(image, to_image, i)))
+    check_words_and_seeds(found, args.noise)
     return found
+
+
+def check_words_and_seeds(found, noise):
+    """Raise TinyldmError for the wrong ones of all jobs, before the first is drawn."""
+    from .noise import get_generator
+    from .prompt import parse as parse_prompt
+
+    generator = get_generator(noise)
+    for job in found:
+        for text in ends(job.prompt):
+            parse_prompt(text)
+        for seed in ends(job.seed):
+            generator(seed)
 
 
 def on_a_way(args):

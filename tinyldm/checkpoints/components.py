@@ -1,6 +1,6 @@
 """One component of a pipeline: a folder of config.json and weights <-> one model, strictly.
 
-Stands between the files (reading.py, layout.py) and the models; folders.py puts three
+Stands between the files (reading.py, layout.py) and the models; folders.py puts
 components together. Everything a user's folder can get wrong ends here in a TinyldmError.
 """
 import math

@@ -2,8 +2,8 @@
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
-A single file in the original layout has the weights of the three models alone (ldm.py, kinds.py).
-Called by pipeline.py; the three models come from components.py, what is not here from hub.py.
+A single file in the original layout has the weights of the models alone (ldm.py, kinds.py).
+Called by pipeline.py; the models come from components.py, what is not here from hub.py.
 """
 import os
 import re
