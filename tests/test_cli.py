@@ -136,7 +136,7 @@ def test_a_lora_and_an_embedding(weights, out, tmp_path):
     assert np.array_equal(np.asarray(picture), expected)
     assert not np.array_equal(expected, plain)
     assert picture.text["parameters"].endswith(
-        f'Model: {weights.name}, Lora: "in:k, style:-0.75, dots:1"')
+        f'Model: {weights.name}, Lora: "in:k, style:-0.75, dots:1", Embeddings: "xq-toy"')
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -223,6 +223,28 @@ def test_image_to_image_and_inpainting(weights, out, files, capsys):
 def test_the_bar_of_a_last_step_alone(weights, out, files, sampler, capsys):
     draw(weights, out, "a cat", "--image", files[0], "--strength", 0.5, "--sampler", sampler)
     assert re.search(r"drawing: 100%\|.*\| 1/1 ", capsys.readouterr().err)
+
+
+def test_the_picture_that_is_read_is_not_replaced(weights, out, files):
+    for name, count in (("x.png", 1), ("x-1.png", 2)):
+        copy = Path(shutil.copy(files[0], out / name))
+        process = run("a cat", "--weights", weights, "--image", copy, "--output", "x.png",
+                      "--count", count, folder=out)
+        assert process.returncode == 2 and process.stdout == ""
+        assert f"error: --output would replace {copy}, which is read: name another" in (
+            process.stderr)
+        assert copy.read_bytes() == files[0].read_bytes()
+        copy.unlink()
+
+
+def test_a_note_on_a_large_picture(weights, out, tmp_path, capsys):
+    make_picture(0, (40, 32)).save(tmp_path / "large.png")
+    image = ["a cat", "--image", tmp_path / "large.png", "--strength", 0.5]
+    note = "note: the image is drawn at its 40x32 pixels, 5 times as many as the 16x16 of the weig"
+    draw(weights, out, *image)
+    assert note in capsys.readouterr().err
+    draw(weights, out, *image, "--width", 20)
+    assert note not in capsys.readouterr().err
 
 
 def test_variations(weights, out):

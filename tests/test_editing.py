@@ -143,6 +143,20 @@ def test_large_pictures_in_tiles(tmp_path):
                         reference(image=large))
 
 
+def test_what_is_transparent_lies_on_white(small):
+    """So a mask's transparent parts are painted, as programs mean it that cut holes."""
+    clear = picture(mode="RGBA")
+    alpha = Image.eval(hole(), lambda value: 0 if value > 128 else 255)
+    clear.putalpha(alpha)
+    shown = picture()
+    shown.paste("white", mask=Image.eval(alpha, lambda value: 255 - value))
+    np.testing.assert_array_equal(from_pil(clear, SIZE), from_pil(shown, SIZE))
+    clear.paste("black", mask=alpha)
+    clear.putalpha(alpha)
+    np.testing.assert_array_equal(mask_from_pil(clear, SIZE), mask_from_pil(
+        hole().point(lambda value: 255 * (value > 128)), SIZE))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
 def test_pictures_of_other_modes(small, mode):
     """diffusers takes RGB alone; a mask of any mode."""
@@ -200,7 +214,7 @@ def test_where_the_mask_is_black_the_latents_are_the_pictures(small):
     ({"image": None}, "a mask and a strength go with an image: give one"),
     ({"mask": Image.new("L", (16, 16), 127)}, "the mask leaves nothing to paint: make it white"),
     ({"mask": thin(16)}, "in spots of at least 4x4 pixels"),
-    ({"image": Image.new("RGB", (3, 16))}, "width must be from 4 to 8192 pixels, not 0"),
+    ({"image": Image.new("RGB", (3, 16))}, "the image is 3x16 pixels, too small for mul"),
 ])
 def test_bad_input(small, options, message):
     options = {"image": picture(size=(16, 16)), "strength": 0.5, **options}

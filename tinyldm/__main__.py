@@ -4,6 +4,7 @@ What a person may get wrong ends in one line, `error: ...`, and exit status 2; C
 status 130, a closed pipe in 141. Pictures are drawn and saved one by one, each whole or not there.
 """
 import json
+import math
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from .options import jobs, on_a_way, parse
 
 BUNDLED = "shapes"
 ANIMATED = (".gif", ".webp")
+LARGE = 4                   # times the weights' own number of pixels
 # The time a step takes; tqdm's own format switches to steps a second where they are quick.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_inv_fmt}]"
 CLOCK = "{desc}: {elapsed_s:.1f} s"
@@ -70,6 +72,9 @@ def draw(args):
     todo = jobs(args)
     paths = output_paths(args.output, len(todo))
     check_output(paths[0])
+    for file in filter(None, (args.image, args.mask, args.to_image)):
+        if any(path.exists() and path.samefile(file) for path in paths):
+            raise TinyldmError(f"--output would replace {file}, which is read: name another file")
     if args.preview is not None and args.preview < 1:
         raise TinyldmError(f"--preview must be at least 1 step, not {args.preview}")
     if args.animate:
@@ -98,7 +103,7 @@ def draw_pictures(args, todo, paths, profile=None):
     with part("loading"), stage("loading"):
         from .images import open_image, save, to_pil
         from .pipeline import load
-        from .watch import Preview, animation, half_blocks
+        from .watch import Preview, half_blocks, save_film
         mask = args.mask and open_image(args.mask, "L")
         pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema)
         for file, weight in args.lora:
@@ -112,13 +117,16 @@ def draw_pictures(args, todo, paths, profile=None):
     preview, frames, walks = Preview(pipe), [], on_a_way(args)
     films = film_paths(args, todo) if args.animate else []
     for job, path in zip(todo, paths):
-        with part("reading the prompt"), stage("reading the prompt"):
+        reading = "reading the prompt" + " and the picture" * (job.image is not None)
+        with part(reading), stage(reading):
             size = pipe.size(args.width, args.height, job.image)
             sampler = pipe.sampler(args.sampler)
             steps = pipe.num_inference_steps if args.steps is None else args.steps
             states = pipe.stream(job.prompt, args.negative, steps, args.guidance, job.seed, *size,
                                  sampler=sampler, noise=args.noise, image=job.image, mask=mask,
                                  guidance_rescale=args.guidance_rescale, strength=args.strength)
+            if job.image and args.width is None and args.height is None:
+                advise_on_size(pipe, size)
             edit = pipe.edit(job.image, args.strength, mask)
             text = parameters(args, job, steps, sampler, size, edit)
         with part("drawing"):
@@ -138,8 +146,7 @@ def draw_pictures(args, todo, paths, profile=None):
                 if films:                               # the last step's frame is the picture
                     frames = [*(frames if walks else frames[:-1]), image]
                     if not walks or job.way() == 1:
-                        first, options = animation(frames)
-                        save(first, films.pop(0), text, **options)
+                        save_film(frames, films.pop(0), text)
                         frames = []
         if args.show:
             print(half_blocks(image, *shutil.get_terminal_size()), file=sys.stderr)
@@ -156,6 +163,17 @@ def advise(pipe):
         warnings.warn(f"the scheduler is that of a model made for few steps, such as Turbo: if it "
                       f"is one, --steps 1 --guidance 0 does better than {STEPS} steps",
                       stacklevel=2)
+
+
+def advise_on_size(pipe, size):
+    """A note on a photograph that would take minutes a step."""
+    if pipe.unet.config.get("sample_size"):
+        own = pipe.size()
+        times = math.prod(size) / math.prod(own)
+        if times > LARGE:
+            warnings.warn(f"the image is drawn at its {size[0]}x{size[1]} pixels, {times:.0f} "
+                          f"times as many as the {own[0]}x{own[1]} of the weights: --width and "
+                          "--height make it smaller", stacklevel=2)
 
 
 def with_progress(states, steps, left_out, sampler):
@@ -200,21 +218,22 @@ def parameters(args, job, steps, sampler, size, edit):
         "Size": f"{size[0]}x{size[1]}",
         "Model": Path(args.weights).resolve().name if args.weights else BUNDLED,
         "Noise": None if args.noise == "torch-cpu" else args.noise,
-        "Lora": quoted(loras),
+        "Lora": quoted(loras or None),
+        "Embeddings": quoted(", ".join(Path(file).stem for file in args.embedding) or None),
         "Image": args.image and quoted(args.image.name),
         "Mask": args.mask and quoted(args.mask.name),
         "Denoising strength": f"{edit.strength:g}" if args.image else None,
-        "To prompt": args.to_prompt and quoted(args.to_prompt),
+        "To prompt": quoted(args.to_prompt),
         "To image": args.to_image and quoted(args.to_image.name),
         "On the way": f"{job.way():g}" if on_a_way(args) else None,
     }
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in said.items()
-                                        if value not in (None, ""))])
+                                        if value is not None)])
 
 
 def quoted(text):
     """A text in which a comma ends nothing."""
-    return text and json.dumps(text, ensure_ascii=False)
+    return None if text is None else json.dumps(text, ensure_ascii=False)
 
 
 # ---- files ----------------------------------------------------------------------------------

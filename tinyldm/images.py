@@ -94,9 +94,17 @@ def mask_from_pil(mask, size):
 
 
 def _converted(image, mode):
-    """A PIL image in another mode. Of 16 bits Pillow's own convert leaves 255 of all above 255."""
+    """A PIL image in another mode: what is transparent lies on white, as pages show it.
+
+    Of 16 bits Pillow's own convert leaves 255 of all above 255.
+    """
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value / 257)
+    if "A" in image.getbands() or "transparency" in image.info:
+        from PIL import Image
+
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
 
 

@@ -37,7 +37,7 @@ def parse(arguments):
     parser.add_argument("--embedding", action="append", default=[], metavar="FILE",
                         help="a textual inversion, whose word the prompt may then use: the one in "
                         "the file, else the file's name; may be given several times")
-    parser.add_argument("--output", type=Path, default=Path("out.png"),
+    parser.add_argument("--output", type=path, default=Path("out.png"),
                         help="the file, in any format Pillow writes (out.png)")
     parser.add_argument("--steps", type=int, help="1 to 1000; more is slower and finer "
                         "(what the weights recommend)")
@@ -52,18 +52,18 @@ def parse(arguments):
     parser.add_argument("--height", type=int, help="in pixels (the weights' own)")
     parser.add_argument("--count", type=int, help="how many pictures of each prompt, of the seeds "
                         f"K, K + 1, ...: out-0.png, out-1.png, ... (1; on a way {ON_THE_WAY})")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to begin from; its "
+    parser.add_argument("--image", type=path, metavar="FILE", help="a picture to begin from; its "
                         "size is the drawn one's, unless --width and --height say another")
     parser.add_argument("--strength", type=float, metavar="S", help="0 to 1: how much of it to "
                         "draw anew (0.8; with a mask 1)")
-    parser.add_argument("--mask", type=Path, metavar="FILE", help="a picture, white where to paint "
-                        "and black where the image is to stay")
+    parser.add_argument("--mask", type=path, metavar="FILE", help="a picture, white where to paint "
+                        "and black where the image is to stay, as well as the VAE can render it")
     parser.add_argument("--variation", type=float, metavar="V", help="0 to 1: draw --count "
                         "variations of the seed's picture, by so much of other seeds' noise")
     parser.add_argument("--to-prompt", metavar="TEXT", help="draw --count pictures on the way from "
                         "the prompt to this one")
     parser.add_argument("--to-seed", type=int, metavar="K", help="the same from seed to seed")
-    parser.add_argument("--to-image", type=Path, metavar="FILE", help="the same from --image to "
+    parser.add_argument("--to-image", type=path, metavar="FILE", help="the same from --image to "
                         "this one, through their noised latents")
     parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, "
                         "euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, "
@@ -79,7 +79,7 @@ def parse(arguments):
                         "differently")
     parser.add_argument("--preview", type=int, metavar="N", help="every N steps write the picture "
                         "as it is predicted so far: out-step5.png, out-step10.png, ...")
-    parser.add_argument("--animate", type=Path, metavar="FILE", help="write the drawing as an "
+    parser.add_argument("--animate", type=path, metavar="FILE", help="write the drawing as an "
                         "animation, a frame a step, or of pictures on a way a frame a picture: "
                         "a .gif or .webp file")
     parser.add_argument("--show", action="store_true", help="draw the picture in the terminal too, "
@@ -87,6 +87,10 @@ def parse(arguments):
     parser.add_argument("--profile", action="store_true", help="tell at the end where time and "
                         "memory went: by stage, by block and by op")
     return parser.parse_args(arguments)
+
+
+def path(text):
+    return Path(text).expanduser()
 
 
 def lora(text):

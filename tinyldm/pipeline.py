@@ -289,8 +289,11 @@ class StableDiffusion:
         own = self.unet.config.get("sample_size")
         own = own if isinstance(own, (list, tuple)) else (own, own)     # (height, width)
         if image is not None:
-            image = ends(image)[0]
-            own = image.height // self.vae.factor, image.width // self.vae.factor
+            image, f = ends(image)[0], self.vae.factor
+            own = image.height // f, image.width // f
+            if 0 in own and None in (width, height):
+                raise TinyldmError(f"the image is {image.width}x{image.height} pixels, too small "
+                                   f"for multiples of {f}: give a width and a height")
         return (self._side("width", width, own[1]), self._side("height", height, own[0]))
 
     def _side(self, name, pixels, own):

@@ -6,7 +6,7 @@ so far (State.pred_x0); here they become something to look at.
 import numpy as np
 
 from .backend import to_host
-from .images import to_pil
+from .images import save, to_pil
 
 DECODED = 256 * 256         # pixels: up to this size a preview is worth the VAE's time
 PATCHES = 8                 # a side, of one colour each, from which the linear map is fitted
@@ -64,9 +64,7 @@ def half_blocks(image, columns, rows):
     return "\n".join(lines)
 
 
-def animation(frames):
-    """PIL images -> the first one, and the options with which Pillow saves them all as GIF or WebP.
-    """
+def save_film(frames, path, text):
+    """Write PIL images as an animated GIF or WebP, whole or not at all; text: see images.save."""
     durations = [FRAME] * (len(frames) - 1) + [LAST_FRAME]
-    return frames[0], {"save_all": True, "append_images": frames[1:], "duration": durations,
-                       "loop": 0}
+    save(frames[0], path, text, save_all=True, append_images=frames[1:], duration=durations, loop=0)
