@@ -127,7 +127,7 @@ def draw_pictures(args, todo, paths, profile=None):
                                  guidance_rescale=args.guidance_rescale, strength=args.strength)
             if job.image and args.width is None and args.height is None:
                 advise_on_size(pipe, size)
-            edit = pipe.edit(job.image, args.strength, mask)
+            edit = pipe.edit(job.image, args.strength, mask, sampler)
             text = parameters(args, job, steps, sampler, size, edit)
         with part("drawing"):
             for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):

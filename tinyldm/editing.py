@@ -17,12 +17,15 @@ class Edit:
     """What the arguments image, strength and mask of StableDiffusion.stream ask for.
 
     strength: from 0 to 1, or None. inpaints: whether the model is made for inpainting, whose UNet
-    reads the mask and the latents of what is left of the picture beside those it cleans.
+    reads the mask and the latents of what is left of the picture beside those it cleans. spread:
+    make all steps, within the strength's share of the timesteps, in place of leaving some out; so
+    few-step models change pictures, where there is no mask.
     Raises TinyldmError for arguments that are wrong or do not go together.
     """
 
-    def __init__(self, image, strength, mask, inpaints):
+    def __init__(self, image, strength, mask, inpaints, spread=False):
         self.image, self.mask, self.inpaints = image, mask, inpaints
+        self.spread = spread and mask is None
         for end in [] if image is None else ends(image):
             check_image("image", end)
         if image is None and (mask is not None or strength is not None):
@@ -41,7 +44,7 @@ class Edit:
 
     def steps_left_out(self, steps):
         """How many of a walk's first steps are not made. Raises TinyldmError if none remains."""
-        if self.image is None:
+        if self.image is None or self.spread:
             return 0
         made = int(steps * self.strength)
         if made == 0:
@@ -72,7 +75,7 @@ class Edit:
             picture = encoded(draw_noise())
         latents = draw_noise() if latents is None else latents
         if self.mask is None:
-            return latents, Origin(picture, first), None
+            return latents, Origin(picture, first, reach=self.strength if self.spread else 1), None
         noise = draw_noise()                            # drawn by diffusers even if it is not used
         factor = size[0] // latents.shape[2]
         xp = get_xp(latents)

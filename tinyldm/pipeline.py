@@ -158,9 +158,10 @@ class StableDiffusion:
         guidance_rescale: 0 to 1, how much of the contrast that guidance adds to take away again.
         image: a PIL image to begin from, resized. strength: 0 to 1, how much of it to draw anew:
         the share of the steps that are made, the noise added to the image being that of the first;
-        0.8 unless given. mask: a PIL image, white where to paint and black where the image is to
-        stay; then strength is 1 unless given, and 1 begins from noise alone. Models made for
-        inpainting want both. Source: SDEdit, see walk.Origin.
+        0.8 unless given. (A Latent Consistency Model makes them all, from as low a start.) mask: a
+        PIL image, white where to paint and black where the image is to stay; then strength is 1
+        unless given, and 1 begins from noise alone. Models made for inpainting want both. Source:
+        SDEdit, see walk.Origin.
         A prompt, a seed and an image may be a between.Between, to mix two of them.
         Raises TinyldmError, before anything is drawn for a bad argument, and at the step where
         the latents stop being finite, naming it and the layer.
@@ -172,7 +173,7 @@ class StableDiffusion:
         guidance_rescale = _finite_number("guidance_rescale", guidance_rescale)
         if not 0 <= guidance_rescale <= 1:
             raise TinyldmError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale:g}")
-        edit = self.edit(image, strength, mask)
+        edit = self.edit(image, strength, mask, sampler)
         edit.steps_left_out(steps)                      # for its check
         latents = None if latents is None else self._array(latents)
         shape = self._latents_shape(width, height, num_images, latents, image)
@@ -277,12 +278,14 @@ class StableDiffusion:
         get_sampler(name)                               # for its check of the name
         return name
 
-    def edit(self, image=None, strength=None, mask=None):
+    def edit(self, image=None, strength=None, mask=None, sampler=None):
         """What these arguments of stream ask for, an editing.Edit. Raises TinyldmError."""
         if strength is not None:
             strength = _finite_number("strength", strength)
         channels = self.vae.config["latent_channels"]
-        return Edit(image, strength, mask, self.unet.config["in_channels"] == 2 * channels + 1)
+        inpaints = self.unet.config["in_channels"] == 2 * channels + 1
+        spread = self.unet.config.get("time_cond_proj_dim") and self.sampler(sampler) == "lcm"
+        return Edit(image, strength, mask, inpaints, spread)
 
     def size(self, width=None, height=None, image=None):
         """(width, height) in pixels; where None the image's, or the weights' own."""

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import TinyldmError
 from .walk import NO_PICTURE, State, clip, level, whole
 
+LCM_TIMESTEPS = 50          # that Latent Consistency Models are distilled at
 
 def ddpm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE):
     """Ancestral sampling: each step draws from the posterior q(x_p | x_t, x_0), p the next lower t.
@@ -138,7 +139,8 @@ def lcm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_P
     Source: Luo et al. 2023, "Latent Consistency Models", arXiv:2310.04378, algorithm 3; c_skip and
     c_out are Song et al.'s 2023, "Consistency Models", arXiv:2303.01469, for discrete t.
     """
-    timesteps = _lcm_timesteps(schedule, num_inference_steps)[origin.first:]
+    known = int(LCM_TIMESTEPS * origin.reach)
+    timesteps = _lcm_timesteps(schedule, num_inference_steps, known)[origin.first:]
     x_t = origin.begin(latents, *level(schedule, timesteps[0]))
     for step, (t, p) in enumerate(pairwise([*timesteps, None])):
         x_0, _ = _split(schedule, predict(x_t, t), x_t, schedule.alphas_cumprod[t])
@@ -152,15 +154,15 @@ def lcm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_P
         yield State(step, t, x_t, f)
 
 
-def _lcm_timesteps(schedule, n, known=50):
-    """n of the `known` timesteps that the model was distilled at, from the highest down."""
+def _lcm_timesteps(schedule, n, known):
+    """n of the lowest `known` timesteps that the model was distilled at, from the highest down."""
     schedule.timesteps(n, "leading")                # for its check of n
     T = schedule.num_train_timesteps
-    if not n <= known <= T:
-        raise TinyldmError(f"lcm takes from 1 to {known} steps, of at least {known} training "
-                           f"timesteps, not {n} of {T}: use another sampler")
+    if not n <= known <= LCM_TIMESTEPS <= T:
+        raise TinyldmError(f"lcm takes from 1 to {known} steps here, of at least {LCM_TIMESTEPS} "
+                           f"training timesteps, not {n} of {T}: use another sampler")
     places = np.linspace(0, known, n, endpoint=False)
-    return [T // known * (known - int(place)) - 1 for place in places]
+    return [T // LCM_TIMESTEPS * (known - int(place)) - 1 for place in places]
 
 
 # ---- shared ---------------------------------------------------------------------------------

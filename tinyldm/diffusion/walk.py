@@ -23,7 +23,7 @@ class Origin(NamedTuple):
     first: how many steps are left out; the picture is noised to the level of the first one made,
     so that the less is left out, the less is left of the picture. mask: 1 where the walk paints, 0
     where the picture is put back after each step, noised to the level reached. noise_only: begin
-    from noise alone even so.
+    from noise alone even so. reach: for lcm, the share of the timesteps it knows that it may use.
     Source: Meng et al. 2021, "SDEdit: Guided Image Synthesis and Editing with Stochastic
     Differential Equations", arXiv:2108.01073, algorithms 1 and 2.
     """
@@ -32,6 +32,7 @@ class Origin(NamedTuple):
     first: int = 0
     mask: Any = None            # one value a latent: broadcasts against x_0
     noise_only: bool = False
+    reach: float = 1.0
 
     def rest(self, timesteps):
         """The steps to be made: (number, timestep), numbered as if none were left out."""
