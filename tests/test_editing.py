@@ -1,4 +1,6 @@
 """Image to image and inpainting against diffusers' pipelines: same weights, seed and picture."""
+import copy
+
 import diffusers
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ from tinyldm.errors import TinyldmError
 from tinyldm.images import from_pil, mask_from_pil, open_image, to_pil
 from tinyldm.noise import get_generator
 
-from .reference import nhwc
 from .small_pipelines import (
     ddpm,
     dpmpp,
@@ -62,25 +63,16 @@ def thin(side):
 
 
 class Editing(Reference):
-    """diffusers' pipelines for image to image, or with a mask for inpainting."""
+    """diffusers' pipelines for image to image, or with a mask for inpainting, by the same parts."""
 
     def __call__(self, seeds=(0,), **options):
         xl = hasattr(self.pipe, "text_encoder_2")
         task = "Inpaint" if "mask_image" in options else "Img2Img"
-        pipe = getattr(diffusers, f"StableDiffusion{'XL' * xl}{task}Pipeline")(
+        editing = copy.copy(self)
+        editing.pipe = getattr(diffusers, f"StableDiffusion{'XL' * xl}{task}Pipeline")(
             **self.pipe.components, **({} if xl else {"requires_safety_checker": False}))
-        pipe.set_progress_bar_config(disable=True)
-        states = []
-
-        def keep(pipe, step, timestep, tensors):
-            states.append(nhwc(tensors["latents"]))
-            return {}
-
-        images = pipe(
-            PROMPT, num_inference_steps=STEPS, num_images_per_prompt=len(seeds),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            callback_on_step_end=keep, guidance_scale=7.5, **options).images
-        return states, np.stack([np.asarray(image) for image in images])
+        editing.pipe.set_progress_bar_config(disable=True)
+        return Reference.__call__(editing, seeds, guidance_scale=7.5, **options)
 
 
 KINDS = [sd1, sd2, sd_turbo, euler_ancestral, dpmpp, ddpm, sdxl]
@@ -124,20 +116,20 @@ def test_image_to_image(both, strength):
                         reference([5], image=picture(), strength=strength))
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_inpainting_with_an_ordinary_model(both, strength):
-    pipe, reference = both
-    options = {"strength": strength, "height": 48, "width": 64}
+def assert_inpaints(pipe, reference, **options):
+    options = {"height": 48, "width": 64, **options}
     assert_same_drawing(ours(pipe, seed=5, image=picture(), mask=hole(), **options),
                         reference([5], image=picture(), mask_image=hole(), **options))
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_with_an_ordinary_model(both, strength):
+    assert_inpaints(*both, strength=strength)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainting_with_a_model_made_for_it(nine, strength):
-    pipe, reference = nine
-    options = {"strength": strength, "height": 48, "width": 64}
-    assert_same_drawing(ours(pipe, seed=5, image=picture(), mask=hole(), **options),
-                        reference([5], image=picture(), mask_image=hole(), **options))
+    assert_inpaints(*nine, strength=strength)
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
@@ -155,10 +147,7 @@ def test_a_latent_consistency_model_makes_all_steps(few, strength):
 
 
 def test_inpainting_with_a_latent_consistency_model(few):
-    pipe, reference = few
-    options = {"strength": 0.6, "height": 48, "width": 64}
-    assert_same_drawing(ours(pipe, seed=5, image=picture(), mask=hole(), **options),
-                        reference([5], image=picture(), mask_image=hole(), **options))
+    assert_inpaints(*few, strength=0.6)
 
 
 def test_too_small_a_strength_for_a_latent_consistency_model(few):
@@ -168,10 +157,8 @@ def test_too_small_a_strength_for_a_latent_consistency_model(few):
 
 def test_strength_unless_given(both_sd1):
     pipe, reference = both_sd1
-    size = {"width": 64, "height": 56}
     assert_same_drawing(ours(pipe, image=picture()), reference(image=picture()))
-    assert_same_drawing(ours(pipe, image=picture(), mask=hole(), **size),
-                        reference(image=picture(), mask_image=hole(), **size))
+    assert_inpaints(pipe, reference)
 
 
 def test_large_pictures_in_tiles(tmp_path):

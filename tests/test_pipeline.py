@@ -39,9 +39,11 @@ class Reference:
             folder, torch_dtype=torch.float32, variant="fp16" if half else None)
         self.pipe.set_progress_bar_config(disable=True)
 
-    def __call__(self, seeds=(0,), latents=None, prompt=PROMPT, **options):
+    def __call__(self, seeds=(0,), prompt=PROMPT, **options):
         """-> latents after every step [(B,h,w,4)], pictures (B,H,W,3) uint8."""
         states = []
+        if "latents" in options:
+            options["latents"] = nchw(options["latents"])
 
         def keep(pipe, step, timestep, tensors):
             states.append(nhwc(tensors["latents"]))
@@ -50,8 +52,7 @@ class Reference:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         images = self.pipe(
             prompt, num_inference_steps=STEPS, num_images_per_prompt=len(seeds),
-            generator=generators, latents=None if latents is None else nchw(latents),
-            callback_on_step_end=keep, **options).images
+            generator=generators, callback_on_step_end=keep, **options).images
         return states, np.stack([np.asarray(image) for image in images])
 
 
@@ -143,7 +144,7 @@ def test_given_latents(both_sd1):
     latents = np.random.default_rng(0).standard_normal((2, 5, 8, 4), np.float32)
     latents.flags.writeable = False
     drawing = ours(pipe, latents=latents, num_images=2)
-    assert_same_drawing(drawing, reference([0, 1], latents, height=40, width=64))
+    assert_same_drawing(drawing, reference([0, 1], latents=latents, height=40, width=64))
 
 
 @pytest.mark.parametrize("name, scheduler", [
