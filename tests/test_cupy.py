@@ -27,6 +27,7 @@ from tinyldm.training.unet import diffusion_loss
 from tinyldm.training.vae import vae_loss
 
 from . import strict
+from .small_pipelines import inpainting, lcm, sdxl
 from .test_editing import hole, picture
 from .test_imports import PACKAGE, SOURCES
 from .test_models import CLIPS, UNETS, VAES, vae_config
@@ -229,9 +230,9 @@ def pipes():
                                   for dtype in ("float32", "float16")}}
 
 
-def draw(pipe, steps=3, **options):
+def draw(pipe, steps=3, prompt=PROMPT, **options):
     """-> latents after every step, pictures (B,H,W,3)."""
-    latents = [state.latents for state in pipe.stream(PROMPT, num_inference_steps=steps, **options)]
+    latents = [state.latents for state in pipe.stream(prompt, num_inference_steps=steps, **options)]
     images = np.stack([np.asarray(image) for image in to_pil(pipe.decode(latents[-1]))])
     return np.stack([backend.to_host(x) for x in latents]), images.astype(int)
 
@@ -252,6 +253,24 @@ def test_a_picture(options, pipes):
     latents, close = draw(pipes["float16"], **options)
     assert latents.dtype == np.float32                  # the sampler's sums
     assert abs(close - images).max() <= 4 and (abs(close - images) <= 1).mean() > 0.99
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("make", [sdxl, lcm, inpainting], ids=lambda make: make.__name__)
+def test_other_kinds(make, tmp_path):
+    """Two text encoders and sizes; imitated guidance; a mask."""
+    folder, options = make(tmp_path / "weights"), {}
+    if make is inpainting:
+        options = {"image": picture(), "mask": hole()}
+    with strict.installed():
+        host, device, half = load(folder), *(load(folder, "cuda", dtype)
+                                             for dtype in ("float32", "float16"))
+    expected, images = draw(host, prompt="red cat", negative_prompt="", **options)
+    latents, same = draw(device, prompt="red cat", negative_prompt="", **options)
+    np.testing.assert_array_equal(latents, expected)
+    np.testing.assert_array_equal(same, images)
+    _, close = draw(half, prompt="red cat", negative_prompt="", **options)
+    assert abs(close - images).mean() < 3
 
 
 def test_the_fast_picture_is_the_same(pipes):
