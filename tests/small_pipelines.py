@@ -220,6 +220,14 @@ def inpainting(folder):
 
 
 
+def toy(folder, half=False):
+    """Like Stable Diffusion 1, of a toy vocabulary, which is read in a moment."""
+    return save(folder, make_unet((16, 32), 32, "yn", attention_head_dim=4, sample_size=8),
+                make_vae((8, 16, 16), sample_size=32),
+                diffusers.DDIMScheduler(**SD, steps_offset=1, clip_sample=False), 32, toy=True,
+                half=half)
+
+
 def smallest(folder):
     """For the command line, which only needs what draws: 16x16 pixels, a toy vocabulary."""
     return save(folder, make_unet((8, 8), 8, "yn", attention_head_dim=2, sample_size=4,

@@ -2,7 +2,6 @@
 import copy
 from types import SimpleNamespace
 
-import diffusers
 import numpy as np
 import pytest
 import safetensors.torch
@@ -26,13 +25,7 @@ TEXTS = [f"a photo of {WORD} riding a horse", f"{WORD}{WORD}, red", f"on{WORD}s"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of a toy vocabulary, which is read in a moment."""
-    make = small_pipelines
-    return make.save(tmp_path_factory.mktemp("toy"),
-                     make.make_unet((16, 32), 32, "yn", attention_head_dim=4, sample_size=8),
-                     make.make_vae((8, 16, 16), sample_size=32),
-                     diffusers.DDIMScheduler(**make.SD, steps_offset=1, clip_sample=False), 32,
-                     toy=True)
+    return small_pipelines.toy(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="module")

@@ -15,23 +15,14 @@ from tinyldm.checkpoints import folders, kinds, ldm, load_pipeline_parts
 from tinyldm.checkpoints.layout import file_shape, fitted
 from tinyldm.checkpoints.stored import StoredTensor, row_major
 from tinyldm.errors import TinyldmError
-from tinyldm.models import (
-    AutoencoderKL,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    UNet2DConditionModel,
-)
 
 from . import single_files
 from .reference import assert_close
 from .small_pipelines import change_json
+from .test_keys import MODELS, REFERENCE, with_lists
 from .test_pipeline import Reference, assert_same_drawing, ours
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
-MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
-          "text_encoder_2": CLIPTextModelWithProjection}
 KINDS = {"sd1": kinds.SD1, "sd2": kinds.SD2, "sdxl": kinds.SDXL}
-with_lists = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no key lists at {REFERENCE}")
 
 
 # ---- the names of real checkpoints ----------------------------------------------------------

@@ -113,19 +113,9 @@ def write(tensors, path, metadata=None):
 
 # ---- pipelines ------------------------------------------------------------------------------
 
-def make_folder(folder, half=False):
-    """Like Stable Diffusion 1, of a toy vocabulary, which is read in a moment."""
-    make = small_pipelines
-    return make.save(folder, make.make_unet((16, 32), 32, "yn", attention_head_dim=4,
-                                            sample_size=8),
-                     make.make_vae((8, 16, 16), sample_size=32),
-                     diffusers.DDIMScheduler(**make.SD, steps_offset=1, clip_sample=False), 32,
-                     toy=True, half=half)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("whole"))
+    return small_pipelines.toy(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +291,7 @@ def test_weight_0_changes_nothing_and_the_negative_undoes(small, small_folder, t
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_large_weights_in_float16_are_widened_where_they_change(low_memory, tmp_path, monkeypatch):
     monkeypatch.setattr(components, "LARGE", 1)
-    folder = make_folder(tmp_path / "half", half=True)
+    folder = small_pipelines.toy(tmp_path / "half", half=True)
     files = {file: file.read_bytes() for file in folder.rglob("*.safetensors")}
     pipe, reference = load(folder, low_memory=low_memory), Reference(folder)
     pairs = make_lora(reference.pipe, "attn")

@@ -77,34 +77,30 @@ def draw(args):
             raise TinyldmError(f"--output would replace {file}, which is read: name another file")
     if args.preview is not None and args.preview < 1:
         raise TinyldmError(f"--preview must be at least 1 step, not {args.preview}")
+    films = []
     if args.animate:
         if args.animate.suffix.lower() not in ANIMATED:
             raise TinyldmError(f"--animate must name a {' or '.join(ANIMATED)} file, "
                                f"not {args.animate}")
-        films = film_paths(args, todo)
+        # One a prompt of the pictures on its way, or one a picture of its steps.
+        films = output_paths(args.animate, len(args.prompt) if on_a_way(args) else len(todo))
         check_output(films[0])
         if same := {*paths} & {*films}:
             raise TinyldmError(f"--animate and --output both name {min(same)}: name two files")
     if not args.profile:
-        return draw_pictures(args, todo, paths)
+        return draw_pictures(args, todo, paths, films)
     from .profiling import Profiler
     with Profiler() as profile:
-        draw_pictures(args, todo, paths, profile)
+        draw_pictures(args, todo, paths, films, profile)
     print(profile, file=sys.stderr)
 
 
-def film_paths(args, todo):
-    """One a prompt of the pictures on its way, or one a picture of its steps."""
-    return output_paths(args.animate, len(args.prompt) if on_a_way(args) else len(todo))
-
-
-def draw_pictures(args, todo, paths, profile=None):
+def draw_pictures(args, todo, paths, films, profile=None):
     part = profile.stage if profile else nullcontext
     with part("loading"), stage("loading"):
-        from .images import open_image, save, to_pil
+        from .images import save, to_pil
         from .pipeline import load
         from .watch import Preview, half_blocks, save_film
-        mask = args.mask and open_image(args.mask, "L")
         pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema)
         for file, weight in args.lora:
             pipe.load_lora(file, weight)
@@ -114,20 +110,19 @@ def draw_pictures(args, todo, paths, profile=None):
             advise(pipe)
     if profile:
         profile.watch(pipe)
+    sampler = pipe.sampler(args.sampler)
+    steps = pipe.num_inference_steps if args.steps is None else args.steps
     preview, frames, walks = Preview(pipe), [], on_a_way(args)
-    films = film_paths(args, todo) if args.animate else []
     for job, path in zip(todo, paths):
         reading = "reading the prompt" + " and the picture" * (job.image is not None)
         with part(reading), stage(reading):
             size = pipe.size(args.width, args.height, job.image)
-            sampler = pipe.sampler(args.sampler)
-            steps = pipe.num_inference_steps if args.steps is None else args.steps
             states = pipe.stream(job.prompt, args.negative, steps, args.guidance, job.seed, *size,
-                                 sampler=sampler, noise=args.noise, image=job.image, mask=mask,
+                                 sampler=sampler, noise=args.noise, image=job.image, mask=job.mask,
                                  guidance_rescale=args.guidance_rescale, strength=args.strength)
             if job.image and args.width is None and args.height is None:
                 advise_on_size(pipe, size)
-            edit = pipe.edit(job.image, args.strength, mask, sampler)
+            edit = pipe.edit(job.image, args.strength, job.mask, sampler)
             text = parameters(args, job, steps, sampler, size, edit)
         with part("drawing"):
             for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):

@@ -38,8 +38,6 @@ class Edit:
             check_mask_size(mask, ends(image)[0])
         if strength is None:
             strength = STRENGTH if mask is None else 1.0
-        if not 0 <= strength <= 1:
-            raise TinyldmError(f"strength must be from 0 to 1, not {strength:g}")
         self.strength = strength
 
     def steps_left_out(self, steps):

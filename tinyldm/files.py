@@ -38,16 +38,22 @@ def temporary_beside(path):
 
     Raises TinyldmError where nothing can be written there.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _free_name(Path(path)) as temporary:
+        try:
+            yield temporary
+        finally:
+            with suppress(OSError):                     # moved away, or never made
+                temporary.unlink()
+
+
+@contextmanager
+def _free_name(path):
+    """A name beside path; what the system has against writing there is a TinyldmError."""
     try:
-        yield temporary
+        yield path.with_name(f".{path.name}.{os.getpid()}.tmp")
     except OSError as error:
         raise TinyldmError(f"cannot write {path} ({error.strerror or error}): "
                            "choose another place") from None
-    finally:
-        with suppress(OSError):                         # moved away, or never made
-            temporary.unlink()
 
 
 @contextmanager
@@ -68,17 +74,14 @@ def new_folder(path):
     Raises TinyldmError for a path with something in it, and where nothing can be written.
     """
     path = Path(os.path.abspath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _free_name(path) as temporary:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise TinyldmError(f"{path} exists already: name a new folder, or an empty one")
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            path.rmdir()                                # not every system replaces a folder
-        os.replace(temporary, path)
-    except OSError as error:
-        raise TinyldmError(f"cannot write {path} ({error.strerror or error}): "
-                           "choose another place") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)    # moved away, or left half-written
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.exists():
+                path.rmdir()                            # not every system replaces a folder
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)    # moved away, or left half-written

@@ -108,6 +108,7 @@ class Job(NamedTuple):
     prompt: Any
     seed: Any
     image: Any                                          # a PIL image, or None
+    mask: Any                                           # the same, no Between
 
     def way(self):
         """How far it is from one end to the other, if it is on a way."""
@@ -133,6 +134,7 @@ def jobs(args):
         warnings.warn(f"{len(args.prompt)} prompts of one word each are drawn: put a prompt of "
                       "several words in quotes", stacklevel=2)
     image, to_image = (file and open_image(file) for file in (args.image, args.to_image))
+    mask = args.mask and open_image(args.mask, "L")
 
     def between(first, second, i):
         return first if second is None else Between(first, second, i / (count - 1))
@@ -147,7 +149,7 @@ def jobs(args):
             else:
                 seed = args.seed + i
             found.append(Job(between(prompt, args.to_prompt, i), seed,
-                             between(image, to_image, i)))
+                             between(image, to_image, i), mask))
     check_words_and_seeds(found, args.noise)
     return found
 

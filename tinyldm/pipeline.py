@@ -60,12 +60,12 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
                             FEW_STEPS if parts.unet.config.get("time_cond_proj_dim") else STEPS)
     tokenizer = Tokenizer.from_folder(parts.tokenizer, parts.padding)
     tokenizer_2 = parts.tokenizer_2 and Tokenizer.from_folder(parts.tokenizer_2, parts.padding_2)
-    for model in (parts.text_encoder, parts.text_encoder_2, parts.unet, parts.vae):
-        if model is not None:
-            move(model, xp)
-    return StableDiffusion(tokenizer, parts.text_encoder, parts.unet, parts.vae, parts.scheduler,
+    pipe = StableDiffusion(tokenizer, parts.text_encoder, parts.unet, parts.vae, parts.scheduler,
                            steps, low_memory, tokenizer_2, parts.text_encoder_2,
                            parts.index.get("force_zeros_for_empty_prompt", True))
+    for model in pipe.models.values():
+        move(model, xp)
+    return pipe
 
 
 def move(module, xp):
@@ -170,9 +170,7 @@ class StableDiffusion:
         self.schedule.timesteps(steps, "leading")       # for its check of the number
         sampler = self.sampler(sampler)
         guidance_scale = _finite_number("guidance_scale", guidance_scale)
-        guidance_rescale = _finite_number("guidance_rescale", guidance_rescale)
-        if not 0 <= guidance_rescale <= 1:
-            raise TinyldmError(f"guidance_rescale must be from 0 to 1, not {guidance_rescale:g}")
+        guidance_rescale = _fraction("guidance_rescale", guidance_rescale)
         edit = self.edit(image, strength, mask, sampler)
         edit.steps_left_out(steps)                      # for its check
         latents = None if latents is None else self._array(latents)
@@ -243,6 +241,13 @@ class StableDiffusion:
                 raise TinyldmError(f"picture {i} is decoded to NaN or infinity: {culprit}")
         return self._xp.concatenate(images).clip(-1, 1)
 
+    @property
+    def models(self):
+        """{name of the part: model}, without a second text encoder where there is none."""
+        parts = {name: getattr(self, name)
+                 for name in ("text_encoder", "text_encoder_2", "unet", "vae")}
+        return {name: model for name, model in parts.items() if model is not None}
+
     # ---- add-ons ----------------------------------------------------------------------------
 
     def load_lora(self, path, weight=1.0):
@@ -254,9 +259,7 @@ class StableDiffusion:
         """
         from .checkpoints import merge_lora
 
-        parts = {name: getattr(self, name) for name in ("unet", "text_encoder", "text_encoder_2")}
-        parts = {name: model for name, model in parts.items() if model is not None}
-        merge_lora(parts, path, _finite_number("weight", weight), self._dtype)
+        merge_lora(self.models, path, _finite_number("weight", weight), self._dtype)
 
     def load_textual_inversion(self, path, token=None):
         """Teach prompts a word, `token` or the one that the file or its name says.
@@ -281,7 +284,7 @@ class StableDiffusion:
     def edit(self, image=None, strength=None, mask=None, sampler=None):
         """What these arguments of stream ask for, an editing.Edit. Raises TinyldmError."""
         if strength is not None:
-            strength = _finite_number("strength", strength)
+            strength = _fraction("strength", strength)
         channels = self.vae.config["latent_channels"]
         inpaints = self.unet.config["in_channels"] == 2 * channels + 1
         spread = self.unet.config.get("time_cond_proj_dim") and self.sampler(sampler) == "lcm"
@@ -359,3 +362,10 @@ def _finite_number(name, value):
     except (TypeError, OverflowError):
         pass
     raise TinyldmError(f"{name} must be a finite number, not {value!r}")
+
+
+def _fraction(name, value):
+    value = _finite_number(name, value)
+    if not 0 <= value <= 1:
+        raise TinyldmError(f"{name} must be from 0 to 1, not {value:g}")
+    return value

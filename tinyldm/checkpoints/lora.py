@@ -66,8 +66,8 @@ def merge_lora(parts, path, weight, dtype):
     """Add a LoRA to the weights of models: W += weight * alpha / rank * up @ down.
 
     parts: {"unet": UNet2DConditionModel, "text_encoder": ..., "text_encoder_2": ...}, without those
-    that the pipeline lacks. path: a .safetensors file, or one that torch.save wrote. Sums are made
-    in float32 or wider; a changed weight is a new array of `dtype`.
+    that the pipeline lacks; others are left alone. path: a .safetensors file, or one that
+    torch.save wrote. Sums are made in float32 or wider; a changed weight is a new array of `dtype`.
     Raises TinyldmError, before anything is changed, for a file that is no LoRA, or one of another
     model or formula, or with names that match nothing, halves of a pair, numbers not finite.
     """

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ..files import new_folder, write_json
 from .components import class_name, float_type, save_model
-from .folders import COMPONENTS, SECOND
 
 
 def save(pipe, folder, dtype=None):
@@ -19,14 +18,13 @@ def save(pipe, folder, dtype=None):
     that are not finite in dtype; nothing is left then.
     """
     dtype = float_type(dtype)
-    models = {part: getattr(pipe, part) for part in COMPONENTS | SECOND if getattr(pipe, part)}
     tokenizers = {"tokenizer": pipe.tokenizer.save}
     settings = {"_num_inference_steps": pipe.num_inference_steps}
     if pipe.tokenizer_2:
         tokenizers["tokenizer_2"] = pipe.tokenizer_2.save
         settings["force_zeros_for_empty_prompt"] = pipe.force_zeros_for_empty_prompt
     with new_folder(Path(folder).expanduser()) as temporary:
-        write_pipeline(temporary, models, tokenizers, pipe.scheduler, settings, dtype)
+        write_pipeline(temporary, pipe.models, tokenizers, pipe.scheduler, settings, dtype)
 
 
 def write_pipeline(folder, models, tokenizers, scheduler, settings, dtype):

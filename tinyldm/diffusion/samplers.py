@@ -30,7 +30,7 @@ from functools import partial
 from ..errors import TinyldmError
 from .exponential import dpmpp_2m, unipc
 from .variance_exploding import euler, euler_ancestral, heun, lms
-from .variance_preserving import ddim, ddpm, lcm, pndm
+from .variance_preserving import LCM_TIMESTEPS, ddim, ddpm, lcm, pndm
 
 SAMPLERS = {
     "ddpm": ddpm,
@@ -69,7 +69,7 @@ CLASSES = {
         **EVENLY, "solver_order": 2, "solver_type": "bh2", "predict_x0": True,
         "lower_order_final": True, "disable_corrector": [], "solver_p": None,
         "use_flow_sigmas": False}),
-    "LCMScheduler": ("lcm", {"original_inference_steps": 50, "timestep_scaling": 10.0}),
+    "LCMScheduler": ("lcm", {"original_inference_steps": LCM_TIMESTEPS, "timestep_scaling": 10.0}),
 }
 
 
