@@ -85,7 +85,7 @@ def test_pictures(both, weight):
         **reference.components, **({} if xl else {"requires_safety_checker": False}))
     img2img.set_progress_bar_config(disable=True)
     pictures, draws = (picture(0), picture(1)), generator(3)
-    factor = pipe.vae.factor
+    factor = pipe.vae.vae_scale_factor
     z = torch.randn((1, 4, SIZE[1] // factor, SIZE[0] // factor), generator=draws)
     size = z.shape[3] * factor, z.shape[2] * factor
     with torch.no_grad():

@@ -105,7 +105,7 @@ def test_split_undoes_add_noise(kind):
     t = np.array([400])
     alpha_bar = float(schedule.alphas_cumprod[400])
     x_t, answer = schedule.add_noise(x_start, noise, t), schedule.target(x_start, noise, t)
-    found = schedule.split(answer, x_t, alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5)
+    found = schedule.to_x_start_and_noise(answer, x_t, alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5)
     np.testing.assert_allclose(found, [x_start, noise], atol=1e-6)
 
 
@@ -162,4 +162,4 @@ def test_zero_snr_needs_more_than_epsilon():
     schedule = Schedule.from_config({**SD, "rescale_betas_zero_snr": True})
     x = np.ones(3, np.float32)
     with pytest.raises(TinyldmError, match="v_prediction"):
-        schedule.split(x, x, schedule.alphas_cumprod[-1], 1.0)
+        schedule.to_x_start_and_noise(x, x, schedule.alphas_cumprod[-1], 1.0)

@@ -159,7 +159,7 @@ def test_the_loss_is_that_of_the_noise_over_alpha_bar():
     v_error = (answer - schedule.target(latents, noise, timesteps)) ** 2
     for i, t in enumerate(timesteps):
         a, s = np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t])
-        _, noise_pred = schedule.split(answer[i], x_t[i], a, s)
+        _, noise_pred = schedule.to_x_start_and_noise(answer[i], x_t[i], a, s)
         expected = ((noise_pred - noise[i]) ** 2).mean() / alpha_bar[t]
         assert v_error[i].mean() == pytest.approx(expected, rel=1e-4)
 

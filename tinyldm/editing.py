@@ -50,7 +50,7 @@ class Edit:
                                f"least {math.ceil(1000 / steps) / 1000:g}, or more steps")
         return steps - made
 
-    def begin(self, encode, steps, size, latents, draw_noise):
+    def prepare(self, encode, steps, size, latents, draw_noise):
         """-> the noise of the walk (B,h,w,C), its walk.Origin, hints for the UNet or None.
 
         encode: images (1,H,W,3), noise (B,h,w,C) -> latents (B,h,w,C). size: (W, H) in pixels.

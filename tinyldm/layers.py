@@ -98,7 +98,7 @@ def named_modules(owner, prefix=""):
 
 
 @contextmanager
-def watching(layers, watch):
+def forward_hooks(layers, watch):
     """Within it every one of the (name, layer) runs watch(name, layer, its forward) as its forward.
 
     An attribute of the layer hides its class's forward, so what is not watched pays nothing. One

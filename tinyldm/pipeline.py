@@ -182,9 +182,9 @@ class StableDiffusion:
         def draw_noise():                               # -> (B,H/f,W/f,C)
             return self._draw(generators, shape)
 
-        size = self.vae.factor * shape[2], self.vae.factor * shape[1]
+        size = self.vae.vae_scale_factor * shape[2], self.vae.vae_scale_factor * shape[1]
         conditions = self._conditioner(prompt, negative_prompt, guidance_scale, *size)
-        latents, origin, hints = edit.begin(self.encode, steps, size, latents, draw_noise)
+        latents, origin, hints = edit.prepare(self.encode, steps, size, latents, draw_noise)
         predict = Predictor(self.unet, conditions, guidance_scale, guidance_rescale, hints)
         states = get_sampler(sampler)(predict, latents, self.schedule, steps, draw_noise, origin)
         return watched(states, predict)
@@ -295,7 +295,7 @@ class StableDiffusion:
         own = self.unet.config.get("sample_size")
         own = own if isinstance(own, (list, tuple)) else (own, own)     # (height, width)
         if image is not None:
-            image, f = ends(image)[0], self.vae.factor
+            image, f = ends(image)[0], self.vae.vae_scale_factor
             own = image.height // f, image.width // f
             if 0 in own and None in (width, height):
                 raise TinyldmError(f"the image is {image.width}x{image.height} pixels, too small "
@@ -303,7 +303,7 @@ class StableDiffusion:
         return (self._side("width", width, own[1]), self._side("height", height, own[0]))
 
     def _side(self, name, pixels, own):
-        factor = self.vae.factor
+        factor = self.vae.vae_scale_factor
         if pixels is None and own is None:
             raise TinyldmError(f"the weights name no size: {name} must be given")
         try:
@@ -321,7 +321,7 @@ class StableDiffusion:
     def _latents_shape(self, width, height, num_images, latents, image):
         if not isinstance(num_images, (int, np.integer)) or num_images < 1:
             raise TinyldmError(f"num_images must be a whole number from 1, not {num_images!r}")
-        factor = self.vae.factor
+        factor = self.vae.vae_scale_factor
         if latents is not None and latents.ndim == 4:           # they have a size of their own
             height = latents.shape[1] * factor if height is None else height
             width = latents.shape[2] * factor if width is None else width

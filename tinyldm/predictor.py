@@ -5,7 +5,7 @@ Stands between pipeline.py, which prepares what the UNet is told, and diffusion/
 from .backend import get_xp
 from .diffusion.guidance import classifier_free, rescale
 from .errors import TinyldmError
-from .layers import named_modules, watching
+from .layers import forward_hooks, named_modules
 
 
 class Predictor:
@@ -72,7 +72,7 @@ def blame(module, run):
             return output
         return watched_forward
 
-    with watching(list(named_modules(module)), watch):
+    with forward_hooks(list(named_modules(module)), watch):
         run()
     if not culprits:
         return "no layer is to blame, so lower guidance_scale or take another sampler"

@@ -19,7 +19,7 @@ import numpy as np
 
 from .backend import get_xp
 from .errors import TinyldmError
-from .layers import Conv2d, Linear, Module, named_modules, watching
+from .layers import Conv2d, Linear, Module, forward_hooks, named_modules
 from .models import AutoencoderKL, UNet2DConditionModel
 from .models.blocks import Attention
 from .models.clip import CLIPAttention
@@ -114,7 +114,7 @@ class Profiler:
         new = {layer: name for name, layer in layers
                if layer not in self.ran and hasattr(layer, "forward")}
         self.ran |= dict.fromkeys(new, False)
-        self.exits.enter_context(watching([(new[layer], layer) for layer in new], watch))
+        self.exits.enter_context(forward_hooks([(new[layer], layer) for layer in new], watch))
 
     @contextmanager
     def stage(self, name):

@@ -113,7 +113,7 @@ def _dpm_level(sigma):
 
 
 def _dpm_x_0(predict, x_t, t, sigma, schedule):
-    x_0, _ = schedule.split(predict(x_t, t), x_t, *_dpm_level(sigma))
+    x_0, _ = schedule.to_x_start_and_noise(predict(x_t, t), x_t, *_dpm_level(sigma))
     return x_0
 
 

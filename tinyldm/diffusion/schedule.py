@@ -98,7 +98,7 @@ class Schedule:
             grid = np.round(np.arange(T, 0, -T / n)) - 1
         return grid[:n]                     # arange may return n + 1 points, T / n being rounded
 
-    def split(self, model_output, x_t, a, s):
+    def to_x_start_and_noise(self, model_output, x_t, a, s):
         """What the model says x_t consists of: (x_start, noise), both of x_t's shape.
 
         x_t = a x_start + s noise with numbers a, s = sqrt(alpha_bar), sqrt(1 - alpha_bar) is solved

@@ -137,5 +137,5 @@ def _denoise(predict, x, t, sigma, schedule):
     output = predict(x / float(scale), t)
     if schedule.prediction_type == "v_prediction":      # defined by x_t, which has unit variance
         return output * float(-sigma / scale) + x / float(sigma ** 2 + 1)
-    x_0, _ = schedule.split(output, x, 1.0, sigma)
+    x_0, _ = schedule.to_x_start_and_noise(output, x, 1.0, sigma)
     return x_0

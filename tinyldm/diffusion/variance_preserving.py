@@ -168,7 +168,8 @@ def _lcm_timesteps(schedule, n, known):
 # ---- shared ---------------------------------------------------------------------------------
 
 def _split(schedule, model_output, x_t, alpha_bar):
-    return schedule.split(model_output, x_t, alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5)
+    return schedule.to_x_start_and_noise(model_output, x_t, alpha_bar ** 0.5,
+                                         (1 - alpha_bar) ** 0.5)
 
 
 def _alpha_bar_after(schedule, p, beyond_is_one):

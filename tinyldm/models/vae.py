@@ -44,7 +44,7 @@ class AutoencoderKL(Module):
         return self.config.get("scaling_factor", 0.18215)
 
     @property
-    def factor(self):
+    def vae_scale_factor(self):
         """How many pixels a latent stands for in each direction."""
         return 2 ** (len(self.config["block_out_channels"]) - 1)
 
@@ -83,17 +83,19 @@ class AutoencoderKL(Module):
         side, where one fades into the other.
         Source: diffusers 0.42.1, AutoencoderKL.tiled_decode.
         """
-        return in_tiles(self.decode, z, self.tile, 1, self.factor)
+        return in_tiles(self.decode, z, self.tile, 1, self.vae_scale_factor)
 
     def encode_tiled(self, images):
         """As encode, a tile at a time: see decode_tiled."""
-        return self._distribution(in_tiles(self._moments, images, self.tile, self.factor, 1))
+        moments = in_tiles(self._moments, images, self.tile, self.vae_scale_factor, 1)
+        return self._distribution(moments)
 
     @property
     def tile(self):
         """The side of a tile, in latents."""
         size = self.config.get("sample_size") or 32     # a number, or (height, width)
-        return max(1, (min(size) if isinstance(size, (list, tuple)) else size) // self.factor)
+        side = min(size) if isinstance(size, (list, tuple)) else size
+        return max(1, side // self.vae_scale_factor)
 
 
 def in_tiles(function, x, tile, size, factor):
