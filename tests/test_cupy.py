@@ -12,26 +12,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.diffusion.test_samplers import SD15
+from tests.models.test_models import CLIPS, UNETS, VAES, vae_config
+from tests.pipelines.test_editing import hole, picture
+from tests.support import strict
+from tests.support.small_pipelines import inpainting, lcm, sdxl
+from tests.test_imports import PACKAGE, SOURCES
 from tinyldm import Between, backend, layers, ops
-from tinyldm.__main__ import main
+from tinyldm.cli.draw import main
+from tinyldm.cli.profiler import Profiler
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 from tinyldm.images import to_pil
 from tinyldm.layers import Tape
 from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
-from tinyldm.pipeline import load
-from tinyldm.profiling import Profiler
+from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.training.objectives import diffusion_loss, vae_loss
 from tinyldm.training.optim import AdamW, initialise, modules
-from tinyldm.training.unet import diffusion_loss
-from tinyldm.training.vae import vae_loss
-
-from . import strict
-from .small_pipelines import inpainting, lcm, sdxl
-from .test_editing import hole, picture
-from .test_imports import PACKAGE, SOURCES
-from .test_models import CLIPS, UNETS, VAES, vae_config
-from .test_samplers import SD15
 
 PROMPT = "a big red ring above a small green square on a white background"
 
@@ -83,7 +81,7 @@ def test_a_name_that_cupy_lacks_is_seen(source, name):
 
 def test_every_op_has_a_case():
     """Each with its derivative goes through check_op, which runs it on strict arrays."""
-    cases = Path(__file__).with_name("test_ops.py").read_text()
+    cases = (Path(__file__).parent / "ops" / "test_ops.py").read_text()
     named = {node.value for node in ast.walk(ast.parse(cases)) if isinstance(node, ast.Constant)}
     named |= {node.attr for node in ast.walk(ast.parse(cases)) if isinstance(node, ast.Attribute)}
     assert {name.removesuffix("_backward") for name in ops.__all__} <= named
