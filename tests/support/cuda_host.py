@@ -186,8 +186,9 @@ class Cublas:
     def setPointerMode(self, handle, mode):
         self.pointer_mode = mode
 
-    def gemmStridedBatchedEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype,
-                             ldb, strideB, beta, C, Ctype, ldc, strideC, count, compute, algo):
+    def gemmStridedBatchedEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA,
+                             B, Btype, ldb, strideB, beta, C, Ctype, ldc, strideC, count, compute,
+                             algo):
         """With the names of cuBLAS's manual."""
         assert (compute, algo) == (68, -1) and transb == 0
         assert self.pointer_mode == self.CUBLAS_POINTER_MODE_HOST, "alpha and beta lie on the host"

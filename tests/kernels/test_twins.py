@@ -4,9 +4,8 @@ import inspect
 import numpy as np
 import pytest
 
+from tests.support import strict
 from tinyldm import backend, kernels, ops
-
-from . import strict
 
 CPU = {"silu", "gelu", "quick_gelu", "geglu", "geglu_backward", "attention", "conv2d",
        "conv2d_backward", "upsample_nearest", "linear", "linear_backward", "group_norm",
