@@ -547,7 +547,7 @@ def test_changed_pickles_are_an_error_or_other_tensors(tmp_path):
 def test_files_of_another_kind(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save(toy_tensors(), path, _use_new_zipfile_serialization=False)
-    refused(path, "written by torch before 1.6.*save it anew")
+    refused(path, "written by a torch older than 1.6.*save it again")
     made = tmp_path / "made"
     for protocol in (2, 4, 5):
         path.write_bytes(dump({"x": Call(os.system, f"touch {made}")}, protocol))

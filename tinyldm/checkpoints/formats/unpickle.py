@@ -13,7 +13,7 @@ import pickletools
 
 from ...errors import TinyldmError
 
-MOST_INSTRUCTIONS = 1 << 20     # a checkpoint has about 50 per tensor; a million need 100 MB at most
+MOST_INSTRUCTIONS = 1 << 20     # a checkpoint has about 50 per tensor; a million need under 100 MB
 MOST_ARGUMENTS = 8              # of a call
 LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
             "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
