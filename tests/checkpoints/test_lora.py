@@ -16,7 +16,7 @@ from tests.pipelines.test_stable_diffusion import Reference, assert_same_drawing
 from tests.support import small_pipelines, strict
 from tests.support.reference import to_ours
 from tinyldm.checkpoints import components
-from tinyldm.checkpoints.addons.lora import target_of, layers_by_spelling
+from tinyldm.checkpoints.addons.lora import layers_by_spelling, target_of
 from tinyldm.checkpoints.layout import file_shape
 from tinyldm.errors import TinyldmError
 from tinyldm.models import CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
