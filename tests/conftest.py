@@ -5,6 +5,19 @@ import torch
 
 from tinyldm.kernels import blocks
 
+from .support import tolerance
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tolerances", action="store_true",
+                     help="list the tests that use more than a quarter of what they allow")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--tolerances"):
+        terminalreporter.section("error / allowed")
+        terminalreporter.write_line("\n".join(tolerance.report()))
+
 
 @pytest.fixture
 def exact_sqrt(monkeypatch):

@@ -25,6 +25,7 @@ from .small_pipelines import (
     sdxl,
     smallest,
 )
+from .support.tolerance import within
 from .test_pipeline import (
     PROMPT,
     STEPS,
@@ -211,7 +212,7 @@ def test_each_picture_is_that_of_its_seed(both_sd1, mask):
     apart = [pipe("cat", seed=seed, **options)[0] for seed in (3, 4)]
     assert [image.size for image in together] == [(64, 56)] * 2         # rounded down
     for one, other in zip(together, apart):
-        assert abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+        within(abs(np.asarray(one, int) - np.asarray(other, int)).max(), 1)
 
 
 def test_where_the_mask_is_black_the_latents_are_the_pictures(small):

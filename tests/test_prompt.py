@@ -15,6 +15,7 @@ from tinyldm.prompt import parse, rows, split, weigh
 
 from .reference import assert_close, nhwc
 from .small_pipelines import sd1, sd2, smallest
+from .support.tolerance import assert_allclose
 from .test_pipeline import STEPS, assert_same_drawing
 
 # ---- weights --------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def test_float16_features_are_weighed_in_float32():
     z = np.random.default_rng(0).standard_normal((2, 77, 16)) + 0.5
     weights = np.random.default_rng(1).uniform(0.5, 2, (2, 77))
     exact = weigh(z, weights)
-    np.testing.assert_allclose(exact.mean(axis=(1, 2)), z.mean(axis=(1, 2)), rtol=1e-12)
+    assert_allclose(exact.mean(axis=(1, 2)), z.mean(axis=(1, 2)), rtol=1e-12)
     half = weigh(z.astype(np.float16), weights)
     assert half.dtype == np.float16
     assert_close(half, exact, 3e-3)

@@ -19,6 +19,8 @@ from tinyldm.diffusion.schedule import Schedule
 from tinyldm.diffusion.walk import NO_PICTURE, Origin
 from tinyldm.errors import TinyldmError
 
+from .support.tolerance import within
+
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
       "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
       "steps_offset": 1, "trained_betas": None, "clip_sample": False}
@@ -150,10 +152,10 @@ def check(name, config, steps, scheduler=None, **options):
         where = f"{name}, step {state.step} of {steps}, {config}"
         assert state.timestep == t, where
         assert state.latents.dtype == state.pred_x0.dtype == np.float32
-        difference = abs(state.latents - latents).max() / latents.std()
-        assert difference < TOLERANCE, f"{where}: {difference:.1e}"
+        within(abs(state.latents - latents).max(), TOLERANCE * latents.std(), where)
         if x_0 is not None:
-            assert abs(state.pred_x0 - x_0.numpy()).max() < 2 * TOLERANCE * x_0.std(), where
+            within(abs(state.pred_x0 - x_0.numpy()).max(), 2 * TOLERANCE * x_0.std(),
+                   f"{where}: pred_x0")
 
 
 @every_sampler
@@ -309,7 +311,7 @@ def test_dtype_is_kept(name):
 def test_the_last_pred_x0_is_the_result(name):
     """Latents and previews are on one scale: at the end they agree up to the last step's noise."""
     *_, last = SAMPLERS[name](predict, start()[1], Schedule.from_config(SD), 50, noise_source())
-    assert abs(last.latents - last.pred_x0).max() < 0.1 * last.latents.std()
+    within(abs(last.latents - last.pred_x0).max(), 0.1 * last.latents.std())
 
 
 @every_sampler
@@ -388,6 +390,7 @@ def test_euler_is_ddim(prediction, steps, ends):
         p = int(euler.timestep) - 1000 // steps
         alpha_bar = schedule.alphas_cumprod[p] if p >= 0 else end
         difference = abs(euler.latents * alpha_bar ** 0.5 - ddim.latents).max()
-        assert difference < TOLERANCE * ddim.latents.std(), (euler.timestep, difference)
-        assert abs(euler.pred_x0 - ddim.pred_x0).max() < 2 * TOLERANCE * ddim.pred_x0.std()
+        within(difference, TOLERANCE * ddim.latents.std(), f"timestep {euler.timestep}")
+        within(abs(euler.pred_x0 - ddim.pred_x0).max(), 2 * TOLERANCE * ddim.pred_x0.std(),
+               f"timestep {euler.timestep}: pred_x0")
     assert p < 0
