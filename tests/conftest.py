@@ -3,20 +3,19 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import tolerance
 from tinyldm.kernels import blocks
-
-from .support import tolerance
 
 
 def pytest_addoption(parser):
-    parser.addoption("--tolerances", action="store_true",
-                     help="list the tests that use more than a quarter of what they allow")
+    parser.addoption("--tolerances", type=float, metavar="SHARE",
+                     help="list the tests whose error is more than this share of what they allow")
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.getoption("--tolerances"):
+    if share := config.getoption("--tolerances"):
         terminalreporter.section("error / allowed")
-        terminalreporter.write_line("\n".join(tolerance.report()))
+        terminalreporter.write_line("\n".join(tolerance.report(share)))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 
+from tests.support.tolerance import assert_allclose
 from tinyldm import backend
 from tinyldm.layers import (
     NO_TAPE,
@@ -24,8 +25,6 @@ from tinyldm.layers import (
     Tape,
     Upsample,
 )
-
-from .support.tolerance import assert_allclose
 
 
 def filled(module, dtype=np.float64):

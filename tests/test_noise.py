@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.tolerance import assert_allclose
 from tinyldm import noise
 from tinyldm.errors import TinyldmError
-
-from .support.tolerance import assert_allclose
 
 SEEDS = [0, 42, 2**31, 2**32 + 5, 2**63 + 1, -1]
 SIZES = [*range(101), 255, 256, 257, 511, 1000, 1024, 1025, 4095, 4096, 9999, 12288, 16384, 16391,

@@ -1,6 +1,6 @@
 """How far a number may be from the expected one, and how much of that each test uses.
 
-`python -m pytest --tolerances` ends with the tests that use more than a quarter of what they allow.
+`python -m pytest --tolerances 0.25` ends with the tests that use more than a quarter of it.
 """
 import os
 
@@ -31,7 +31,17 @@ def assert_allclose(ours, theirs, rtol=1e-7, atol=0, what="result"):
     within(abs(ours - theirs), atol + rtol * abs(theirs), what)
 
 
-def report(least=0.25):
+def assert_same_pixels(ours, theirs, most=1, what="picture"):
+    """Pictures of whole numbers: no pixel differs by more than `most`, 99 % by 1 at most.
+
+    Equal numbers may be rounded to neighbours, so a difference of 1 uses nothing of the tolerance.
+    """
+    difference = abs(np.asarray(ours, int) - np.asarray(theirs, int))
+    within(max(difference.max() - 1, 0), most - 1, f"{what}, a pixel")
+    within((difference > 1).mean(), 0.01, f"{what}, share of pixels")
+
+
+def report(least):
     """Lines of a table: the tests that use more than `least` of what they allow, the most first."""
     rows = sorted(((*used, test) for test, used in USED.items() if used[0] > least), reverse=True)
     return [f"{share:6.2f}  {test}  {what}" for share, what, test in rows]

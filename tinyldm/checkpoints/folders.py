@@ -19,11 +19,12 @@ from ..layers import Module
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
-from . import hub, ldm
+from . import hub
 from .components import check_fit, fill, find_weights, load_model, read_config
-from .kinds import recognise
+from .formats.reading import read_tensors
 from .layout import fitted
-from .reading import read_tensors
+from .single_file import names as ldm
+from .single_file.kinds import recognise
 
 COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 SECOND = {"text_encoder_2": CLIPTextModelWithProjection}                # of Stable Diffusion XL
