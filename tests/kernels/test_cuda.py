@@ -64,6 +64,9 @@ def normal(*shape, dtype=np.float32, seed=0):
     ("group_norm", [(2, 5, 7, 64), (64,), (64,)], {"num_groups": 32, "eps": 1e-5}),
     ("group_norm_silu", [(2, 40, 40, 96), (96,), (96,)], {"num_groups": 32, "eps": 1e-5}),
     ("group_norm_silu", [(1, 3, 3, 2560), (2560,), (2560,)], {"num_groups": 32, "eps": 1e-5}),
+    # beyond what the kernel's shared memory holds
+    ("group_norm", [(1, 2, 2, 4160), (4160,), (4160,)], {"num_groups": 32, "eps": 1e-5}),
+    ("group_norm_silu", [(1, 2, 2, 600), (600,), (600,)], {"num_groups": 300, "eps": 1e-5}),
     ("conv2d", [(2, 5, 7, 16), (3, 3, 16, 24), (24,)], {"padding": (1, 1)}),
     ("conv2d", [(2, 6, 7, 3), (3, 3, 3, 8), (8,)], {"stride": 2, "padding": (0, 1)}),
     ("conv2d", [(3, 7, 9, 8), (1, 1, 8, 4), (4,)], {}),
@@ -109,6 +112,19 @@ def test_some_pixels_or_queries_at_a_time(monkeypatch, xp):
     monkeypatch.setattr(cuda, "SCORES", 4 * 11 * 3)
     for ours, expected in zip(results(), whole):
         assert_close(ours, expected, 1e-6)
+
+
+def test_attention_leaves_cublas_as_it_was(xp):
+    """Another user of the handle may have told cuBLAS that its factors lie on the device."""
+    cublas = xp.cuda.cublas
+    q, k, v = (xp.asarray(normal(1, 5, 8, seed=seed)) for seed in range(3))
+    expected = ops.attention(q, k, v, 2)[0].get()
+    cublas.setPointerMode(None, cublas.CUBLAS_POINTER_MODE_DEVICE)
+    try:
+        np.testing.assert_array_equal(ops.attention(q, k, v, 2)[0].get(), expected)
+        assert cublas.getPointerMode(None) == cublas.CUBLAS_POINTER_MODE_DEVICE
+    finally:
+        cublas.setPointerMode(None, cublas.CUBLAS_POINTER_MODE_HOST)
 
 
 def test_arrays_that_do_not_lie_in_packs(xp):
