@@ -1,4 +1,4 @@
-"""The noise schedule against diffusers: tables, timesteps, noising, targets; and bad files."""
+"""The noise schedule, the targets and guidance against diffusers; and bad scheduler configs."""
 import diffusers
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from tests.support.tolerance import assert_allclose, within
 from tinyldm.diffusion.guidance import classifier_free, rescale
+from tinyldm.diffusion.objective import target, to_x_start_and_noise
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 
@@ -51,7 +52,7 @@ def test_published_numbers():
 
 @pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
 def test_timesteps(spacing):
-    """Each class at every number of steps, T excepted where diffusers leaves the table."""
+    """Each class at every number of steps, T except where diffusers leaves the table."""
     config = {**SD, **({"timestep_spacing": spacing} if spacing else {})}
     schedule = Schedule.from_config(config)
     ddim = diffusers.DDIMScheduler.from_config(config)
@@ -90,23 +91,22 @@ def test_noise_and_targets(dtype, shape):
                  for kind in ("epsilon", "v_prediction", "sample")}
 
     x_t = schedules["epsilon"].add_noise(x_start, noise, timesteps)
-    velocity = schedules["v_prediction"].target(x_start, noise, timesteps)
+    velocity = target(schedules["v_prediction"], x_start, noise, timesteps)
     assert x_t.dtype == velocity.dtype == dtype
     assert_allclose(x_t, theirs.add_noise(*tensors).numpy(), atol=5e-7)
     assert_allclose(velocity, theirs.get_velocity(*tensors).numpy(), atol=5e-7)
-    assert schedules["epsilon"].target(x_start, noise, timesteps) is noise
-    assert schedules["sample"].target(x_start, noise, timesteps) is x_start
+    assert target(schedules["epsilon"], x_start, noise, timesteps) is noise
+    assert target(schedules["sample"], x_start, noise, timesteps) is x_start
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_split_undoes_add_noise(kind):
+def test_to_x_start_and_noise_undoes_add_noise(kind):
     schedule = Schedule.from_config({**SD, "prediction_type": kind})
     rng = np.random.default_rng(0)
     x_start, noise = rng.standard_normal((2, 1, 8, 8, 4))
     t = np.array([400])
-    alpha_bar = float(schedule.alphas_cumprod[400])
-    x_t, answer = schedule.add_noise(x_start, noise, t), schedule.target(x_start, noise, t)
-    found = schedule.to_x_start_and_noise(answer, x_t, alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5)
+    x_t, model_output = schedule.add_noise(x_start, noise, t), target(schedule, x_start, noise, t)
+    found = to_x_start_and_noise(schedule, model_output, x_t, *schedule.scales(400))
     assert_allclose(found, [x_start, noise], atol=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_guidance_rescale(dtype, guidance_rescale):
         assert_allclose(ours.std(axis=(1, 2, 3)), cond.std(axis=(1, 2, 3)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("field, value, told", [
+@pytest.mark.parametrize("field, value, message", [
     ("beta_schedule", "sigmoid", "scaled_linear"),
     ("prediction_type", "flow_prediction", "v_prediction"),
     ("timestep_spacing", "karras", "trailing"),
@@ -151,8 +151,8 @@ def test_guidance_rescale(dtype, guidance_rescale):
     ("trained_betas", [0.1] * 999 + [1.5], "between 0 and 1"),
     ("thresholding", True, "thresholding"),
 ])
-def test_bad_config(field, value, told):
-    with pytest.raises(TinyldmError, match=told) as error:
+def test_bad_config(field, value, message):
+    with pytest.raises(TinyldmError, match=message) as error:
         Schedule.from_config({**SD, field: value})
     assert field in str(error.value) and "\n" not in str(error.value)
 
@@ -163,4 +163,4 @@ def test_zero_snr_needs_more_than_epsilon():
     schedule = Schedule.from_config({**SD, "rescale_betas_zero_snr": True})
     x = np.ones(3, np.float32)
     with pytest.raises(TinyldmError, match="v_prediction"):
-        schedule.to_x_start_and_noise(x, x, schedule.alphas_cumprod[-1], 1.0)
+        to_x_start_and_noise(schedule, x, x, schedule.alphas_cumprod[-1], 1.0)

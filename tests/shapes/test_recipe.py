@@ -9,6 +9,7 @@ import torch
 
 from tests.support.tolerance import assert_allclose
 from tinyldm import load_model
+from tinyldm.diffusion.objective import sample_timesteps, target, to_x_start_and_noise
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Parameter
@@ -147,7 +148,7 @@ def test_diffusion_loss_gradient(monkeypatch):
 
 
 def test_timesteps_are_mostly_in_the_middle():
-    timesteps = unet_stage.sample_timesteps(np.random.default_rng(0), 100_000, 1000)
+    timesteps = sample_timesteps(np.random.default_rng(0), 100_000, 1000)
     assert timesteps.dtype.kind == "i" and 0 <= timesteps.min() and timesteps.max() < 1000
     assert ((timesteps >= 200) & (timesteps < 600)).mean() == pytest.approx(0.6, abs=0.05)
 
@@ -158,10 +159,10 @@ def test_the_loss_is_that_of_the_noise_over_alpha_bar():
     latents, noise, answer = rng.standard_normal((3, 5, 8, 8, 4))
     timesteps, alpha_bar = np.array([0, 20, 300, 700, 999]), schedule.alphas_cumprod
     x_t = schedule.add_noise(latents, noise, timesteps)
-    v_error = (answer - schedule.target(latents, noise, timesteps)) ** 2
+    v_error = (answer - target(schedule, latents, noise, timesteps)) ** 2
     for i, t in enumerate(timesteps):
         a, s = np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t])
-        _, noise_pred = schedule.to_x_start_and_noise(answer[i], x_t[i], a, s)
+        _, noise_pred = to_x_start_and_noise(schedule, answer[i], x_t[i], a, s)
         expected = ((noise_pred - noise[i]) ** 2).mean() / alpha_bar[t]
         assert_allclose(v_error[i].mean(), expected, rtol=1e-4)
 
