@@ -102,7 +102,8 @@ class AdamW:
             self.grad[span] = grad.reshape(-1)
             parameter.grad = None
         xp = get_xp(self.data)
-        norm = math.sqrt(float(xp.dot(self.grad, self.grad)))
+        with np.errstate(over="ignore", invalid="ignore"):      # the next line says it
+            norm = math.sqrt(float(xp.dot(self.grad, self.grad)))
         if not math.isfinite(norm):
             raise TinyldmError(f"the gradient of {self._first_not_finite()} is NaN or infinite: "
                                "take a smaller learning rate")
