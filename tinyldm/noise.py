@@ -154,8 +154,7 @@ GENERATORS = {"torch-cpu": Generator, "torch-cuda": CudaGenerator, "numpy": Nump
 def get_generator(name):
     """The class with a name in GENERATORS. Raises TinyldmError, with the names, for any other."""
     if name not in GENERATORS:
-        raise TinyldmError(f"unknown noise {name!r}; known: {', '.join(GENERATORS)}: use one of "
-                           "these")
+        raise TinyldmError(f"unknown noise {name!r}; known: {', '.join(GENERATORS)}")
     return GENERATORS[name]
 
 

@@ -41,7 +41,7 @@ def read_config(folder):
         if model.__name__ == name:
             return model, config
     raise TinyldmError(f"{path} names the model {name}, supported are "
-                       f"{', '.join(model.__name__ for model in MODELS)}: use one of these")
+                       f"{', '.join(model.__name__ for model in MODELS)}")
 
 
 def class_name(config):

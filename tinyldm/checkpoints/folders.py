@@ -98,7 +98,7 @@ def _read_index(folder):
     name = index.get("_class_name")
     if name not in PIPELINES:
         raise TinyldmError(f"{folder / 'model_index.json'} names the pipeline {name}, supported "
-                           f"are {', '.join(PIPELINES)}: use one of these")
+                           f"are {', '.join(PIPELINES)}")
     if index.get("requires_aesthetics_score"):
         raise TinyldmError(f"{folder} holds the refiner of Stable Diffusion XL, which is not "
                            "supported: use the base model")

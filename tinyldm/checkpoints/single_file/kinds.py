@@ -118,7 +118,7 @@ def recognise(stored, path):
     if width not in kinds:
         known = [f"{size} ({kind.name})" for size, (kind, _) in kinds.items()]
         raise TinyldmError(f"{path} holds the UNet of {model_of_width('context', width)}, "
-                           f"supported are {', '.join(known)}: use one of these models")
+                           f"supported are {', '.join(known)}")
     for kind in kinds[width]:
         if kind.unet["in_channels"] == channels:
             return SD2_BASE if kind is SD2 and not _predicts_v(stored) else kind
