@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tinyldm
+from tinyldm import backend
 from tinyldm.shapes import scenes as data
 from tinyldm.shapes.judge import score
 
@@ -72,3 +73,13 @@ def test_diffusers_draws_the_same_picture(pipe, sampler):
                     sampler="euler" if sampler.startswith("Euler") else "dpmpp_2m")[0]
         difference = abs(np.asarray(ours).astype(int) - np.asarray(theirs))
         assert difference.max() <= 2 and (difference <= 1).mean() >= 0.99
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+def test_no_step_of_a_drawing_overflows_or_underflows_unintended(pipe, plain):
+    """A program around it may have asked NumPy to raise for everything."""
+    options = {"num_inference_steps": 3, "seed": 1}
+    expected, = pipe("a red circle on a blue background", **options)
+    with np.errstate(all="raise"), backend.plain(plain):
+        image, = pipe("a red circle on a blue background", **options)
+    assert abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
