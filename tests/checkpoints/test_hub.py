@@ -137,7 +137,8 @@ def test_parts_are_those_that_the_index_names(hub, tmp_path):
     put(tmp_path / "xl", *files, "vae/config.json", "vae/diffusion_pytorch_model.safetensors")
     hub.repositories["owner/xl"] = tmp_path / "xl"
     index = {file.split("/")[0]: ["library", "Class"] for file in files} | {"vae": [None, None]}
-    downloads.download_parts("owner/xl", downloads.download_index("owner/xl"), index)
+    folder = downloads.download_file("owner/xl", downloads.INDEX).parent
+    downloads.download_parts("owner/xl", folder, index)
     assert hub.fetched() == sorted(files)
 
 
