@@ -14,7 +14,7 @@ import operator
 
 import numpy as np
 
-from .backend import array_library, get_xp, keep_freed_memory
+from .backend import array_library, keep_freed_memory
 from .between import BetweenGenerator, ends, mixed
 from .conditioning import Conditioner
 from .diffusion.samplers import default_sampler, get_sampler
@@ -213,9 +213,9 @@ class StableDiffusion:
         tile at a time.
         """
         encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
-        images = self._array(images).astype(self.vae.quant_conv.bias.data.dtype)
+        images = self._array(images).astype(self.vae.dtype)
         mean, logvar = (self._array(moment) for moment in encode(images))
-        latents = (mean + self._xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
+        latents = (mean + self.unet.xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
         if not is_finite(latents):
             culprit = blame(self.vae, lambda: encode(images))
             raise TinyldmError(f"the picture is encoded to NaN or infinity: {culprit}")
@@ -231,15 +231,14 @@ class StableDiffusion:
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = self._array(latents) / self.vae.scaling_factor
-        z = z.astype(self.vae.post_quant_conv.bias.data.dtype)
+        z = (self._array(latents) / self.vae.scaling_factor).astype(self.vae.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         images = [decode(z[i:i + 1]) for i in range(len(z))]
         for i, image in enumerate(images):
             if not is_finite(image):
                 culprit = blame(self.vae, lambda i=i: decode(z[i:i + 1]))
                 raise TinyldmError(f"picture {i} is decoded to NaN or infinity: {culprit}")
-        return self._xp.concatenate(images).clip(-1, 1)
+        return self.unet.xp.concatenate(images).clip(-1, 1)
 
     @property
     def models(self):
@@ -259,7 +258,7 @@ class StableDiffusion:
         """
         from .checkpoints import merge_lora
 
-        merge_lora(self.models, path, _finite_number("weight", weight), self._dtype)
+        merge_lora(self.models, path, _finite_number("weight", weight), self.unet.dtype)
 
     def load_textual_inversion(self, path, token=None):
         """Teach prompts a word, `token` or the one that the file or its name says.
@@ -335,14 +334,6 @@ class StableDiffusion:
 
     # ---- arrays -----------------------------------------------------------------------------
 
-    @property
-    def _xp(self):
-        return get_xp(self.unet.conv_in.weight.data)
-
-    @property
-    def _dtype(self):
-        return self.unet.conv_in.bias.data.dtype        # large weights may be narrower
-
     def _draw(self, generators, shape):
         """Normal numbers (B,H,W,C), in the order of the reference: image by image, (C,H,W) each."""
         _, H, W, C = shape
@@ -351,8 +342,8 @@ class StableDiffusion:
 
     def _array(self, values):
         """On the models' device, at least float32: the sampler's sums want more than float16."""
-        dtype = np.promote_types(self._dtype, np.float32)
-        return self._xp.ascontiguousarray(self._xp.asarray(values, dtype))
+        dtype = np.promote_types(self.unet.dtype, np.float32)
+        return self.unet.xp.ascontiguousarray(self.unet.xp.asarray(values, dtype))
 
 
 def _finite_number(name, value):

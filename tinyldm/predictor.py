@@ -20,17 +20,16 @@ class Predictor:
     def __init__(self, unet, conditions, guidance_scale, guidance_rescale=0.0, hints=None):
         self.unet, self.conditions, self.hints = unet, conditions, hints
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
-        self.inputs = {}
+        self.inputs, self.dtype = {}, unet.dtype
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
         xp, n = get_xp(x_t), len(self.conditions)
-        dtype = self.unet.conv_in.bias.data.dtype
         told = {name: xp.concatenate([condition[name].repeat(len(x_t), axis=0)
                                       for condition in self.conditions])        # (nB,...)
                 for name in self.conditions[0]}
         latents = x_t if self.hints is None else xp.concatenate([x_t, self.hints], axis=-1)
         latents = xp.concatenate([latents] * n)
-        self.inputs = {"latents": latents.astype(dtype), **told,
+        self.inputs = {"latents": latents.astype(self.dtype), **told,
                        "timesteps": xp.full(len(latents), t, x_t.dtype)}
         output = self.unet(**self.inputs).astype(x_t.dtype)
         if n == 1:
@@ -63,16 +62,16 @@ def blame(module, run):
     """
     culprits = []
 
-    def watch(name, layer, forward):
-        def watched_forward(*inputs, **options):
+    def check(name):
+        def checked(forward, *inputs, **options):
             clean = _all_finite([*inputs, *options.values()])
             output = forward(*inputs, **options)
             if clean and not culprits and not is_finite(output):
                 culprits.append(name)
             return output
-        return watched_forward
+        return checked
 
-    with forward_hooks(list(named_modules(module)), watch):
+    with forward_hooks({layer: check(name) for name, layer in named_modules(module)}):
         run()
     if not culprits:
         return "no layer is to blame, so lower guidance_scale or take another sampler"
