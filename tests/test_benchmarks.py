@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from .benchmarks import figures, training
+from tests.benchmarks import figures, training
 
 PAGE = figures.ROOT / "docs" / "performance.md"
 A_FIGURE = re.compile(r"\d ?(?:ms|s|seconds|MB|GB|GFLOP/s|%|×|times)(?!\w)")

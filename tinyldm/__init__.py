@@ -10,8 +10,9 @@ import importlib
 __version__ = "0.1.0"
 __all__ = ["Between", "StableDiffusion", "TinyldmError", "load", "load_model", "noise", "save"]
 
-_HOMES = {"Between": "between", "StableDiffusion": "pipeline", "TinyldmError": "errors",
-          "load": "pipeline", "load_model": "checkpoints", "save": "checkpoints"}
+_HOMES = {"Between": "pipelines.interpolation",
+          "StableDiffusion": "pipelines.stable_diffusion", "TinyldmError": "errors",
+          "load": "pipelines.stable_diffusion", "load_model": "checkpoints", "save": "checkpoints"}
 
 
 def __getattr__(name):

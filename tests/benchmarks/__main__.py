@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import figures
+from tests.benchmarks import figures
 
 
 def main():

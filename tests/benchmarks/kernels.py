@@ -8,9 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from tests.benchmarks import timing
 from tinyldm import backend, ops
-
-from . import timing
 
 CONVS = [                   # B, H, C, O, stride
     # SD 1.5's UNet at 64x64 latents, batch 2 for guidance

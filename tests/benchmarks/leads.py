@@ -12,11 +12,10 @@ from contextlib import contextmanager
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from tests.benchmarks import timing
 from tinyldm import backend, ops
 from tinyldm.backend import parallel
 from tinyldm.kernels import half, im2col, product, winograd
-
-from . import timing
 
 F32 = np.float32
 CASES = {}

@@ -25,8 +25,8 @@ import time
 import tracemalloc
 from pathlib import Path
 
-from . import timing
-from .picture import commands, with_weights
+from tests.benchmarks import timing
+from tests.benchmarks.picture import commands, with_weights
 
 GIGABYTES, SLOWDOWN = 2.5, 1.5
 SIZES = 64, 96, 128         # of latents; the first one's memory sets the limit of the others
@@ -122,9 +122,8 @@ def gigabytes_of_a_call(folder, size):
 
 def bytes_of_a_call(folder, size):
     """The most that one call of the UNet holds besides the weights, scratch memory included."""
+    from tests.benchmarks.unet import make_inputs
     from tinyldm.checkpoints import load_model
-
-    from .unet import make_inputs
 
     unet, inputs = load_model(folder / "unet", None), make_inputs(1, size)
     tracemalloc.start()

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import timing
+from tests.benchmarks import timing
 
 PROMPT = "a lighthouse on a cliff, oil on canvas"
 DIFFUSERS = """
@@ -83,7 +83,7 @@ def make_weights(folder):
     """A folder in the public layout with SD 1.5's configs; its tokenizer knows single letters."""
     import numpy as np
 
-    from tests import sd15
+    from tests.support import sd15
     from tinyldm.checkpoints import save_model
     from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 

@@ -7,7 +7,7 @@ diffusers` alone, which loads no model yet.
 """
 import tempfile
 
-from . import timing
+from tests.benchmarks import timing
 
 PROMPT = "a big red circle above a small blue star on a yellow background"
 

@@ -9,11 +9,10 @@ import torch
 from transformers import CLIPTextConfig
 from transformers import CLIPTextModel as ReferenceCLIP
 
-from tests import sd15
+from tests.benchmarks import timing
+from tests.support import sd15
 from tinyldm import backend
 from tinyldm.models import CLIPTextModel
-
-from . import timing
 
 
 def main():

@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+from tests.benchmarks.figures import amount
 from tinyldm import backend
-from tinyldm.profiling import Profiler
-
-from .figures import amount
+from tinyldm.cli.profiler import Profiler
 
 PAUSE = 0.2                 # seconds
 SHORT = 1                   # seconds

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel as ReferenceUNet
 
-from tests import sd15
-from tests.reference import nchw
+from tests.benchmarks import timing
+from tests.support import sd15
+from tests.support.reference import nchw
 from tinyldm import backend
 from tinyldm.models import UNet2DConditionModel
-
-from . import timing
 
 CASES = [(2, 64), (1, 32), (4, 32), (1, 96), (4, 96)]  # batch, and size; 2: a step with guidance
 

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL as ReferenceVAE
 
-from tests import sd15
-from tests.reference import nchw
+from tests.benchmarks import timing
+from tests.support import sd15
+from tests.support.reference import nchw
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL
-
-from . import timing
 
 PARTS = {"decoder": ("decode", 8, 4), "encoder": ("encode", 1, 3)}     # pixels a number, channels
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tests import sd15
+from tests.benchmarks import timing, unet
+from tests.support import sd15
+from tinyldm.cli.profiler import Profiler
 from tinyldm.models import CLIPTextModel, UNet2DConditionModel
-from tinyldm.profiling import Profiler
-
-from . import timing, unet
 
 
 def main():

@@ -15,12 +15,12 @@
     lora.py               a small file that changes a loaded model's weights
     embedding.py          a small file that teaches a loaded model a word
 """
+from .addons.lora import merge_lora
+from .addons.textual_inversion import add_word
 from .components import float_type, load_model, load_weights, save_model
-from .embedding import add_word
 from .folders import load_pipeline_parts, resolve
-from .lora import merge_lora
-from .reading import read_tensors
-from .safetensors_file import read_safetensors, write_safetensors
+from .formats.reading import read_tensors
+from .formats.safetensors_file import read_safetensors, write_safetensors
 from .saving import save, write_pipeline
 
 __all__ = ["add_word", "float_type", "load_model", "load_pipeline_parts", "load_weights",

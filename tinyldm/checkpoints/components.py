@@ -16,8 +16,8 @@ from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import layout
-from .reading import read_tensors
-from .safetensors_file import write_safetensors
+from .formats.reading import read_tensors
+from .formats.safetensors_file import write_safetensors
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
 # As diffusers and transformers call them, what is no pickle first. The float16 variant of name.end

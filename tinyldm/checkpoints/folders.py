@@ -7,23 +7,23 @@ Called by pipeline.py; the models come from components.py, what is not here from
 """
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..files import read_json
 from ..layers import Module
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
-from . import hub, ldm
+from . import hub
 from .components import check_fit, fill, find_weights, load_model, read_config
-from .kinds import recognise
+from .formats.reading import read_tensors
 from .layout import fitted
-from .reading import read_tensors
+from .single_file import names as ldm
+from .single_file.kinds import recognise
 
 COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 SECOND = {"text_encoder_2": CLIPTextModelWithProjection}                # of Stable Diffusion XL
@@ -65,8 +65,8 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
     if Path(path).is_file():
         return _load_file(Path(path), dtype, low_memory, ema)
     if ema:
-        warnings.warn(f"{path} has one set of weights: those averaged apart, ema, are for single "
-                      "files that hold both", stacklevel=3)
+        note(f"{path} has one set of weights: those averaged apart, ema, are for single files "
+             "that hold both")
     return _load_folder(Path(path), dtype, low_memory)
 
 

@@ -1,1 +1,1 @@
-"""Training the bundled model: drawn pictures, objectives, the optimiser, and the loops."""
+"""Training: the objectives, the optimiser, and a loop that saves and resumes."""

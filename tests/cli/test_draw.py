@@ -1,0 +1,536 @@
+"""python -m tinyldm, run as a person does: what it draws, writes, says, and makes of bad input."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from tests.pipelines.test_editing import hole
+from tests.pipelines.test_editing import picture as make_picture
+from tests.support.small_pipelines import change_json, smallest
+from tests.support.tolerance import assert_same_pixels
+from tinyldm import Between
+from tinyldm.cli.draw import main
+from tinyldm.cli.options import parse
+from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.pipelines.stable_diffusion import load
+
+ROOT = Path(__file__).parents[2]
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return smallest(tmp_path_factory.mktemp("tiny-weights"))
+
+
+@pytest.fixture
+def bad_weights(weights, tmp_path):
+    """A copy to spoil."""
+    return Path(shutil.copytree(weights, tmp_path / "bad-weights"))
+
+
+@pytest.fixture
+def out(tmp_path):
+    """The folder that pictures are to be written in."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "tinyldm", *map(str, arguments)]
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def run(*arguments, folder):
+    return subprocess.run(command(*arguments), cwd=folder, env=environment(), capture_output=True,
+                          text=True, timeout=300)
+
+
+def assert_refused(process, message, folder):
+    """One clear line, exit status 2, no traceback, nothing written."""
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    assert process.stdout == ""
+    error = process.stderr[process.stderr.index("error: "):]
+    assert re.search(message, error), error
+    lists = error.count("\n  ")                         # weights that do not fit: three lists
+    assert error.count("\n") == 1 + lists and lists in (0, 3), error
+    assert list(folder.iterdir()) == []
+
+
+# ---- what it does ---------------------------------------------------------------------------
+
+def test_a_picture_with_its_parameters(weights, out):
+    process = run("a red cat", "--weights", weights, "--steps", 3, "--guidance", 4, "--seed", 9,
+                  "--negative", "löw", "--width", 24, "--sampler", "pndm", folder=out)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "out.png\n"
+    assert [path.name for path in out.iterdir()] == ["out.png"]
+    picture = Image.open(out / "out.png")
+    assert picture.text["parameters"] == (
+        "a red cat\nNegative prompt: löw\nSteps: 3, Sampler: pndm, CFG scale: 4, Seed: 9, "
+        f"Size: 24x16, Model: {weights.name}")
+    expected, = load(weights)("a red cat", "löw", 3, 4, seed=9, width=24, sampler="pndm")
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+    said = process.stderr.replace("\r", "\n")
+    for stage in (r"loading: \d+\.\d s", r"reading the prompt: \d+\.\d s",
+                  r"drawing: 100%\|.*\| 3/3 \[.* *\d+\.\d\ds/step\]", r"decoding: \d+\.\d s"):
+        assert re.search(stage, said), said
+
+
+def test_noise_of_another_kind_is_recorded(weights, out):
+    assert main(["a cat", "--weights", str(weights), "--steps", "2", "--noise", "torch-cuda",
+                 "--output", str(out / "out.png")]) == 0
+    picture = Image.open(out / "out.png")
+    assert picture.text["parameters"].endswith(f"Model: {weights.name}, Noise: torch-cuda")
+    expected, = load(weights)("a cat", num_inference_steps=2, noise="torch-cuda")
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+
+def test_guidance_rescale_and_the_steps_of_heun(weights, out, capsys):
+    path = out / "out.png"
+    assert main(["a cat", "--weights", str(weights), "--steps", "3", "--guidance-rescale", "0.7",
+                 "--sampler", "heun", "--output", str(path)]) == 0
+    expected, = load(weights)("a cat", num_inference_steps=3, sampler="heun", guidance_rescale=0.7)
+    picture = Image.open(path)
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    assert "CFG scale: 7.5, CFG rescale: 0.7, Seed: 0" in picture.text["parameters"]
+    assert re.search(r"drawing: 100%\|.*\| 3/3 ", capsys.readouterr().err)       # of five calls
+
+
+def test_a_lora_and_an_embedding(weights, out, tmp_path):
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    files = [tmp_path / "in:k, style.safetensors", tmp_path / "dots.safetensors",
+             tmp_path / "xq-toy.safetensors"]
+    for i, file in enumerate(files[:2]):
+        generator = torch.Generator().manual_seed(i)
+        safetensors.torch.save_file({
+            f"{layer}.lora_{way}.weight": torch.randn(shape, generator=generator)
+            for way, shape in [("down", (2, 8)), ("up", (8, 2))]}, file)
+    safetensors.torch.save_file({"emb_params": torch.randn(3, 8)}, files[2])
+    prompt = "a red (xq-toy:1.2)"
+    process = run(prompt, "--weights", weights, "--steps", 2, "--lora", f"{files[0]}:-0.75",
+                  "--lora", files[1], "--embedding", files[2], folder=out)
+    assert process.returncode == 0, process.stderr
+    pipe = load(weights)
+    plain = np.asarray(pipe(prompt, num_inference_steps=2)[0])
+    pipe.load_lora(files[0], -0.75)
+    pipe.load_lora(files[1])
+    pipe.load_textual_inversion(files[2])
+    expected = np.asarray(pipe(prompt, num_inference_steps=2)[0])
+    picture = Image.open(out / "out.png")
+    assert np.array_equal(np.asarray(picture), expected)
+    assert not np.array_equal(expected, plain)
+    assert picture.text["parameters"].endswith(
+        f'Model: {weights.name}, Lora: "in:k, style:-0.75, dots:1", Embeddings: "xq-toy"')
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("a.safetensors", ("a.safetensors", 1)), ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+    ("a:b.pt:-1e-1", ("a:b.pt", -0.1)), (r"C:\loras\a.safetensors", (r"C:\loras\a.safetensors", 1)),
+    (r"C:\a.pt:2", (r"C:\a.pt", 2)), ("a:b", ("a:b", 1)), ("7", ("7", 1))])
+def test_the_weight_of_a_lora(text, expected):
+    assert parse(["a cat", "--lora", text, "--lora", "b"]).lora == [expected, ("b", 1)]
+
+
+def test_count_draws_consecutive_seeds(weights, out, capsys):
+    assert main(["a cat", "--weights", str(weights), "--steps", "2", "--seed", "4", "--count", "3",
+                 "--output", str(out / "many.png")]) == 0
+    names = [f"many-{i}.png" for i in range(3)]
+    assert capsys.readouterr().out.split() == [str(out / name) for name in names]
+    assert sorted(path.name for path in out.iterdir()) == names
+    expected = load(weights)("a cat", num_inference_steps=2, seed=4, num_images=3)
+    for i, name in enumerate(names):
+        picture = Image.open(out / name)
+        assert f"Seed: {4 + i}, " in picture.text["parameters"]
+        assert_same_pixels(picture, expected[i])        # there in one batch, here one by one
+
+
+def draw(weights, out, *arguments):
+    """Run the command here -> its pictures and what they record, by name, steps and files apart."""
+    assert main([*map(str, arguments), "--weights", str(weights), "--steps", "2",
+                 "--output", str(out / "out.png")]) == 0
+    pictures = {path.name: Image.open(path) for path in sorted(out.glob("*.png"))}
+    return ([np.asarray(picture) for picture in pictures.values()],
+            [picture.text["parameters"] for picture in pictures.values()])
+
+
+def assert_drawn(pictures, pipe, expected):
+    """As if each were drawn by a call with these arguments."""
+    assert len(pictures) == len(expected)
+    for picture, (prompt, options) in zip(pictures, expected):
+        theirs, = pipe(prompt, num_inference_steps=2, **options)
+        assert np.array_equal(picture, np.asarray(theirs)), (prompt, options)
+
+
+@pytest.mark.parametrize("prompts, said", [
+    (["a", "red", "cat"], "note: 3 prompts of one word each are drawn: put a prompt of several"),
+    (["cat", "a dog"], ""), (["cat"], "")])
+def test_a_prompt_without_quotes(weights, out, prompts, said, capsys):
+    draw(weights, out, *prompts)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+    assert len(notes) == bool(said) and all(note.startswith(said) for note in notes)
+
+
+def test_several_prompts(weights, out, capsys):
+    pictures, said = draw(weights, out, "a cat", "a red dog", "--count", 2, "--seed", 5)
+    assert [text.partition("\n")[0] for text in said] == ["a cat"] * 2 + ["a red dog"] * 2
+    assert capsys.readouterr().out.split() == [str(out / f"out-{i}.png") for i in range(4)]
+    assert_drawn(pictures, load(weights), [
+        (prompt, {"seed": seed}) for prompt in ("a cat", "a red dog") for seed in (5, 6)])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two pictures and a mask."""
+    names = ["in, a.png", "b.webp", "mask.png"]
+    for seed, name in enumerate(names[:2]):
+        make_picture(seed, (17, 23)).save(tmp_path / name, lossless=True)
+    hole((17, 23)).save(tmp_path / names[2])
+    return [tmp_path / name for name in names]
+
+
+def test_image_to_image_and_inpainting(weights, out, files, capsys):
+    one, _, mask = files
+    pictures, said = draw(weights, out, "a cat", "--image", one, "--strength", 0.5)
+    assert said[0].endswith(f'Size: 16x20, Model: {weights.name}, Image: "in, a.png", '
+                            "Denoising strength: 0.5")
+    assert re.search(r"drawing: 100%\|.*\| 1/1 ", capsys.readouterr().err)
+    image, pipe = Image.open(one), load(weights)
+    assert_drawn(pictures, pipe, [("a cat", {"image": image, "strength": 0.5})])
+    pictures, said = draw(weights, out, "a cat", "--image", one, "--mask", mask, "--width", 20)
+    assert said[0].endswith('Image: "in, a.png", Mask: "mask.png", Denoising strength: 1')
+    assert_drawn(pictures, pipe, [("a cat", {"image": image, "mask": Image.open(mask),
+                                             "width": 20})])
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "heun", "ddim"])
+def test_the_bar_of_a_last_step_alone(weights, out, files, sampler, capsys):
+    draw(weights, out, "a cat", "--image", files[0], "--strength", 0.5, "--sampler", sampler)
+    assert re.search(r"drawing: 100%\|.*\| 1/1 ", capsys.readouterr().err)
+
+
+def test_the_picture_that_is_read_is_not_replaced(weights, out, files):
+    for name, count in (("x.png", 1), ("x-1.png", 2)):
+        copy = Path(shutil.copy(files[0], out / name))
+        process = run("a cat", "--weights", weights, "--image", copy, "--output", "x.png",
+                      "--count", count, folder=out)
+        assert process.returncode == 2 and process.stdout == ""
+        assert f"error: --output would replace {copy}, which is read: name another" in (
+            process.stderr)
+        assert copy.read_bytes() == files[0].read_bytes()
+        copy.unlink()
+
+
+def test_a_note_on_a_large_picture(weights, out, tmp_path, capsys):
+    make_picture(0, (40, 32)).save(tmp_path / "large.png")
+    image = ["a cat", "--image", tmp_path / "large.png", "--strength", 0.5]
+    note = "note: the image is drawn at its 40x32 pixels, 5 times as many as the 16x16 of the weig"
+    draw(weights, out, *image)
+    assert note in capsys.readouterr().err
+    draw(weights, out, *image, "--width", 20)
+    assert note not in capsys.readouterr().err
+
+
+def test_variations(weights, out):
+    pictures, said = draw(weights, out, "a cat", "--variation", 0.25, "--count", 2, "--seed", 5)
+    assert "Seed: 5, Variation seed: 7, Variation seed strength: 0.25, Size" in said[1]
+    assert_drawn(pictures, load(weights), [
+        ("a cat", {"seed": Between(5, seed, 0.25)}) for seed in (6, 7)])
+
+
+def test_on_a_way(weights, out, files):
+    one, other, _ = files
+    pictures, said = draw(weights, out, "a cat", "a dog", "--count", 3, "--to-prompt", "red, cat",
+                          "--to-seed", 8, "--image", one, "--to-image", other, "--strength", 1,
+                          "--animate", out / "film.gif")
+    assert said[4].endswith('Image: "in, a.png", Denoising strength: 1, To prompt: "red, cat", '
+                            'To image: "b.webp", On the way: 0.5')
+    images = Image.open(one), Image.open(other)
+    assert_drawn(pictures, load(weights), [
+        (Between(prompt, "red, cat", weight), {"seed": Between(0, 8, weight), "strength": 1,
+                                               "image": Between(*images, weight)})
+        for prompt in ("a cat", "a dog") for weight in (0, 0.5, 1)])
+    films = [Image.open(out / f"film-{i}.gif") for i in (0, 1)]
+    assert [film.n_frames for film in films] == [3, 3]
+    for film, last in zip(films, (pictures[2], pictures[5])):
+        film.seek(2)
+        assert abs(np.asarray(film.convert("RGB"), int) - last).mean() < 10     # 256 colours
+
+
+@pytest.mark.parametrize("changes, noted", [
+    ({"timestep_spacing": "trailing"}, True), ({"timestep_spacing": "leading"}, False),
+    ({"timestep_spacing": "trailing", "rescale_betas_zero_snr": True,
+      "prediction_type": "v_prediction"}, False)])
+def test_a_note_on_what_looks_like_a_turbo_model(bad_weights, out, capsys, changes, noted):
+    change_json(bad_weights / "scheduler" / "scheduler_config.json", **changes)
+    arguments = ["a cat", "--weights", str(bad_weights), "--output", str(out / "out.png")]
+    assert main([*arguments, "--width", "4", "--height", "4"]) == 0
+    note = "note: the scheduler is that of a model made for few steps, such as Turbo: if it is"
+    assert (note in capsys.readouterr().err) == noted
+    assert main([*arguments, "--steps", "1"]) == 0
+    assert note not in capsys.readouterr().err
+
+
+def test_eight_pictures_on_a_way_unless_told(weights, out):
+    pictures, said = draw(weights, out, "a cat", "--to-seed", 8)
+    assert len(pictures) == 8 and "Variation seed strength: 0.142857" in said[1]
+
+
+def test_the_averaged_weights_of_a_folder(weights, out, capsys):
+    """There are none apart: the option is for single files, and does no harm."""
+    assert_drawn(draw(weights, out, "a cat", "--ema")[0], load(weights), [("a cat", {})])
+    assert "has one set of weights: those averaged apart" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix, image_format", [
+    (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP"), (".bmp", "BMP"), (".tiff", "TIFF"),
+    (".gif", "GIF")])
+def test_formats(weights, out, suffix, image_format):
+    path = out / f"picture{suffix}"
+    path.write_text("an older file, which is replaced")
+    arguments = ["", "--weights", str(weights), "--steps", "1", "--output", str(path)]
+    assert main(arguments) == 0                         # and an empty prompt works
+    with Image.open(path) as picture:
+        assert picture.format == image_format and picture.size == (16, 16)
+    assert list(out.iterdir()) == [path]
+
+
+def test_a_long_prompt_is_said_to_be_in_pieces_in_one_line(weights, out):
+    prompt = "cat " * 75 + "\\(dog:abc)"
+    process = run(prompt, "--weights", weights, "--steps", 1, "--count", 2, folder=out)
+    assert process.returncode == 0, process.stderr
+    notes = [line for line in process.stderr.splitlines() if "note" in line]
+    assert notes == [                                   # each a line of its own
+        f"note: unbalanced ) in the prompt {prompt!r:.60}: taken literally",
+        f"note: ':abc' in the prompt {prompt!r:.60} is no weight: taken literally",
+        f"note: the prompt {prompt!r:.60} is read in 2 pieces of at most 75 tokens, joined"]
+
+
+def test_help_names_every_sampler():
+    process = run("--help", folder=ROOT)
+    words = re.split(r"[,\s]+", process.stdout)
+    assert process.returncode == 0 and set(SAMPLERS) <= set(words)
+
+
+def test_help_waits_for_no_library():
+    process = subprocess.run([sys.executable, "-X", "importtime", "-m", "tinyldm", "--help"],
+                             cwd=ROOT, env=environment(), capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert "tinyldm.cli.options" in imported and not imported & {"numpy", "PIL", "tqdm"}
+
+
+def test_interrupt(weights, out):
+    process = subprocess.Popen(
+        command("a cat", "--weights", weights, "--steps", 1000), cwd=out, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a background shell ignores Ctrl-C and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    said = b""
+    while not re.search(rb"drawing: +\d+%", said):     # any: a fast machine skips some
+        said += (piece := os.read(process.stderr.fileno(), 1000))
+        assert piece, said
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.decode().endswith("\ninterrupted\n") and b"Traceback" not in stderr
+    assert stdout == b"" and list(out.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes of Unix")
+@pytest.mark.parametrize("module", ["tinyldm", "tinyldm.inspect"])
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_a_pipe_that_is_closed(module, stderr, weights, out):
+    """As by head: the command ends without a word, and as shells say it does."""
+    arguments = [weights] if module == "tinyldm.inspect" else [
+        "a cat", "--weights", weights, "--steps", "1"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run([sys.executable, "-m", module, *arguments], cwd=out, timeout=300,
+                             env=environment(), stdout=writer, stderr=stderr)
+    os.close(writer)
+    assert process.returncode == 141
+    assert stderr == subprocess.STDOUT or b"Error" not in process.stderr, process.stderr
+    assert not list(out.glob(".*"))
+
+
+def test_the_bundled_model(tmp_path):
+    process = run("a red circle on a blue background", folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    picture = Image.open(tmp_path / "out.png")
+    assert picture.size == (64, 64) and "Model: shapes" in picture.text["parameters"]
+
+
+# ---- what bad input gets --------------------------------------------------------------------
+
+IN = Path(__file__).parents[2] / "weights" / "shapes" / "samples.png"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--width", 18], "width must be a multiple of 4, not 18: the nearest is 16 or 20"),
+    (["--height", 0], "height must be from 4 to 8192 pixels, not 0"),
+    (["--steps", 0], "from 1 to 1000, not 0"), (["--steps", 1001], "from 1 to 1000, not 1001"),
+    (["--steps", "many"], "invalid int value: 'many'"),
+    (["--guidance", "nan"], "guidance_scale must be a finite number"),
+    (["--seed", 2**64], "a seed is a whole number"), (["--count", 0], "--count must be at least 1"),
+    (["--guidance-rescale", 2], "guidance_rescale must be from 0 to 1, not 2"),
+    (["--lora", "nowhere.safetensors:0.5"], "nowhere.safetensors is missing"),
+    (["--lora", "a.pt:nan"], "weight must be a finite number, not nan"),
+    (["--embedding", "nowhere.pt"], "nowhere.pt is missing"),
+    (["--sampler", "dpm2"], f"unknown sampler 'dpm2'; known: {', '.join(SAMPLERS)}"),
+    (["--noise", "mps"], "unknown noise 'mps'; known: torch-cpu, torch-cuda, numpy"),
+    (["--noise", "numpy", "--seed", -1], r"a seed is a whole number from 0 to 2\*\*32 - 1, got -1"),
+    (["--negative", "\udcff"], "valid Unicode"),
+    (["--output", "nowhere/out.png"], "there is no folder nowhere"),
+    (["--output", "."], "it is a folder"), (["--output", "x" * 300 + ".png"], "too long"),
+    (["--output", "out.txt"], r"out.txt must end as a picture format .* \.jpg .*\.png"),
+    (["--output", "out"], "must end as a picture format"),
+    (["--output", "out.h5"], "cannot write out.h5 .*HDF5"),
+    (["--output", "out.blp", "--count", "2"], "cannot write out-0.blp: BLP does not take"),
+    (["--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
+    (["--dtype", "bfloat16"], "dtype must be float16, float32 or float64, not 'bfloat16'"),
+    (["--colour", "red"], "unrecognized arguments: --colour red"),
+    (["--weights", "nowhere"], "there is no folder nowhere"),
+    (["--image", "nowhere.png"], r"cannot read nowhere.png as a picture \(.*No such file"),
+    (["--image", __file__], r"cannot read .*test_draw.py as a picture: give a PNG, a JPEG"),
+    (["--mask", IN, "--image", __file__], "cannot read .*test_draw.py as a picture"),
+    (["--mask", __file__, "--image", IN], "cannot read .*test_draw.py as a picture"),
+    (["--mask", IN], "a mask and a strength go with an image: give one"),
+    (["--strength", 0.5], "a mask and a strength go with an image: give one"),
+    (["--image", IN, "--strength", 1.5], "strength must be from 0 to 1, not 1.5"),
+    (["--image", IN, "--strength", 0.01, "--steps", 9], "0.01 leaves none of 9 steps: take at "),
+    (["--to-image", IN], "--to-image goes with --image, from which the way leads: give both"),
+    (["--to-seed", 5, "--count", 1], "--count must be at least 2, not 1"),
+    (["--to-seed", 5, "--variation", 0.5], "--variation stays with one seed's picture"),
+    (["--variation", 1.5], "--variation must be from 0 to 1, not 1.5"),
+    (["--variation", "nan"], "--variation must be from 0 to 1, not nan"),
+])
+def test_bad_arguments(arguments, message, weights, out):
+    process = run("a cat", "--weights", weights, *arguments, folder=out)
+    assert_refused(process, message, out)
+
+
+def test_a_folder_in_the_place_of_a_later_picture(weights, out, capsys):
+    (out / "out-1.png").mkdir()
+    arguments = ["a cat", "--weights", str(weights), "--count", "2", "--output"]
+    assert main([*arguments, str(out / "out.png")]) == 2
+    assert "out-1.png: it is a folder" in capsys.readouterr().err
+    assert main([*arguments, str(out)]) == 2
+    assert "out: it is a folder" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["out-1.png"]
+
+
+@pytest.mark.parametrize("count, name", [(1, "out.gif"), (2, "out-0.gif")])
+def test_a_film_that_would_replace_the_picture(weights, out, count, name, capsys):
+    assert main(["a cat", "--weights", str(weights), "--count", str(count), "--output",
+                 str(out / "out.gif"), "--animate", str(out / "out.gif")]) == 2
+    assert f"out/{name}: name two files" in capsys.readouterr().err
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["a (dog:1000)"], "the prompt gives 'dog' the weight 1000"),
+    (["--count", 2, "--seed", 2 ** 64 - 1], "a seed is a whole number from"),
+    (["--to-prompt", "a (dog:1000)"], "the prompt gives 'dog' the weight 1000"),
+])
+def test_what_is_wrong_of_a_later_picture_is_found_before_the_first(
+        arguments, message, weights, out, capsys):
+    arguments = ["a cat", *map(str, arguments), "--weights", str(weights)]
+    assert main([*arguments, "--output", str(out / "out.png")]) == 2
+    assert message in capsys.readouterr().err and not list(out.iterdir())
+
+
+def test_no_prompt(out):
+    assert_refused(run(folder=out), "required: prompt", out)
+
+
+def test_no_gpu(weights, out):
+    try:
+        import cupy
+        if cupy.cuda.runtime.getDeviceCount():
+            pytest.skip("this machine has a GPU")
+    except Exception:                                   # no CuPy, or no driver: what is tested
+        pass
+    process = run("a cat", "--weights", weights, "--device", "cuda", folder=out)
+    assert_refused(process, "device cuda needs .*--device cpu", out)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write in")
+def test_a_folder_that_cannot_be_written_in(weights, out):
+    process = run("a cat", "--weights", weights, "--output", "/proc/out.png", folder=out)
+    assert_refused(process, "cannot write /proc/out.png", out)
+    assert "loading" not in process.stderr              # found at once
+
+
+def truncate(folder):
+    (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-100])
+
+
+def corrupt(folder):
+    (folder / UNET).write_bytes(b"\xff" * 1000)
+
+
+def change(**changes):
+    """Weights with some tensors replaced; None takes one away."""
+    def spoil(folder):
+        tensors = safetensors.torch.load_file(folder / UNET)
+        tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        safetensors.torch.save_file(kept, folder / UNET)
+    return spoil
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (remove(UNET), "expected weights in .*unet .* is the folder complete"),
+    (remove("model_index.json"), "expected a file .*model_index.json"),
+    (remove("vae/config.json"), "expected a file .*vae/config.json"),
+    (remove("scheduler/scheduler_config.json"), "scheduler_config.json"),
+    (lambda folder: shutil.rmtree(folder / "tokenizer"), "expected a folder .*tokenizer"),
+    (truncate, f"{UNET} is missing, truncated or corrupt"),
+    (corrupt, f"{UNET} is missing, truncated or corrupt"),
+    (change(conv_in__bias=torch.zeros(9)),
+     r"wrong shape: 1: conv_in.bias \(expected \(8,\), found \(9,\)\)"),
+    (change(conv_in__bias=None), "missing: 1: conv_in.bias\n"),
+    (change(extra__bias=torch.zeros(1)), "unexpected: 1: extra.bias\n"),
+    (change(conv_in__bias=torch.full((8,), torch.nan)), "conv_in.bias holds NaN"),
+    (lambda folder: (folder / "unet" / "config.json").write_text('{"in_channels": 4,'),
+     "unet/config.json is not readable JSON"),
+    (lambda folder: change_json(folder / "unet" / "config.json", _class_name="UNet3D"),
+     "names the model UNet3D, supported are"),
+    (lambda folder: change_json(folder / "unet" / "config.json", act_fn="mish"), "act_fn = 'mish'"),
+    (lambda folder: change_json(folder / "scheduler" / "scheduler_config.json",
+                                _class_name="DEISMultistepScheduler"),
+     "scheduler class 'DEISMultistepScheduler' is not supported"),
+    (lambda folder: change_json(folder / "scheduler" / "scheduler_config.json",
+                                beta_schedule="sideways"), "beta_schedule 'sideways'"),
+    (lambda folder: change_json(folder / "model_index.json", _class_name="FluxPipeline"),
+     "names the pipeline FluxPipeline"),
+])
+def test_bad_weights(spoil, message, bad_weights, out):
+    spoil(bad_weights)
+    process = run("a cat", "--weights", bad_weights, "--steps", 1, folder=out)
+    assert_refused(process, message, out)
+
+
+def test_an_index_that_is_no_index(bad_weights, out):
+    (bad_weights / "model_index.json").write_text(json.dumps([1]))
+    process = run("a cat", "--weights", bad_weights, folder=out)
+    assert_refused(process, "must hold a JSON object", out)

@@ -1,0 +1,260 @@
+"""python -m tinyldm.inspect: what it says of folders, files and pictures, and of all else."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image, PngImagePlugin
+
+from tests.checkpoints.test_keys import KEYS, REFERENCE, SD15, SD21, published_shapes
+from tests.support.small_pipelines import change_json, smallest
+from tinyldm.checkpoints import write_safetensors
+from tinyldm.checkpoints.single_file.kinds import family, layout_of
+from tinyldm.cli import draw
+from tinyldm.inspect.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+UNET = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return smallest(tmp_path_factory.mktemp("tiny-weights"))
+
+
+@pytest.fixture
+def said(capsys):
+    """What the command prints of a file, its columns a space apart."""
+    def run(path):
+        assert main([str(path)]) == 0
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    return run
+
+
+def refused(path, capsys):
+    """The one line about what cannot be inspected."""
+    assert main([str(path)]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+class Shape(NamedTuple):
+    """All that is asked of a tensor in a file."""
+
+    shape: tuple
+
+
+# ---- weights --------------------------------------------------------------------------------
+
+def test_a_pipelines_folder(weights, said):
+    lines = said(weights)
+    assert lines[:3] == [f"{weights}: StableDiffusionPipeline", "layout: diffusers",
+                         "scheduler: DDIMScheduler, the model predicts epsilon"]
+    for part, model, layout, kind in [
+            ("text_encoder", "CLIPTextModel", "transformers", "text encoder"),
+            ("unet", "UNet2DConditionModel", "diffusers", "UNet, with a context of width 8"),
+            ("vae", "AutoencoderKL", "diffusers", "VAE")]:
+        start = lines.index(f"{weights / part}: {model}")
+        stored = safetensors.torch.load_file(next((weights / part).glob("*.safetensors")))
+        numbers = sum(tensor.numel() for tensor in stored.values())
+        assert lines[start + 1:start + 5] == [
+            f"layout: {layout}", f"kind: {kind}", f"precision: {len(stored)} x F32",
+            "module tensors parameters"]
+        total = lines.index(f"total {len(stored):,} {numbers:,}", start)
+        assert lines[total + 1:total + 4] == ["missing: none", "unexpected: none",
+                                              "wrong shape: none"]
+        rows = [row.split() for row in lines[start + 5:total]]
+        assert sum(int(row[1].replace(",", "")) for row in rows) == len(stored)
+        assert sum(int(row[2].replace(",", "")) for row in rows) == numbers
+    assert "conv_in 2 296" in lines and any(row.startswith("up_blocks.1 ") for row in lines)
+
+
+def test_what_does_not_fit_the_config(weights, tmp_path, said):
+    folder = shutil.copytree(weights / "unet", tmp_path / "unet")
+    stored = safetensors.torch.load_file(folder / UNET)
+    del stored["conv_in.bias"]
+    stored["conv_out.bias"] = torch.zeros(9)
+    stored["extra.positions"] = torch.arange(3)
+    stored["conv_norm_out.weight"] = stored["conv_norm_out.weight"].half()
+    safetensors.torch.save_file(stored, folder / UNET)
+    lines = said(folder)
+    assert lines[-3:] == ["missing: 1: conv_in.bias", "unexpected: 1: extra.positions",
+                          "wrong shape: 1: conv_out.bias (expected (4,), found (9,))"]
+    assert set(lines[3].removeprefix("precision: ").split(", ")) == {
+        f"{len(stored) - 2} x F32", "1 x F16", "1 x I64"}
+    assert said(folder / UNET) == [str(folder / UNET), *lines[1:-3]]    # a file has no config
+
+
+def test_a_pipeline_in_pieces(weights, tmp_path, said):
+    """What is missing or not known is said in its place, and the rest is told all the same."""
+    folder = shutil.copytree(weights, tmp_path / "pieces")
+    shutil.rmtree(folder / "text_encoder")
+    (folder / "vae" / UNET).rename(folder / "vae" / "weights.other")
+    change_json(folder / "unet" / "config.json", _class_name="UNet3D")
+    lines = said(folder)
+    assert "missing: the folder text_encoder" in lines
+    assert any(line.startswith("not read: expected weights in") for line in lines)
+    assert lines.index(f"{folder / 'unet'}: UNet3D") < lines.index(
+        f"not compared with a model: {folder / 'unet' / 'config.json'} names the model UNet3D, "
+        "supported are UNet2DConditionModel, AutoencoderKL, CLIPTextModel, "
+            "CLIPTextModelWithProjection")
+
+
+@pytest.mark.parametrize("name, layout, kind", [
+    ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "kohya", "LoRA"),
+    ("unet.down_blocks.0.attentions.0.to_k.lora_A.weight", "peft", "LoRA"),
+    ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "original",
+     "Stable Diffusion 3 (not supported)"),
+    ("double_blocks.0.img_attn.qkv.weight", "original", "Flux (not supported)"),
+    ("first_stage_model.decoder.conv_in.weight", "original", "VAE"),
+    ("decoder.mid.block_1.conv1.weight", "unknown", "unknown, with keys such as decoder.mid.bl"),
+    ("encoder.down.0.block.0.conv1.weight", "original", "VAE"),
+    ("controlnet_cond_embedding.conv_in.weight", "diffusers", "ControlNet (not supported)"),
+    ("vision_model.encoder.layers.0.mlp.fc1.weight", "transformers", "image encoder"),
+    ("emb_params", "web interface", "textual inversion")])
+def test_kinds_of_files(name, layout, kind, tmp_path, said):
+    write_safetensors({name: np.zeros((2, 3), np.float16)}, tmp_path / "file.safetensors")
+    lines = said(tmp_path / "file.safetensors")
+    assert lines[1] == f"layout: {layout}" and lines[2].startswith(f"kind: {kind}")
+    assert lines[3] == "precision: 1 x F16" and lines[-1] == "total 1 6"
+
+
+def original(width, channels):
+    return {"model.diffusion_model.input_blocks.0.0.weight": Shape((320, channels, 3, 3)),
+            "model.diffusion_model.x.attn2.to_k.weight": Shape((320, width)),
+            "cond_stage_model.transformer.y": Shape((3,))}
+
+
+@pytest.mark.parametrize("width, channels, expected", [
+    (768, 4, "Stable Diffusion 1"), (768, 9, "Stable Diffusion 1 for inpainting"),
+    (768, 8, "Stable Diffusion 1 for editing"), (1024, 4, "Stable Diffusion 2"),
+    (2048, 4, "Stable Diffusion XL"), (1280, 4, "Stable Diffusion XL's refiner")])
+def test_families(width, channels, expected):
+    tensors = original(width, channels)
+    assert layout_of(tensors) == ("original", "single file")
+    assert family(tensors) == expected
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no published key lists at {REFERENCE}")
+@pytest.mark.parametrize("model, expected", [(SD15, "Stable Diffusion 1"),
+                                             (SD21, "Stable Diffusion 2")])
+def test_published_folders(model, expected):
+    shapes = {part: published_shapes(REFERENCE / KEYS[model], part)
+              for part in ("unet", "vae", "text_encoder")}
+    assert {part: layout_of(keys) for part, keys in shapes.items()} == {
+        "unet": ("diffusers", "UNet"), "vae": ("diffusers", "VAE"),
+        "text_encoder": ("transformers", "text encoder")}
+    assert family({name: Shape(shape) for name, shape in shapes["unet"].items()}) == expected
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no published key lists at {REFERENCE}")
+@pytest.mark.parametrize("table, expected", [
+    ("sd1", "Stable Diffusion 1"), ("sd2", "Stable Diffusion 2"), ("sdxl", "Stable Diffusion XL"),
+    ("sdxl_refiner", "Stable Diffusion XL's refiner")])
+def test_published_single_files(table, expected):
+    text = (REFERENCE / f"keys_map_ldm_{table}.txt").read_text()
+    rows = [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
+    tensors = {row[1]: Shape(tuple(json.loads(row[2]))) for row in rows if len(row) > 2}
+    assert len(tensors) > 1000 and layout_of(tensors) == ("original", "single file")
+    assert family(tensors) == expected
+
+
+def test_a_header_as_long_as_a_pickles_first_bytes(tmp_path, said):
+    """A file may begin with any length, 0x280 say; then comes JSON, which no pickle has there."""
+    for pad in range(2000):
+        header = json.dumps({"__metadata__": {"pad": "x" * pad}}).encode()
+        if len(header) == 0x280:
+            break
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    lines = said(tmp_path / "x.safetensors")
+    assert lines[2:4] == ["kind: unknown, with keys such as none", "precision: no tensors"]
+
+
+# ---- pictures -------------------------------------------------------------------------------
+
+def test_a_picture(weights, tmp_path, said):
+    path = tmp_path / "out.png"
+    assert draw.main(["a red cat", "--weights", str(weights), "--steps", "1", "--seed", "9",
+                      "--negative", "löw", "--noise", "numpy", "--output", str(path)]) == 0
+    assert said(path)[-4:] == [
+        f"{path}: a picture of 16x16 pixels, which records", "a red cat", "Negative prompt: löw",
+        "Steps: 1, Sampler: ddim, CFG scale: 7.5, Seed: 9, Size: 16x16, "
+        f"Model: {weights.name}, Noise: numpy"]
+
+
+def write_png(path, **texts):
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        chunks.add_text(key, text)
+    Image.new("RGB", (4, 4)).save(path, pnginfo=chunks)
+
+
+def test_a_picture_that_records_nothing(tmp_path, capsys):
+    write_png(tmp_path / "a.png", Author="me")
+    assert "a.png records nothing" in refused(tmp_path / "a.png", capsys)
+
+
+def test_a_picture_does_not_steer_the_terminal(tmp_path, said):
+    write_png(tmp_path / "a.png", parameters="a \x1b[2Jcat")
+    assert said(tmp_path / "a.png")[-1] == "a ?[2Jcat"
+
+
+def test_a_damaged_picture(tmp_path, capsys):
+    """Cut anywhere: a line and status 2, or what was recorded where only the end is gone."""
+    write_png(tmp_path / "whole.png", parameters="a cat " * 9)
+    data = (tmp_path / "whole.png").read_bytes()
+    for size in range(9, len(data)):
+        (tmp_path / "cut.png").write_bytes(data[:size])
+        status = main([str(tmp_path / "cut.png")])
+        out, error = capsys.readouterr()
+        assert status == 0 and "a cat a cat" in out or (
+            status == 2 and out == "" and error.startswith("error: ") and error.count("\n") == 1)
+
+
+# ---- what cannot be inspected ---------------------------------------------------------------
+
+@pytest.mark.parametrize("content, message", [
+    (None, "cannot read .*No such file"), (b"", "missing, truncated or corrupt"),
+    (b"\xff" * 99, "missing, truncated or corrupt"), (b"PK\x03\x04" + b"\0" * 99, "corrupt"),
+    (b"\x80\x02}q\0X" + b"\0" * 99, "bare pickle"), (b"\x80\x04\x95", "bare pickle"),
+    (b"\x89PNG\r\n\x1a\n", "is a damaged PNG"), (b"GIF89a" + b"\0" * 99, "corrupt")])
+def test_other_files(content, message, tmp_path, capsys):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    assert re.search(message, refused(path, capsys))
+
+
+def test_a_name_that_is_too_long(capsys):
+    assert "too long" in refused("x" * 5000, capsys)
+
+
+def test_a_folder_of_neither(tmp_path, capsys):
+    assert "neither a model_index.json" in refused(tmp_path, capsys)
+
+
+def test_a_file_of_torch(tmp_path, said):
+    """A pickle is described as well; it is read as data."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"conv_in.weight": torch.ones(8, 4, 3, 3).half()}, path)
+    assert "precision: 1 x F16" in " ".join(said(path))
+
+
+def test_the_command():
+    process = subprocess.run(
+        [sys.executable, "-m", "tinyldm.inspect", "weights/shapes"], cwd=ROOT,
+        capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == "" and "weights/shapes/unet: UNet2DConditionModel" in process.stdout
+    process = subprocess.run([sys.executable, "-m", "tinyldm.inspect"], cwd=ROOT,
+                             capture_output=True, text=True, timeout=300)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("error: the following arguments are required: file")

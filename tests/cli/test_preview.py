@@ -1,0 +1,140 @@
+"""What is shown while a picture is drawn: previews, animations, the terminal."""
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tinyldm
+from tinyldm.cli import preview as watch
+from tinyldm.cli.draw import main
+from tinyldm.cli.preview import Preview, half_blocks
+
+PROMPT = "a big red star left of a small blue circle on a yellow background"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tinyldm.load()
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"), int)
+
+
+# ---- previews -------------------------------------------------------------------------------
+
+def test_a_small_preview_is_the_decoded_picture(pipe):
+    *_, state = pipe.stream(PROMPT, num_inference_steps=3)
+    image = Preview(pipe)(state.pred_x0)
+    expected = (pipe.decode(state.pred_x0)[0] / 2 + 0.5) * 255
+    assert abs(np.asarray(image, float) - expected).max() <= 0.51
+
+
+def test_a_large_preview_is_nearly_it(pipe, monkeypatch):
+    """A linear map of the latents has the picture's colours, and a star's edges only roughly."""
+    *_, state = pipe.stream(PROMPT)
+    exact = np.asarray(Preview(pipe)(state.latents), float)
+    monkeypatch.setattr(watch, "DECODED", 0)
+    preview = Preview(pipe)
+    close = np.asarray(preview(state.latents), float)
+    assert close.shape == exact.shape
+    assert np.corrcoef(close.ravel(), exact.ravel())[0, 1] > 0.85
+    monkeypatch.setattr(pipe, "decode", None)           # the map is fitted once
+    preview(state.latents)
+
+
+@pytest.mark.parametrize("options, names", [
+    (["--preview", "2"], ["out-step2.png", "out-step4.png", "out.png"]),
+    (["--preview", "9"], ["out.png"]),
+    (["--preview", "5", "--count", "2"],
+     ["out-0-step5.png", "out-0.png", "out-1-step5.png", "out-1.png"]),
+    (["--animate", "{}/walk.gif", "--count", "2"],
+     ["out-0.png", "out-1.png", "walk-0.gif", "walk-1.gif"]),
+])
+def test_files(options, names, tmp_path):
+    command = [PROMPT, "--steps", "5", "--output", str(tmp_path / "out.png")]
+    assert main(command + [option.format(tmp_path) for option in options]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_the_previews_approach_the_picture(tmp_path):
+    main([PROMPT, "--steps", "20", "--preview", "5", "--output", str(tmp_path / "out.png")])
+    last = pixels(tmp_path / "out.png")
+    errors = [abs(pixels(tmp_path / f"out-step{n}.png") - last).mean() for n in (5, 10, 15, 20)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 2
+    text = Image.open(tmp_path / "out-step5.png").text["parameters"]
+    assert text == Image.open(tmp_path / "out.png").text["parameters"]
+
+
+# ---- animations -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_an_animation_has_a_frame_a_step_and_ends_in_the_picture(suffix, tmp_path):
+    out, walk = tmp_path / "out.png", tmp_path / f"walk{suffix}"
+    assert main([PROMPT, "--steps", "4", "--output", str(out), "--animate", str(walk)]) == 0
+    with Image.open(walk) as image:
+        assert image.n_frames == 4
+        image.seek(3)
+        last = np.asarray(image.convert("RGB"), int)
+    assert abs(last - pixels(out)).mean() < 8           # 256 colours, or compressed
+
+
+def test_the_last_frame_is_the_picture_in_the_place_of_its_preview(tmp_path):
+    """pndm's last preview is another picture: both would be frames, where a double is dropped."""
+    out, walk = tmp_path / "out.png", tmp_path / "walk.gif"
+    assert main([PROMPT, "--steps", "4", "--sampler", "pndm", "--output", str(out),
+                 "--animate", str(walk)]) == 0
+    with Image.open(walk) as image:
+        assert image.n_frames == 5                      # calls of pndm
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--preview", "0"], "--preview must be at least 1 step, not 0"),
+    (["--preview", "two"], "invalid int value"),
+    (["--animate", "{}/walk.png"], "--animate must name a .gif or .webp file, not .*walk.png"),
+    (["--animate", "{}/none/walk.gif"], "there is no folder .*none"),
+])
+def test_bad_input(options, message, tmp_path, capsys):
+    command = [PROMPT, "--output", str(tmp_path / "out.png")]
+    assert main(command + [option.format(tmp_path) for option in options]) == 2
+    assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- the terminal ---------------------------------------------------------------------------
+
+def parsed(text):
+    """The colours that half_blocks writes, as an image (2*lines, columns, 3)."""
+    rows = []
+    for line in text.splitlines():
+        assert line.endswith("\x1b[0m")
+        cells = re.findall(r"\x1b\[38;2;(\d+);(\d+);(\d+);48;2;(\d+);(\d+);(\d+)m\u2580", line)
+        cells = np.array(cells, int).reshape(-1, 2, 3)
+        rows += [cells[:, 0], cells[:, 1]]
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("size, room, expected", [
+    ((6, 4), (80, 24), (4, 6)), ((7, 5), (80, 24), (4, 7)),      # never enlarged; lines are whole
+    ((100, 100), (40, 80), (40, 40)), ((100, 100), (400, 10), (20, 20)),
+    ((90, 1), (30, 10), (2, 30)),
+])
+def test_half_blocks(size, room, expected):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    colours = parsed(half_blocks(image, *room))
+    assert colours.shape == (*expected, 3)
+    np.testing.assert_array_equal(colours, np.asarray(image.resize(expected[::-1])))
+
+
+def test_show(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("LINES", "30")
+    out = tmp_path / "out.png"
+    assert main([PROMPT, "--steps", "2", "--output", str(out), "--show"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{out}\n"                    # for programs; the picture is for people
+    drawn = "\n".join(line for line in printed.err.splitlines() if "\u2580" in line)
+    shown = parsed(drawn[drawn.index("\x1b[38"):])
+    np.testing.assert_array_equal(shown, np.asarray(Image.open(out).resize((40, 40))))

@@ -1,0 +1,383 @@
+"""Every sampler against diffusers' scheduler of the same name, step by step, with the same noise.
+
+The model is a fixed smooth function of x and t. The tests compare the samplers' arithmetic over
+whole loops, so that a difference at one step grows in the next. All arrays given to a sampler
+(latents, model outputs, noise) are read-only.
+"""
+import inspect
+import math
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers import scheduling_lms_discrete
+
+from tests.support.tolerance import within
+from tinyldm.diffusion.samplers import SAMPLERS, check_sampler, default_sampler, get_sampler
+from tinyldm.diffusion.samplers.shared import NO_PICTURE, Origin
+from tinyldm.diffusion.schedule import Schedule
+from tinyldm.errors import TinyldmError
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+      "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
+      "steps_offset": 1, "trained_betas": None, "clip_sample": False}
+SD15 = {"_class_name": "PNDMScheduler", **SD}
+SD21 = {"_class_name": "DDIMScheduler", **SD, "prediction_type": "v_prediction"}
+SDXL = {"_class_name": "EulerDiscreteScheduler", **SD, "interpolation_type": "linear",
+        "prediction_type": "epsilon", "sample_max_value": 1.0, "timestep_spacing": "leading",
+        "use_karras_sigmas": False}
+TURBO = {**SD15, "_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+
+CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMScheduler",
+           "euler": "EulerDiscreteScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler",
+           "heun": "HeunDiscreteScheduler", "lms": "LMSDiscreteScheduler",
+           "dpmpp_2m": "DPMSolverMultistepScheduler",
+           "dpmpp_2m_karras": "DPMSolverMultistepScheduler",
+           "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+           "dpmpp_2m_sde_karras": "DPMSolverMultistepScheduler",
+           "unipc": "UniPCMultistepScheduler", "lcm": "LCMScheduler"}
+STEPS = (1, 2, 3, 4, 5, 10, 20, 50)
+SHAPE = (2, 8, 8, 4)
+TOLERANCE = 1e-5                    # of the latents' standard deviation, at every step
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+every_prediction = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+
+
+@pytest.fixture(autouse=True)
+def equal_sigmas(request):
+    """For Heun, which magnifies a sigma's last bit, that torch's square root may round wrongly.
+
+    Heun divides x - x_start, rounded to 1e-7, by the next sigma and multiplies by half the step: by
+    250 where one step leads from 14.6 to 0.03. With equal sigmas all states are equal bit by bit.
+    """
+    case = getattr(request.node, "callspec", None)
+    if case and case.params.get("name") == "heun":
+        request.getfixturevalue("exact_sqrt")
+
+
+def stand_in(x, t):
+    """(tensor, number) -> tensor: mixes channels, bends, and depends on t."""
+    mix = torch.tensor([[3, -1, 0, 1], [1, 2, -2, 0], [0, 1, 3, -1], [-2, 0, 1, 2]]) * 0.2
+    signs = torch.tensor([1, -1, 1, -1])
+    return 0.8 * torch.tanh(x @ mix + math.sin(t / 200) * signs) + 0.3 * x
+
+
+def predict(x, t):
+    assert isinstance(x, np.ndarray) and x.dtype == np.float32, (type(x), x.dtype)
+    return read_only(stand_in(torch.from_numpy(x.copy()), t))
+
+
+def read_only(tensor):
+    array = tensor.numpy().copy()
+    array.flags.writeable = False
+    return array
+
+
+def start():
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    return latents, read_only(latents)
+
+
+def noise_source(seed=1):
+    """draw_noise for ours, drawing what diffusers draws from a torch generator of the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: read_only(torch.randn(SHAPE, generator=generator))
+
+
+def options_of(name):
+    """The fields that make diffusers' class the sampler of this name."""
+    return {**({"use_karras_sigmas": True} if name.endswith("_karras") else {}),
+            **({"algorithm_type": "sde-dpmsolver++"} if "_sde" in name else {})}
+
+
+def scheduler_of(name, config):
+    if name == "lms":
+        return lms_scheduler(config)
+    return getattr(diffusers, CLASSES[name]).from_config(config, **options_of(name))
+
+
+def lms_scheduler(config):
+    """diffusers' LMS, which needs one function of scipy and is hidden where scipy is missing."""
+    def quad(f, start, end, epsrel):
+        """Gauss' rule with four points: exact up to degree 7; diffusers needs degree 3 at most."""
+        points, weights = np.polynomial.legendre.leggauss(4)
+        values = [float(f(start + (end - start) * (point + 1) / 2)) for point in points.tolist()]
+        return float(end - start) / 2 * np.dot(weights, values), 0.0
+
+    if not hasattr(scheduling_lms_discrete, "integrate"):
+        scheduling_lms_discrete.integrate = SimpleNamespace(quad=quad)
+    return scheduling_lms_discrete.LMSDiscreteScheduler.from_config(config)
+
+
+def reference_loop(scheduler, steps, origin=NO_PICTURE):
+    """The pipelines' loop: (timestep, latents, x_start or None) after every model call."""
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[origin.first * scheduler.order:]
+    takes = inspect.signature(scheduler.step).parameters
+    options = {"generator": torch.Generator().manual_seed(1)}
+    options = {name: value for name, value in options.items() if name in takes}
+    noise, _ = start()
+    latents = noise * scheduler.init_noise_sigma
+    if origin.picture is not None:
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(origin.first * scheduler.order)
+        picture = torch.tensor(origin.picture)
+        if not origin.noise_only:
+            latents = scheduler.add_noise(picture, noise, timesteps[:1])
+    for i, t in enumerate(timesteps):
+        output = stand_in(scheduler.scale_model_input(latents, t), float(t))
+        result = scheduler.step(output, t, latents, **options)
+        latents = result.prev_sample
+        if origin.mask is not None:
+            known, mask = picture, torch.tensor(origin.mask)
+            if i < len(timesteps) - 1:
+                known = scheduler.add_noise(picture, noise, timesteps[i + 1:i + 2])
+            latents = (1 - mask) * known + mask * latents
+        yield t.item(), latents.numpy(), result.get("pred_original_sample", result.get("denoised"))
+
+
+def check(name, config, steps, scheduler=None, **options):
+    """Compare the loops: timesteps, latents and predicted x_start."""
+    scheduler = scheduler or scheduler_of(name, config)
+    reference = list(reference_loop(scheduler, steps, **options))
+    states = list(SAMPLERS[name](predict, start()[1], Schedule.from_config(config), steps,
+                                 noise_source(), **options))
+    assert [state.step for state in states] == list(range(len(reference)))
+    for state, (t, latents, x_start) in zip(states, reference):
+        where = f"{name}, step {state.step} of {steps}, {config}"
+        assert state.timestep == t, where
+        assert state.latents.dtype == state.pred_x0.dtype == np.float32
+        within(abs(state.latents - latents).max(), TOLERANCE * latents.std(), where)
+        if x_start is not None:
+            within(abs(state.pred_x0 - x_start.numpy()).max(), 2 * TOLERANCE * x_start.std(),
+                   f"{where}: pred_x0")
+
+
+@every_sampler
+@every_prediction
+@pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
+def test_every_step_is_diffusers(name, prediction, spacing):
+    config = {**SD, "prediction_type": prediction}
+    if spacing:
+        config["timestep_spacing"] = spacing
+    for steps in STEPS:
+        check(name, config, steps)
+
+
+@every_sampler
+@every_prediction
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_from_a_picture(name, prediction, masked, final):
+    """Image to image and inpainting: fewer steps from a noised picture, parts of it put back."""
+    config = {**SD, "prediction_type": prediction, "final_sigmas_type": final}
+    random = np.random.default_rng(5)
+    picture = 0.8 * random.standard_normal(SHAPE, np.float32)
+    mask = (random.random((1, *SHAPE[1:3], 1)) < 0.6).astype(np.float32) if masked else None
+    for array in (picture, *([mask] if masked else [])):
+        array.flags.writeable = False
+    for steps, first in [(1, 0), (2, 1), (5, 0), (5, 1), (5, 2), (5, 3), (5, 4), (10, 7), (20, 4)]:
+        check(name, config, steps, origin=Origin(picture, first, mask))
+        check(name, config, steps, origin=Origin(picture, first, mask, noise_only=True))
+
+
+@every_sampler
+@pytest.mark.parametrize("config", [SD15, SD21, SDXL, TURBO])
+def test_published_configs(name, config):
+    check(name, config, 7)
+    check(name, config, 25)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde",
+                                  "dpmpp_2m_sde_karras", "unipc"])
+@every_prediction
+def test_final_sigma_min(name, prediction):
+    config = {**SD, "prediction_type": prediction, "final_sigmas_type": "sigma_min"}
+    for steps in (*STEPS, 14, 15):              # DPM-Solver++'s last step changes between these two
+        check(name, config, steps)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if "karras" not in name])
+@pytest.mark.parametrize("config", [
+    {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},    # other fields missing
+    {"beta_schedule": "squaredcos_cap_v2", "clip_sample": True, "clip_sample_range": 2.0},
+    {"trained_betas": [0.001 * i + 0.001 for i in range(60)], "num_train_timesteps": 60},
+    {**SD, "set_alpha_to_one": True, "steps_offset": 0},
+])
+def test_other_fields(name, config):
+    config = {"skip_prk_steps": True, **config}
+    for steps in (1, 3, 20):
+        check(name, config, steps)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "heun", "lms", "dpmpp_2m",
+                                  "dpmpp_2m_sde", "unipc", "lcm"])
+def test_sample_prediction(name):
+    check(name, {**SD, "prediction_type": "sample"}, 10)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_zero_terminal_snr(name, spacing, exact_sqrt):
+    """With one table for both: sigma = 4096 turns a table's last bit into 4e-4 of the latents.
+
+    At 50 Karras steps diffusers leaves its own table (two timesteps round to 999). Its Heun and LMS
+    have no such switch, so the test gives them the table.
+    """
+    config = {**SD, "prediction_type": "v_prediction", "timestep_spacing": spacing,
+              "rescale_betas_zero_snr": True}
+    schedule = Schedule.from_config(config)
+    for steps in STEPS[:-1] if "karras" in name else STEPS:
+        scheduler = scheduler_of(name, config)
+        table = schedule.alphas_cumprod.copy()
+        if name not in ("ddpm", "ddim", "lcm"):
+            table[-1] = 2 ** -24
+        scheduler.alphas_cumprod = torch.from_numpy(table)
+        check(name, config, steps, scheduler)
+
+
+@every_sampler
+def test_zero_terminal_snr_with_epsilon(name):
+    """Division by alpha_bar = 0 is an error; sigma = 4096 works, as in diffusers."""
+    schedule = Schedule.from_config({**SD, "timestep_spacing": "trailing",
+                                     "rescale_betas_zero_snr": True})
+    states = SAMPLERS[name](predict, start()[1], schedule, 5, noise_source())
+    if name in ("ddpm", "ddim", "pndm", "lcm"):
+        with pytest.raises(TinyldmError, match="rescale_betas_zero_snr"):
+            next(states)
+    else:
+        assert all(np.isfinite(state.latents).all() for state in states)
+
+
+@every_sampler
+def test_as_many_steps_as_training_timesteps(name):
+    """Where diffusers leaves its tables (timestep 1000) or divides by zero, ours works."""
+    T = 50 if name == "lcm" else 60
+    for spacing in ("leading", "linspace", "trailing"):
+        config = {**SD, "num_train_timesteps": T, "timestep_spacing": spacing}
+        schedule = Schedule.from_config(config)
+        states = list(SAMPLERS[name](predict, start()[1], schedule, T, noise_source()))
+        assert len(states) == {"pndm": T + 1, "heun": 2 * T - 1}.get(name, T)
+        assert np.isfinite(states[-1].latents).all()
+
+
+def test_pndm_calls():
+    schedule = Schedule.from_config(SD15)
+
+    def timesteps(n):
+        return [s.timestep for s in SAMPLERS["pndm"](predict, start()[1], schedule, n, None)]
+    assert timesteps(1) == [1]                                      # one DDIM step, as in diffusers
+    assert timesteps(3) == [667, 334, 334, 1]
+    assert timesteps(50)[:4] == [981, 961, 961, 941]
+
+
+@every_sampler
+def test_dtype_is_kept(name):
+    """Tables and coefficients never widen the latents' dtype."""
+    for dtype in (np.float16, np.float32, np.float64):
+        seen = []
+
+        def keep(x, t, seen=seen):
+            seen.append(x.dtype)
+            return x * 0.5
+        latents = start()[1].astype(dtype)
+        states = list(SAMPLERS[name](keep, latents, Schedule.from_config(SD), 4,
+                                     lambda dtype=dtype: start()[1].astype(dtype)))
+        assert {*seen, *(s.latents.dtype for s in states), *(s.pred_x0.dtype for s in states)} == {
+            np.dtype(dtype)}
+
+
+@every_sampler
+def test_the_last_pred_x0_is_the_result(name):
+    """Latents and previews have one scale: at the end they agree up to the last step's noise."""
+    *_, last = SAMPLERS[name](predict, start()[1], Schedule.from_config(SD), 50, noise_source())
+    within(abs(last.latents - last.pred_x0).max(), 0.1 * last.latents.std())
+
+
+@every_sampler
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, "20", None])
+def test_bad_steps(name, steps):
+    refused(name, Schedule.from_config(SD), steps, message="from 1 to 1000")
+
+
+def test_other_bad_input():
+    with pytest.raises(TinyldmError, match="'dpm2'.*ddpm, ddim, pndm, euler, euler_anc.*_karras"):
+        get_sampler("dpm2")
+    zero_snr = Schedule.from_config({**SD, "rescale_betas_zero_snr": True})
+    refused("pndm", zero_snr, 5, message="another sampler")
+    for T, steps in ((1000, 51), (49, 4)):
+        schedule = Schedule.from_config({**SD, "num_train_timesteps": T})
+        refused("lcm", schedule, steps, message=f"lcm takes from 1 to 50 .*not {steps} of {T}")
+
+
+def refused(name, schedule, steps, message):
+    """Both by check_sampler, which calls no model, and by the sampler's first step."""
+    with pytest.raises(TinyldmError, match=message):
+        check_sampler(name, schedule, steps)
+    with pytest.raises(TinyldmError, match=message):
+        next(SAMPLERS[name](predict, start()[1], schedule, steps, noise_source()))
+
+
+def test_default_sampler():
+    for name, public in CLASSES.items():
+        config = {**SD, "_class_name": public, **options_of(name)}
+        assert default_sampler(config) == name and get_sampler(name) is SAMPLERS[name]
+        saved = dict(scheduler_of(name, SD).config, _class_name=public)     # every field is named
+        assert default_sampler(saved) == name
+    assert [default_sampler(c) for c in (SD15, SD21, SDXL, TURBO)] == [
+        "pndm", "ddim", "euler", "euler_ancestral"]
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"_class_name": "DEISMultistepScheduler"}, "DEISMulti.*supported: DDPMScheduler"),
+    ({}, "None.*supported: DDPMScheduler"),
+    ({"_class_name": "PNDMScheduler"}, "skip_prk_steps"),
+    ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order = 3.*only 2"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
+     "algorithm_type = 'dpmsolver' .*only 'dpmsolver[+][+]'"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++",
+      "euler_at_final": True}, "euler_at_final = True"),
+    ({"_class_name": "HeunDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas"),
+    ({"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas"),
+    ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "solver_type = 'bh1'"),
+    ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}, "disable_corrector"),
+    ({"_class_name": "LCMScheduler", "original_inference_steps": 20}, "original_inference_steps"),
+])
+def test_unsupported_classes(config, message):
+    with pytest.raises(TinyldmError, match=message) as error:
+        default_sampler(config)
+    assert "\n" not in str(error.value) and "dpmpp_2m_karras" in str(error.value)
+
+
+# ---- one trajectory under two names ---------------------------------------------------------
+
+@every_prediction
+@pytest.mark.parametrize("steps", [1, 2, 4, 20, 50])
+@pytest.mark.parametrize("ends", [{"set_alpha_to_one": True, "final_sigmas_type": "zero"},
+                                  {"set_alpha_to_one": False, "final_sigmas_type": "sigma_min"}])
+def test_euler_is_ddim(prediction, steps, ends):
+    """Euler's x is DDIM's x_t / sqrt(alpha_bar_t) at every step, with the same x_start.
+
+    The steps divide T, so that DDIM's t - T / steps is the next timestep of the trailing list.
+    """
+    config = {**SD, "prediction_type": prediction, "timestep_spacing": "trailing", **ends}
+    schedule, noise = Schedule.from_config(config), start()[1]
+    end = 1.0 if ends["set_alpha_to_one"] else schedule.alphas_cumprod[0]
+    sigma = schedule.sigmas[-1]                             # Euler starts at sigma times the noise
+    x_t = noise * float(sigma * schedule.alphas_cumprod[-1] ** 0.5)
+    trajectories = zip(SAMPLERS["euler"](predict, noise, schedule, steps, None),
+                       SAMPLERS["ddim"](predict, x_t, schedule, steps, None), strict=True)
+    for euler, ddim in trajectories:
+        assert euler.timestep == ddim.timestep
+        p = int(euler.timestep) - 1000 // steps
+        alpha_bar = schedule.alphas_cumprod[p] if p >= 0 else end
+        difference = abs(euler.latents * alpha_bar ** 0.5 - ddim.latents).max()
+        within(difference, TOLERANCE * ddim.latents.std(), f"timestep {euler.timestep}")
+        within(abs(euler.pred_x0 - ddim.pred_x0).max(), 2 * TOLERANCE * ddim.pred_x0.std(),
+               f"timestep {euler.timestep}: pred_x0")
+    assert p < 0

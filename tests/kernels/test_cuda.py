@@ -1,0 +1,208 @@
+"""The kernels for a GPU, without one: compiled by NVIDIA's compiler, and run on the host.
+
+What NVRTC compiles is what CuPy would load; it needs no device. What runs here runs by cuda_host.py
+on strict arrays: arithmetic, indices and meetings of threads, and nothing of speed. The kernels
+also go through every case of test_ops.py, in check_op.
+"""
+import numpy as np
+import pytest
+
+from tests.support import cuda_host, strict
+from tests.support.reference import assert_close
+from tests.support.tolerance import assert_allclose, assert_same_pixels
+from tests.test_cupy import LARGE, draw, pipes  # noqa: F401 (a fixture)
+from tinyldm import backend, ops
+from tinyldm.kernels import cuda
+
+try:
+    from cuda import pathfinder
+    from cupy_backends.cuda.libs import nvrtc
+    HEADERS = pathfinder.find_nvidia_header_directory("cudart")
+except ImportError:
+    HEADERS = None
+
+TOLERANCE = {np.float32: 2e-5, np.float16: 5e-3}        # of the output's deviation
+
+
+@pytest.fixture
+def xp():
+    with strict.installed() as cupy, backend.plain(False):
+        yield cupy
+
+
+# ---- NVIDIA's compiler ----------------------------------------------------------------------
+
+@pytest.mark.skipif(HEADERS is None, reason="CuPy, NVRTC or CUDA's headers are not installed")
+@pytest.mark.parametrize("T, whole", [("float", 4), ("__half", 8)])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+def test_the_source_compiles(arch, T, whole):
+    for pack in (1, whole):
+        program = nvrtc.createProgram(cuda.SOURCE, "kernels.cu", [], [])
+        try:
+            nvrtc.compileProgram(program, (*cuda.options(T, pack), f"-arch={arch}",
+                                           f"-I{HEADERS}"))
+        except nvrtc.NVRTCError:
+            pytest.fail(nvrtc.getProgramLog(program))
+        assert "warning" not in nvrtc.getProgramLog(program)
+        for name, _, _ in cuda_host.KERNEL.findall(cuda.SOURCE):
+            assert name.encode() in nvrtc.getCUBIN(program)
+
+
+# ---- numbers --------------------------------------------------------------------------------
+
+def normal(*shape, dtype=np.float32, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("op, shapes, params", [
+    ("silu", [(3, 5, 16)], {}), ("gelu", [(300, 7)], {}), ("quick_gelu", [(2, 8)], {}),
+    ("geglu", [(2, 5, 48)], {}), ("geglu", [(2, 5, 6)], {}),
+    ("layer_norm", [(2, 7, 320), (320,), (320,)], {"eps": 1e-5}),
+    ("layer_norm", [(7, 33), (33,), (33,)], {"eps": 1e-5}),
+    ("group_norm", [(3, 5, 9), (9,), (9,)], {"num_groups": 3, "eps": 1e-6}),
+    ("group_norm", [(2, 5, 7, 64), (64,), (64,)], {"num_groups": 32, "eps": 1e-5}),
+    ("group_norm_silu", [(2, 40, 40, 96), (96,), (96,)], {"num_groups": 32, "eps": 1e-5}),
+    ("group_norm_silu", [(1, 3, 3, 2560), (2560,), (2560,)], {"num_groups": 32, "eps": 1e-5}),
+    # beyond what the kernel's shared memory holds
+    ("group_norm", [(1, 2, 2, 4160), (4160,), (4160,)], {"num_groups": 32, "eps": 1e-5}),
+    ("group_norm_silu", [(1, 2, 2, 600), (600,), (600,)], {"num_groups": 300, "eps": 1e-5}),
+    ("conv2d", [(2, 5, 7, 16), (3, 3, 16, 24), (24,)], {"padding": (1, 1)}),
+    ("conv2d", [(2, 6, 7, 3), (3, 3, 3, 8), (8,)], {"stride": 2, "padding": (0, 1)}),
+    ("conv2d", [(3, 7, 9, 8), (1, 1, 8, 4), (4,)], {}),
+    ("attention", [(3, 9, 32), (3, 77, 32), (3, 77, 32)], {"num_heads": 4}),
+    ("attention", [(2, 300, 10), (2, 300, 10), (2, 300, 10)], {"num_heads": 2, "causal": True}),
+    ("attention", [(1, 1, 8), (1, 1, 8), (1, 1, 8)], {"num_heads": 1}),
+], ids=lambda value: value if isinstance(value, str) else None)
+def test_kernels(op, shapes, params, dtype, xp):
+    """Plain in float64 from the same numbers; the cache is plain's, so one derivative serves both.
+    """
+    inputs = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    y, cache = getattr(ops, op)(*map(xp.asarray, inputs), **params)
+    with backend.plain():
+        expected, _ = getattr(ops, op)(*(x.astype(np.float64) for x in inputs), **params)
+        _, same = getattr(ops, op)(*map(xp.asarray, inputs), **params)
+    assert y.dtype == dtype
+    assert_close(y.get().astype(np.float64), expected, TOLERANCE[dtype])
+    for ours, plain in zip(flat(cache), flat(same), strict=True):
+        if isinstance(plain, strict.Array):
+            assert ours.dtype == plain.dtype and ours.shape == plain.shape
+        else:
+            assert ours == plain
+
+
+def flat(cache):
+    for item in cache if isinstance(cache, tuple) else (cache,):
+        if isinstance(item, tuple):
+            yield from flat(item)
+        else:
+            yield item
+
+
+def test_some_pixels_or_queries_at_a_time(monkeypatch, xp):
+    """As when a map's columns and its scores are too many for one piece."""
+    x, weight = xp.asarray(normal(2, 7, 9, 8)), xp.asarray(normal(3, 3, 8, 16, seed=1))
+    q, k, v = (xp.asarray(normal(2, 11, 16, seed=seed)) for seed in range(3))
+
+    def results():
+        return [ops.conv2d(x, weight, None, padding=(1, 1))[0].get(),
+                ops.attention(q, k, v, 4, causal=True)[0].get()]
+    whole = results()
+    monkeypatch.setattr(cuda, "COLUMNS", 72 * 50)       # 126 pixels: two pieces and a bit
+    monkeypatch.setattr(cuda, "SCORES", 4 * 11 * 3)
+    for ours, expected in zip(results(), whole):
+        assert_close(ours, expected, 1e-6)
+
+
+def test_attention_leaves_cublas_as_it_was(xp):
+    """Another user of the handle may have told cuBLAS that its factors lie on the device."""
+    cublas = xp.cuda.cublas
+    q, k, v = (xp.asarray(normal(1, 5, 8, seed=seed)) for seed in range(3))
+    expected = ops.attention(q, k, v, 2)[0].get()
+    cublas.setPointerMode(None, cublas.CUBLAS_POINTER_MODE_DEVICE)
+    try:
+        np.testing.assert_array_equal(ops.attention(q, k, v, 2)[0].get(), expected)
+        assert cublas.getPointerMode(None) == cublas.CUBLAS_POINTER_MODE_DEVICE
+    finally:
+        cublas.setPointerMode(None, cublas.CUBLAS_POINTER_MODE_HOST)
+
+
+def test_arrays_that_do_not_lie_in_packs(xp):
+    """A view whose first number is not at a multiple of 16 bytes, and one with strides."""
+    rows = normal(9, 9, 16)
+    for view in (lambda x: x.reshape(-1)[1:1 + 8 * 16].reshape(8, 16), lambda x: x[:, ::2],
+                 lambda x: x.transpose(1, 0, 2)):
+        with backend.plain():
+            expected, _ = ops.silu(view(rows))
+        assert_close(ops.silu(view(xp.asarray(rows)))[0].get(), expected, TOLERANCE[np.float32])
+
+
+@pytest.mark.parametrize("ours, expected", LARGE)
+def test_large_numbers_in_float16(ours, expected, xp):
+    assert_allclose(np.squeeze(ours()), expected, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("op, shapes, params", [
+    ("silu", [(3, 8)], {}), ("geglu", [(3, 16)], {}),
+    ("layer_norm", [(3, 8), (8,), (8,)], {"eps": 1e-5}),
+    ("group_norm", [(3, 5, 8), (8,), (8,)], {"num_groups": 2, "eps": 1e-5}),
+    ("conv2d", [(3, 3, 3, 8), (3, 3, 8, 8)], {"padding": (1, 1)}),
+    ("attention", [(3, 5, 8)] * 3, {"num_heads": 2}),
+], ids=lambda value: value if isinstance(value, str) else None)
+def test_nan_comes_through(op, shapes, params, xp):
+    """And stays in its picture: the pipeline tells which one, and finds the layer by it."""
+    inputs = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+    inputs[0].reshape(3, -1)[1, -1] = np.nan
+    y = getattr(ops, op)(*map(xp.asarray, inputs), **params)[0].get()
+    assert [bool(np.isnan(part).any()) for part in y] == [False, True, False]
+
+
+# ---- a whole picture --------------------------------------------------------------------------
+
+def test_a_picture(pipes, xp):  # noqa: F811
+    with backend.plain():
+        _, expected = draw(pipes["cpu"], steps=2)
+    for dtype, allowed in (("float32", 1), ("float16", 4)):
+        _, images = draw(pipes[dtype], steps=2)
+        assert_same_pixels(images, expected, allowed, dtype)
+
+
+# ---- the stand-in for the device ----------------------------------------------------------------
+
+def run(body, *args, parameters="float* y", threads=64):
+    code = f'#include <cuda_fp16.h>\nextern "C" __global__ void f({parameters}) {{\n{body}\n}}\n'
+    module = cuda_host.RawModule(code=code, options=("-std=c++17",))
+    module.get_function("f")((1,), (threads,), args)
+
+
+def test_a_missing_meeting_is_seen(xp):
+    body = """__shared__ float x[64];
+        x[threadIdx.x] = threadIdx.x;
+        %s
+        y[threadIdx.x] = x[63 - threadIdx.x];"""
+    y = xp.asarray(np.zeros(64, np.float32))
+    run(body % "__syncthreads();", y)
+    np.testing.assert_array_equal(y.get(), np.arange(64)[::-1])
+    run("__syncthreads();" + body % "", y)              # all meet, but not where they should
+    assert (y.get() != np.arange(64)[::-1]).any()
+
+
+@pytest.mark.parametrize("body, message", [
+    ("if (threadIdx.x < 32) __syncthreads();", "diverged"),
+    ("if (threadIdx.x) return; __syncthreads();", "diverged"),
+    ("y = z;", "error"),
+])
+def test_what_a_device_would_not_run(body, message, xp):
+    with pytest.raises(AssertionError, match=message):
+        run(body, xp.asarray(np.zeros(64, np.float32)))
+
+
+@pytest.mark.parametrize("parameters, argument, message", [
+    ("int n", 3, "class 'int'"), ("float a", np.float64(3), "float64"),
+    ("float* y", np.zeros(3), "float64"), ("float* y", np.zeros((3, 4), np.float32).T, "strides"),
+])
+def test_arguments_of_another_type_are_seen(parameters, argument, message):
+    if isinstance(argument, np.ndarray):
+        argument = strict.Array(argument)
+    with pytest.raises(AssertionError, match=message):
+        run("", argument, parameters=parameters)

@@ -1,0 +1,262 @@
+"""The kinds of Stable Diffusion besides 1 and 2, each against diffusers' own pipeline for it."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import tinyldm
+from tests.pipelines.test_stable_diffusion import (
+    NEGATIVE,
+    PROMPT,
+    Reference,
+    assert_same_drawing,
+    assert_same_pictures,
+    ours,
+    spoil,
+)
+from tests.support.reference import assert_close
+from tests.support.small_pipelines import (
+    change_json,
+    euler_ancestral,
+    inpainting,
+    lcm,
+    sd1,
+    sd2,
+    sd_turbo,
+    sdxl,
+    sdxl_turbo,
+)
+from tinyldm.errors import TinyldmError
+from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
+from tinyldm.text.prompt import weigh
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def both(make, tmp_path_factory):
+    folder = make(tmp_path_factory.mktemp(make.__name__))
+    return load(folder), Reference(folder)
+
+
+# ---- Stable Diffusion XL --------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    return both(sdxl, tmp_path_factory)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"negative_prompt": NEGATIVE}, {"guidance_scale": 1.0, "negative_prompt": NEGATIVE},
+    {"width": 40, "height": 24}, {"guidance_rescale": 0.7, "negative_prompt": NEGATIVE}], ids=str)
+def test_stable_diffusion_xl(xl, options):
+    pipe, reference = xl
+    options = {"guidance_scale": 7.5, **options}        # diffusers' own is 5
+    assert_same_drawing(ours(pipe, seed=7, **options), reference([7], **options))
+
+
+def test_images_of_one_call(xl):
+    pipe, reference = xl
+    assert_same_drawing(ours(pipe, seed=3, num_images=2), reference([3, 4], guidance_scale=7.5))
+
+
+def test_an_empty_negative_prompt_may_be_read(tmp_path):
+    folder = sdxl(tmp_path)
+    zeros = ours(load(folder))
+    change_json(folder / "model_index.json", force_zeros_for_empty_prompt=False)
+    read = ours(load(folder))
+    assert_same_drawing(read, Reference(folder)(guidance_scale=7.5))
+    assert abs(read[0][-1] - zeros[0][-1]).max() > 0.01
+
+
+def test_sdxl_turbo(tmp_path_factory):
+    pipe, reference = both(sdxl_turbo, tmp_path_factory)
+    for options in ({"guidance_scale": 0.0}, {"guidance_scale": 3.0, "negative_prompt": NEGATIVE}):
+        assert_same_drawing(ours(pipe, **options), reference(**options))
+    state, = pipe.stream(PROMPT, num_inference_steps=1, guidance_scale=0.0)
+    assert state.timestep == 999
+
+
+def told(pipe, *args):
+    return pipe._conditioner(*args, 7.5, 64, 64)
+
+
+@torch.no_grad()
+def encode(reference, text):
+    context, _, pooled, _ = reference.pipe.encode_prompt(text, None, "cpu", 1, False)
+    return context.numpy(), pooled.numpy()
+
+
+def test_pieces_and_weights_of_both_encoders(xl):
+    """Both halves of the context are cut and weighed by themselves; the vector is the first's."""
+    pipe, reference = xl
+    contexts, vectors = zip(*(encode(reference, text) for text in ("a red cat", "low!", "")))
+    with pytest.warns(UserWarning, match="is read in 2 pieces"):
+        negative, positive = told(pipe, "a red cat BREAK low!", "low!")
+    assert_close(positive["context"], np.concatenate(contexts[:2], axis=1), 1e-4)
+    assert_close(positive["text_embeds"], vectors[0], 1e-4)
+    assert_close(negative["context"], np.concatenate(contexts[1:], axis=1), 1e-4)
+    assert_close(negative["text_embeds"], vectors[1], 1e-4)
+
+    _, weighed = told(pipe, "a red (cat:1.5)", "")
+    ids, plain = pipe.tokenizer("a red"), pipe.tokenizer("a red cat")
+    weights = np.where((plain == pipe.tokenizer.end) | (ids == plain), 1, 1.5)
+    assert (weights != 1).any()
+    halves = np.split(contexts[0], [pipe.text_encoder.config["hidden_size"]], axis=-1)
+    assert_close(weighed["context"],
+                 np.concatenate([weigh(half, weights) for half in halves], axis=-1), 1e-4)
+    assert_close(weighed["text_embeds"], vectors[0], 1e-4)
+
+
+def test_a_word_that_is_padding_to_one_encoder_only(xl):
+    """"!" is the second tokenizer's padding: three of them are three tokens to it, else one."""
+    pipe, reference = xl
+    context, pooled = encode(reference, "cat!!!")
+    _, positive = told(pipe, "cat!!!", "")
+    assert_close(positive["context"], context, 1e-4)
+    assert_close(positive["text_embeds"], pooled, 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_errors_of_the_second_encoder(tmp_path):
+    pipe = load(sdxl(tmp_path))
+    parts = [pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, pipe.scheduler]
+    with pytest.raises(TinyldmError, match="cross_attention_dim is 40, but the .* is 16"):
+        StableDiffusion(*parts)
+    second = {"tokenizer_2": pipe.tokenizer_2, "text_encoder_2": pipe.text_encoder_2}
+    pipe.unet.config["addition_time_embed_dim"] = 4
+    with pytest.raises(TinyldmError, match="_input_dim is 68, but .* make 44"):
+        StableDiffusion(*parts, **second)
+    pipe.unet.config["addition_time_embed_dim"] = 8
+    spoil(pipe.text_encoder_2, "text_projection.weight")
+    with pytest.raises(TinyldmError, match="'cat': .* is text_projection of CLIPTextModelWithProj"):
+        pipe.stream("cat")
+
+
+# ---- the others -----------------------------------------------------------------------------
+
+def test_sd_turbo(tmp_path_factory):
+    pipe, reference = both(sd_turbo, tmp_path_factory)
+    for options in ({"guidance_scale": 0.0}, {"negative_prompt": NEGATIVE}):
+        assert_same_drawing(ours(pipe, seed=1, num_images=2, **options),
+                            reference([1, 2], **options))
+
+
+@pytest.fixture(scope="module")
+def consistent(tmp_path_factory):
+    return both(lcm, tmp_path_factory)
+
+
+@pytest.mark.parametrize("options", [
+    {"guidance_scale": 8.5}, {"guidance_scale": 1.0, "width": 40, "height": 24},
+    {"guidance_scale": 0.0}], ids=str)
+def test_latent_consistency_model(consistent, options):
+    pipe, reference = consistent
+    assert_same_drawing(ours(pipe, seed=1, num_images=2, **options), reference([1, 2], **options))
+
+
+def test_the_waves_of_guidance_are_of_the_contexts_precision(consistent):
+    """They are computed in float64, in which the UNet is not to go on."""
+    conditions, = told(consistent[0], "cat", "")
+    assert conditions["timestep_cond"].dtype == conditions["context"].dtype == np.float32
+
+
+def test_a_latent_consistency_model_knows_no_negative_prompt(consistent):
+    pipe, _ = consistent
+    assert len(list(pipe.stream(PROMPT))) == 4
+    with pytest.warns(UserWarning, match="imitates guidance, .* plays no part") as said:
+        told, = pipe._conditioner("cat", NEGATIVE, 7.5, 64, 64)
+    assert told.keys() == {"context", "timestep_cond"}
+    with pytest.warns(UserWarning, match="imitates guidance") as said:
+        *_, state = pipe.stream("cat", NEGATIVE)
+    assert said[0].filename == __file__
+    *_, expected = pipe.stream("cat")
+    assert np.array_equal(state.latents, expected.latents)
+
+
+# ---- saving ---------------------------------------------------------------------------------
+
+def dtypes(folder):
+    """The dtypes of all weights in a pipeline's folder."""
+    return {str(tensor.dtype).removeprefix("torch.") for file in folder.glob("*/*.safetensors")
+            for tensor in safetensors.torch.load_file(file).values()}
+
+
+def class_of(folder):
+    return json.loads((folder / "model_index.json").read_text())["_class_name"]
+
+
+@pytest.mark.parametrize("make", [sd1, sd2, euler_ancestral, sdxl, sdxl_turbo, lcm],
+                         ids=lambda make: make.__name__)
+def test_what_is_saved_draws_the_same(make, tmp_path):
+    source, saved = make(tmp_path / "source"), tmp_path / "saved"
+    pipe = load(source)
+    pipe.force_zeros_for_empty_prompt = make is sdxl_turbo
+    tinyldm.save(pipe, saved)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "saved"}
+    assert class_of(saved) == class_of(source)
+    assert dtypes(saved) == {"float16" if make is euler_ancestral else "float32"}
+    again = load(saved)
+    assert again.num_inference_steps == pipe.num_inference_steps
+    drawing = ours(again, seed=7)
+    assert_same_drawing(drawing, Reference(saved)([7], guidance_scale=7.5))
+    assert np.array_equal(drawing[1], ours(pipe, seed=7)[1])
+
+
+def test_a_saved_model_for_inpainting(tmp_path):
+    source, saved = inpainting(tmp_path / "source"), tmp_path / "saved"
+    tinyldm.save(load(source), saved)
+    options = {"image": Image.new("RGB", (32, 32), "red"),
+               "mask_image": Image.linear_gradient("L").resize((32, 32)), "strength": 1.0}
+    assert class_of(saved) == class_of(source) == "StableDiffusionInpaintPipeline"
+    theirs = Reference(saved)(**options)[1]
+    assert_same_pictures(theirs, Reference(source)(**options)[1])
+    options["mask"] = options.pop("mask_image")
+    assert_same_pictures(ours(load(saved), **options)[1], theirs)
+
+
+def test_the_dtype_of_saved_weights(tmp_path):
+    folder = sdxl(tmp_path / "source")
+    pipe = load(folder)
+    for dtype in ("float16", "float32"):
+        tinyldm.save(pipe, tmp_path / dtype, dtype)
+        assert dtypes(tmp_path / dtype) == {dtype}
+    tinyldm.save(load(tmp_path / "float16", dtype="float64", low_memory=True), tmp_path / "again")
+    for file in (tmp_path / "float16").glob("*/*.safetensors"):
+        again = tmp_path / "again" / file.parent.name / file.name
+        assert again.read_bytes() == file.read_bytes()
+    with pytest.raises(TinyldmError, match="dtype must be float16, float32 or float64, not 'int8'"):
+        tinyldm.save(pipe, tmp_path / "new", "int8")
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path):
+    pipe, before = load(sd1(tmp_path / "source")), {"source", "empty", "full", "file"}
+    for name in ("empty", "full"):
+        (tmp_path / name).mkdir()
+    for file in (tmp_path / "full" / "x", tmp_path / "file"):
+        file.write_text("")
+    for name, message in [("full", "full exists already: name a new folder"),
+                          ("file", "file exists already"), ("file/new", "cannot write .*file/new")]:
+        with pytest.raises(TinyldmError, match=message):
+            tinyldm.save(pipe, tmp_path / name)
+    spoil(pipe.vae, "decoder.conv_out.bias")
+    with pytest.raises(TinyldmError, match="decoder.conv_out.bias is not finite"):
+        tinyldm.save(pipe, tmp_path / "empty")
+    (tmp_path / "source" / "tokenizer" / "vocab.json").unlink()
+    (tmp_path / "source" / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    pipe.vae.decoder.conv_out.bias.data[:] = 0
+    with pytest.raises(TinyldmError, match="the tokenizer's files in .* are gone"):
+        tinyldm.save(pipe, tmp_path / "empty")
+    folder, pipe.tokenizer.folder = pipe.tokenizer.folder, None
+    with pytest.raises(TinyldmError, match="not read from a folder"):
+        tinyldm.save(pipe, tmp_path / "empty")
+    pipe.tokenizer.folder = folder
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert not any((tmp_path / "empty").iterdir())
+    shutil.copytree(load(sd1(tmp_path / "other")).tokenizer.folder, tmp_path / "source/tokenizer",
+                    dirs_exist_ok=True)
+    tinyldm.save(pipe, tmp_path / "empty")
+    load(tmp_path / "empty")

@@ -1,0 +1,138 @@
+"""How much memory is held: as much as the tokens ask for, and with low_memory less of it."""
+import mmap
+import tracemalloc
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import tinyldm
+from tests.models.test_models import UNETS, VAES, vae_config
+from tests.models.test_tiles import fill, normal
+from tests.pipelines.test_stable_diffusion import Reference, assert_same_drawing, ours, spoil
+from tests.support.reference import assert_close
+from tests.support.small_pipelines import euler_ancestral, sd1, smallest
+from tinyldm import backend, ops
+from tinyldm.checkpoints import load_model
+from tinyldm.cli.draw import main
+from tinyldm.models import AutoencoderKL, UNet2DConditionModel
+from tinyldm.pipelines import stable_diffusion as pipeline
+
+GROWTH = 4.2                        # allowed for 4 times the tokens; with their square it is 16
+both_paths = pytest.mark.parametrize("path", [nullcontext, backend.plain], ids=["fast", "plain"])
+
+
+def peak(run):
+    """The most bytes held at a time above what was held before; scratch memory is new as well."""
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# ---- as the picture grows -------------------------------------------------------------------
+
+@both_paths
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_attention_grows_with_the_tokens(path, backward):
+    def held(tokens):
+        x = normal(1, tokens, 32)
+        _, cache = ops.attention(x, x, x, 2)
+        return peak(lambda: ops.attention_backward(x, cache) if backward
+                    else ops.attention(x, x, x, 2))
+
+    with path():
+        small, large = held(2048), held(8192)
+    assert large <= GROWTH * small
+    assert large < 2 * 8192 ** 2 * 4, "all scores at once"
+
+
+@both_paths
+def test_the_unet_grows_with_the_tokens(path):
+    unet, context = fill(UNet2DConditionModel(UNETS["as SD 1"])), normal(1, 7, 12)
+
+    def held(size):
+        latents = normal(1, size, size, 4)
+        return peak(lambda: unet(latents, np.array([500]), context))
+
+    with path():
+        small, large = held(32), held(64)
+    assert large <= GROWTH * small
+    assert large < 2 * 64 ** 4 * 4, "all scores at once"
+
+
+@both_paths
+def test_tiles_take_little_more_than_one_of_them(path):
+    vae = fill(AutoencoderKL(vae_config(dict(VAES["four levels"], block_out_channels=[32] * 4,
+                                             sample_size=128))))
+    with path():
+        one, nine = normal(1, 16, 16, 4), normal(1, 40, 40, 4)
+        vae.decode(one)                                 # which makes the kernels' scratch memory
+        held = peak(lambda: vae.decode(one))
+        assert peak(lambda: vae.decode_tiled(nine)) <= 2 * held
+        assert peak(lambda: vae.decode(nine)) >= 4 * held
+
+
+# ---- low_memory -----------------------------------------------------------------------------
+
+def test_low_memory_draws_as_diffusers_with_tiles(tmp_path):
+    folder = sd1(tmp_path / "sd1")                      # a tile is 64x64 pixels
+    pipe, reference = pipeline.load(folder, low_memory=True), Reference(folder)
+    reference.pipe.vae.enable_tiling()
+    for options in ({}, {"width": 112, "height": 136}):
+        assert_same_drawing(ours(pipe, **options), reference(**options))
+
+
+def test_the_command_takes_it(tmp_path):
+    folder, path = smallest(tmp_path / "smallest"), tmp_path / "out.png"
+    assert main(["a cat", "--weights", str(folder), "--steps", "2", "--low-memory", "--width", "60",
+                 "--output", str(path)]) == 0
+    expected, = pipeline.load(folder, low_memory=True)("a cat", num_inference_steps=2, width=60)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(expected))
+
+
+def test_low_memory_gives_freed_memory_back(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(pipeline, "keep_freed_memory", lambda: called.append(True))
+    folder = smallest(tmp_path / "smallest")
+    assert pipeline.load(folder, low_memory=True).low_memory and not called
+    assert not pipeline.load(folder).low_memory and called
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_nan_in_a_tile_is_traced_to_its_layer(tmp_path):
+    pipe = pipeline.load(smallest(tmp_path / "smallest"), low_memory=True)
+    spoil(pipe.vae, "decoder.conv_in.bias")
+    with pytest.raises(tinyldm.TinyldmError, match="picture 0 .* decoder.conv_in of Autoenc"):
+        pipe.decode(normal(1, 11, 9, 4))
+
+
+@pytest.mark.parametrize("make, dtype", [(sd1, np.float32), (euler_ancestral, np.float16)])
+def test_low_memory_leaves_weights_in_the_map(make, dtype, tmp_path):
+    """The same numbers; every weight whose dtype is the file's is a part of the map."""
+    folder = make(tmp_path / "folder")
+    usual, low = (load_model(folder / "unet", dtype, low) for low in (False, True))
+    for (name, expected), parameter in zip(usual.named_parameters(), low.parameters()):
+        np.testing.assert_array_equal(parameter.data, expected.data, name)
+        base = parameter.data
+        while isinstance(base, np.ndarray):
+            base = base.base
+        assert isinstance(base.obj, mmap.mmap), name
+    inputs = (normal(1, 8, 8, 4).astype(dtype), np.array([500]), normal(1, 7, 32).astype(dtype))
+    assert_close(low(*inputs), usual(*inputs), 1e-5 if dtype == np.float32 else 1e-2)
+
+
+def test_low_memory_refuses_what_is_not_finite(tmp_path):
+    folder = smallest(tmp_path / "smallest")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["conv_in.weight"][0, 0, 0, 0] = torch.nan
+    safetensors.torch.save_file(tensors, file)
+    for dtype in (np.float32, np.float64):              # mapped, converted
+        with pytest.raises(tinyldm.TinyldmError, match="conv_in.weight holds NaN"):
+            pipeline.load(folder, dtype=dtype, low_memory=True)

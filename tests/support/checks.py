@@ -1,0 +1,147 @@
+"""One check for every op: its derivative against finite differences, both directions against torch,
+and both again on arrays that behave as a GPU's, in float32 and in float16.
+
+Torch gets the same arrays in our layout (channels last); a test hands over a small function that
+turns its tensors round. All that an op is given is read-only, so an op that writes into it fails.
+"""
+import numpy as np
+import torch
+
+from tests.support import strict
+from tests.support.tolerance import within
+from tinyldm import backend
+
+STEP = 1e-5                         # of the central difference
+DIFFERENCE = 1e-5                   # allowed, of the gradient's length
+AGAINST_TORCH = 1e-9                # allowed, of the array's largest value
+NOTHING = 1e-8                      # rounding of a difference quotient whose true value is 0
+KERNEL = 1e-5                       # allowed in float32, of the array's largest value
+FLOAT16 = 2e-3                      # allowed, of the array's largest value: four roundings
+
+
+def check_op(op, backward, inputs, torch_op=None, **params):
+    """y, cache = op(*inputs, **params); backward(dy, cache) -> gradients of all but integers.
+
+    inputs: float64 arrays, integer arrays, or None for a bias left out (its gradient is not read).
+    torch_op(*tensors) -> tensor of y's shape.
+    """
+    rng = np.random.default_rng(len(inputs))
+    inputs = [read_only(x) for x in inputs]
+    y, cache = op(*inputs, **params)
+    read_only_cache(cache)
+    dy = read_only(rng.standard_normal(np.shape(y)))
+    gradients = gradients_of(backward, dy, cache, inputs)
+    for i, gradient in gradients.items():
+        shape, expected = gradient.shape, inputs[i].shape
+        assert shape == expected, f"gradient of input {i} is {shape}, not {expected}"
+        assert gradient.dtype == np.float64, f"gradient of input {i} is {gradient.dtype}"
+        _check_difference(lambda *moved: (op(*moved, **params)[0] * dy).sum(),
+                          inputs, i, gradient, rng)
+    if torch_op is not None:
+        _check_torch(torch_op, inputs, y, dy, gradients)
+    _check_dtype(op, backward, inputs, dy, params)
+    _check_device(op, backward, inputs, dy, params)
+
+
+def gradients_of(backward, dy, cache, inputs):
+    """Position -> gradient. Integers have none, and backward leaves them out."""
+    gradients = backward(dy, cache)
+    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    places = [i for i, x in enumerate(inputs) if x is None or x.dtype.kind == "f"]
+    assert len(gradients) == len(places), f"{len(gradients)} gradients for {len(places)} inputs"
+    return {i: gradient for i, gradient in zip(places, gradients) if inputs[i] is not None}
+
+
+def _check_difference(loss, inputs, i, gradient, rng):
+    """(loss(x + s v) - loss(x - s v)) / 2s = gradient . v, in a random direction v."""
+    direction = rng.standard_normal(inputs[i].shape)
+
+    def moved(step):
+        return loss(*inputs[:i], inputs[i] + step * direction, *inputs[i + 1:])
+    expected = (moved(STEP) - moved(-STEP)) / (2 * STEP)
+    error = abs((gradient * direction).sum() - expected)
+    allowed = DIFFERENCE * np.linalg.norm(gradient) + NOTHING
+    within(error, allowed, f"input {i} against the difference quotient")
+
+
+def _check_torch(torch_op, inputs, y, dy, gradients):
+    tensors = [None if x is None else torch.from_numpy(x.copy()) for x in inputs]
+    for i in gradients:
+        tensors[i].requires_grad_()
+    expected = torch_op(*tensors)
+    assert_same(y, expected.detach().numpy(), "output")
+    expected.backward(torch.from_numpy(dy.copy()))
+    for i, gradient in gradients.items():
+        assert_same(gradient, tensors[i].grad.numpy(), f"gradient of input {i}")
+
+
+def _check_dtype(op, backward, inputs, dy, params):
+    """A float32 op has float32 results: no constant in it widens them."""
+    for result in results(op, backward, inputs, dy, params, np.float32):
+        assert result.dtype == np.float32, f"{result.dtype} out of float32"
+
+
+def results(op, backward, inputs, dy, params, *dtypes, move=lambda x: x, plain=True):
+    """The output and every gradient, all numbers rounded to one dtype after the other."""
+    inputs = [x if x is None else move(rounded(x, *dtypes)) for x in inputs]
+    dy = rounded(dy, *dtypes) if dy.ndim else rounded(dy, np.float32)       # a loss's stays float32
+    with backend.plain(plain):
+        y, cache = op(*inputs, **params)
+        return [y, *gradients_of(backward, move(dy), cache, inputs).values()]
+
+
+def rounded(x, *dtypes):
+    for dtype in dtypes:
+        x = x.astype(dtype) if x.dtype.kind == "f" else x
+    return read_only(x)
+
+
+def _check_device(op, backward, inputs, dy, params):
+    """Where CuPy's rules hold, float32 gives NumPy's numbers and float16 nearly those, in float16.
+
+    A loss is float32: being a sum, it may be beyond float16. The kernels for a GPU come close too.
+    """
+    def compare(dtypes, allowed, plain=True):
+        # NumPy in float32 from the same rounded inputs: what is left are the roundings on the way.
+        expected = results(op, backward, inputs, dy, params, *dtypes, np.float32)
+        with strict.installed() as xp:
+            ours = results(op, backward, inputs, dy, params, *dtypes, move=strict.Array,
+                           plain=plain)
+        for i, (our, their) in enumerate(zip(ours, expected)):
+            assert isinstance(our, xp.ndarray) and our.shape == np.shape(their)
+            assert our.dtype == (np.float32 if i == 0 and not our.ndim else dtypes[-1])
+            error, size = abs(our.get() - their).max(), abs(their).max()
+            if not plain:                               # what cancels leaves other last digits
+                size = max(size, 0.1)
+            within(error, allowed * size, f"result {i} in {dtypes[-1].__name__}, plain={plain}")
+    compare([np.float32], 0)
+    compare([np.float16], FLOAT16)
+    compare([np.float32], KERNEL, plain=False)
+    compare([np.float16], FLOAT16, plain=False)
+
+
+def assert_same(ours, theirs, what):
+    assert np.shape(ours) == theirs.shape, f"{what}: {np.shape(ours)}, torch {theirs.shape}"
+    error, size = abs(ours - theirs).max(), abs(theirs).max()
+    within(error, AGAINST_TORCH * size + 1e-13, f"{what} against torch")
+
+
+def read_only(array):
+    if array is not None:
+        array = np.array(array)
+        array.flags.writeable = False
+    return array
+
+
+def arrays_in(cache):
+    """Every array of a cache, which may be nested tuples."""
+    if isinstance(cache, np.ndarray):
+        yield cache
+    elif isinstance(cache, tuple):
+        for item in cache:
+            yield from arrays_in(item)
+
+
+def read_only_cache(cache):
+    for array in arrays_in(cache):
+        array.flags.writeable = False

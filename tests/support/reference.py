@@ -1,0 +1,72 @@
+"""Bridges to the reference implementations: the same random weights, gradients side by side."""
+import numpy as np
+import torch
+
+from tests.support.tolerance import within
+
+
+def to_ours(tensor):
+    """A torch tensor in our layout: convolutions (O,C,K,K) -> (K,K,C,O), all else as it is."""
+    array = tensor.detach().numpy()
+    return np.ascontiguousarray(array.transpose(2, 3, 1, 0)) if array.ndim == 4 else array.copy()
+
+
+def nchw(array):
+    """Our images (B,H,W,C) as a torch tensor (B,C,H,W)."""
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+
+
+def nhwc(tensor):
+    return np.ascontiguousarray(tensor.detach().numpy().transpose(0, 2, 3, 1))
+
+
+def randomise(reference, seed=0):
+    """Fill every parameter with noise, biases and norms too: no zero may hide a wrong gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            if parameter.ndim == 1:
+                parameter.copy_(0.2 * noise + ("norm" in name and name.endswith("weight")))
+            else:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+    return reference
+
+
+def reference_names(reference):
+    """Name -> tensor, the text encoder's with the published prefix."""
+    is_text = type(reference).__name__ == "CLIPTextModel"
+    for name, parameter in reference.named_parameters():
+        prefix = "text_model." if is_text and not name.startswith("text_model.") else ""
+        yield prefix + name, parameter
+
+
+def copy_weights(reference, module):
+    """The reference's weights into our module; both must have the same names and shapes."""
+    theirs, ours = dict(reference_names(reference)), dict(module.named_parameters())
+    assert theirs.keys() == ours.keys(), sorted(theirs.keys() ^ ours.keys())
+    for name, parameter in ours.items():
+        parameter.data = to_ours(theirs[name])
+        shape = parameter.data.shape
+        assert shape == parameter.shape, (name, shape, parameter.shape)
+        parameter.data.flags.writeable = False
+    return module
+
+
+def assert_close(ours, theirs, relative, what=""):
+    """The largest difference is below `relative` of the reference's standard deviation."""
+    assert ours.shape == theirs.shape, f"{what}: {ours.shape} against {theirs.shape}"
+    scale = theirs.std() if theirs.size > 1 else abs(theirs).max()
+    error = abs(ours - theirs).max() / (scale + 1e-300)
+    within(error, relative, f"{what}, in standard deviations")
+    return error
+
+
+def assert_same_gradients(reference, module, relative=1e-6):
+    """Every parameter of ours has a gradient equal to autograd's, each measured by its own size."""
+    ours = dict(module.named_parameters())
+    for name, parameter in reference_names(reference):
+        assert ours[name].grad is not None, f"{name} got no gradient"
+        theirs = to_ours(parameter.grad)
+        if (size := abs(theirs).max()) >= 1e-12:
+            within(abs(ours[name].grad - theirs).max(), relative * size, f"gradient of {name}")

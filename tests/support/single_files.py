@@ -1,0 +1,227 @@
+"""Small random pipelines as single files in the original layout, made of diffusers' folders.
+
+The public names are turned into the original ones by loops over levels and blocks, the other way
+round from tinyldm/checkpoints/ldm.py; test_ldm.py compares both with the lists of real checkpoints.
+"""
+import json
+
+import diffusers
+import safetensors.torch
+import torch
+
+from tests.support.small_pipelines import SD, make_unet, make_vae, save, save_xl
+from tinyldm.checkpoints.single_file import kinds
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+          "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+                 "group_norm": "norm"}
+OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
+             "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+
+
+# ---- names ----------------------------------------------------------------------------------
+
+def unet_prefixes(levels=4):
+    """{a public prefix: the original one}, of modules. 4 levels, or Stable Diffusion XL's 3."""
+    names = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+             "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+             "mid_block.attentions.0": "middle_block.1"}
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    for i in range(levels):
+        for j in range(2):
+            resnets[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{3 * i + j + 1}.0"
+            names[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{3 * i + j + 1}.1"
+        for j in range(3):
+            resnets[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{3 * i + j}.0"
+            names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{3 * i + j}.1"
+        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * i + 3}.0.op"
+        alone = levels == 4 and i == 0                  # without attention before it
+        names[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{3 * i + 2}.{1 if alone else 2}"
+    return names | {f"{block}.{ours}": f"{resnets[block]}.{theirs}"
+                    for block in resnets for ours, theirs in RESNET.items()}
+
+
+def vae_prefixes():
+    names = {}
+    for side, way in (("encoder", "down"), ("decoder", "up")):
+        middle = f"{side}.mid_block"
+        names |= {f"{side}.conv_norm_out": f"{side}.norm_out",
+                  f"{middle}.resnets.0": f"{side}.mid.block_1",
+                  f"{middle}.resnets.1": f"{side}.mid.block_2"}
+        names |= {f"{middle}.attentions.0.{ours}": f"{side}.mid.attn_1.{theirs}"
+                  for ours, theirs in VAE_ATTENTION.items()}
+        for i in range(4):
+            block, level = f"{side}.{way}_blocks.{i}", f"{side}.{way}.{i if way == 'down' else 3-i}"
+            names[f"{block}.{way}samplers.0"] = f"{level}.{way}sample"
+            for j in range(3):
+                names[f"{block}.resnets.{j}.conv_shortcut"] = f"{level}.block.{j}.nin_shortcut"
+                names[f"{block}.resnets.{j}"] = f"{level}.block.{j}"
+    return names
+
+
+def renamed(name, prefixes):
+    """The original name of a public one: the longest prefix wins; none leaves it as it is."""
+    found = max((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), key=len,
+                default=None)
+    return name if found is None else prefixes[found] + name.removeprefix(found)
+
+
+def open_clip_layer(layer):
+    """{public name in a layer: (its original name, which third of it)}."""
+    start = f"transformer.resblocks.{layer}."
+    names = {f"{ours}.{kind}": (f"{start}{theirs}.{kind}", None)
+             for ours, theirs in OPEN_CLIP.items() for kind in ("weight", "bias")}
+    names |= {f"self_attn.{word}_proj.{kind}": (f"{start}attn.in_proj_{kind}", i)
+              for i, word in enumerate("qkv") for kind in ("weight", "bias")}
+    return {f"text_model.encoder.layers.{layer}.{ours}": theirs for ours, theirs in names.items()}
+
+
+def open_clip_names(layers):
+    names = {"text_model.embeddings.position_embedding.weight": ("positional_embedding", None),
+             "text_model.embeddings.token_embedding.weight": ("token_embedding.weight", None),
+             "text_model.final_layer_norm.weight": ("ln_final.weight", None),
+             "text_model.final_layer_norm.bias": ("ln_final.bias", None)}
+    for layer in range(layers):
+        names |= open_clip_layer(layer)
+    return names
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+def original(folder):
+    """The tensors of a diffusers folder under their original names."""
+    xl = (folder / "text_encoder_2").is_dir()
+    tensors, prefixes = {}, unet_prefixes(3 if xl else 4)
+    for name, tensor in component(folder / "unet").items():
+        tensors[f"model.diffusion_model.{renamed(name, prefixes)}"] = tensor
+    for name, tensor in component(folder / "vae").items():
+        if "attentions" in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        tensors[f"first_stage_model.{renamed(name, vae_prefixes())}"] = tensor
+    text = text_component(folder / "text_encoder")
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    if config["hidden_act"] == "gelu":
+        last = {"text_projection": torch.zeros(2 * [config["hidden_size"]])}
+        return tensors | open_clip_tensors(text, "cond_stage_model.model.", last, unused_layer=True)
+    start = "conditioner.embedders.0" if xl else "cond_stage_model"
+    tensors |= {f"{start}.transformer.{name}": tensor for name, tensor in text.items()}
+    tensors[f"{start}.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    if xl:
+        text = text_component(folder / "text_encoder_2")
+        last = {"text_projection": text.pop("text_projection.weight").T}
+        tensors |= open_clip_tensors(text, "conditioner.embedders.1.model.", last)
+    return tensors
+
+
+def open_clip_tensors(text, start, last, unused_layer=False):
+    """With a scale, and if asked for a layer, that the model does not use."""
+    layers = 1 + max(int(name.split(".")[3]) for name in text if ".layers." in name)
+    names = open_clip_names(layers)
+    tensors = {}
+    for name, tensor in text.items():
+        theirs, third = names[name]
+        if third is None:
+            tensors[theirs] = tensor
+        else:
+            tensors.setdefault(theirs, [None] * 3)[third] = tensor
+    tensors = {name: torch.cat(tensor) if isinstance(tensor, list) else tensor
+               for name, tensor in tensors.items()}
+    if unused_layer:
+        last |= {name.replace(f"resblocks.{layers - 1}", f"resblocks.{layers}"):
+                 torch.zeros_like(tensor) for name, tensor in tensors.items()
+                 if f"resblocks.{layers - 1}." in name}
+    tensors |= last | {"logit_scale": torch.tensor(4.6)}
+    return {start + name: tensor for name, tensor in tensors.items()}
+
+
+def text_component(folder):
+    return {name if name.startswith("text_") else f"text_model.{name}": tensor
+            for name, tensor in component(folder).items()}
+
+
+def component(folder):
+    file, = folder.glob("*.safetensors")
+    return safetensors.torch.load_file(file)
+
+
+def leftovers(tensors):
+    """What training leaves in a file: tables of the schedule, and the averaged weights, halved."""
+    ema = {"model_ema." + name.removeprefix("model.").replace(".", ""): tensor / 2
+           for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
+    tables = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
+              "sqrt_recipm1_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_variance",
+              "posterior_log_variance_clipped", "posterior_mean_coef1", "logvar")
+    return ema | {name: torch.linspace(0, 1, 1000) for name in tables} | {
+        "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+
+
+# ---- small pipelines of each kind -----------------------------------------------------------
+
+VAE = {"layers_per_block": 2, "sample_size": 64}
+WIDTHS, VAE_WIDTHS = (16, 24, 32, 32), (4, 8, 16, 16)
+
+
+def sd1(folder, in_channels=4, **options):
+    scheduler = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1,
+                                        set_alpha_to_one=False)
+    return save(folder, make_unet(WIDTHS, 24, "yyyn", attention_head_dim=8, layers_per_block=2,
+                                  sample_size=8, in_channels=in_channels),
+                make_vae(VAE_WIDTHS, **VAE), scheduler, 24, **options)
+
+
+def sd1_inpainting(folder):
+    return sd1(folder, in_channels=9, pipeline=diffusers.StableDiffusionInpaintPipeline)
+
+
+def sd2(folder, base=False):
+    unet = make_unet(WIDTHS, 32, "yyyn", attention_head_dim=(2, 2, 4, 4), layers_per_block=2,
+                     sample_size=8, use_linear_projection=True)
+    if not base:
+        scheduler = diffusers.DDIMScheduler(**SD, prediction_type="v_prediction", steps_offset=1,
+                                            set_alpha_to_one=False, clip_sample=False)
+    else:
+        scheduler = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1,
+                                            set_alpha_to_one=False)
+        with torch.no_grad():                           # what tells it from the other
+            unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias *= 0.1
+    return save(folder, unet, make_vae(VAE_WIDTHS, **VAE), scheduler, 32, padding="!",
+                hidden_act="gelu")
+
+
+def sd2_base(folder):
+    return sd2(folder, base=True)
+
+
+def sdxl(folder):
+    unet = make_unet(WIDTHS[:3], 24 + 32, "nyy", attention_head_dim=(2, 4, 4), layers_per_block=2,
+                     sample_size=8, use_linear_projection=True,
+                     transformer_layers_per_block=(1, 1, 2), addition_embed_type="text_time",
+                     addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8)
+    vae = make_vae(VAE_WIDTHS, **VAE, scaling_factor=0.13025)
+    return save_xl(folder, unet, vae, diffusers.EulerDiscreteScheduler(
+        **SD, timestep_spacing="leading", steps_offset=1), (24, 32), 20)
+
+
+def shrink(monkeypatch, vocab_size, end):
+    """Let the built-in configs be those of the small pipelines. end: the end token."""
+    text = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": vocab_size}
+    unet = {"block_out_channels": list(WIDTHS), "norm_num_groups": 8, "sample_size": 8}
+    xl = {"block_out_channels": list(WIDTHS[:3]), "transformer_layers_per_block": [1, 1, 2],
+          "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 68}
+    changes = {"SD1": (24, {}), "SD2": (32, {"attention_head_dim": [2, 2, 4, 4]}),
+               "SDXL": (24, {"attention_head_dim": [2, 4, 4], **xl, "cross_attention_dim": 56})}
+    for name in ("SD1", "SD2", "SD2_BASE", "SDXL", "SD1_INPAINTING", "SD2_INPAINTING",
+                 "SDXL_INPAINTING"):
+        kind = getattr(kinds, name)
+        width, more = changes[name.partition("_")[0]]
+        second = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 20,
+                  "eos_token_id": end}
+        monkeypatch.setattr(kinds, name, kind._replace(
+            unet=kind.unet | unet | {"cross_attention_dim": width} | more,
+            vae=kind.vae | {"block_out_channels": list(VAE_WIDTHS), "norm_num_groups": 4,
+                            "sample_size": 64},
+            text_encoder=kind.text_encoder | text | {"hidden_size": width,
+                                                     "intermediate_size": 2 * width},
+            text_encoder_2=kind.text_encoder_2 and kind.text_encoder_2 | text | second))

@@ -1,0 +1,226 @@
+"""The tokenizer against transformers' CLIPTokenizer, with CLIP's vocabulary and with a toy one."""
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import CLIPTokenizer
+
+from tinyldm.errors import TinyldmError
+from tinyldm.text.tokenizer import Tokenizer
+
+VOCABULARY = Path(__file__).parents[3] / "shared" / "clip-vocabulary"
+START, END = "<|startoftext|>", "<|endoftext|>"
+FLAGS = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+
+TEXTS = [
+    "", " ", " \t\n ", "a photo of an astronaut riding a horse on mars", "Hello World!", "a cat",
+    "  many   spaces\tand\nlines  ", "it's we're I'LL they've he'd don't I'm",
+    "in 1984, 3.14 or ½",
+    "UPPER lower MiXeD", "café cafe\u0301 naïve Ångström", "ΟΔΥΣΣΕΥΣ ςσ", "straße ſ's İstanbul",
+    "中文字 日本語 한국어", "🦊 👩‍👩‍👧 👍🏽", "!!! ?! ... --- a!b",
+    "a\x00b\x1c c\x1f d\u200be\u3000f",
+    "word " * 200, "🦊" * 60, "pneumonoultramicroscopicsilicovolcanoconiosis " * 12,
+    f"{START}a cat{END}", f"{END} {END}!!{END}!! x{START}y",
+    f"a {END.upper()} b <|StartOfText|> c",
+    "<|endoftext| > <|end oftext|>", "'", "' s 'S 'Re", "a" * 500,
+]
+SNIPPETS = [*"abcXYZ 019'!?.,<|>éüßΣσς中日本🦊👍\u0301\n\t\x00\x1c\u200d\u3000",
+            " the ", " cat", "ing", " RED", "'ll", END, START, END.upper(), " two words "]
+
+
+def random_texts(count, seed=0):
+    draw = random.Random(seed)
+    return ["".join(draw.choices(SNIPPETS, k=draw.randrange(80))) for _ in range(count)]
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_settings(folder, padding):
+    """The two files as in the published folders of Stable Diffusion 1 and 2."""
+    special = {"bos_token": {"content": START, **FLAGS}, "eos_token": {"content": END, **FLAGS},
+               "unk_token": {"content": END, **FLAGS}, "pad_token": padding}
+    write_json(folder / "special_tokens_map.json", special)
+    config = {name: {"__type": "AddedToken", **token} for name, token in special.items()
+              if name != "pad_token"}
+    write_json(folder / "tokenizer_config.json", {
+        **config, "pad_token": END, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"})
+
+
+def write_toy_vocabulary(folder):
+    """32 signs, alone and ending a word; seven merges; the special tokens in the middle."""
+    merges = ["l o", "lo w</w>", "e r</w>", "c a", "ca t</w>", "r e", "re d</w>"]
+    signs = [*"abcdefghijklmnopqrstuvwxyz!?.,'|"]
+    tokens = [*signs, START, END, *(sign + "</w>" for sign in signs),
+              *(merge.replace(" ", "") for merge in merges)]
+    write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+@pytest.fixture
+def toy(tmp_path):
+    write_toy_vocabulary(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module", params=[END, "!"], ids=["SD1", "SD2"])
+def clip_folder(request, tmp_path_factory):
+    if not VOCABULARY.is_dir():
+        pytest.skip("needs ../shared/clip-vocabulary")
+    folder = tmp_path_factory.mktemp("clip")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(VOCABULARY / name, folder / name)
+    write_settings(folder, request.param)
+    return folder
+
+
+def assert_equals_transformers(folder, texts, reference=None):
+    ours = Tokenizer.from_folder(folder)
+    theirs = CLIPTokenizer.from_pretrained(reference or folder)
+    length = ours.model_max_length
+    expected = theirs(texts, padding="max_length", max_length=length, truncation=True,
+                      return_tensors="np")["input_ids"]
+    for text, row in zip(texts, expected):
+        ids = ours(text)
+        assert ids.shape == (1, length) and ids.dtype == np.int64
+        np.testing.assert_array_equal(ids[0], row, err_msg=repr(text))
+    return ours
+
+
+def test_clip_vocabulary_equals_transformers(clip_folder):
+    assert_equals_transformers(clip_folder, TEXTS + random_texts(500))
+
+
+def test_tokenizer_json_equals_transformers(clip_folder, tmp_path):
+    """The folder as newer versions of transformers write it: tokenizer.json only."""
+    CLIPTokenizer.from_pretrained(clip_folder).save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.json").exists()
+    assert_equals_transformers(tmp_path, TEXTS + random_texts(50), reference=clip_folder)
+
+
+PUBLISHED = {                               # rows in the tests and notebooks of other projects
+    "a photo of an astronaut riding a horse on mars":
+        [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407],
+    "Apple CoreML developer tools on a Macbook Air are fast":
+        [49406, 3055, 19622, 5780, 10929, 5771, 525, 320, 20617, 1922, 631, 1953, 49407],
+    "Hello World": [49406, 3306, 1002, 49407],
+    "a cat": [49406, 320, 2368, 49407],
+}
+
+
+def test_published_rows(clip_folder):
+    tokenizer = Tokenizer.from_folder(clip_folder)
+    special_tokens_map = json.loads((clip_folder / "special_tokens_map.json").read_text())
+    padding = {END: 49407, "!": 0}[special_tokens_map["pad_token"]]
+    for text, ids in PUBLISHED.items():
+        assert tokenizer(text)[0].tolist() == ids + [padding] * (77 - len(ids))
+    exclamation = 256 if padding else 0        # a typed "!" is the padding token where that is "!"
+    assert tokenizer("Hello World!")[0, :5].tolist() == [49406, 3306, 1002, exclamation, 49407]
+
+
+def test_what_is_cut_at_77(clip_folder):
+    tokenizer = Tokenizer.from_folder(clip_folder)
+    fits = " ".join(["cat"] * 75)
+    assert tokenizer(fits + " dog")[0, -2:].tolist() == [2368, 49407]
+    assert tokenizer(fits + " dog").tolist() == tokenizer(fits).tolist()
+    assert tokenizer.ids(fits + ", dog")[74:] == [2368, tokenizer.comma, 1929]
+
+
+@pytest.mark.parametrize("padding", [END, "!"])
+def test_toy_vocabulary_equals_transformers(toy, padding):
+    write_settings(toy, padding)
+    tokenizer = assert_equals_transformers(toy, TEXTS + random_texts(100))
+    ids = json.loads((toy / "vocab.json").read_text())
+    row = tokenizer("Lower red cat")[0].tolist()
+    spelled = [START, "lo", "w", "er</w>", "red</w>", "cat</w>", END]
+    assert row == [ids[token] for token in spelled] + [ids[padding]] * 70
+
+
+def test_a_folder_without_settings_has_those_of_sd1(toy):
+    tokenizer = assert_equals_transformers(toy, TEXTS[:10])
+    assert tokenizer.model_max_length == 77
+
+
+def test_length_of_the_settings(toy):
+    write_json(toy / "tokenizer_config.json", {"model_max_length": 16})
+    assert assert_equals_transformers(toy, TEXTS).model_max_length == 16
+
+
+def test_a_length_that_says_no_limit_is_77(toy):
+    write_json(toy / "tokenizer_config.json", {"model_max_length": int(1e30)})
+    assert Tokenizer.from_folder(toy).model_max_length == 77
+
+
+def test_limits_inside_tokenizer_json_are_not_applied(toy):
+    """The row is cut and padded here, once, whatever the file asks the library to do."""
+    CLIPTokenizer.from_pretrained(toy).save_pretrained(toy)
+    content = json.loads((toy / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst",
+                             "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_id": 1,
+                          "pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "b"}
+    row_before = Tokenizer.from_folder(toy)("abcdefgh")
+    write_json(toy / "tokenizer.json", content)
+    np.testing.assert_array_equal(Tokenizer.from_folder(toy)("abcdefgh"), row_before)
+
+
+def test_tokens_declared_in_the_settings(toy):
+    """added_tokens_decoder: flags of known tokens, and new tokens behind the vocabulary."""
+    vocabulary = json.loads((toy / "vocab.json").read_text())
+    size = len(vocabulary)
+    declared = {vocabulary[START]: {"content": START, **FLAGS, "special": True},
+                vocabulary[END]: {"content": END, **FLAGS, "normalized": False, "special": True},
+                size: {"content": "<My-Cat>", **FLAGS, "special": False},
+                size + 1: {"content": "<dog>", **FLAGS, "special": False}}
+    write_json(toy / "tokenizer_config.json", {
+        "added_tokens_decoder": declared, "model_max_length": 77, "pad_token": "!"})
+    texts = TEXTS + ["a <My-Cat> and a<dog>!", "<my-cat> <DOG>"]
+    tokenizer = assert_equals_transformers(toy, texts)
+    assert size in tokenizer("a <My-Cat>") and size + 1 in tokenizer("a <dog>")
+
+
+def spoil(name, text):
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+def spoil_settings(**settings):
+    return spoil("tokenizer_config.json", json.dumps(settings))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda folder: (folder / "vocab.json").unlink(), r"vocab\.json, found none"),
+    (lambda folder: (folder / "merges.txt").unlink(), r"merges\.txt is missing"),
+    (lambda folder: (folder / "vocab.json").write_bytes(b'{"\xff": 1}'), r"vocab\.json is not"),
+    (spoil("vocab.json", '{"a": 0,'), r"vocab\.json is not readable JSON"),
+    (spoil("vocab.json", "[1, 2]"), r"vocab\.json must hold a JSON object, not a list"),
+    (spoil("vocab.json", '{"a": "0"}'), r"vocab\.json must give every token a whole number"),
+    (spoil("vocab.json", "{}"), r"merges\.txt is not a list of merges for vocab\.json"),
+    (spoil("merges.txt", "#version: 0.2\nl o w\n"), r"merges\.txt is not a list of merges"),
+    (spoil("merges.txt", "#version: 0.2\nl Q\n"), r"merges\.txt is not a list of merges"),
+    (spoil("tokenizer.json", "{}"), r"tokenizer\.json is not a tokenizer"),
+    (spoil("tokenizer_config.json", "no"), r"tokenizer_config\.json is not readable JSON"),
+    (spoil("special_tokens_map.json", "3"), r"special_tokens_map\.json must hold a JSON object"),
+    (spoil_settings(pad_token="Q"), r"lacks the special token 'Q'"),
+    (spoil_settings(unk_token="Q"), r"lacks the special token 'Q'"),
+    (spoil_settings(eos_token=7), r"special token must be a string"),
+    (spoil_settings(model_max_length="long"), r"config\.json: model_max_length must be a number"),
+    (spoil_settings(model_max_length=2), r"config\.json: .* a number of at least 3, got 2"),
+    (spoil_settings(added_tokens_decoder=[1]), r"added_tokens_decoder must map ids to tokens"),
+    (spoil_settings(added_tokens_decoder={"5": "a"}), r"token 'a' the id 5, the vocabulary 0"),
+    (spoil_settings(added_tokens_decoder={"5": 5}), r"special token must be a string"),
+])
+def test_malformed_folders(toy, damage, message):
+    damage(toy)
+    with pytest.raises(TinyldmError, match=message) as raised:
+        Tokenizer.from_folder(toy)
+    assert str(toy) in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"a cat", ["a cat"], "broken \ud800"])
+def test_what_is_no_text(toy, text):
+    with pytest.raises(TinyldmError, match="a prompt must be a string of valid Unicode, got"):
+        Tokenizer.from_folder(toy)(text)

@@ -1,0 +1,1 @@
+"""Small files that change a loaded model: LoRAs and textual inversions."""

@@ -1,0 +1,1 @@
+"""Tensors in files: safetensors, torch files, and pickles read as data."""

@@ -1,0 +1,68 @@
+"""One safetensors file: tensors by name, read lazily from a memory map, and written atomically.
+
+The format (https://huggingface.co/docs/safetensors): the header's length in 8 little-endian bytes,
+the header in JSON with each tensor's dtype, shape and place, then the raw numbers. The safetensors
+library checks and writes it; the numbers are taken from the map here, because the library's NumPy
+side has no bfloat16 and copies every tensor.
+"""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ...errors import TinyldmError
+from ...files import replacing
+from .stored import StoredTensor, map_file, row_major
+
+
+def read_safetensors(path):
+    """{name: StoredTensor} of a file, in the file's order. No number is read yet.
+
+    Raises TinyldmError naming a file that is missing, unreadable, truncated or corrupt.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="numpy"):        # checks header, places and length
+            pass
+        mapped = map_file(path)
+    except (SafetensorError, OSError) as error:
+        raise TinyldmError(f"expected a whole safetensors file, but {path} is missing, truncated "
+                           f"or corrupt ({error}): get it again") from None
+    length = int.from_bytes(mapped[:8], "little")
+    header = json.loads(mapped[8:8 + length])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        shape = tuple(entry["shape"])
+        itemsize = (stop - start) // max(1, math.prod(shape))
+        tensors[name] = StoredTensor(path, name, mapped, entry["dtype"], shape,
+                                     row_major(shape, itemsize), start, stop)
+    return tensors
+
+
+def read_metadata(path):
+    """{name: text} of what a file's header says besides its tensors; {} of a file of another kind.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
+def write_safetensors(tensors, path):
+    """Write {name: array} atomically, marked as PyTorch weights, which diffusers asks for.
+
+    Raises TinyldmError where the file cannot be written.
+    """
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:                # the library's word for a full disk, say
+            raise OSError(str(error)) from None
+        temporary.chmod(0o644)                          # the library lets only the owner read

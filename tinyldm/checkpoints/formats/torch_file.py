@@ -1,0 +1,160 @@
+"""One file as torch.save writes it (.ckpt, .bin, .pt): tensors by name, read lazily, nothing run.
+
+A zip archive of stored, not compressed, entries: `<root>/data.pkl`, a pickle that says what there
+is, and `<root>/data/<key>`, the raw numbers of one storage each. A tensor is a view of a storage:
+an offset, a shape and strides, all counted in numbers. What such a file claims is checked against
+the archive before anything is made of it, and the numbers are taken from a memory map of the file.
+Source: torch 2.13, torch/serialization.py and torch/_utils.py.
+"""
+import math
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from ...errors import TinyldmError
+from .stored import StoredTensor, map_file
+from .unpickle import Global, unpickle
+
+NAMELESS = "emb_params"         # vectors of a textual inversion whose word is the file's name
+LARGEST_PICKLE = 1 << 24        # bytes; a checkpoint has some 200 a tensor
+MOST_AXES = 8
+ENCRYPTED = 1                   # a bit of a zip entry's flags
+# torch's storages: safetensors' word for the dtype, bytes a number
+STORAGES = {"torch.DoubleStorage": ("F64", 8), "torch.FloatStorage": ("F32", 4),
+            "torch.HalfStorage": ("F16", 2), "torch.BFloat16Storage": ("BF16", 2),
+            "torch.LongStorage": ("I64", 8), "torch.IntStorage": ("I32", 4),
+            "torch.ShortStorage": ("I16", 2), "torch.CharStorage": ("I8", 1),
+            "torch.ByteStorage": ("U8", 1), "torch.BoolStorage": ("BOOL", 1)}
+
+
+class Storage(NamedTuple):
+    """The raw numbers of one or several tensors, inside the file."""
+
+    format: str
+    itemsize: int
+    start: int                                          # in bytes, from the file's first
+    count: int                                          # of numbers
+
+
+def read_torch(path):
+    """{name: StoredTensor} of a file's state dict, in the file's order. No number is read yet.
+
+    Lightning keeps the state dict among others' under `state_dict`; what is no tensor is dropped.
+    Web interfaces keep the vectors of a textual inversion under `string_to_param` and its word
+    under `name`: here their name is that word, or else the one that is theirs in safetensors files.
+    Raises TinyldmError naming a file that is damaged, or whose pickle is more than weights.
+    """
+    path = Path(path)
+    archive = Archive(path)
+    calls = {"collections.OrderedDict": lambda: {},     # what is in it follows the call
+             "torch._utils._rebuild_tensor_v2": archive.tensor,
+             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
+    content = unpickle(path, archive.pickle, calls, archive.storage)
+    if isinstance(content, dict) and "state_dict" in content:
+        content = content["state_dict"]
+    if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):
+        word = content.get("name")
+        word = word if isinstance(word, str) else NAMELESS
+        content = {word: next(iter(content["string_to_param"].values()), None)}
+    if not isinstance(content, dict):
+        raise TinyldmError(f"{path} must hold tensors by name, not a {type(content).__name__}: "
+                           "use another file")
+    return {name: tensor._replace(name=name) for name, tensor in content.items()
+            if isinstance(tensor, StoredTensor)}
+
+
+class Archive:
+    """The zip archive: its pickle, and where in the file its storages lie."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.mapped = map_file(path)
+            with zipfile.ZipFile(path) as archive:
+                self.entries = {entry.filename: entry for entry in archive.infolist()}
+                self._check_entries()
+                pickle = self._the_pickle()
+                self.root = pickle.filename.removesuffix("data.pkl")
+                self.pickle = archive.read(pickle)      # with its checksum
+                order = self.entries.get(f"{self.root}byteorder")
+                order = archive.read(order) if order and order.file_size < 9 else b"little"
+        except TinyldmError:
+            raise
+        except Exception as error:      # zipfile says in many ways that an archive is damaged
+            raise self._damaged(error) from None
+        if order != b"little":
+            raise TinyldmError(f"{path} was written on a machine of the byte order "
+                               f"{order.decode('ascii', 'replace')!a}, supported is 'little'")
+
+    def _check_entries(self):
+        for entry in self.entries.values():
+            if (entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED
+                    or entry.file_size != entry.compress_size):
+                raise TinyldmError(f"{self.path}: its entry {entry.filename!a:.80} is compressed "
+                                   "or encrypted, which torch never does: use another file")
+        total = sum(entry.file_size for entry in self.entries.values())
+        if total > len(self.mapped):
+            raise self._damaged(f"entries of {total} bytes in a file of {len(self.mapped)}")
+
+    def _the_pickle(self):
+        found = [entry for name, entry in self.entries.items()
+                 if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(found) != 1:
+            raise TinyldmError(f"expected a zip as torch.save writes it, but {self.path} holds "
+                               f"{len(found)} pickles named <folder>/data.pkl: use another file")
+        if found[0].file_size > LARGEST_PICKLE:
+            raise TinyldmError(f"{self.path}: its pickle has {found[0].file_size} bytes, "
+                               f"more than the {LARGEST_PICKLE} that any checkpoint needs")
+        return found[0]
+
+    def _damaged(self, reason):
+        return TinyldmError(f"expected a whole zip as torch.save writes it, but {self.path} is "
+                            f"truncated or corrupt ({reason}): get it again")
+
+    # ---- what the pickle refers to ----------------------------------------------------------
+
+    def storage(self, word):
+        """The tuple ("storage", type, key, device, count) of a pickle -> Storage."""
+        kind, storage, key, _, count = word
+        if kind != "storage" or not isinstance(storage, Global) or not isinstance(key, str):
+            raise ValueError("what lies outside is no storage")
+        entry = self.entries[f"{self.root}data/{key}"]
+        if storage not in STORAGES:
+            raise TinyldmError(f"{self.path}: the storage {key!a:.20} is a {storage!a:.80}, "
+                               f"supported are {', '.join(STORAGES)}")
+        format, itemsize = STORAGES[storage]
+        if entry.file_size != _whole(count) * itemsize:
+            raise ValueError(f"storage {key:.20} of {entry.file_size} bytes, not {count} numbers")
+        return Storage(format, itemsize, self._start(entry), count)
+
+    def _start(self, entry):
+        """Where an entry's bytes begin: behind its local header, whose lengths are its own."""
+        header = self.mapped[entry.header_offset:entry.header_offset + 30]
+        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        start = entry.header_offset + 30 + lengths
+        if (entry.header_offset < 0 or header[:4] != b"PK\3\4"
+                or start + entry.file_size > len(self.mapped)):
+            raise self._damaged(f"no entry {entry.filename!a:.80} at {entry.header_offset}")
+        return start
+
+    def tensor(self, storage, offset, shape, strides, *_):
+        """torch._utils._rebuild_tensor_v2, but for gradients and hooks -> StoredTensor."""
+        if not isinstance(storage, Storage) or not len(shape) == len(strides) <= MOST_AXES:
+            raise ValueError("a tensor without a storage, or of another shape than strides")
+        shape, strides = tuple(map(_whole, shape)), tuple(map(_whole, strides))
+        size = math.prod(shape)
+        last = sum((length - 1) * stride for length, stride in zip(shape, strides)) if size else -1
+        if max(size, _whole(offset) + last + 1) > storage.count:
+            raise ValueError(f"a tensor {shape} at {offset} in a storage of {storage.count}")
+        start = storage.start + offset * storage.itemsize
+        return StoredTensor(self.path, "", self.mapped, storage.format, shape,
+                            tuple(stride * storage.itemsize for stride in strides),
+                            start, start + (last + 1) * storage.itemsize)
+
+
+def _whole(number):
+    """A number of a pickle that counts something, checked."""
+    if type(number) is not int or not 0 <= number <= sys.maxsize:
+        raise ValueError(f"a {type(number).__name__} that is no count")
+    return number

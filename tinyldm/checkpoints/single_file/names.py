@@ -1,0 +1,185 @@
+"""The original names of Stable Diffusion's weights, as single files have them -> the public ones.
+
+    model.diffusion_model.*     the UNet, its blocks in one list down and one up
+    first_stage_model.*         the VAE, the decoder's levels numbered from the picture
+    cond_stage_model.*          the text encoder: CLIP with its public names, or OpenCLIP
+
+SDXL has `conditioner.embedders.0.*` and `.1.*` in place of the last. A part's name here is that of
+the diffusers folder. Pure functions of names and of where tensors lie.
+Source: CompVis/latent-diffusion and Stability-AI/stablediffusion (openaimodel.py, model.py),
+mlfoundations/open_clip (transformer.py).
+"""
+import re
+
+from ...errors import TinyldmError
+
+LAYERS = 2                  # residual blocks a level on the way down, in every Stable Diffusion
+VAE_LEVELS = 4
+
+# Of the training, not of the model: the noise schedule's tables and the averaged weights.
+LEFTOVER = re.compile(r"(sqrt_\w+|log_one_minus_\w+|posterior_\w+|alphas_cumprod(_prev)?|betas|"
+                      r"logvar|denoiser\.sigmas|model_ema\..+)")
+
+UNET_NAMES = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+              "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
+              "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
+UNET_BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)")
+UNET_MIDDLE = re.compile(r"middle_block\.([012])\.(.+)")
+UNET_RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+               "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+
+VAE_BLOCK = re.compile(r"(encoder|decoder)\.(down|up)\.(\d+)\.(.+)")
+VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(block|attn)_([12])\.(.+)")
+VAE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
+                 "norm": "group_norm"}
+
+OPEN_CLIP = {"positional_embedding": "text_model.embeddings.position_embedding.weight",
+             "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+             "ln_final.weight": "text_model.final_layer_norm.weight",
+             "ln_final.bias": "text_model.final_layer_norm.bias"}
+OPEN_CLIP_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+OPEN_CLIP_WORDS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
+                   "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
+
+
+def parts(stored, text_layers):
+    """{name in the file: StoredTensor} -> {part: {public name: StoredTensor}}, {name: the rest}.
+
+    text_layers: how many layers of an only OpenCLIP encoder the model uses, as the next one and
+    what follows it are dropped. Matrices of q, k and v on top of each other become three.
+    """
+    found, rest = {}, {}
+    for name, tensor in stored.items():
+        if LEFTOVER.fullmatch(name):
+            continue
+        part, renamed = _part(name, tensor, text_layers)
+        place = found.setdefault(part, {}) if part else rest
+        for public, piece in renamed.items():
+            place[name if public in place else public] = piece
+    return found, rest
+
+
+def _part(name, tensor, text_layers):
+    """-> the part a tensor belongs to, {public name: tensor}; None if to no part."""
+    for prefix, part, rename in PREFIXES:
+        if name.startswith(prefix):
+            inner = name.removeprefix(prefix)
+            if rename is open_clip_names:
+                dropped = _dropped(part, inner, text_layers)
+                return part, {} if dropped else open_clip_names(inner, tensor)
+            return part, {rename(inner): tensor}
+    return None, {name: tensor}
+
+
+def with_averages(stored, path):
+    """The tensors with the UNet's averaged (EMA) weights in the place of the trained ones.
+
+    They are called model_ema. and the UNet's name without `model.` and without its dots.
+    Raises TinyldmError for a file that does not hold them all.
+    """
+    unet = [name for name in stored if name.startswith("model.diffusion_model.")]
+    averages = {name: f"model_ema.{name.removeprefix('model.').replace('.', '')}" for name in unet}
+    found = {name: stored[average] for name, average in averages.items() if average in stored}
+    if len(found) < len(unet):
+        raise TinyldmError(f"{path} holds averaged weights (model_ema.*) of {len(found)} of the "
+                           f"UNet's {len(unet)} tensors: load it without ema")
+    return stored | found
+
+
+# ---- the UNet and the VAE -------------------------------------------------------------------
+
+def unet_name(name):
+    """input_blocks.n counts conv_in, then for each level its blocks and what halves the map.
+
+    output_blocks.n counts the blocks of the way up; what doubles the map is the last module of one.
+    """
+    stem, _, kind = name.rpartition(".")
+    if stem in UNET_NAMES:
+        return f"{UNET_NAMES[stem]}.{kind}"
+    if match := UNET_MIDDLE.fullmatch(name):
+        number, inner = int(match[1]), match[2]
+        return ("mid_block." + (f"attentions.0.{inner}" if number == 1 else
+                                f"resnets.{number // 2}.{_renamed(inner, UNET_RESNET)}"))
+    match = UNET_BLOCK.fullmatch(name)
+    if not match:
+        return name
+    side, number, module, inner = match[1], int(match[2]), int(match[3]), match[4]
+    down = side == "input"
+    level, layer = divmod(number - down, LAYERS + 1)
+    block = f"{'down' if down else 'up'}_blocks.{level}"
+    if inner.startswith("op."):
+        return f"{block}.downsamplers.0.conv.{inner.removeprefix('op.')}"
+    if inner.startswith("conv."):
+        return f"{block}.upsamplers.0.{inner}"
+    if module == 0:
+        return f"{block}.resnets.{layer}.{_renamed(inner, UNET_RESNET)}"
+    return f"{block}.attentions.{layer}.{inner}"
+
+
+def vae_name(name):
+    """decoder.up.n counts from the picture, the public names from the latents."""
+    if match := VAE_MIDDLE.fullmatch(name):
+        side, what, number, inner = match[1], match[2], int(match[3]), match[4]
+        return (f"{side}.mid_block." +
+                (f"attentions.0.{_renamed(inner, VAE_ATTENTION)}" if what == "attn" else
+                 f"resnets.{number - 1}.{inner}"))
+    if match := VAE_BLOCK.fullmatch(name):
+        side, way, level, inner = match[1], match[2], int(match[3]), match[4]
+        level = level if way == "down" else VAE_LEVELS - 1 - level
+        inner = inner.replace("block.", "resnets.", 1).replace("nin_shortcut", "conv_shortcut")
+        inner = re.sub(r"^(down|up)sample\.", r"\1samplers.0.", inner)
+        return f"{side}.{way}_blocks.{level}.{inner}"
+    return name.replace("norm_out", "conv_norm_out")
+
+
+def _renamed(name, words):
+    stem, _, kind = name.rpartition(".")
+    return f"{words.get(stem, stem)}.{kind}"
+
+
+# ---- OpenCLIP -------------------------------------------------------------------------------
+
+def open_clip_names(name, tensor):
+    """{public name: tensor}: one, or three of a matrix or bias (3D,...) with q, k, v in its rows.
+
+    text_projection is stored as x @ weight, in the public files as x @ weight.T.
+    """
+    if name in OPEN_CLIP:
+        return {OPEN_CLIP[name]: tensor}
+    if name == "text_projection":
+        return {"text_projection.weight": tensor.transposed()}
+    match = OPEN_CLIP_LAYER.fullmatch(name)
+    if not match:
+        return {name: tensor}
+    layer, inner = f"text_model.encoder.layers.{match[1]}.", match[2]
+    if inner in ("attn.in_proj_weight", "attn.in_proj_bias") and tensor.shape:
+        D, kind = tensor.shape[0] // 3, inner.removeprefix("attn.in_proj_")
+        return {f"{layer}self_attn.{word}_proj.{kind}": tensor.rows(i * D, (i + 1) * D)
+                for i, word in enumerate("qkv")}
+    return {layer + _renamed(inner, OPEN_CLIP_WORDS): tensor}
+
+
+def _dropped(part, name, text_layers):
+    """What the UNet does not see of OpenCLIP: logit_scale, and where it is the only text encoder,
+    as in Stable Diffusion 2, the last layer and the projection behind it."""
+    if name == "logit_scale":
+        return True
+    return part == "text_encoder" and (name == "text_projection" or
+                                       name.startswith(f"transformer.resblocks.{text_layers}."))
+
+
+def _same(name):
+    return name
+
+
+# What a name begins with, the part it belongs to, and the rule for the rest of it.
+PREFIXES = (
+    ("model.diffusion_model.", "unet", unet_name),
+    ("first_stage_model.", "vae", vae_name),
+    ("vae.", "vae", vae_name),                          # re-packed files
+    ("cond_stage_model.transformer.", "text_encoder", _same),
+    ("cond_stage_model.model.", "text_encoder", open_clip_names),
+    ("conditioner.embedders.0.transformer.", "text_encoder", _same),
+    ("conditioner.embedders.0.model.", "text_encoder", open_clip_names),
+    ("conditioner.embedders.1.model.", "text_encoder_2", open_clip_names),
+)

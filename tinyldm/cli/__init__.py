@@ -1,0 +1,1 @@
+"""The command line: its options, previews, progress and profile."""

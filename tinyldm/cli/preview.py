@@ -1,0 +1,70 @@
+"""What a person sees while a picture is drawn: previews, an animation, the terminal.
+
+Beside pipeline.py, for __main__.py: a sampler's state already holds the clean latents as predicted
+so far (State.pred_x0); here they become something to look at.
+"""
+import numpy as np
+
+from ..backend import to_host
+from ..images import save, to_pil
+
+DECODED = 256 * 256         # pixels: up to this size a preview is worth the VAE's time
+PATCHES = 8                 # a side, of one colour each, from which the linear map is fitted
+FRAME, LAST_FRAME = 120, 2000   # milliseconds
+
+
+class Preview:
+    """Pictures of predicted latents, quickly: by the VAE if they are small, else by a linear map.
+
+    Colours are nearly a linear function of a latent's channels. The map is fitted to the pipeline's
+    own VAE, by least squares, when it is first needed: to patches of random latents and the mean
+    colours they are decoded to.
+    """
+
+    def __init__(self, pipe):
+        self.pipe, self.map = pipe, None
+
+    def __call__(self, latents):
+        """Clean latents (1,h,w,C) -> a PIL image of the picture's size."""
+        _, h, w, C = latents.shape
+        factor = self.pipe.vae.vae_scale_factor
+        if h * w * factor ** 2 <= DECODED:
+            return to_pil(self.pipe.decode(latents))[0]
+        if self.map is None:
+            self.map = self._fit(C)
+        image, = to_pil(with_ones(to_host(latents)) @ self.map)
+        return image.resize((w * factor, h * factor))                   # bicubic
+
+    def _fit(self, C):                                  # -> (C+1,3)
+        patches = np.random.default_rng(0).standard_normal((1, PATCHES, PATCHES, C), np.float32)
+        images = to_host(self.pipe.decode(patches.repeat(2, axis=1).repeat(2, axis=2)))
+        side = images.shape[1] // PATCHES
+        colours = images.reshape(PATCHES, side, PATCHES, side, 3).mean(axis=(1, 3))
+        return np.linalg.lstsq(with_ones(patches).reshape(-1, C + 1), colours.reshape(-1, 3))[0]
+
+
+def with_ones(x):
+    """x (...,C) -> (...,C+1): a last column for the map's constant."""
+    return np.concatenate([x, np.ones_like(x[..., :1])], axis=-1)
+
+
+def half_blocks(image, columns, rows):
+    """A PIL image as lines of text for a terminal of 24-bit colours, two pixels a character.
+
+    A character's upper half has the foreground's colour, the lower half the background's.
+    """
+    scale = min(columns / image.width, 2 * rows / image.height, 1)
+    width, height = max(1, int(image.width * scale)), max(2, int(image.height * scale) // 2 * 2)
+    pixels = np.asarray(image.convert("RGB").resize((width, height)))   # (2*lines, width, 3)
+    lines = []
+    for upper, lower in zip(pixels[::2], pixels[1::2]):
+        cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*a, *b)
+                 for a, b in zip(upper, lower))
+        lines.append("".join(cells) + "\x1b[0m")
+    return "\n".join(lines)
+
+
+def save_film(frames, path, text):
+    """Write PIL images as an animated GIF or WebP, whole or not at all; text: see images.save."""
+    durations = [FRAME] * (len(frames) - 1) + [LAST_FRAME]
+    save(frames[0], path, text, save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -1,0 +1,165 @@
+"""python -m tinyldm.inspect FILE: what a checkpoint is, or how a picture was made.
+
+    a file of weights       its kind, layout and precision, and its parameters by module
+    a component's folder    the same, and what does not fit the model that its config.json names
+    a pipeline's folder     the same of every component
+    a PNG from tinyldm      what it recorded: prompt, steps, sampler, seed ...
+
+Only headers are read, no weights, so it takes a moment whatever the size. What cannot be inspected
+ends in one line, `error: ...`, and exit status 2.
+"""
+import math
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+from ..checkpoints.components import (
+    build_model,
+    class_name,
+    find_weights,
+    misfits,
+    read_files,
+    shorten,
+)
+from ..checkpoints.formats.reading import read_tensors
+from ..checkpoints.layout import fitted
+from ..checkpoints.single_file.kinds import family, layout_of
+from ..cli.draw import status
+from ..cli.options import Parser
+from ..errors import TinyldmError
+from ..files import read_json
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def main(arguments=None):
+    """Run the command with a list of arguments (None: the process's own) -> exit status."""
+    parser = Parser("python -m tinyldm.inspect", description="Tell what a checkpoint is, or how a "
+                    "picture was made.")
+    parser.add_argument("file", type=Path, help="a file of weights, the folder of a pipeline or "
+                        "of one component, or a PNG made by tinyldm")
+
+    def run():
+        for line in describe(parser.parse_args(arguments).file):
+            # A file's text is not to steer a terminal.
+            print("".join(char if char.isprintable() else "?" for char in line))
+    return status(run)
+
+
+def describe(path):
+    """What a file or folder is -> lines of text. Raises TinyldmError for what is not known."""
+    path = Path(path)
+    if os.path.isfile(path / "model_index.json"):
+        return describe_pipeline(path)
+    if os.path.isdir(path):
+        return describe_component(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(PNG))
+    except (OSError, ValueError) as error:
+        raise TinyldmError(f"cannot read {path} ({getattr(error, 'strerror', error)}): name a "
+                           "file or a folder") from None
+    if start == PNG:
+        return describe_picture(path)
+    return [f"{path}", *describe_tensors(read_tensors(path))]
+
+
+# ---- folders --------------------------------------------------------------------------------
+
+def describe_pipeline(folder):
+    """Lines on a folder with a model_index.json: its class, its scheduler, every component."""
+    index = read_json(folder / "model_index.json")
+    lines = [f"{folder}: {index.get('_class_name')}", "  layout: diffusers"]
+    for part, named in index.items():
+        if not isinstance(named, list) or named[:1] == [None]:
+            continue                                    # a setting, or a component left out
+        if not (folder / part).is_dir():
+            lines.append(f"  missing: the folder {part}")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        config = read_json(scheduler)
+        lines.append(f"  scheduler: {config.get('_class_name')}, the model predicts "
+                     f"{config.get('prediction_type', 'epsilon')}")
+    for config in sorted(folder.glob("*/config.json")):
+        try:
+            lines += ["", *describe_component(config.parent)]
+        except TinyldmError as error:                   # the others are told all the same
+            lines += [f"{config.parent}", f"  not read: {error}"]
+    return lines
+
+
+def describe_component(folder):
+    """Lines on a folder with a config.json: its weights, and what does not fit that config."""
+    if not (folder / "config.json").is_file():
+        raise TinyldmError(f"{folder} holds neither a model_index.json (a pipeline) nor a "
+                           "config.json (a component): name a folder or a file that does")
+    config = read_json(folder / "config.json")
+    stored = read_files(find_weights(folder))
+    return [f"{folder}: {class_name(config)}", *describe_tensors(stored),
+            *compare(folder, stored)]
+
+
+def compare(folder, stored):
+    """Lines on what a component's weights lack, or have too much, for its config's model."""
+    try:
+        parameters = dict(build_model(folder).named_parameters())
+    except TinyldmError as error:
+        return [f"  not compared with a model: {error}"]
+    lists = misfits(parameters, fitted(stored, parameters))
+    return [f"  {what}: {shorten(names)}"
+            for what, names in zip(("missing", "unexpected", "wrong shape"), lists)]
+
+
+# ---- tensors --------------------------------------------------------------------------------
+
+def describe_tensors(tensors):
+    """Lines on {name: StoredTensor}: layout, kind, precision, parameters by module."""
+    layout, kind = layout_of(tensors)
+    kind = kind or f"unknown, with keys such as {', '.join(list(tensors)[:3]) or 'none'}"
+    kinds = filter(None, [kind, family(tensors)])
+    formats = Counter(tensor.format for tensor in tensors.values())
+    precision = ", ".join(f"{count:,} x {name}" for name, count in formats.most_common())
+    return [f"  layout: {layout or 'unknown'}", f"  kind: {', '.join(kinds)}",
+            f"  precision: {precision or 'no tensors'}", *table(tensors)]
+
+
+def table(tensors):
+    """Lines of a table: tensors and parameters of each module, and of all."""
+    counts, numbers = Counter(), Counter()
+    for name, tensor in tensors.items():
+        for row in (module_of(name), "total"):
+            counts[row] += 1
+            numbers[row] += math.prod(tensor.shape)
+    rows = [*sorted(counts.keys() - {"total"}), "total"]
+    width = max(map(len, [*rows, "module"]))
+    return [f"  {'module':<{width}} {'tensors':>8} {'parameters':>14}",
+            *(f"  {row:<{width}} {counts[row]:>8,} {numbers[row]:>14,}" for row in rows)]
+
+
+def module_of(name):
+    """The module that a table counts a key to: its first two words; of kohya's LoRAs the model."""
+    if name.startswith("lora_"):
+        return "_".join(name.split("_")[:2])
+    return ".".join(name.split(".")[:-1][:2]) or name
+
+
+# ---- pictures -------------------------------------------------------------------------------
+
+def describe_picture(path):
+    """Lines on a PNG: what __main__.py recorded in it. Raises TinyldmError where there is none."""
+    from PIL import Image  # takes long to import
+
+    try:
+        with Image.open(path) as image:
+            size, text = image.size, image.text.get("parameters")
+    except Exception as error:                          # Pillow's errors share no base
+        raise TinyldmError(f"{path} is a damaged PNG ({error}): get it again") from None
+    if text is None:
+        raise TinyldmError(f"{path} records nothing: name a PNG as tinyldm writes it")
+    return [f"{path}: a picture of {size[0]}x{size[1]} pixels, which records",
+            *(f"  {line}" for line in text.splitlines())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""What is measured of pictures: does a picture show what its caption says?"""

@@ -1,0 +1,51 @@
+"""Where NaN and infinity began: the finite check of the latents, and the first layer to blame.
+
+Used by the pipeline on what it encodes, samples and decodes.
+"""
+from ..backend import get_xp
+from ..errors import TinyldmError
+from ..layers import forward_hooks, named_modules
+
+
+def is_finite(array):
+    return bool(get_xp(array).isfinite(array).all())
+
+
+def finite_states(states, predict):
+    """Pass on a sampler's states while their latents are finite; else say where that ended."""
+    for state in states:
+        if not is_finite(state.latents):
+            culprit = first_bad_layer(predict.unet, lambda: predict.unet(**predict.inputs))
+            raise TinyldmError(f"the latents became NaN or infinite at step {state.step + 1} "
+                               f"(timestep {state.timestep:g}): {culprit}")
+        yield state
+
+
+def first_bad_layer(module, run):
+    """Run a module again with a hook on every layer -> a phrase that names the first bad one.
+
+    That is the innermost layer whose inputs are finite and whose output is not.
+    """
+    culprits = []
+
+    def check(name):
+        def checked(forward, *inputs, **options):
+            clean = _all_finite([*inputs, *options.values()])
+            output = forward(*inputs, **options)
+            if clean and not culprits and not is_finite(output):
+                culprits.append(name)
+            return output
+        return checked
+
+    with forward_hooks({layer: check(name) for name, layer in named_modules(module)}):
+        run()
+    if not culprits:
+        return "no layer is to blame, so lower guidance_scale or take another sampler"
+    return (f"the first layer to produce it is {culprits[0]} of {type(module).__name__}: "
+            "check the weights, or use dtype float32")
+
+
+def _all_finite(values):
+    """Of arrays, also in lists such as the UNet's skips; anything else passes."""
+    return all(_all_finite(value) if isinstance(value, (list, tuple))
+               else is_finite(value) if hasattr(value, "dtype") else True for value in values)

@@ -1,0 +1,62 @@
+"""Stages 1 and 3: the autoencoder, trained to give back the picture it was shown, through noisy
+latents; and later its decoder alone, on latents that the UNet knows by then.
+
+    loss = mean |decode(z) - image| + KL_WEIGHT * KL(N(mean, var), N(0, 1))
+    z = mean + sqrt(var) * noise
+
+Source: Rombach et al. 2022, arXiv:2112.10752, appendix G (without its perceptual and adversarial
+terms).
+"""
+import numpy as np
+
+from ..models import AutoencoderKL
+from ..training.loop import Trainer, split_batch, trained
+from ..training.objectives import vae_loss
+from ..training.optim import initialise, load_ema
+from . import drawing
+from .configs import VAE
+
+BATCH = 16
+
+
+def train_vae(run, steps, learning_rate=2e-3):
+    """Train the VAE for `steps` batches of 16 pictures, resuming what lies in the folder `run`."""
+    vae = AutoencoderKL(VAE)
+    initialise(vae, np.random.default_rng(0))
+    _train(vae, Trainer(run / "vae.npz", vae.named_parameters(), steps, learning_rate))
+
+
+def train_decoder(run, steps, learning_rate=1e-3):
+    """Train the decoder of the VAE in `run` on, as train_vae does; its encoder stays as it is."""
+    vae = load_vae(run)
+    _train(vae, Trainer(run / "decoder.npz", decoder_parameters(vae), steps, learning_rate),
+           decoder_only=True)
+
+
+def _train(vae, trainer, decoder_only=False):
+    def batch_loss(rng):
+        images, _ = drawing.batch(rng, BATCH)
+
+        def shard(rows, rng, share):
+            return vae_loss(vae, images[rows], rng, share, decoder_only)
+        return split_batch(shard, BATCH, rng)
+
+    trainer.train(batch_loss)
+
+
+def decoder_parameters(vae):
+    """The (name, Parameter) pairs of what lies behind the latents."""
+    return [pair for pair in vae.named_parameters()
+            if pair[0].startswith(("decoder.", "post_quant_conv."))]
+
+
+def load_vae(run, scaling_factor=1.0):
+    """The averaged VAE of the folder `run`, with the decoder that was trained on, if one was.
+
+    Raises TinyldmError where no VAE has been trained there.
+    """
+    vae = AutoencoderKL(VAE | {"scaling_factor": scaling_factor})
+    load_ema(trained(run, "vae"), vae.named_parameters())
+    if (run / "decoder.npz").exists():
+        load_ema(run / "decoder.npz", decoder_parameters(vae))
+    return vae

@@ -1,0 +1,95 @@
+"""Stage 2: the UNet and the text transformer, trained together to find the noise in noisy latents.
+
+    loss = mean (noise_pred - noise)^2 / a_t,       x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise
+
+The network answers with v = sqrt(a_t) noise - sqrt(1 - a_t) x_0, from which noise_pred follows; put
+in, the loss above is mean (unet(x_t, t, text_encoder(caption)) - v)^2. x_0 are latents of a fixed
+pool of pictures, encoded once. One caption in ten is left out, so that the same network learns the
+unconditional prediction that guidance needs.
+Source: Rombach et al. 2022, arXiv:2112.10752, eq. 3; Salimans & Ho 2022, arXiv:2202.00512, section
+4 (this weight is its "SNR + 1", there on x_0); Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
+"""
+import numpy as np
+from tqdm import tqdm
+
+from ..backend import num_threads, parallel
+from ..diffusion.schedule import Schedule
+from ..models import CLIPTextModel, UNet2DConditionModel
+from ..text.tokenizer import Tokenizer
+from ..training.loop import Trainer, split_batch, write_npz
+from ..training.objectives import diffusion_loss
+from ..training.optim import initialise
+from . import drawing
+from .autoencoder import load_vae
+from .configs import SCHEDULER, TEXT_ENCODER, UNET
+from .vocabulary import write_tokenizer
+
+POOL = 32768            # pictures
+BATCH = 64
+NO_CAPTION = 0.1
+
+
+def make_pool(run):
+    """Encode POOL drawn pictures, once: {"mean", "std", "ids", "no_caption", "scaling_factor"}.
+
+    mean, std (POOL,16,16,4) float16 are the latents' distributions, unscaled; ids (POOL,77) the
+    captions' tokens. scaling_factor = 1 / standard deviation of all latents, so that the UNet sees
+    variance 1.
+    """
+    path = run / "pool.npz"
+    if not path.exists():
+        vae = load_vae(run)
+        write_tokenizer(run / "tokenizer")
+        tokenizer = Tokenizer.from_folder(run / "tokenizer")
+        rng = np.random.default_rng(2)
+        encoded, ids = [], []
+        for _ in tqdm(range(POOL // BATCH), desc="encoding the pool"):
+            images, captions = drawing.batch(rng, BATCH)
+            encoded += parallel(vae.encode, np.array_split(images, num_threads()))
+            ids += [tokenizer(caption)[0] for caption in captions]
+        mean, logvar = (np.concatenate(part).astype(np.float16) for part in zip(*encoded))
+        std = np.exp(0.5 * logvar)
+        deviation = np.sqrt(mean.astype(np.float64).var() + (std.astype(np.float64) ** 2).mean())
+        write_npz(path, mean=mean, std=std, ids=np.stack(ids).astype(np.int16),
+                  no_caption=tokenizer("")[0], scaling_factor=1 / deviation)
+    with np.load(path) as pool:
+        return dict(pool)
+
+
+def build(pool):
+    """An untrained text transformer and UNet for the pool's tokens."""
+    end = int(pool["no_caption"][-1])                   # the last token of the vocabulary
+    text_encoder = CLIPTextModel(TEXT_ENCODER | {"vocab_size": end + 1, "bos_token_id": end - 1,
+                                                 "eos_token_id": end, "pad_token_id": end})
+    return text_encoder, UNet2DConditionModel(UNET)
+
+
+def named_parameters(text_encoder, unet):
+    yield from text_encoder.named_parameters("text_encoder.")
+    yield from unet.named_parameters("unet.")
+
+
+def train_unet(run, steps, batch=BATCH, learning_rate=1e-3):
+    """Train for `steps` batches, resuming what lies in `run`, which holds stage 1."""
+    pool = make_pool(run)
+    text_encoder, unet = build(pool)
+    rng = np.random.default_rng(3)
+    initialise(text_encoder, rng)
+    initialise(unet, rng)
+    schedule = Schedule.from_config(SCHEDULER)
+    trainer = Trainer(run / "unet.npz", named_parameters(text_encoder, unet), steps, learning_rate)
+
+    def batch_loss(rng):
+        chosen = rng.integers(len(pool["mean"]), size=batch)
+        mean, std = (pool[name][chosen].astype(np.float32) for name in ("mean", "std"))
+        latents = mean + std * rng.standard_normal(mean.shape, np.float32)
+        latents *= np.float32(pool["scaling_factor"])
+        ids = pool["ids"][chosen].astype(np.int64)
+        ids[rng.random(batch) < NO_CAPTION] = pool["no_caption"]
+
+        def shard(rows, rng, share):
+            return diffusion_loss(text_encoder, unet, schedule, latents[rows], ids[rows],
+                                  rng, share)
+        return split_batch(shard, batch, rng)
+
+    trainer.train(batch_loss)

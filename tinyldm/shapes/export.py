@@ -1,0 +1,78 @@
+"""Stage 4: the trained weights, averaged, as a folder in the public diffusers layout; and back.
+
+Everything that reads such folders reads this one: `tinyldm.load(folder)`, diffusers, and others.
+"""
+import numpy as np
+
+from ..checkpoints import load_model, write_pipeline
+from ..errors import TinyldmError
+from ..files import read_json, write_json
+from ..training.loop import save_state, trained
+from ..training.optim import AdamW, load_ema
+from .autoencoder import decoder_parameters, load_vae
+from .configs import SCHEDULER
+from .denoiser import build, make_pool, named_parameters
+from .vocabulary import write_tokenizer
+
+STAGES = ("vae", "unet", "decoder")
+
+STEPS = 25                  # what this model needs
+
+
+def export(run, output):
+    """Write the run's averaged weights, float16, and all configs into the folder `output`.
+
+    Raises TinyldmError where a stage has not been run.
+    """
+    for stage in ("vae", "unet"):
+        trained(run, stage)
+    pool = make_pool(run)
+    vae = load_vae(run, round(float(pool["scaling_factor"]), 6))
+    text_encoder, unet = build(pool)
+    load_ema(run / "unet.npz", named_parameters(text_encoder, unet))
+    write_pipeline(output, {"vae": vae, "text_encoder": text_encoder, "unet": unet},
+                   {"tokenizer": write_tokenizer}, SCHEDULER, {"_num_inference_steps": STEPS},
+                   np.float16)
+    record = {stage: _history(run / f"{stage}.npz") for stage in STAGES
+              if (run / f"{stage}.npz").exists()}
+    write_json(output / "training.json", record, indent=None)
+    plot_losses(record, output / "loss.png")
+
+
+def restore(weights, run):
+    """Make a folder of weights that `export` wrote the state of a training, which can then go on.
+
+    The averaged weights take the place of the trained ones, and the optimiser's averages begin
+    anew, with a warm-up. Raises TinyldmError where `run` holds a training already.
+    """
+    if any((run / f"{stage}.npz").exists() for stage in STAGES):
+        raise TinyldmError(f"{run} holds a training already: name another folder with --run")
+    record = read_json(weights / "training.json")
+    vae, text_encoder, unet = (load_model(weights / part)
+                               for part in ("vae", "text_encoder", "unet"))
+    parameters = {"vae": vae.named_parameters(), "decoder": decoder_parameters(vae),
+                  "unet": named_parameters(text_encoder, unet)}
+    for stage in record:
+        save_state(run / f"{stage}.npz", AdamW(parameters[stage]), begun=record[stage]["steps"],
+                   history=record[stage]["loss"])
+
+
+def _history(path):
+    """A stage's steps and its loss, [step, loss] in about a hundred points, each a mean."""
+    with np.load(path) as state:
+        history, steps = state["history"], int(state["begun"] + state["steps"])
+    size = max(1, len(history) // 100)
+    points = history[:len(history) // size * size].reshape(-1, size, 2).mean(axis=1)
+    loss = [[round(step), round(value, 5)] for step, value in points.tolist()]
+    return {"steps": steps, "loss": loss}
+
+
+def plot_losses(record, path):
+    """The loss of every stage over its steps, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axes, (stage, values) in zip(figure.subplots(1, len(record)), record.items()):
+        axes.plot(*zip(*values["loss"]))
+        axes.set(xlabel="step", ylabel="loss", title=stage, yscale="log")
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,1 @@
+"""From text to token ids: weights and pieces of a prompt, and CLIP's tokenizer."""

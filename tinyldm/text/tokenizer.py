@@ -1,0 +1,258 @@
+"""CLIP's tokenizer: a prompt becomes the row of numbers that the text transformer reads.
+
+Where it stands: prompt -> prompt.py -> Tokenizer -> ids (1, 77) -> models/clip.py.
+
+Byte-pair encoding: the text is put in lower case and cut into words. Every word is spelled in its
+bytes, a sign each, the last one carrying "</w>" for the end of the word; then the neighbours that
+stand first in merges.txt are joined, again and again, until no pair of the list is left.
+vocab.json numbers the results. A start token goes before, an end token behind, then padding up to
+a fixed length.
+The `tokenizers` library does the joining; here is what makes it CLIP's.
+
+Sources: Sennrich et al. 2016, "Neural machine translation of rare words with subword units",
+arXiv:1508.07909; Radford et al. 2021 (CLIP), arXiv:2103.00020; the file format is that of the
+`tokenizer` folder of published Stable Diffusion weights.
+"""
+import shutil
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+
+from ..errors import TinyldmError
+from ..files import read_json, write_json
+
+# What Stable Diffusion 1 uses, for folders that do not say. The order matters: where two of them
+# are the same token, the later entry says how it is recognised in a text.
+SPECIAL_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+                  "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+MAX_LENGTH = 77
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+FILES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json", *SETTINGS)
+NO_LIMIT = 10**6            # folders written without a length say 10**30
+
+# Special tokens, English endings, words, single digits, runs of anything else but spaces.
+PIECES = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+          r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+
+
+class Tokenizer:
+    """Turns a prompt into ids.
+
+    backend: a tokenizers.Tokenizer that knows the special tokens; bos_token, eos_token, pad_token:
+    names of the start, end and padding token; model_max_length: how long a row of ids is.
+    """
+
+    def __init__(self, backend, bos_token, eos_token, pad_token, model_max_length=MAX_LENGTH):
+        self.backend = backend
+        self.model_max_length = model_max_length
+        self.start, self.end, self.padding = (
+            backend.token_to_id(token) for token in (bos_token, eos_token, pad_token))
+        self.comma = backend.token_to_id(",</w>")       # None where the vocabulary has none
+        self.learned = {}                               # a word's id -> the ids of its vectors
+        self.folder = None                              # with its files
+
+    @classmethod
+    def from_folder(cls, path, padding=None):
+        """Read a tokenizer folder: tokenizer.json, or vocab.json and merges.txt.
+
+        tokenizer_config.json and special_tokens_map.json may be there. The latter wins: Stable
+        Diffusion 2 says only there that its padding is "!". padding: a token in the place of what
+        the folder says. Raises TinyldmError, naming the file, for a missing or malformed one and
+        for a special token that the vocabulary lacks.
+        """
+        folder = Path(path)
+        config_file = folder / "tokenizer_config.json"
+        config = read_json(config_file) if config_file.exists() else {}
+        map_file = folder / "special_tokens_map.json"
+        special = read_json(map_file) if map_file.exists() else {}
+        special = {name: special.get(name) or config.get(name) or default
+                   for name, default in SPECIAL_TOKENS.items()}
+        special["pad_token"] = padding or special["pad_token"]
+        special = {name: added_token(entry, True, folder) for name, entry in special.items()}
+
+        backend = read_backend(folder, special["unk_token"].content)
+        add_declared_tokens(backend, config.get("added_tokens_decoder", {}), config_file)
+        add_special_tokens(backend, special.values(), folder)
+
+        length = config.get("model_max_length", MAX_LENGTH)
+        if not isinstance(length, (int, float)) or length < 3:
+            raise TinyldmError(f"{config_file}: model_max_length must be a number of at least 3, "
+                               f"got {length!r}: correct or remove it")
+        tokenizer = cls(backend, special["bos_token"].content, special["eos_token"].content,
+                        special["pad_token"].content,
+                        int(length) if length < NO_LIMIT else MAX_LENGTH)
+        tokenizer.folder = folder
+        return tokenizer
+
+    def save(self, path):
+        """Copy the files that from_folder read into a new folder, made to say padding and length.
+
+        Raises TinyldmError where they are gone, or cannot be written, and for a tokenizer that has
+        learnt words: the format has no place for a word of several vectors.
+        """
+        if self.learned:
+            words = ", ".join(map(self.backend.id_to_token, self.learned))
+            raise TinyldmError(f"textual inversions cannot be saved with a pipeline ({words}): "
+                               "save it without them, and load them anew")
+        if self.folder is None:
+            raise TinyldmError("this tokenizer was not read from a folder, so it has no files to "
+                               "save: make it with Tokenizer.from_folder")
+        path = Path(path)
+        try:
+            path.mkdir(parents=True)
+            for file in (self.folder / name for name in FILES):
+                if file.exists():
+                    shutil.copyfile(file, path / file.name)
+        except OSError as error:
+            raise TinyldmError(f"cannot copy the tokenizer of {self.folder} to {path} "
+                               f"({error.strerror or error}): choose another place") from None
+        if not (path / "vocab.json").exists() and not (path / "tokenizer.json").exists():
+            raise TinyldmError(f"the tokenizer's files in {self.folder} are gone: put them back")
+        padding = self.backend.id_to_token(self.padding)
+        for name in SETTINGS:
+            settings = read_json(path / name) if (path / name).exists() else {}
+            said = settings.get("pad_token")
+            if (said["content"] if isinstance(said, dict) else said) != padding:
+                settings["pad_token"] = padding
+            if name == "tokenizer_config.json":
+                settings |= {"tokenizer_class": "CLIPTokenizer",
+                             "model_max_length": self.model_max_length}
+            write_json(path / name, settings)
+
+    def __call__(self, text):
+        """text -> ids (1, model_max_length) int64: start, the text's tokens, end, padding.
+
+        A long text loses its last tokens, never the end token; prompt.py cuts it in pieces instead.
+        Raises TinyldmError for what is not a string of valid Unicode.
+        """
+        return self.row(self.ids(text)[:self.model_max_length - 2])
+
+    def ids(self, text):
+        """text -> the list of its tokens' ids, of any length, without start and end."""
+        self.check(text)
+        found = self.backend.encode(text, add_special_tokens=False).ids
+        return [number for first in found for number in self.learned.get(first, [first])]
+
+    def __len__(self):
+        return self.backend.get_vocab_size()
+
+    def new_tokens(self, word, count):
+        """The names of a new word's `count` tokens: word, word_1, word_2 ...
+
+        Raises TinyldmError for a word that is no text or blank, and for a name that is taken; of
+        added tokens in any case, as they are found in lower-case text.
+        """
+        self.check(word)
+        if not word.strip():
+            raise TinyldmError(f"a new word must have a letter or sign, got {word!r:.40}: name it")
+        names = [word, *(f"{word}_{i}" for i in range(1, count))]
+        added = self.backend.get_added_tokens_decoder().values()
+        added = {token.content.lower() for token in added}
+        taken = [name for name in names
+                 if self.backend.token_to_id(name) is not None or name.lower() in added]
+        if taken:
+            raise TinyldmError(f"{taken[0]!a:.80} is a token of the vocabulary already: "
+                               "give the word another name")
+        return names
+
+    def learn(self, names):
+        """Take in new_tokens' names, which stand in a prompt as the first of them -> their ids."""
+        self.backend.add_tokens(names)
+        ids = [self.backend.token_to_id(name) for name in names]
+        self.learned[ids[0]] = ids
+        return ids
+
+    def row(self, ids):
+        """At most model_max_length - 2 ids -> (1, model_max_length) int64, as __call__ has them."""
+        ids = [self.start, *ids, self.end]
+        ids += [self.padding] * (self.model_max_length - len(ids))
+        return np.array([ids], np.int64)
+
+    @staticmethod
+    def check(text):
+        """Raise TinyldmError for what is no string, and for one with a lone surrogate."""
+        try:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError):
+            raise TinyldmError("a prompt must be a string of valid Unicode, "
+                               f"got {text!a:.80}: pass plain text") from None
+
+
+def read_backend(folder, unk_token):
+    """The byte-pair encoder of a folder: a tokenizers.Tokenizer that neither cuts nor pads."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return build_backend(folder / "vocab.json", folder / "merges.txt", unk_token)
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:                          # the library raises nothing narrower
+        raise TinyldmError(f"{file} is not a tokenizer ({error}): get it again") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def build_backend(vocab_file, merges_file, unk_token):
+    """CLIP's pipeline around a vocabulary: clean, cut into pieces, spell in bytes, join pairs."""
+    vocab = read_json(vocab_file)
+    if not all(type(number) is int and 0 <= number < 2**32 for number in vocab.values()):
+        raise TinyldmError(f"{vocab_file} must give every token a whole number: get it again")
+    if not merges_file.exists():
+        raise TinyldmError(f"{merges_file} is missing: a tokenizer folder holds vocab.json and "
+                           "merges.txt, or tokenizer.json")
+    try:
+        model = models.BPE.from_file(str(vocab_file), str(merges_file), unk_token=unk_token,
+                                     continuing_subword_prefix="", end_of_word_suffix="</w>")
+    except Exception as error:                          # not vocab.json, which was just read
+        raise TinyldmError(f"{merges_file} is not a list of merges for vocab.json ({error}): "
+                           "get both again") from None
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),   # keeps the pieces
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return backend
+
+
+def add_declared_tokens(backend, declared, file):
+    """Add the tokens that tokenizer_config.json lists under their ids, as newer folders do."""
+    if not isinstance(declared, dict) or not all(number.isdecimal() for number in declared):
+        raise TinyldmError(f"{file}: added_tokens_decoder must map ids to tokens: get it again")
+    for number in sorted(declared, key=int):
+        entry = declared[number]
+        token = added_token(entry, isinstance(entry, dict) and entry.get("special", False), file)
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != int(number):
+            raise TinyldmError(f"{file} gives token {token.content!r} the id {number}, the "
+                               f"vocabulary {backend.token_to_id(token.content)}: get both again")
+
+
+def add_special_tokens(backend, tokens, folder):
+    """Have the special tokens recognised in a text, like the published tokenizers.
+
+    So an end token typed into a prompt is the end token, and "!" is the padding token in Stable
+    Diffusion 2. What tokenizer.json or added_tokens_decoder say of a token stays.
+    """
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in tokens:
+        if backend.token_to_id(token.content) is None:
+            raise TinyldmError(f"{folder}: the vocabulary lacks the special token "
+                               f"{token.content!r}: name another in special_tokens_map.json")
+        if token.content not in known:
+            backend.add_tokens([token])
+
+
+def added_token(entry, special, place):
+    """A token as the files write it: its name, or a dict with "content" and flags."""
+    if isinstance(entry, str):
+        entry = {"content": entry, "normalized": False}
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        raise TinyldmError(f"{place}: a special token must be a string or have a \"content\", "
+                           f"got {entry!r:.80}: correct tokenizer_config.json or "
+                           "special_tokens_map.json")
+    flags = {flag: bool(entry[flag]) for flag in ("normalized", "lstrip", "rstrip", "single_word")
+             if flag in entry}
+    return AddedToken(entry["content"], special=bool(special), **flags)

@@ -1,0 +1,52 @@
+"""What is minimised: the loss of an autoencoder, and that of a denoiser with its text encoder."""
+import numpy as np
+
+from .. import ops
+from ..backend import asarray, get_xp
+from ..diffusion.objective import sample_timesteps, target
+from ..layers import NO_TAPE, Tape
+
+KL_WEIGHT = 1e-7
+
+
+def vae_loss(vae, images, rng, share, decoder_only=False):
+    """Loss of one shard of a batch, its gradients added to the parameters (the decoder's only).
+
+    images (B,H,W,3) -> {"loss", "mse", "kl"}, each times share, the shard's part of the batch.
+    """
+    tape = Tape()
+    mean, logvar = vae.encode(images, NO_TAPE if decoder_only else tape)
+    std = get_xp(logvar).exp(0.5 * logvar)
+    noise = asarray(rng.standard_normal(mean.shape, np.float32), like=mean)
+    z = mean + std * noise
+    output = vae.decode(z, tape)
+    l1, l1_cache = ops.l1(output, images)
+    kl, kl_cache = ops.kl_normal(mean, logvar)
+    mse = ((output - images) ** 2).mean()
+
+    doutput, _ = ops.l1_backward(np.float32(share), l1_cache)
+    dz = vae.decode_backward(doutput, tape)
+    if not decoder_only:
+        dmean, dlogvar = ops.kl_normal_backward(np.float32(share * KL_WEIGHT), kl_cache)
+        dmean = dmean + dz                              # z = mean + std * noise
+        dlogvar = dlogvar + dz * (0.5 * std * noise)    # std' = std / 2
+        vae.encode_backward(dmean, dlogvar, tape)
+    return {"loss": share * (l1 + KL_WEIGHT * kl), "mse": share * mse, "kl": share * kl}
+
+
+def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
+    """Loss of one shard of a batch, its gradients added to the parameters.
+
+    latents (B,16,16,4) scaled, ids (B,77) -> {"loss"}, times share, the shard's part of the batch.
+    """
+    timesteps = sample_timesteps(rng, len(latents), schedule.num_train_timesteps)
+    noise = asarray(rng.standard_normal(latents.shape, np.float32), like=latents)
+    x_t = schedule.add_noise(latents, noise, timesteps)
+    tape = Tape()
+    context = text_encoder(ids, tape)
+    prediction = unet(x_t, asarray(timesteps, like=x_t), context, tape)
+    loss, cache = ops.mse(prediction, target(schedule, latents, noise, timesteps))
+    dprediction, _ = ops.mse_backward(np.float32(share), cache)
+    _, dcontext = unet.backward(dprediction, tape)
+    text_encoder.backward(dcontext, tape)
+    return {"loss": share * loss}
