@@ -4,10 +4,10 @@ A layer's forward saves on the tape what its backward needs; the backward is the
 the bottom up. Models (models/) are layers made of layers. In every signature `tape` comes right
 after the required inputs; whatever is optional follows it and is passed by keyword.
 """
-import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import numpy as np
 
@@ -47,18 +47,34 @@ class Tape:
         return cache
 
 
-class Parameter:
-    """An array to train: its shape, its data (None until loaded) and the sum of its gradients."""
+# The number of the shard that this thread works on, where several threads share a batch.
+SHARD = ContextVar("shard", default=0)
 
-    _lock = threading.Lock()            # worker threads that share a model add to the same gradient
+
+class Parameter:
+    """An array to train: its shape, its data (None until loaded) and the sum of its gradients.
+
+    Threads that share a model each gather the gradient of their own shard. `grad` adds these up in
+    the order of the shards, so that the sum does not depend on which thread was first.
+    """
 
     def __init__(self, *shape):
-        self.shape, self.data, self.grad = shape, None, None
+        self.shape, self.data, self._grads = shape, None, {}
 
     def add_grad(self, grad):
         assert grad.shape == self.shape, f"gradient {grad.shape} for a parameter {self.shape}"
-        with self._lock:
-            self.grad = grad if self.grad is None else self.grad + grad
+        before = self._grads.get(SHARD.get())
+        self._grads[SHARD.get()] = grad if before is None else before + grad
+
+    @property
+    def grad(self):
+        """The sum of all gradients added since it was last set to None, or None."""
+        grads = [self._grads[shard] for shard in sorted(self._grads)]
+        return reduce(add, grads) if grads else None
+
+    @grad.setter
+    def grad(self, grad):
+        self._grads = {} if grad is None else {0: grad}
 
 
 class Module:

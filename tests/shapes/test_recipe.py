@@ -1,7 +1,10 @@
 """Training: the optimiser against torch's, both losses' gradients, resuming, and export."""
 import math
+import os
 import subprocess
 import sys
+import time
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -15,9 +18,9 @@ from tinyldm.errors import TinyldmError
 from tinyldm.layers import Parameter
 from tinyldm.models import AutoencoderKL
 from tinyldm.shapes import autoencoder as vae_stage
-from tinyldm.shapes import configs, export
+from tinyldm.shapes import configs, drawing, export
 from tinyldm.shapes import denoiser as unet_stage
-from tinyldm.shapes import scenes as data
+from tinyldm.training import objectives
 from tinyldm.training.loop import Trainer, split_batch
 from tinyldm.training.optim import AdamW, initialise, learning_rate, load_ema
 
@@ -119,9 +122,9 @@ def test_vae_loss_gradient(decoder_only):
     for _, parameter in vae.named_parameters():         # off zero, where last layers start
         parameter.data = parameter.data + 0.1 * rng.standard_normal(parameter.shape)
     trained = vae_stage.decoder_parameters(vae) if decoder_only else list(vae.named_parameters())
-    images = data.batch(rng, 2)[0].astype(np.float64)
+    images = drawing.batch(rng, 2)[0].astype(np.float64)
     difference, expected = directional(
-        lambda: vae_stage.vae_loss(vae, images, Float64Noise(1), 0.5, decoder_only),
+        lambda: objectives.vae_loss(vae, images, Float64Noise(1), 0.5, decoder_only),
         trained, rng, h=1e-8)                           # small: |x| has a corner at every pixel
     assert_allclose(expected, difference, rtol=1e-4)
     touched = {name for name, p in vae.named_parameters() if p.grad is not None}
@@ -142,7 +145,7 @@ def test_diffusion_loss_gradient(monkeypatch):
     schedule = Schedule.from_config(configs.SCHEDULER)
     latents, ids = rng.standard_normal((2, 8, 8, 4)), rng.integers(0, 21, (2, 77))
     difference, expected = directional(
-        lambda: unet_stage.diffusion_loss(text_encoder, unet, schedule, latents, ids,
+        lambda: objectives.diffusion_loss(text_encoder, unet, schedule, latents, ids,
                                           Float64Noise(1), 0.5), named, rng)
     assert_allclose(expected, difference, rtol=1e-4)
 
@@ -175,6 +178,55 @@ def test_shards_add_up_to_the_batch():
         return {"loss": share * 2.0}
     assert split_batch(loss, 7, np.random.default_rng(0)) == {"loss": pytest.approx(2.0)}
     assert sorted(seen)[0][0] == 0 and sorted(seen)[-1][1] == 7
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3", "8"])
+def test_the_sum_of_gradients_does_not_depend_on_threads(threads, monkeypatch):
+    """Shards end in a random order, and float32 sums depend on the order that they are added in."""
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((64, 1000)).astype(np.float32) * 10.0 ** rng.integers(-3, 3, 64)[
+        :, None].astype(np.float32)
+
+    def gradient(delays):
+        parameter = Parameter(1000)
+
+        def loss(rows, rng, share):
+            time.sleep(delays[rows.start])
+            for part in parts[rows]:
+                parameter.add_grad(part)
+            return {"loss": share * float(rng.random())}
+        return split_batch(loss, 64, np.random.default_rng(1)), parameter.grad
+    report, expected = gradient(np.zeros(64))
+    for seed in range(3):
+        again, found = gradient(0.01 * np.random.default_rng(seed).random(64))
+        assert again == report
+        np.testing.assert_array_equal(found, expected)
+    shards = [reduce(np.add, parts[i:i + 16]) for i in range(0, 64, 16)]     # in this order
+    np.testing.assert_array_equal(expected, reduce(np.add, shards))
+
+
+SHORT_TRAINING = """
+import sys
+from pathlib import Path
+from tests.shapes.test_recipe import SMALL_TEXT, SMALL_UNET, SMALL_VAE
+from tinyldm.shapes import autoencoder, denoiser
+autoencoder.VAE, autoencoder.BATCH = SMALL_VAE, 8
+denoiser.UNET, denoiser.TEXT_ENCODER, denoiser.POOL = SMALL_UNET, SMALL_TEXT, 64
+autoencoder.train_vae(Path(sys.argv[1]), 2)
+denoiser.train_unet(Path(sys.argv[1]), 2, batch=8)
+"""
+
+
+def test_a_training_gives_the_same_weights_with_any_number_of_threads(tmp_path):
+    for threads in ("1", "3"):
+        subprocess.run([sys.executable, "-c", SHORT_TRAINING, tmp_path / threads], check=True,
+                       capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+    for stage in ("vae", "unet"):
+        with (np.load(tmp_path / "1" / f"{stage}.npz") as one,
+              np.load(tmp_path / "3" / f"{stage}.npz") as three):
+            for name in ("data", "m", "v", "ema", "history"):
+                np.testing.assert_array_equal(one[name], three[name])
 
 
 def quadratic(path, steps):
@@ -223,8 +275,53 @@ def test_a_loss_that_is_not_a_number_stops(tmp_path):
     parameter = Parameter(2)
     parameter.data = np.zeros(2)
     trainer = Trainer(tmp_path / "x.npz", [("x", parameter)], 5, 0.1)
-    with pytest.raises(FloatingPointError, match="step 0"):
+    with pytest.raises(TinyldmError, match="the loss is nan at step 0: take a smaller"):
         trainer.train(lambda rng: {"loss": math.nan})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])     # 1e38: its square overflows
+def test_a_gradient_that_is_not_finite_leaves_the_last_good_state(bad, tmp_path):
+    """The loss is finite throughout: only the gradient says that something went wrong."""
+    path, parameter = tmp_path / "x.npz", Parameter(4)
+    parameter.data = np.ones(4, np.float32)
+    trainer = Trainer(path, [("x", parameter)], 5, 0.1)
+
+    def batch_loss(rng):
+        parameter.add_grad(np.full(4, bad if trainer.step == 3 else 0.5, np.float32))
+        return {"loss": 1.0}
+    with pytest.raises(TinyldmError, match="the gradient of .* is NaN or infinite"):
+        trainer.train(batch_loss)
+    with np.load(path) as state:
+        assert state["steps"] == 3 and len(state["history"]) == 3
+        assert all(np.isfinite(state[name]).all() for name in ("data", "m", "v", "ema"))
+        np.testing.assert_array_equal(state["data"], parameter.data)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    path, parameter = tmp_path / "x.npz", Parameter(2)
+    parameter.data = np.zeros(2)
+    trainer = Trainer(path, [("x", parameter)], 5, 0.1)
+    trainer.save()
+    content = path.read_bytes()
+    parameter.data[0] = math.nan
+    with pytest.raises(TinyldmError, match="NaN or infinite at step 0: .*x.npz keeps the last"):
+        trainer.save()
+    assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_parameter_with_new_data_is_named():
+    """As a move to another device or a LoRA leaves it: the update would not reach the model."""
+    named = parameters(np.random.default_rng(0))
+    optimizer = AdamW(named)
+    for _, parameter in named:
+        parameter.add_grad(np.ones(parameter.shape))
+    named[1][1].data = named[1][1].data.copy()
+    before = [parameter.data.copy() for _, parameter in named]
+    with pytest.raises(TinyldmError, match="b got new data after the optimiser was made"):
+        optimizer.step(0.1)
+    for (_, parameter), data in zip(named, before):
+        np.testing.assert_array_equal(parameter.data, data)
 
 
 @pytest.mark.parametrize("stage", ["unet", "decoder", "export"])
