@@ -4,6 +4,7 @@ A layer's forward saves on the tape what its backward needs; the backward is the
 the bottom up. Models (models/) are layers made of layers. In every signature `tape` comes right
 after the required inputs; whatever is optional follows it and is passed by keyword.
 """
+import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, reduce
@@ -47,28 +48,31 @@ class Tape:
         return cache
 
 
-# The number of the shard that this thread works on, where several threads share a batch.
+# The number of the shard of a batch that this thread works on.
 SHARD = ContextVar("shard", default=0)
 
 
 class Parameter:
     """An array to train: its shape, its data (None until loaded) and the sum of its gradients.
 
-    Threads that share a model each gather the gradient of their own shard. `grad` adds these up in
-    the order of the shards, so that the sum does not depend on which thread was first.
+    Each shard of a batch has a sum of its own. `grad` adds these up in the order of the shards, so
+    that the result does not depend on which worker thread was first.
     """
+
+    _lock = threading.Lock()                            # threads may also share a shard
 
     def __init__(self, *shape):
         self.shape, self.data, self._grads = shape, None, {}
 
     def add_grad(self, grad):
         assert grad.shape == self.shape, f"gradient {grad.shape} for a parameter {self.shape}"
-        before = self._grads.get(SHARD.get())
-        self._grads[SHARD.get()] = grad if before is None else before + grad
+        with self._lock:
+            before = self._grads.get(SHARD.get())
+            self._grads[SHARD.get()] = grad if before is None else before + grad
 
     @property
     def grad(self):
-        """The sum of all gradients added since it was last set to None, or None."""
+        """The sum of all gradients since it was last set to None; None if there are none."""
         grads = [self._grads[shard] for shard in sorted(self._grads)]
         return reduce(add, grads) if grads else None
 
