@@ -86,7 +86,7 @@ class Conditioner:
             if ids.max() >= known:
                 raise TinyldmError(f"the tokenizer knows token {ids.max()}, the text encoder only "
                                    f"{known} tokens: use parts of one pipeline")
-            ids = get_xp(next(iter(encoder.parameters())).data).asarray(ids)
+            ids = encoder.xp.asarray(ids)
             if isinstance(encoder, CLIPTextModelWithProjection):
                 features, text_embeds = encoder(ids)                    # (n,77,D), (n,P)
                 told["text_embeds"] = text_embeds[:1]
