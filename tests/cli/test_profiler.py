@@ -275,7 +275,7 @@ def test_blame_and_another_profiler_inside(pipe):
     bias.data = bias.data * np.nan
     with Profiler(pipe) as outer:
         with pytest.raises(TinyldmError, match="is mid_block.resnets.0.conv1"):
-            pipe("a cat", num_inference_steps=1)        # which watches the layers for itself
+            pipe("a cat", num_inference_steps=1)        # which has hooks of its own
         with Profiler(pipe) as inner:
             pipe.encode_prompt("a cat")
         pipe.encode_prompt("a cat")
