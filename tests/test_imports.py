@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tinyldm"
 
-# What a room may import besides itself; cli → pipelines → models, diffusion, text, checkpoints → layers
-# → ops → kernels → backend. The programs' entry points may import all.
+# What a room may import besides itself: cli → pipelines → models, diffusion, text, checkpoints →
+# layers → ops → kernels → backend. The programs' entry points may import all.
 BOTTOM = {"errors", "files", "backend"}
 MAY_IMPORT = {
     "errors": set(),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_lms_discrete
 
+from tests.support.tolerance import within
 from tinyldm.diffusion.samplers import SAMPLERS, check_name, check_sampler, default_sampler
 from tinyldm.diffusion.samplers.shared import NO_PICTURE, Origin
 from tinyldm.diffusion.schedule import Schedule
@@ -150,10 +151,10 @@ def check(name, config, steps, scheduler=None, **options):
         where = f"{name}, step {state.step} of {steps}, {config}"
         assert state.timestep == t, where
         assert state.latents.dtype == state.pred_x0.dtype == np.float32
-        difference = abs(state.latents - latents).max() / latents.std()
-        assert difference < TOLERANCE, f"{where}: {difference:.1e}"
+        within(abs(state.latents - latents).max(), TOLERANCE * latents.std(), where)
         if x_start is not None:
-            assert abs(state.pred_x0 - x_start.numpy()).max() < 2 * TOLERANCE * x_start.std(), where
+            within(abs(state.pred_x0 - x_start.numpy()).max(), 2 * TOLERANCE * x_start.std(),
+                   f"{where}: pred_x0")
 
 
 @every_sampler
@@ -294,7 +295,7 @@ def test_dtype_is_kept(name):
 def test_the_last_pred_x0_is_the_result(name):
     """Latents and previews have one scale: at the end they agree up to the last step's noise."""
     *_, last = SAMPLERS[name](predict, start()[1], Schedule.from_config(SD), 50, noise_source())
-    assert abs(last.latents - last.pred_x0).max() < 0.1 * last.latents.std()
+    within(abs(last.latents - last.pred_x0).max(), 0.1 * last.latents.std())
 
 
 @every_sampler
@@ -376,6 +377,7 @@ def test_euler_is_ddim(prediction, steps, ends):
         p = int(euler.timestep) - 1000 // steps
         alpha_bar = schedule.alphas_cumprod[p] if p >= 0 else end
         difference = abs(euler.latents * alpha_bar ** 0.5 - ddim.latents).max()
-        assert difference < TOLERANCE * ddim.latents.std(), (euler.timestep, difference)
-        assert abs(euler.pred_x0 - ddim.pred_x0).max() < 2 * TOLERANCE * ddim.pred_x0.std()
+        within(difference, TOLERANCE * ddim.latents.std(), f"timestep {euler.timestep}")
+        within(abs(euler.pred_x0 - ddim.pred_x0).max(), 2 * TOLERANCE * ddim.pred_x0.std(),
+               f"timestep {euler.timestep}: pred_x0")
     assert p < 0

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
+from tests.support.tolerance import assert_allclose, within
 from tinyldm.diffusion.guidance import classifier_free, rescale
 from tinyldm.diffusion.objective import target, to_x_start_and_noise
 from tinyldm.diffusion.schedule import Schedule
@@ -35,18 +36,18 @@ def test_tables_are_bitwise(config):
 def test_zero_terminal_snr(config, exact_sqrt):
     config = {**config, "rescale_betas_zero_snr": True}
     theirs, ours = diffusers.DDIMScheduler.from_config(config), Schedule.from_config(config)
-    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=1e-5)
+    assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=1e-5)
     assert ours.alphas_cumprod[-1] == 0
     sigmas = diffusers.EulerDiscreteScheduler.from_config(config).sigmas.numpy()
-    np.testing.assert_allclose(ours.sigmas, sigmas[::-1][1:], rtol=1e-5)
-    assert abs(ours.sigmas[-1] - 4096) < 1e-3
+    assert_allclose(ours.sigmas, sigmas[::-1][1:], rtol=1e-5)
+    within(abs(ours.sigmas[-1] - 4096), 1e-3)
 
 
 def test_published_numbers():
     schedule = Schedule.from_config(SD)
-    np.testing.assert_allclose(schedule.alphas_cumprod[[0, 1, 500, 999]],
+    assert_allclose(schedule.alphas_cumprod[[0, 1, 500, 999]],
                                [0.99914998, 0.99829602, 0.27633247, 0.00466010], atol=1e-8)
-    np.testing.assert_allclose(schedule.sigmas[[0, 999]], [0.02916753, 14.61464691], atol=1e-7)
+    assert_allclose(schedule.sigmas[[0, 999]], [0.02916753, 14.61464691], atol=1e-7)
 
 
 @pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
@@ -92,8 +93,8 @@ def test_noise_and_targets(dtype, shape):
     x_t = schedules["epsilon"].add_noise(x_start, noise, timesteps)
     velocity = target(schedules["v_prediction"], x_start, noise, timesteps)
     assert x_t.dtype == velocity.dtype == dtype
-    np.testing.assert_allclose(x_t, theirs.add_noise(*tensors).numpy(), atol=5e-7)
-    np.testing.assert_allclose(velocity, theirs.get_velocity(*tensors).numpy(), atol=5e-7)
+    assert_allclose(x_t, theirs.add_noise(*tensors).numpy(), atol=5e-7)
+    assert_allclose(velocity, theirs.get_velocity(*tensors).numpy(), atol=5e-7)
     assert target(schedules["epsilon"], x_start, noise, timesteps) is noise
     assert target(schedules["sample"], x_start, noise, timesteps) is x_start
 
@@ -106,7 +107,7 @@ def test_to_x_start_and_noise_undoes_add_noise(kind):
     t = np.array([400])
     x_t, model_output = schedule.add_noise(x_start, noise, t), target(schedule, x_start, noise, t)
     found = to_x_start_and_noise(schedule, model_output, x_t, *schedule.scales(400))
-    np.testing.assert_allclose(found, [x_start, noise], atol=1e-6)
+    assert_allclose(found, [x_start, noise], atol=1e-6)
 
 
 def test_classifier_free_guidance():
@@ -129,9 +130,9 @@ def test_guidance_rescale(dtype, guidance_rescale):
     ours = rescale(noise, cond, guidance_rescale)
     theirs = rescale_noise_cfg(torch.tensor(noise), torch.tensor(cond), guidance_rescale).numpy()
     assert ours.dtype == dtype
-    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    assert_allclose(ours, theirs, atol=2e-6)
     if guidance_rescale == 1:
-        np.testing.assert_allclose(ours.std(axis=(1, 2, 3)), cond.std(axis=(1, 2, 3)), rtol=1e-6)
+        assert_allclose(ours.std(axis=(1, 2, 3)), cond.std(axis=(1, 2, 3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("field, value, message", [

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support import cuda_host, strict
 from tests.support.reference import assert_close
+from tests.support.tolerance import assert_allclose, assert_same_pixels
 from tests.test_cupy import LARGE, draw, pipes  # noqa: F401 (a fixture)
 from tinyldm import backend, ops
 from tinyldm.kernels import cuda
@@ -138,7 +139,7 @@ def test_arrays_that_do_not_lie_in_packs(xp):
 
 @pytest.mark.parametrize("ours, expected", LARGE)
 def test_large_numbers_in_float16(ours, expected, xp):
-    np.testing.assert_allclose(np.squeeze(ours()), expected, rtol=2e-3, atol=1e-6)
+    assert_allclose(np.squeeze(ours()), expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("op, shapes, params", [
@@ -163,8 +164,7 @@ def test_a_picture(pipes, xp):  # noqa: F811
         _, expected = draw(pipes["cpu"], steps=2)
     for dtype, allowed in (("float32", 1), ("float16", 4)):
         _, images = draw(pipes[dtype], steps=2)
-        assert abs(images - expected).max() <= allowed, dtype
-        assert (abs(images - expected) <= 1).mean() > 0.99
+        assert_same_pixels(images, expected, allowed, dtype)
 
 
 # ---- the stand-in for the device ----------------------------------------------------------------

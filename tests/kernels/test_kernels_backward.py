@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from tests.support.tolerance import assert_allclose, within
 from tinyldm import backend, ops
 from tinyldm.kernels import conv as conv_twins
 
@@ -28,7 +29,7 @@ def both(op, backward, inputs, dy_shape, rng, names, absolute=0, **params):
         assert fast.shape == plain.shape, f"{name}: {fast.shape}, not {plain.shape}"
         assert fast.dtype == np.float32, f"{name}: {fast.dtype}"
         error, allowed = abs(fast - plain).max(), max(TOLERANCE * spread(plain), absolute)
-        assert error <= allowed, f"{name}: differs by {error:.2e}, allowed {allowed:.2e}"
+        within(error, allowed, name)
 
 
 def spread(gradient):
@@ -94,7 +95,7 @@ def test_geglu_of_large_gates(rng):
     x = np.array([[2, 3, 4, 5, 1e4, -1e4, 20, -20]], np.float32)
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         dx = ops.geglu_backward(np.ones((1, 4), np.float32), x)
-    np.testing.assert_allclose(dx, [[1e4, 0, 20, 0, 2, 0, 4, 0]], rtol=1e-6, atol=1e-6)
+    assert_allclose(dx, [[1e4, 0, 20, 0, 2, 0, 4, 0]], rtol=1e-6, atol=1e-6)
 
 
 # Small maps take im2col, large ones with 32 channels Winograd, long ones several strips.

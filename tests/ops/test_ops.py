@@ -9,6 +9,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_timestep_embedding
 
 from tests.support.checks import arrays_in, check_op, read_only
+from tests.support.tolerance import assert_allclose
 from tinyldm import ops
 from tinyldm.backend import get_xp
 
@@ -144,7 +145,7 @@ def test_large_numbers_do_not_overflow(name):
         y, cache = getattr(ops, name)(x)
         dx = getattr(ops, name + "_backward")(np.ones_like(x), cache)
     theirs = ACTIVATIONS[name](torch.tensor(x))
-    np.testing.assert_allclose(y, theirs, rtol=1e-12, atol=1e-300)
+    assert_allclose(y, theirs, rtol=1e-12, atol=1e-300)
     assert np.isfinite(dx).all()
 
 
@@ -199,7 +200,7 @@ def test_timestep_embedding(B, dim, shift, flip, rng):
              dim=dim, flip_sin_to_cos=flip, freq_shift=shift)
     ours, _ = ops.timestep_embedding(t.astype(np.float32), dim, flip, shift)
     theirs = get_timestep_embedding(torch.from_numpy(t), dim, flip, shift)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+    assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
 # ---- joining and parting --------------------------------------------------------------------

@@ -3,7 +3,8 @@
 TINYLDM_WEIGHTS names a folder of pipeline folders, called as on the hub, and of the public files
 that the records name, under `inputs`:
 
-    TINYLDM_WEIGHTS=~/weights python -m pytest tests/pipelines/test_public_numbers.py     # ~/weights/
+    TINYLDM_WEIGHTS=~/weights python -m pytest tests/pipelines/test_public_numbers.py
+                                        # ~/weights/
                                         # stable-diffusion-v1-4/  stable-diffusion-2/  ...
                                         # inputs/stable_diffusion_inpaint/input_bench_image.png ...
 
@@ -42,7 +43,8 @@ from tinyldm.images import open_image
 from tinyldm.noise import A100_THREADS, CudaGenerator, get_generator
 from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 
-RECORDS = json.loads((Path(__file__).parents[1] / "support" / "public_numbers.json").read_text(encoding="utf-8"))
+PUBLISHED = Path(__file__).parents[1] / "support" / "public_numbers.json"
+RECORDS = json.loads(PUBLISHED.read_text(encoding="utf-8"))
 GPU_DIGITS = 1e-3
 # Threads of the GPUs a noise larger than that may come from (noise.py): A100, V100, RTX 4090, H100.
 GPUS = (A100_THREADS, 163840, 196608, 270336)

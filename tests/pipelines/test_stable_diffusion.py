@@ -12,6 +12,7 @@ import torch
 import tinyldm
 from tests.support.reference import assert_close, nchw, nhwc
 from tests.support.small_pipelines import CONFIGURATIONS, change_json, sd1, smallest
+from tests.support.tolerance import assert_allclose, assert_same_pixels
 from tinyldm import backend, load_model
 from tinyldm.checkpoints import components, save_model
 from tinyldm.diffusion.samplers import SAMPLERS
@@ -78,9 +79,7 @@ def assert_same_pictures(ours, theirs):
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.uint8
     inside = (theirs > 0) & (theirs < 255)
     assert theirs.std() > 20 and inside.mean() > 0.5, "the reference's picture says nothing"
-    difference = abs(ours.astype(int) - theirs.astype(int))
-    assert difference.max() <= 2, f"a pixel differs by {difference.max()}/255"
-    assert (difference <= 1).mean() >= 0.99
+    assert_same_pixels(ours, theirs, 2)
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS, ids=lambda make: make.__name__)
@@ -415,8 +414,7 @@ def test_large_float16_weights_stay_and_draw_the_same(monkeypatch):
               if "embedding" in name]
     assert [table.dtype for table in tables] == [np.float32] * 2
     options = dict(num_inference_steps=2, seed=3)
-    pictures = [np.asarray(p("a red circle", **options)[0], int) for p in (pipe, wide)]
-    assert abs(pictures[0] - pictures[1]).max() <= 1
+    assert_same_pixels(*(p("a red circle", **options)[0] for p in (pipe, wide)))
     with backend.plain():
         assert pipe.encode_prompt("a red circle").dtype == np.float32
 
@@ -435,7 +433,7 @@ def test_float16_weights_give_float32_gradients_and_are_not_trained(monkeypatch,
         gradients.append({name: p.grad for name, p in unet.named_parameters()})
     for name, ours in gradients[0].items():
         assert ours.dtype == np.float32
-        np.testing.assert_allclose(ours, gradients[1][name], rtol=1e-3,
+        assert_allclose(ours, gradients[1][name], rtol=1e-3,
                                    atol=1e-4 * abs(gradients[1][name]).max())
     with pytest.raises(TinyldmError, match="weight is float16, too narrow to train"):
         AdamW(pipe.unet.named_parameters())

@@ -1,12 +1,16 @@
 """Training: the optimiser against torch's, both losses' gradients, resuming, and export."""
 import math
+import os
 import subprocess
 import sys
+import time
+from functools import reduce
 
 import numpy as np
 import pytest
 import torch
 
+from tests.support.tolerance import assert_allclose
 from tinyldm import load_model
 from tinyldm.diffusion.objective import sample_timesteps, target, to_x_start_and_noise
 from tinyldm.diffusion.schedule import Schedule
@@ -14,9 +18,9 @@ from tinyldm.errors import TinyldmError
 from tinyldm.layers import Parameter
 from tinyldm.models import AutoencoderKL
 from tinyldm.shapes import autoencoder as vae_stage
-from tinyldm.shapes import configs, export
+from tinyldm.shapes import configs, drawing, export
 from tinyldm.shapes import denoiser as unet_stage
-from tinyldm.shapes import scenes as data
+from tinyldm.training import objectives
 from tinyldm.training.loop import Trainer, split_batch
 from tinyldm.training.optim import AdamW, initialise, learning_rate, load_ema
 
@@ -49,13 +53,13 @@ def test_adamw_equals_torch():
             tensor.grad = torch.from_numpy(grad.copy())
         norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         reference.step()
-        assert optimizer.step(0.1) == pytest.approx(norm.item(), rel=1e-9)
+        assert_allclose(optimizer.step(0.1), norm.item(), rtol=1e-9)
         decay = min(0.999, (2 + step) / (11 + step))
         ema = decay * ema + (1 - decay) * optimizer.data
     for (_, parameter), tensor in zip(named, theirs):
-        np.testing.assert_allclose(parameter.data, tensor.detach().numpy(), rtol=1e-9, atol=1e-12)
+        assert_allclose(parameter.data, tensor.detach().numpy(), rtol=1e-9, atol=1e-12)
         assert parameter.grad is None
-    np.testing.assert_allclose(optimizer.ema, ema, rtol=1e-12)
+    assert_allclose(optimizer.ema, ema, rtol=1e-12)
 
 
 def test_a_parameter_without_gradient_is_named():
@@ -118,11 +122,11 @@ def test_vae_loss_gradient(decoder_only):
     for _, parameter in vae.named_parameters():         # off zero, where last layers start
         parameter.data = parameter.data + 0.1 * rng.standard_normal(parameter.shape)
     trained = vae_stage.decoder_parameters(vae) if decoder_only else list(vae.named_parameters())
-    images = data.batch(rng, 2)[0].astype(np.float64)
+    images = drawing.batch(rng, 2)[0].astype(np.float64)
     difference, expected = directional(
-        lambda: vae_stage.vae_loss(vae, images, Float64Noise(1), 0.5, decoder_only),
+        lambda: objectives.vae_loss(vae, images, Float64Noise(1), 0.5, decoder_only),
         trained, rng, h=1e-8)                           # small: |x| has a corner at every pixel
-    assert expected == pytest.approx(difference, rel=1e-4)
+    assert_allclose(expected, difference, rtol=1e-4)
     touched = {name for name, p in vae.named_parameters() if p.grad is not None}
     assert touched == {name for name, _ in trained}
 
@@ -141,9 +145,9 @@ def test_diffusion_loss_gradient(monkeypatch):
     schedule = Schedule.from_config(configs.SCHEDULER)
     latents, ids = rng.standard_normal((2, 8, 8, 4)), rng.integers(0, 21, (2, 77))
     difference, expected = directional(
-        lambda: unet_stage.diffusion_loss(text_encoder, unet, schedule, latents, ids,
+        lambda: objectives.diffusion_loss(text_encoder, unet, schedule, latents, ids,
                                           Float64Noise(1), 0.5), named, rng)
-    assert expected == pytest.approx(difference, rel=1e-4)
+    assert_allclose(expected, difference, rtol=1e-4)
 
 
 def test_timesteps_are_mostly_in_the_middle():
@@ -163,7 +167,7 @@ def test_the_loss_is_that_of_the_noise_over_alpha_bar():
         a, s = np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t])
         _, noise_pred = to_x_start_and_noise(schedule, answer[i], x_t[i], a, s)
         expected = ((noise_pred - noise[i]) ** 2).mean() / alpha_bar[t]
-        assert v_error[i].mean() == pytest.approx(expected, rel=1e-4)
+        assert_allclose(v_error[i].mean(), expected, rtol=1e-4)
 
 
 def test_shards_add_up_to_the_batch():
@@ -174,6 +178,55 @@ def test_shards_add_up_to_the_batch():
         return {"loss": share * 2.0}
     assert split_batch(loss, 7, np.random.default_rng(0)) == {"loss": pytest.approx(2.0)}
     assert sorted(seen)[0][0] == 0 and sorted(seen)[-1][1] == 7
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3", "8"])
+def test_the_sum_of_gradients_does_not_depend_on_threads(threads, monkeypatch):
+    """Shards end in a random order, and float32 sums depend on the order that they are added in."""
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((64, 1000)).astype(np.float32) * 10.0 ** rng.integers(-3, 3, 64)[
+        :, None].astype(np.float32)
+
+    def gradient(delays):
+        parameter = Parameter(1000)
+
+        def loss(rows, rng, share):
+            time.sleep(delays[rows.start])
+            for part in parts[rows]:
+                parameter.add_grad(part)
+            return {"loss": share * float(rng.random())}
+        return split_batch(loss, 64, np.random.default_rng(1)), parameter.grad
+    report, expected = gradient(np.zeros(64))
+    for seed in range(3):
+        again, found = gradient(0.01 * np.random.default_rng(seed).random(64))
+        assert again == report
+        np.testing.assert_array_equal(found, expected)
+    shards = [reduce(np.add, parts[i:i + 16]) for i in range(0, 64, 16)]     # in this order
+    np.testing.assert_array_equal(expected, reduce(np.add, shards))
+
+
+SHORT_TRAINING = """
+import sys
+from pathlib import Path
+from tests.shapes.test_recipe import SMALL_TEXT, SMALL_UNET, SMALL_VAE
+from tinyldm.shapes import autoencoder, denoiser
+autoencoder.VAE, autoencoder.BATCH = SMALL_VAE, 8
+denoiser.UNET, denoiser.TEXT_ENCODER, denoiser.POOL = SMALL_UNET, SMALL_TEXT, 64
+autoencoder.train_vae(Path(sys.argv[1]), 2)
+denoiser.train_unet(Path(sys.argv[1]), 2, batch=8)
+"""
+
+
+def test_a_training_gives_the_same_weights_with_any_number_of_threads(tmp_path):
+    for threads in ("1", "3"):
+        subprocess.run([sys.executable, "-c", SHORT_TRAINING, tmp_path / threads], check=True,
+                       capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+    for stage in ("vae", "unet"):
+        with (np.load(tmp_path / "1" / f"{stage}.npz") as one,
+              np.load(tmp_path / "3" / f"{stage}.npz") as three):
+            for name in ("data", "m", "v", "ema", "history"):
+                np.testing.assert_array_equal(one[name], three[name])
 
 
 def quadratic(path, steps):
@@ -222,8 +275,53 @@ def test_a_loss_that_is_not_a_number_stops(tmp_path):
     parameter = Parameter(2)
     parameter.data = np.zeros(2)
     trainer = Trainer(tmp_path / "x.npz", [("x", parameter)], 5, 0.1)
-    with pytest.raises(FloatingPointError, match="step 0"):
+    with pytest.raises(TinyldmError, match="the loss is nan at step 0: take a smaller"):
         trainer.train(lambda rng: {"loss": math.nan})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])     # 1e38: its square overflows
+def test_a_gradient_that_is_not_finite_leaves_the_last_good_state(bad, tmp_path):
+    """The loss is finite throughout: only the gradient says that something went wrong."""
+    path, parameter = tmp_path / "x.npz", Parameter(4)
+    parameter.data = np.ones(4, np.float32)
+    trainer = Trainer(path, [("x", parameter)], 5, 0.1)
+
+    def batch_loss(rng):
+        parameter.add_grad(np.full(4, bad if trainer.step == 3 else 0.5, np.float32))
+        return {"loss": 1.0}
+    with pytest.raises(TinyldmError, match="the gradient of .* is NaN or infinite"):
+        trainer.train(batch_loss)
+    with np.load(path) as state:
+        assert state["steps"] == 3 and len(state["history"]) == 3
+        assert all(np.isfinite(state[name]).all() for name in ("data", "m", "v", "ema"))
+        np.testing.assert_array_equal(state["data"], parameter.data)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    path, parameter = tmp_path / "x.npz", Parameter(2)
+    parameter.data = np.zeros(2)
+    trainer = Trainer(path, [("x", parameter)], 5, 0.1)
+    trainer.save()
+    content = path.read_bytes()
+    parameter.data[0] = math.nan
+    with pytest.raises(TinyldmError, match="NaN or infinite at step 0: .*x.npz keeps the last"):
+        trainer.save()
+    assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_parameter_with_new_data_is_named():
+    """As a move to another device or a LoRA leaves it: the update would not reach the model."""
+    named = parameters(np.random.default_rng(0))
+    optimizer = AdamW(named)
+    for _, parameter in named:
+        parameter.add_grad(np.ones(parameter.shape))
+    named[1][1].data = named[1][1].data.copy()
+    before = [parameter.data.copy() for _, parameter in named]
+    with pytest.raises(TinyldmError, match="b got new data after the optimiser was made"):
+        optimizer.step(0.1)
+    for (_, parameter), data in zip(named, before):
+        np.testing.assert_array_equal(parameter.data, data)
 
 
 @pytest.mark.parametrize("stage", ["unet", "decoder", "export"])
@@ -265,13 +363,13 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
     for stage, named in exported.items():
         flat = np.concatenate([p.data.reshape(-1) for _, p in named])
         with np.load(run / f"{stage}.npz") as state:
-            np.testing.assert_allclose(flat, state["ema"], rtol=1e-3, atol=1e-6)
+            assert_allclose(flat, state["ema"], rtol=1e-3, atol=1e-6)
     assert (output / "loss.png").stat().st_size > 1000
 
     again = tmp_path / "again"
     export.restore(output, again)
     with np.load(again / "unet.npz") as state, np.load(run / "unet.npz") as trained:
-        np.testing.assert_allclose(state["data"], trained["ema"], rtol=1e-3, atol=1e-6)
+        assert_allclose(state["data"], trained["ema"], rtol=1e-3, atol=1e-6)
         assert state["begun"] == trained["steps"] == 2 and state["steps"] == 0
     vae_stage.train_vae(again, 3)                       # one step more
     with np.load(again / "decoder.npz") as state:

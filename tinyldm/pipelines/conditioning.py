@@ -11,11 +11,11 @@ stable_diffusion.py -> Conditioner -> text/, models/clip.py; the result goes to 
 import numpy as np
 
 from .. import ops
-from ..backend import get_xp
+from ..backend import get_xp, is_finite
 from ..errors import TinyldmError, note
 from ..models.clip import CLIPTextModelWithProjection
 from ..text.prompt import rows, split, weigh
-from .finite import first_bad_layer, is_finite
+from .finite import first_bad_layer
 from .interpolation import ends, lerp, mixed
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import is_finite
 from ..errors import TinyldmError
 from ..noise import get_generator
-from .finite import is_finite
 from .interpolation import BetweenGenerator, ends, mixed
 
 LARGEST = 8192              # pixels per side; more is a typing mistake, not a picture

@@ -12,14 +12,14 @@ import inspect
 
 import numpy as np
 
-from ..backend import array_library, get_xp, keep_freed_memory
+from ..backend import array_library, free_scratch, get_xp, is_finite, keep_freed_memory
 from ..diffusion.samplers import SAMPLERS, check_name, check_sampler, default_sampler
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError
 from ..images import to_pil
 from .conditioning import Conditioner
 from .editing import Edit
-from .finite import finite_states, first_bad_layer, is_finite
+from .finite import finite_states, first_bad_layer
 from .parts import check_parts
 from .predictor import Predictor
 from .request import Request, check_latents, finite_number, fraction, picture_size
@@ -187,7 +187,10 @@ class StableDiffusion:
         z = self._array(latents) / self.vae.scaling_factor
         z = z.astype(self.vae.post_quant_conv.bias.data.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
+        if self.low_memory:
+            free_scratch()                              # what the UNet used
         images = [decode(z[i:i + 1]) for i in range(len(z))]
+        free_scratch()
         for i, image in enumerate(images):
             if not is_finite(image):
                 culprit = first_bad_layer(self.vae, lambda i=i: decode(z[i:i + 1]))
