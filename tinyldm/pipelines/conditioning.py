@@ -14,7 +14,7 @@ from .. import ops
 from ..backend import get_xp, is_finite
 from ..errors import TinyldmError, note
 from ..models.clip import CLIPTextModelWithProjection
-from ..text.prompt import rows, split, weigh
+from ..text.prompt import apply_weights, split_into_chunks, to_arrays
 from .finite import first_bad_layer
 from .interpolation import ends, lerp, mixed
 
@@ -38,18 +38,18 @@ class Conditioner:
         prompt's.
 
         width, height: of the picture, in pixels.
-        Raises TinyldmError as split does, for either prompt, and as context does.
+        Raises TinyldmError as split_into_chunks does, for either prompt, and as context does.
         """
         if self.guidance_width and negative_prompt:
             note("this model imitates guidance and has no negative prompt: it plays no part")
         guided = guidance_scale > 1 and not self.guidance_width
         texts = [*ends(prompt), *ends(negative_prompt)]
-        pieces = {text: self._split(text) for text in texts}            # checks both prompts
+        chunks = {text: self._split(text) for text in texts}            # checks both prompts
         used = texts if guided else ends(prompt)
-        longest = max(len(own) for text in used for own in pieces[text])
+        longest = max(len(own) for text in used for own in chunks[text])
 
         def read(prompt):               # to one length, as both predictions are made in one batch
-            return mixed(prompt, lambda text: self._encode(text, pieces[text], longest), _lerp_all)
+            return mixed(prompt, lambda text: self._encode(text, chunks[text], longest), _lerp_all)
 
         conditioning = [read(prompt)]
         if guided and self.zeros_if_empty and not negative_prompt:
@@ -61,26 +61,26 @@ class Conditioner:
         return [own | common for own in conditioning]
 
     def context(self, text):
-        """Text -> context (1, 77 * pieces, D), the pieces of a long prompt side by side.
+        """Text -> context (1, 77 * chunks, D), the chunks of a long prompt side by side.
 
-        Raises TinyldmError as split does, for a vocabulary that is not the encoder's, and for NaN.
+        Raises TinyldmError as split_into_chunks does, for a vocabulary that is not the encoder's, and for NaN.
         """
-        pieces = self._split(text)
-        return self._encode(text, pieces, max(map(len, pieces)))["context"]
+        chunks = self._split(text)
+        return self._encode(text, chunks, max(map(len, chunks)))["context"]
 
     def _split(self, text):
-        """The text's pieces for each tokenizer; they may differ, as their padding tokens do."""
-        return [split(text, tokenizer) for tokenizer, _ in self.readers]
+        """The text's chunks for each tokenizer; they may differ, as their padding tokens do."""
+        return [split_into_chunks(text, tokenizer) for tokenizer, _ in self.readers]
 
-    def _encode(self, text, pieces, length):
-        """A text, its pieces for each reader, how many to fill up to -> {"context": (1,77n,D)}.
+    def _encode(self, text, chunks, length):
+        """A text, its chunks for each reader, how many to fill up to -> {"context": (1,77n,D)}.
 
         Also "text_embeds" (1,P) if an encoder has a projection. A prompt has only one such vector:
-        it is that of the first piece, and the weights of words do not change it.
+        it is that of the first chunk, and the weights of words do not change it.
         """
         contexts, conditioning = [], {}
-        for (tokenizer, encoder), own in zip(self.readers, pieces, strict=True):
-            ids, weights = rows(own + [[]] * (length - len(own)), tokenizer)
+        for (tokenizer, encoder), own in zip(self.readers, chunks, strict=True):
+            ids, weights = to_arrays(own + [[]] * (length - len(own)), tokenizer)
             vocabulary = encoder.config["vocab_size"]
             if ids.max() >= vocabulary:
                 raise TinyldmError(f"the tokenizer has a token {ids.max()}, but the text encoder "
@@ -91,7 +91,7 @@ class Conditioner:
                 conditioning["text_embeds"] = text_embeds[:1]
             else:                                       # of two, both leave out the last layer
                 features = encoder(ids, skip=len(self.readers) - 1)     # (n,77,D)
-            context = weigh(features, weights).reshape(1, -1, features.shape[-1])
+            context = apply_weights(features, weights).reshape(1, -1, features.shape[-1])
             if not all(map(is_finite, [features, *conditioning.values()])):
                 culprit = first_bad_layer(encoder, lambda encoder=encoder, ids=ids: encoder(ids))
             elif not is_finite(context):
