@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments):
     parser = Parser("python -m tinyldm", description="Draw a picture of a prompt.")
     parser.add_argument("prompt", nargs="+", help="what to draw, at any length: (word) and "
-                        "(word:1.3) count more, [word] less, BREAK starts a new piece of 75 "
+                        "(word:1.3) count more, [word] less, BREAK starts a new chunk of 75 "
                         r"tokens, and a bracket itself is \( \) \[ or \]; several prompts give "
                         "several pictures")
     parser.add_argument("--weights", help="a folder in the diffusers layout, a single file in "

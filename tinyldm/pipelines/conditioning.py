@@ -63,7 +63,8 @@ class Conditioner:
     def context(self, text):
         """Text -> context (1, 77 * chunks, D), the chunks of a long prompt side by side.
 
-        Raises TinyldmError as split_into_chunks does, for a vocabulary that is not the encoder's, and for NaN.
+        Raises TinyldmError as split_into_chunks does, for a vocabulary larger than the encoder's,
+        and for NaN.
         """
         chunks = self._split(text)
         return self._encode(text, chunks, max(map(len, chunks)))["context"]

@@ -142,9 +142,9 @@ class StableDiffusion:
     stream.__signature__ = inspect.signature(Request.__init__)          # self, prompt, ...
 
     def encode_prompt(self, text):
-        """Text -> context (1, 77 * pieces, D), which the UNet attends to.
+        """Text -> context (1, 77 * chunks, D), which the UNet attends to.
 
-        It is the text transformer's last hidden state, weighted, with the pieces of a long prompt
+        It is the text transformer's last hidden state, weighted, with the chunks of a long prompt
         side by side. In Stable Diffusion XL it is the last but one of both text encoders, side by
         side along D. See conditioning.py.
         """
