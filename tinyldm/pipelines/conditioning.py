@@ -86,7 +86,7 @@ class Conditioner:
             if ids.max() >= vocabulary:
                 raise TinyldmError(f"the tokenizer has a token {ids.max()}, but the text encoder "
                                    f"only {vocabulary} tokens: use parts of one pipeline")
-            ids = get_xp(next(iter(encoder.parameters())).data).asarray(ids)
+            ids = encoder.xp.asarray(ids)
             if isinstance(encoder, CLIPTextModelWithProjection):
                 features, text_embeds = encoder(ids)                    # (n,77,D), (n,P)
                 conditioning["text_embeds"] = text_embeds[:1]

@@ -16,17 +16,16 @@ class Predictor:
                  extra_channels=None):
         self.unet, self.conditioning, self.extra_channels = unet, conditioning, extra_channels
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
-        self.inputs = {}
+        self.inputs, self.dtype = {}, unet.dtype
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
         xp, n = get_xp(x_t), len(self.conditioning)
-        dtype = self.unet.conv_in.bias.data.dtype
         conditioning = {name: xp.concatenate([own[name].repeat(len(x_t), axis=0)
                                               for own in self.conditioning])    # (nB,...)
                         for name in self.conditioning[0]}
         latents = [x_t] if self.extra_channels is None else [x_t, self.extra_channels]
         latents = xp.concatenate([xp.concatenate(latents, axis=-1)] * n)
-        self.inputs = {"latents": latents.astype(dtype), **conditioning,
+        self.inputs = {"latents": latents.astype(self.dtype), **conditioning,
                        "timesteps": xp.full(len(latents), t, x_t.dtype)}
         model_output = self.unet(**self.inputs).astype(x_t.dtype)
         if n == 1:

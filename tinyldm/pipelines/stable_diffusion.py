@@ -12,7 +12,7 @@ import inspect
 
 import numpy as np
 
-from ..backend import array_library, free_scratch, get_xp, is_finite, keep_freed_memory
+from ..backend import array_library, free_scratch, is_finite, keep_freed_memory
 from ..diffusion.samplers import SAMPLERS, check_name, check_sampler, default_sampler
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError
@@ -166,9 +166,9 @@ class StableDiffusion:
         tile at a time.
         """
         encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
-        images = self._array(images).astype(self.vae.quant_conv.bias.data.dtype)
+        images = self._array(images).astype(self.vae.dtype)
         mean, logvar = (self._array(moment) for moment in encode(images))
-        latents = (mean + self._xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
+        latents = (mean + self.unet.xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
         if not is_finite(latents):
             culprit = first_bad_layer(self.vae, lambda: encode(images))
             raise TinyldmError(f"the picture is encoded to NaN or infinity: {culprit}")
@@ -184,8 +184,7 @@ class StableDiffusion:
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = self._array(latents) / self.vae.scaling_factor
-        z = z.astype(self.vae.post_quant_conv.bias.data.dtype)
+        z = (self._array(latents) / self.vae.scaling_factor).astype(self.vae.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         if self.low_memory:
             free_scratch()                              # what the UNet used
@@ -195,7 +194,7 @@ class StableDiffusion:
             if not is_finite(image):
                 culprit = first_bad_layer(self.vae, lambda i=i: decode(z[i:i + 1]))
                 raise TinyldmError(f"picture {i} is decoded to NaN or infinity: {culprit}")
-        return self._xp.concatenate(images).clip(-1, 1)
+        return self.unet.xp.concatenate(images).clip(-1, 1)
 
     @property
     def models(self):
@@ -215,7 +214,7 @@ class StableDiffusion:
         """
         from ..checkpoints import merge_lora
 
-        merge_lora(self.models, path, finite_number("weight", weight), self._dtype)
+        merge_lora(self.models, path, finite_number("weight", weight), self.unet.dtype)
 
     def load_textual_inversion(self, path, token=None):
         """Add a learned word to the vocabulary, for use in prompts.
@@ -258,14 +257,6 @@ class StableDiffusion:
 
     # ---- arrays -----------------------------------------------------------------------------
 
-    @property
-    def _xp(self):
-        return get_xp(self.unet.conv_in.weight.data)
-
-    @property
-    def _dtype(self):
-        return self.unet.conv_in.bias.data.dtype        # large weights may be narrower
-
     def _draw(self, generators, shape):
         """Normal numbers (B,h,w,C), in the reference's order: image by image, (C,h,w) each."""
         _, h, w, C = shape
@@ -274,5 +265,5 @@ class StableDiffusion:
 
     def _array(self, values):
         """On the models' device, at least float32: float16 is too coarse for a sampler's sums."""
-        dtype = np.promote_types(self._dtype, np.float32)
-        return self._xp.ascontiguousarray(self._xp.asarray(values, dtype))
+        dtype = np.promote_types(self.unet.dtype, np.float32)
+        return self.unet.xp.ascontiguousarray(self.unet.xp.asarray(values, dtype))
