@@ -15,7 +15,7 @@ import torch
 from diffusers.schedulers import scheduling_lms_discrete
 
 from tests.support.tolerance import within
-from tinyldm.diffusion.samplers import SAMPLERS, check_name, check_sampler, default_sampler
+from tinyldm.diffusion.samplers import SAMPLERS, check_sampler, default_sampler
 from tinyldm.diffusion.samplers.shared import NO_PICTURE, Origin
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
@@ -306,7 +306,7 @@ def test_bad_steps(name, steps):
 
 def test_other_bad_input():
     with pytest.raises(TinyldmError, match="'dpm2'.*ddpm, ddim, pndm, euler, euler_anc.*_karras"):
-        check_name("dpm2")
+        check_sampler("dpm2", Schedule.from_config(SD), 5)
     zero_snr = Schedule.from_config({**SD, "rescale_betas_zero_snr": True})
     refused("pndm", zero_snr, 5, message="another sampler")
     for T, steps in ((1000, 51), (49, 4)):

@@ -281,6 +281,7 @@ def test_a_schedule_that_the_sampler_cannot_take_is_refused_before_drawing(small
 
 def test_options_by_name_and_by_position(small):
     options = list(inspect.signature(small.stream).parameters)
+    assert options == list(inspect.signature(small).parameters)
     assert options == [
         "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "width",
         "height", "num_images", "sampler", "latents", "noise", "guidance_rescale", "image",
