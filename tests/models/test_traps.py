@@ -120,7 +120,7 @@ def test_steps_offset_and_the_final_alpha(name):
     start = np.ones((1, 2, 2, 4), np.float32)
     states = list(SAMPLERS[name](lambda x, t: 0 * x, start, schedule, 50, lambda: 0 * start))
     assert states[0].timestep == 981 and states[-1].timestep == 1
-    # No noise predicted: x_t = sqrt(alpha_bar_t) x_start all along, from alpha_bar of 981 to that of 0.
+    # Without noise x_t = sqrt(alpha_bar_t) x_start: alpha_bar goes from that of 981 to that of 0.
     kept = np.sqrt(schedule.alphas_cumprod[0] / schedule.alphas_cumprod[981])
     assert_allclose(states[-1].latents, kept * start, rtol=1e-5)
     assert schedule.alphas_cumprod[0] < 0.9992
