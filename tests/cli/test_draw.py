@@ -35,13 +35,13 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def bad_weights(weights, tmp_path):
-    """A copy to spoil."""
+    """A copy for the test to damage."""
     return Path(shutil.copytree(weights, tmp_path / "bad-weights"))
 
 
 @pytest.fixture
 def out(tmp_path):
-    """The folder that pictures are to be written in."""
+    """The folder to write pictures in."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
 
@@ -71,7 +71,7 @@ def assert_refused(process, message, folder):
     assert list(folder.iterdir()) == []
 
 
-# ---- what it does ---------------------------------------------------------------------------
+# ---- drawing --------------------------------------------------------------------------------
 
 def test_a_picture_with_its_parameters(weights, out):
     process = run("a red cat", "--weights", weights, "--steps", 3, "--guidance", 4, "--seed", 9,
@@ -157,11 +157,11 @@ def test_count_draws_consecutive_seeds(weights, out, capsys):
     for i, name in enumerate(names):
         picture = Image.open(out / name)
         assert f"Seed: {4 + i}, " in picture.text["parameters"]
-        assert_same_pixels(picture, expected[i])        # there in one batch, here one by one
+        assert_same_pixels(picture, expected[i])        # not drawn in one batch
 
 
 def draw(weights, out, *arguments):
-    """Run the command here -> its pictures and what they record, by name, steps and files apart."""
+    """Run the command, with 2 steps, in this process -> its pictures, and the texts in them."""
     assert main([*map(str, arguments), "--weights", str(weights), "--steps", "2",
                  "--output", str(out / "out.png")]) == 0
     pictures = {path.name: Image.open(path) for path in sorted(out.glob("*.png"))}
@@ -170,7 +170,7 @@ def draw(weights, out, *arguments):
 
 
 def assert_drawn(pictures, pipe, expected):
-    """As if each were drawn by a call with these arguments."""
+    """Each picture equals that of a call with these arguments."""
     assert len(pictures) == len(expected)
     for picture, (prompt, options) in zip(pictures, expected):
         theirs, = pipe(prompt, num_inference_steps=2, **options)
@@ -292,7 +292,7 @@ def test_eight_interpolated_pictures_by_default(weights, out):
 
 
 def test_the_averaged_weights_of_a_folder(weights, out, capsys):
-    """There are none apart: the option is for single files, and does no harm."""
+    """A folder has only one set: the option is for single files and changes nothing."""
     assert_drawn(draw(weights, out, "a cat", "--ema")[0], load(weights), [("a cat", {})])
     assert "has one set of weights: those averaged apart" in capsys.readouterr().err
 
@@ -304,7 +304,7 @@ def test_formats(weights, out, suffix, image_format):
     path = out / f"picture{suffix}"
     path.write_text("an older file, which is replaced")
     arguments = ["", "--weights", str(weights), "--steps", "1", "--output", str(path)]
-    assert main(arguments) == 0                         # and an empty prompt works
+    assert main(arguments) == 0                         # an empty prompt works, too
     with Image.open(path) as picture:
         assert picture.format == image_format and picture.size == (16, 16)
     assert list(out.iterdir()) == [path]
@@ -355,7 +355,7 @@ def test_interrupt(weights, out):
 @pytest.mark.parametrize("module", ["tinyldm", "tinyldm.inspect"])
 @pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
 def test_a_pipe_that_is_closed(module, stderr, weights, out):
-    """As by head: the command ends without a word, and as shells say it does."""
+    """As by head: the command ends without a message, with a shell's exit status."""
     arguments = [weights] if module == "tinyldm.inspect" else [
         "a cat", "--weights", weights, "--steps", "1"]
     reader, writer = os.pipe()
@@ -375,7 +375,7 @@ def test_the_bundled_model(tmp_path):
     assert picture.size == (64, 64) and "Model: shapes" in picture.text["parameters"]
 
 
-# ---- what bad input gets --------------------------------------------------------------------
+# ---- bad input ------------------------------------------------------------------------------
 
 IN = Path(__file__).parents[2] / "weights" / "shapes" / "samples.png"
 
@@ -447,7 +447,7 @@ def test_a_film_that_would_replace_the_picture(weights, out, count, name, capsys
     (["--count", 2, "--seed", 2 ** 64 - 1], "a seed is a whole number from"),
     (["--to-prompt", "a (dog:1000)"], "the prompt gives 'dog' the weight 1000"),
 ])
-def test_what_is_wrong_of_a_later_picture_is_found_before_the_first(
+def test_a_mistake_in_a_later_picture_is_found_before_the_first(
         arguments, message, weights, out, capsys):
     arguments = ["a cat", *map(str, arguments), "--weights", str(weights)]
     assert main([*arguments, "--output", str(out / "out.png")]) == 2
@@ -463,7 +463,7 @@ def test_no_gpu(weights, out):
         import cupy
         if cupy.cuda.runtime.getDeviceCount():
             pytest.skip("this machine has a GPU")
-    except Exception:                                   # no CuPy, or no driver: what is tested
+    except Exception:                                   # no CuPy, or no driver: run the test
         pass
     process = run("a cat", "--weights", weights, "--device", "cuda", folder=out)
     assert_refused(process, "device cuda needs .*--device cpu", out)
@@ -473,7 +473,7 @@ def test_no_gpu(weights, out):
 def test_a_folder_that_cannot_be_written_in(weights, out):
     process = run("a cat", "--weights", weights, "--output", "/proc/out.png", folder=out)
     assert_refused(process, "cannot write /proc/out.png", out)
-    assert "loading" not in process.stderr              # found at once
+    assert "loading" not in process.stderr              # found before
 
 
 def truncate(folder):

@@ -34,7 +34,7 @@ from tinyldm.images import from_pil, mask_from_pil, open_image, to_pil
 from tinyldm.noise import get_generator
 from tinyldm.pipelines.editing import Edit
 
-SIZE = 70, 59                       # of the picture, and no multiple of a VAE's factor
+SIZE = 70, 59                       # of the picture; no multiple of a VAE's downsampling factor
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -56,14 +56,14 @@ def hole(size=SIZE):
 
 
 def thin(side):
-    """A mask with white lines that lie between the pixels which a latent's cell is told by."""
+    """A mask with white lines between the pixels at which it is sampled for the latents."""
     mask = Image.new("L", (side, side))
     mask.paste(255, (5, 0, 8, side))
     return mask
 
 
 class Editing(Reference):
-    """diffusers' pipelines for image to image, or with a mask for inpainting, by the same parts."""
+    """diffusers' pipeline for image to image, or with a mask for inpainting, of the same parts."""
 
     def __call__(self, seeds=(0,), **options):
         xl = hasattr(self.pipe, "text_encoder_2")
@@ -134,7 +134,7 @@ def test_inpainting_with_a_model_made_for_it(nine, strength):
 
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_a_latent_consistency_model_makes_all_steps(few, strength):
-    """From a start as low as the strength says; with a mask it leaves out steps, as others do."""
+    """All steps are made, from less noise; with a mask some are left out, as in other models."""
     pipe, reference = few
     img2img = diffusers.LatentConsistencyModelImg2ImgPipeline(
         **reference.pipe.components, requires_safety_checker=False)
@@ -162,7 +162,7 @@ def test_strength_unless_given(both_sd1):
 
 
 def test_large_pictures_in_tiles(tmp_path):
-    """low_memory encodes in tiles as well: those of diffusers' enable_tiling."""
+    """low_memory also encodes in tiles, those of diffusers' enable_tiling."""
     folder, large = sd1(tmp_path), picture(size=(96, 72))
     reference = Editing(folder)
     reference.pipe.vae.enable_tiling()
@@ -171,7 +171,7 @@ def test_large_pictures_in_tiles(tmp_path):
 
 
 def test_what_is_transparent_lies_on_white(small):
-    """So a mask's transparent parts are painted, as programs mean it that cut holes."""
+    """So a mask's transparent parts are painted: programs that cut holes mean it so."""
     clear = picture(mode="RGBA")
     alpha = Image.eval(hole(), lambda value: 0 if value > 128 else 255)
     clear.putalpha(alpha)
@@ -186,7 +186,7 @@ def test_what_is_transparent_lies_on_white(small):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
 def test_pictures_of_other_modes(small, mode):
-    """diffusers takes RGB alone; a mask of any mode."""
+    """diffusers takes images in RGB only, masks in any mode."""
     image, options = picture(mode=mode), {"num_inference_steps": 2, "mask": hole()}
     *_, state = small.stream("cat", image=image, **options)
     *_, expected = small.stream("cat", image=image.convert("RGB"), **options)
@@ -200,7 +200,7 @@ def test_masks_of_other_modes(both_sd1, mode):
                         reference(image=picture(), mask_image=mask, **size))
 
 
-# ---- of several, each is its own seed's -----------------------------------------------------
+# ---- several images: each has its own seed --------------------------------------------------
 
 @pytest.mark.parametrize("mask", [None, hole()])
 def test_each_picture_is_that_of_its_seed(both_sd1, mask):
@@ -215,7 +215,7 @@ def test_each_picture_is_that_of_its_seed(both_sd1, mask):
 
 
 def test_where_the_mask_is_black_the_latents_are_the_pictures(small):
-    """The last state of an ordinary model; and elsewhere they are not."""
+    """In the last state of an ordinary model; inside the mask they differ."""
     image, mask = picture(size=(16, 16)), Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
     *_, state = small.stream("cat", num_inference_steps=3, image=image, mask=mask)
@@ -291,7 +291,7 @@ def test_a_picture_that_is_encoded_to_nan_names_the_layer(tmp_path):
 def test_a_picture_from_a_file_is_upright(tmp_path):
     image, turned = picture(), tmp_path / "turned.jpg"
     exif = Image.Exif()
-    exif[0x112] = 6                                     # a camera held upright
+    exif[0x112] = 6                                     # the camera was held upright
     image.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif, quality=100)
     read = open_image(turned)
     assert read.size == image.size and read.mode == "RGB"
@@ -300,7 +300,7 @@ def test_a_picture_from_a_file_is_upright(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_grey_picture_of_16_bits(tmp_path, mode):
-    """Pillow's own convert would clip it, so that nearly all of it were white."""
+    """Pillow's own convert would clip at 255, so nearly all pixels would be white."""
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(grey * 257).save(tmp_path / "in.png")
     read = open_image(tmp_path / "in.png", mode)

@@ -1,4 +1,4 @@
-"""What lies between two prompts, seeds or pictures: each mixed by torch, and drawn by diffusers."""
+"""Between two prompts, seeds or pictures: torch mixes them, and diffusers draws."""
 import diffusers
 import numpy as np
 import pytest
@@ -59,8 +59,8 @@ def test_prompts(both, weight):
               for text in (FIRST, short)]
     names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
              "negative_pooled_prompt_embeds"][:len(theirs[0])]
-    told = {name: torch.lerp(one, other, weight) for name, one, other in zip(names, *theirs)}
-    images = reference(**told, num_inference_steps=STEPS, guidance_scale=7.5,
+    mixed = {name: torch.lerp(one, other, weight) for name, one, other in zip(names, *theirs)}
+    images = reference(**mixed, num_inference_steps=STEPS, guidance_scale=7.5,
                        generator=generator(3)).images
     ours = draw(pipe, Between(FIRST, short, weight), negative_prompt=NEGATIVE, seed=3)
     assert_same_pictures(ours, array(images))
@@ -77,7 +77,7 @@ def test_seeds(both, weight):
 
 @pytest.mark.parametrize("weight", [0.3, 0.5])
 def test_pictures(both, weight):
-    """diffusers takes latents for a picture: here those between two, of its own VAE."""
+    """diffusers also takes latents as image: here those between two, from its own VAE."""
     pipe, reference = both
     xl = "XL" if hasattr(reference, "text_encoder_2") else ""
     img2img = getattr(diffusers, f"StableDiffusion{xl}Img2ImgPipeline")(
@@ -97,7 +97,7 @@ def test_pictures(both, weight):
     assert_same_pictures(ours, array(images))
 
 
-# ---- by themselves --------------------------------------------------------------------------
+# ---- without a reference --------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [{}, {"mask": hole()}])
 def test_the_ends_are_those_between_which_it_lies(small, options):
@@ -111,7 +111,7 @@ def test_the_ends_are_those_between_which_it_lies(small, options):
 
     ends = [last({name: Between(one[name], other[name], weight) for name in one})
             for weight in (0, 1)]
-    # The shorter prompt is filled up to the chunks of the longer, so that its end differs a little.
+    # The shorter prompt gets as many chunks as the longer, so the end differs a little.
     assert_close(ends[1], last(other), 1e-5, "the second")
     one["prompt"] = other["prompt"] = FIRST
     assert_close(last({name: Between(one[name], other[name], 0) for name in one}), last(one),

@@ -1,4 +1,4 @@
-"""How much memory is held: as much as the tokens ask for, and with low_memory less of it."""
+"""How much memory is in use: in proportion to the tokens, and less with low_memory."""
 import mmap
 import tracemalloc
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ both_paths = pytest.mark.parametrize("path", [nullcontext, backend.plain], ids=[
 
 
 def peak(run):
-    """The most bytes held at a time above what was held before; scratch memory is new as well."""
+    """The most bytes in use at a time above those before; includes new scratch memory."""
     tracemalloc.start()
     try:
         run()
@@ -73,7 +73,7 @@ def test_tiles_take_little_more_than_one_of_them(path):
                                              sample_size=128))))
     with path():
         one, nine = normal(1, 16, 16, 4), normal(1, 40, 40, 4)
-        vae.decode(one)                                 # which makes the kernels' scratch memory
+        vae.decode(one)                                 # allocates the kernels' scratch memory
         held = peak(lambda: vae.decode(one))
         assert peak(lambda: vae.decode_tiled(nine)) <= 2 * held
         assert peak(lambda: vae.decode(nine)) >= 4 * held
@@ -115,7 +115,7 @@ def test_nan_in_a_tile_is_traced_to_its_layer(tmp_path):
 
 @pytest.mark.parametrize("make, dtype", [(sd1, np.float32), (euler_ancestral, np.float16)])
 def test_low_memory_leaves_weights_in_the_map(make, dtype, tmp_path):
-    """The same numbers; every weight whose dtype is the file's is a part of the map."""
+    """The numbers are the same; every weight whose dtype is the file's is part of the map."""
     folder = make(tmp_path / "folder")
     usual, low = (load_model(folder / "unet", dtype, low) for low in (False, True))
     for (name, expected), parameter in zip(usual.named_parameters(), low.parameters()):
