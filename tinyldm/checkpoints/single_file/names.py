@@ -159,8 +159,8 @@ def open_clip_names(name, tensor):
 
 
 def _is_dropped(part, name, text_layers):
-    """Whether an OpenCLIP weight has no effect on the UNet: logit_scale, and if OpenCLIP is the only
-    text encoder (Stable Diffusion 2) its last layer and the projection after it."""
+    """Whether an OpenCLIP weight has no effect on the UNet: logit_scale; and if OpenCLIP is alone
+    (Stable Diffusion 2), its last layer and the projection after it."""
     return name == "logit_scale" or part == "text_encoder" and (
         name == "text_projection" or name.startswith(f"transformer.resblocks.{text_layers}."))
 
