@@ -331,7 +331,9 @@ def test_parts_must_fit_together(small, both_sd1):
     parts = [small.tokenizer, small.text_encoder, small.unet, small.vae, small.scheduler]
     with pytest.raises(TinyldmError, match="cross_attention_dim is 8, but .* 32"):
         StableDiffusion(small.tokenizer, other.text_encoder, *parts[2:])
-    for changes, message in [({"addition_embed_type": "text_time"}, "no second text encoder"),
+    xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+          "projection_class_embeddings_input_dim": 68}
+    for changes, message in [(xl, "no second text encoder"),
                              ({"in_channels": 8}, "in_channels is 8, but the VAE's .* 4")]:
         before, small.unet.config = small.unet.config, small.unet.config | changes
         with pytest.raises(TinyldmError, match=message):
