@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import strict
 from tinyldm.kernels import blocks
+from tinyldm.pipelines.stable_diffusion import load
 
 
 @pytest.fixture
@@ -28,3 +30,16 @@ def block_size(request, monkeypatch):
     """Elementwise kernels with several blocks, and threads, for small arrays as well."""
     monkeypatch.setattr(blocks, "BLOCK", request.param)
     monkeypatch.setattr(blocks, "SERIAL", request.param // 2)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    """The bundled model on the host and, in both dtypes, on the device."""
+    with strict.installed():
+        return {"cpu": load(), **{dtype: load(device="cuda", dtype=dtype)
+                                  for dtype in ("float32", "float16")}}

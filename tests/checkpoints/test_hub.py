@@ -195,7 +195,8 @@ def test_the_device_decides_where_no_dtype_is_given(device, dtype, expected, mon
         raise Stop(dtype)
 
     monkeypatch.setattr("tinyldm.checkpoints.resolve", asked)
-    monkeypatch.setattr("tinyldm.pipelines.stable_diffusion.array_library", lambda device: {"cpu": np}.get(device))
+    monkeypatch.setattr("tinyldm.pipelines.stable_diffusion.array_library",
+                        lambda device: {"cpu": np}.get(device))
     with pytest.raises(Stop) as stop:
         tinyldm.load("owner/small", device, dtype)
     assert stop.value.args == (expected,)

@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 
 import tinyldm
-from tests.checkpoints.test_keys import MODELS, REFERENCE, with_lists
-from tests.pipelines.test_stable_diffusion import Reference, assert_same_drawing, ours
 from tests.support import single_files
+from tests.support.drawing import Reference, assert_same_drawing, ours
+from tests.support.keys import MODELS, REFERENCE, with_lists
 from tests.support.reference import assert_close
 from tests.support.small_pipelines import change_json
 from tinyldm.checkpoints import folders, load_pipeline_parts

@@ -10,7 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models.test_models import CLIPS, UNETS, VAES, clip_pair, unet_pair, vae_pair
+from tests.support.models import CLIPS, UNETS, VAES
+from tests.support.pairs import clip_pair, unet_pair, vae_pair
 from tests.support.reference import nchw
 from tests.support.small_pipelines import smallest
 from tinyldm.cli import profiler as profiling

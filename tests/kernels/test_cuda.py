@@ -2,14 +2,15 @@
 
 What NVRTC compiles is what CuPy would load; it needs no device. What runs here runs by cuda_host.py
 on strict arrays: arithmetic, indices and meetings of threads, and nothing of speed. The kernels
-also go through every case of test_ops.py, in check_op.
+also go through every case of tests/ops, in check_op.
 """
 import numpy as np
 import pytest
 
+from tests.conftest import pipes  # noqa: F401 (a fixture)
 from tests.support import cuda_host, strict
+from tests.support.gpu import LARGE, draw
 from tests.support.reference import assert_close
-from tests.test_cupy import LARGE, draw, pipes  # noqa: F401 (a fixture)
 from tinyldm import backend, ops
 from tinyldm.kernels import cuda
 

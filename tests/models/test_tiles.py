@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import tinyldm
-from tests.models.test_models import VAES, readonly, vae_config, vae_pair
+from tests.support.arrays import normal
+from tests.support.models import VAES, fill, vae_config
+from tests.support.pairs import vae_pair
 from tests.support.reference import assert_close, nchw, nhwc
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL
@@ -12,16 +14,6 @@ from tinyldm.shapes import scenes as data
 
 # Of latents: one tile exactly, a sliver more, slivers on both sides, lower than a tile is wide.
 SIZES = [(8, 8), (9, 8), (13, 7), (17, 13), (14, 19), (3, 29)]
-
-
-def normal(*shape, kind=np.float32):
-    return readonly(np.random.default_rng(0).standard_normal(shape).astype(kind))
-
-
-def fill(module):
-    for parameter in module.parameters():
-        parameter.data = 0.1 * normal(*parameter.shape)
-    return module
 
 
 @pytest.mark.parametrize("dtype, kind, allowed", [

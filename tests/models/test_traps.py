@@ -1,7 +1,8 @@
 """What other implementations of Stable Diffusion got wrong at least once, each trap by its name.
 
 Two more stand where their files are read: the VAE's old attention names and the text encoder's
-position_ids, in test_checkpoints.py. All schedules against diffusers: test_samplers.py.
+position_ids, in checkpoints/test_folders.py. All samplers against diffusers:
+diffusion/test_samplers.py.
 """
 import diffusers
 import numpy as np

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pipelines.test_editing import SIZE, hole, picture
-from tests.pipelines.test_stable_diffusion import NEGATIVE, STEPS, Reference, assert_same_pictures
+from tests.support.drawing import NEGATIVE, STEPS, Reference, assert_same_pictures
+from tests.support.pictures import SIZE, hole, picture
 from tests.support.reference import assert_close, nchw
 from tests.support.small_pipelines import sd1, sdxl, smallest
 from tinyldm import Between, TinyldmError, load

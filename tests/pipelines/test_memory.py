@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import tinyldm
-from tests.models.test_models import UNETS, VAES, vae_config
-from tests.models.test_tiles import fill, normal
-from tests.pipelines.test_stable_diffusion import Reference, assert_same_drawing, ours, spoil
+from tests.support.arrays import normal
+from tests.support.drawing import Reference, assert_same_drawing, ours
+from tests.support.models import UNETS, VAES, fill, spoil, vae_config
 from tests.support.reference import assert_close
 from tests.support.small_pipelines import euler_ancestral, sd1, smallest
 from tinyldm import backend, ops

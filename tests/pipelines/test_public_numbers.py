@@ -3,7 +3,8 @@
 TINYLDM_WEIGHTS names a folder of pipeline folders, called as on the hub, and of the public files
 that the records name, under `inputs`:
 
-    TINYLDM_WEIGHTS=~/weights python -m pytest tests/pipelines/test_public_numbers.py     # ~/weights/
+    TINYLDM_WEIGHTS=~/weights python -m pytest tests/pipelines/test_public_numbers.py
+                                        # ~/weights/
                                         # stable-diffusion-v1-4/  stable-diffusion-2/  ...
                                         # inputs/stable_diffusion_inpaint/input_bench_image.png ...
 
@@ -32,17 +33,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.checkpoints.test_lora import kohya, make_lora, merge, write
-from tests.checkpoints.test_textual_inversion import WORD, vectors
-from tests.pipelines.test_editing import hole
-from tests.pipelines.test_editing import picture as patches
+from tests.support.addons import WORD, kohya, make_lora, merge, vectors, write
+from tests.support.pictures import hole
+from tests.support.pictures import picture as patches
 from tests.support.small_pipelines import inpainting, lcm, sd1, sdxl
 from tinyldm import load_model
 from tinyldm.images import open_image
 from tinyldm.noise import A100_THREADS, CudaGenerator, get_generator
 from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 
-RECORDS = json.loads((Path(__file__).parents[1] / "support" / "public_numbers.json").read_text(encoding="utf-8"))
+TABLE = Path(__file__).parents[1] / "support" / "public_numbers.json"
+RECORDS = json.loads(TABLE.read_text(encoding="utf-8"))
 GPU_DIGITS = 1e-3
 # Threads of the GPUs a noise larger than that may come from (noise.py): A100, V100, RTX 4090, H100.
 GPUS = (A100_THREADS, 163840, 196608, 270336)

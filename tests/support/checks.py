@@ -5,9 +5,11 @@ Torch gets the same arrays in our layout (channels last); a test hands over a sm
 turns its tensors round. All that an op is given is read-only, so an op that writes into it fails.
 """
 import numpy as np
+import pytest
 import torch
 
 from tests.support import strict
+from tests.support.arrays import read_only, read_only_cache
 from tinyldm import backend
 
 STEP = 1e-5                         # of the central difference
@@ -126,22 +128,4 @@ def assert_same(ours, theirs, what):
     assert error <= AGAINST_TORCH * size + 1e-13, f"{what}: {error:.2e} from torch, size {size:.2e}"
 
 
-def read_only(array):
-    if array is not None:
-        array = np.array(array)
-        array.flags.writeable = False
-    return array
-
-
-def arrays_in(cache):
-    """Every array of a cache, which may be nested tuples."""
-    if isinstance(cache, np.ndarray):
-        yield cache
-    elif isinstance(cache, tuple):
-        for item in cache:
-            yield from arrays_in(item)
-
-
-def read_only_cache(cache):
-    for array in arrays_in(cache):
-        array.flags.writeable = False
+shapes = pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 7, 3), (3, 5, 1, 9)], ids=str)

@@ -70,3 +70,12 @@ def assert_same_gradients(reference, module, relative=1e-6):
         error = abs(ours[name].grad - theirs).max() / (abs(theirs).max() + 1e-300)
         assert error <= relative or abs(theirs).max() < 1e-12, (
             f"{name}: gradient differs by {error:.2e}")
+
+
+def chw(x):
+    """(B,...,C) -> (B,C,...)."""
+    return x.movedim(-1, 1)
+
+
+def hwc(x):
+    return x.movedim(1, -1)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from tests.support.reference import randomise
-from tests.text.test_tokenizer import VOCABULARY, write_settings, write_toy_vocabulary
+from tests.support.words import VOCABULARY, write_settings, write_toy_vocabulary
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")

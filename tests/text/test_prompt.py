@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pipelines.test_stable_diffusion import STEPS, assert_same_drawing
+from tests.support.drawing import STEPS, assert_same_drawing
 from tests.support.reference import assert_close, nhwc
 from tests.support.small_pipelines import sd1, sd2, smallest
 from tinyldm.errors import TinyldmError

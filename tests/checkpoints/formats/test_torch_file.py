@@ -19,13 +19,14 @@ import safetensors.torch
 import torch
 
 import tinyldm
-from tests.checkpoints.test_folders import (
+from tests.support.files import (
+    Toy,
     assert_holds,
     diffusers_unet,
     diffusers_vae,
+    toy_tensors,
     transformers_clip,
 )
-from tests.checkpoints.test_safetensors_file import Toy, toy_tensors
 from tests.support.reference import reference_names
 from tests.support.small_pipelines import smallest, with_old_vae_names
 from tinyldm.checkpoints import load_model, load_weights, read_tensors
@@ -333,7 +334,7 @@ def test_pickles_written_by_hand(data, match, tmp_path):
 def test_what_is_made_without_a_call_is_inert(tmp_path):
     """NEWOBJ and BUILD: Python's pickle would call __new__ and __setstate__ of any class."""
     made = str(tmp_path / "made").encode()
-    start = b"\x80\x02}X\x01\x00\x00\x00wctests.test_torch_file\nCallback\n)\x81"
+    start = b"\x80\x02}X\x01\x00\x00\x00wc" + __name__.encode() + b"\nCallback\n)\x81"
     state = b"}X\x04\x00\x00\x00pathX" + len(made).to_bytes(4, "little") + made + b"sb"
     items = b"(X\x01\x00\x00\x00aK\x01u(K\x01e"         # items and more of them, set and appended
     assert read_tensors(write(tmp_path / "x.pt", start + state + items + b"s.")) == {}

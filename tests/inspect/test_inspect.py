@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image, PngImagePlugin
 
-from tests.checkpoints.test_keys import KEYS, REFERENCE, SD15, SD21, published_shapes
+from tests.support.keys import KEYS, REFERENCE, SD15, SD21, published_shapes
 from tests.support.small_pipelines import change_json, smallest
 from tinyldm.checkpoints import write_safetensors
 from tinyldm.checkpoints.single_file.kinds import family, layout_of

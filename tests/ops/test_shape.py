@@ -1,0 +1,25 @@
+"""Joining and splitting channels, and their gradients."""
+import pytest
+import torch
+
+from tests.support.checks import check_op, shapes
+from tinyldm import ops
+from tinyldm.backend import get_xp
+
+
+@shapes
+def test_concat(shape, rng):
+    inputs = [rng.normal(size=shape), rng.normal(size=(*shape[:-1], 3))]
+    check_op(ops.concat, ops.concat_backward, inputs, lambda a, b: torch.cat([a, b], -1))
+
+
+@shapes
+def test_split(shape, rng):
+    x = rng.normal(size=(*shape[:-1], 2 * shape[-1]))
+    check_op(lambda x: (get_xp(x).stack(ops.split(x)), None),
+             lambda dy, _: ops.split_backward(*dy), [x], lambda x: torch.stack(x.chunk(2, -1)))
+
+
+def test_split_needs_an_even_number(rng):
+    with pytest.raises(AssertionError, match="5 channels"):
+        ops.split(rng.normal(size=(2, 5)))
