@@ -6,9 +6,9 @@ from tests.support.models import SMALL_TEXT, SMALL_UNET, SMALL_VAE
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.models import AutoencoderKL
 from tinyldm.shapes import autoencoder as vae_stage
-from tinyldm.shapes import configs
+from tinyldm.shapes import configs, drawing
 from tinyldm.shapes import denoiser as unet_stage
-from tinyldm.shapes import scenes as data
+from tinyldm.training.objectives import diffusion_loss, sample_timesteps, vae_loss
 from tinyldm.training.optim import initialise
 
 
@@ -55,9 +55,9 @@ def test_vae_loss_gradient(decoder_only):
     for _, parameter in vae.named_parameters():         # off zero, where last layers start
         parameter.data = parameter.data + 0.1 * rng.standard_normal(parameter.shape)
     trained = vae_stage.decoder_parameters(vae) if decoder_only else list(vae.named_parameters())
-    images = data.batch(rng, 2)[0].astype(np.float64)
+    images = drawing.batch(rng, 2)[0].astype(np.float64)
     difference, expected = directional(
-        lambda: vae_stage.vae_loss(vae, images, Float64Noise(1), 0.5, decoder_only),
+        lambda: vae_loss(vae, images, Float64Noise(1), 0.5, decoder_only),
         trained, rng, h=1e-8)                           # small: |x| has a corner at every pixel
     assert expected == pytest.approx(difference, rel=1e-4)
     touched = {name for name, p in vae.named_parameters() if p.grad is not None}
@@ -78,13 +78,13 @@ def test_diffusion_loss_gradient(monkeypatch):
     schedule = Schedule.from_config(configs.SCHEDULER)
     latents, ids = rng.standard_normal((2, 8, 8, 4)), rng.integers(0, 21, (2, 77))
     difference, expected = directional(
-        lambda: unet_stage.diffusion_loss(text_encoder, unet, schedule, latents, ids,
-                                          Float64Noise(1), 0.5), named, rng)
+        lambda: diffusion_loss(text_encoder, unet, schedule, latents, ids, Float64Noise(1), 0.5),
+        named, rng)
     assert expected == pytest.approx(difference, rel=1e-4)
 
 
 def test_timesteps_are_mostly_in_the_middle():
-    timesteps = unet_stage.sample_timesteps(np.random.default_rng(0), 100_000, 1000)
+    timesteps = sample_timesteps(np.random.default_rng(0), 100_000, 1000)
     assert timesteps.dtype.kind == "i" and 0 <= timesteps.min() and timesteps.max() < 1000
     assert ((timesteps >= 200) & (timesteps < 600)).mean() == pytest.approx(0.6, abs=0.05)
 
