@@ -3,9 +3,20 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import strict
+from tests.support import strict, tolerance
 from tinyldm.kernels import blocks
 from tinyldm.pipelines.stable_diffusion import load
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tolerances", type=float, metavar="SHARE",
+                     help="list the tests whose error is more than this share of what they allow")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if share := config.getoption("--tolerances"):
+        terminalreporter.section("error / allowed")
+        terminalreporter.write_line("\n".join(tolerance.report(share)))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from tests.support.pictures import hole, picture
 from tests.support.schedulers import SD15
 from tests.support.small_pipelines import inpainting, lcm, sdxl
 from tests.support.sources import PACKAGE, SOURCES
+from tests.support.tolerance import assert_allclose, assert_same_pixels, within
 from tinyldm import Between, backend, layers, ops
 from tinyldm.cli.draw import main
 from tinyldm.cli.profiler import Profiler
@@ -182,7 +183,7 @@ def test_models_in_float16(model, config, xp):
             weight = name.replace("bias", "weight")     # of many a bias the gradient is 0
             scale = max(size(expected[key]) for key in (name, weight) if key in expected)
             error = size(x - expected[name]) / scale
-            assert error < allowed, f"{name} differs by {error:.1e}"
+            within(error, allowed, name)
 
 
 def test_the_models_use_every_layer():
@@ -233,7 +234,7 @@ def test_a_picture(options, pipes):
     np.testing.assert_array_equal(same, images)
     latents, close = draw(pipes["float16"], **options)
     assert latents.dtype == np.float32                  # the sampler's sums
-    assert abs(close - images).max() <= 4 and (abs(close - images) <= 1).mean() > 0.99
+    assert_same_pixels(close, images, 4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -251,13 +252,13 @@ def test_other_kinds(make, tmp_path):
     np.testing.assert_array_equal(latents, expected)
     np.testing.assert_array_equal(same, images)
     _, close = draw(half, prompt="red cat", negative_prompt="", **options)
-    assert abs(close - images).mean() < 3
+    within(abs(close - images).mean(), 3)
 
 
 def test_the_fast_picture_is_the_same(pipes):
     with backend.plain(False):
         _, fast = draw(pipes["cpu"])
-    assert abs(draw(pipes["float32"])[1] - fast).max() <= 1
+    assert_same_pixels(draw(pipes["float32"])[1], fast)
 
 
 def test_latents_of_the_host_are_moved(pipes):
@@ -363,4 +364,4 @@ def test_training(xp):
 @pytest.mark.parametrize("ours, expected", LARGE)
 def test_large_numbers_in_float16(ours, expected):
     """What is stored fits float16; sums, squares, exponentials and scores on the way do not."""
-    np.testing.assert_allclose(np.squeeze(ours()), expected, rtol=2e-3, atol=1e-6)
+    assert_allclose(np.squeeze(ours()), expected, rtol=2e-3, atol=1e-6)

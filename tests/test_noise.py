@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.tolerance import assert_allclose
 from tinyldm import noise
 from tinyldm.errors import TinyldmError
 
@@ -124,7 +125,7 @@ def test_published_cuda_numbers():
                 [-1.07454231, -0.36314407, -1.67105067, 2.26550497]]
     ours = noise.CudaGenerator(0).randn((3, 4))
     assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    assert_allclose(ours, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed, published", [
@@ -159,7 +160,7 @@ def test_the_places_of_a_threads_numbers(threads, seed):
         ours = generator.randn(shape).reshape(-1)
         working = min(threads, max(ours.size, 1))
         expected = [one_cuda_number(seed, i, working, calls) for i in range(ours.size)]
-        np.testing.assert_allclose(ours, expected, atol=3e-6)
+        assert_allclose(ours, expected, atol=3e-6)
         calls += math.ceil(ours.size / (4 * working))
 
 
@@ -181,7 +182,7 @@ def test_numpy_numbers():
     """Its last numbers of 10,000 are published in apple/ml-stable-diffusion's test of its RNG."""
     ours, theirs = noise.NumpyGenerator(12345), np.random.RandomState(12345)
     normals = ours.randn(10000)
-    np.testing.assert_allclose(normals[-5:], [-0.86285345, 2.15229409, -0.00670556, -1.21472309,
+    assert_allclose(normals[-5:], [-0.86285345, 2.15229409, -0.00670556, -1.21472309,
                                               0.65498866], atol=1e-7)
     np.testing.assert_array_equal(normals, theirs.standard_normal(10000).astype(np.float32))
     for shape in [(3,), (), (2, 3, 5)]:

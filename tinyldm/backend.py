@@ -6,6 +6,7 @@ so the same code runs on the CPU and on the GPU. Nothing in tinyldm lies below t
 import contextlib
 import contextvars
 import ctypes
+import functools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -80,7 +81,8 @@ def array_library(device):
 
 @contextlib.contextmanager
 def plain(on=True):
-    """Within it every op runs as written in ops/, never its fast twin from kernels/; or not so."""
+    """In this block every op runs as written in ops/, without its fast twin; with on=False, not so.
+    """
     token = _plain.set(on)
     try:
         yield
@@ -90,14 +92,30 @@ def plain(on=True):
 
 def fast(x):
     """Whether the float32 NumPy twins in kernels/ may be used for x."""
-    return not _plain.get() and type(x) is np.ndarray and x.dtype == np.float32
+    return type(x) is np.ndarray and x.dtype == np.float32 and not _plain.get()
 
 
-def twin(x, on_cpu, on_gpu):
-    """Which of two modules of fast twins serves x, or None where the plain op is to run."""
-    if type(x) is np.ndarray:
-        return on_cpu if fast(x) else None
-    return on_gpu if not _plain.get() and x.dtype in (np.float16, np.float32) else None
+def fast_on_gpu(x):
+    """Whether the CuPy twins in kernels/cuda.py, for float16 and float32, may be used for x."""
+    return (not isinstance(x, (np.ndarray, np.generic)) and x.dtype in (np.float16, np.float32)
+            and not _plain.get())
+
+
+def fast_twin(cpu=None, gpu=None):
+    """Decorate an op: call its fast twin from kernels/ where there is one for the first argument.
+
+    A twin has the same signature as the op and returns the same. It may return NotImplemented for
+    arguments that it does not support: then the op itself runs.
+    """
+    def decorate(op):
+        @functools.wraps(op)
+        def dispatch(x, *args, **options):
+            twin = cpu if fast(x) else gpu if gpu and fast_on_gpu(x) else None
+            result = twin(x, *args, **options) if twin else NotImplemented
+            return op(x, *args, **options) if result is NotImplemented else result
+        dispatch.cpu, dispatch.gpu = cpu, gpu
+        return dispatch
+    return decorate
 
 
 # ---- memory ---------------------------------------------------------------------------------

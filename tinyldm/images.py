@@ -4,12 +4,11 @@ Beside pipeline.py and __main__.py, which call it at both ends; the conversions 
 diffusers' image processor. What a person's file may have wrong ends here in a TinyldmError.
 """
 import os
-import warnings
 
 import numpy as np
 
 from .backend import to_host
-from .errors import TinyldmError
+from .errors import TinyldmError, note
 from .files import replacing, temporary_beside
 
 # ---- files ----------------------------------------------------------------------------------
@@ -117,8 +116,8 @@ def _resized(image, size):
 def check_mask_size(mask, image):
     """Warn of a mask that is not of its picture's size."""
     if mask.size != image.size:
-        warnings.warn(f"the mask is {mask.width}x{mask.height} pixels and the image "
-                      f"{image.width}x{image.height}: the mask is resized", stacklevel=5)
+        note(f"the mask is {mask.width}x{mask.height} pixels and the image "
+             f"{image.width}x{image.height}: the mask is resized")
 
 
 def to_pil(images):

@@ -17,6 +17,7 @@ from tests.benchmarks import timing
 from tests.support.reference import nchw, to_ours
 from tinyldm import backend, load_model, ops
 from tinyldm.checkpoints import resolve
+from tinyldm.diffusion.objective import target
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.layers import Tape
 from tinyldm.shapes.configs import SCHEDULER
@@ -52,7 +53,7 @@ def make_batch(size, seed=1):
     context = rng.standard_normal((size, 77, 128), np.float32)
     timesteps = rng.integers(schedule.num_train_timesteps, size=size)
     x_t = schedule.add_noise(latents, noise, timesteps)
-    return x_t, timesteps, context, schedule.target(latents, noise, timesteps)
+    return x_t, timesteps, context, target(schedule, latents, noise, timesteps)
 
 
 def our_step(batch):

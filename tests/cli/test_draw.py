@@ -17,6 +17,7 @@ from tests.support.command import ROOT, command, environment, run
 from tests.support.pictures import hole
 from tests.support.pictures import picture as make_picture
 from tests.support.small_pipelines import change_json
+from tests.support.tolerance import assert_same_pixels
 from tinyldm import Between
 from tinyldm.cli.draw import main
 from tinyldm.cli.options import parse
@@ -109,8 +110,7 @@ def test_count_draws_consecutive_seeds(weights, out, capsys):
     for i, name in enumerate(names):
         picture = Image.open(out / name)
         assert f"Seed: {4 + i}, " in picture.text["parameters"]
-        difference = np.asarray(picture).astype(int) - np.asarray(expected[i])
-        assert abs(difference).max() <= 1               # there in one batch, here one by one
+        assert_same_pixels(picture, expected[i])        # there in one batch, here one by one
 
 
 def draw(weights, out, *arguments):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
+from tests.support.tolerance import assert_allclose
 from tinyldm.diffusion.guidance import classifier_free, rescale
 
 
@@ -27,6 +28,6 @@ def test_guidance_rescale(dtype, guidance_rescale):
     ours = rescale(noise, cond, guidance_rescale)
     theirs = rescale_noise_cfg(torch.tensor(noise), torch.tensor(cond), guidance_rescale).numpy()
     assert ours.dtype == dtype
-    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    assert_allclose(ours, theirs, atol=2e-6)
     if guidance_rescale == 1:
-        np.testing.assert_allclose(ours.std(axis=(1, 2, 3)), cond.std(axis=(1, 2, 3)), rtol=1e-6)
+        assert_allclose(ours.std(axis=(1, 2, 3)), cond.std(axis=(1, 2, 3)), rtol=1e-6)

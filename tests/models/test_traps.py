@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig
 from transformers import CLIPTextModel as ReferenceCLIP
 
 from tests.support.sd15 import TEXT_ENCODER, UNET, VAE
+from tests.support.tolerance import assert_allclose
 from tinyldm import ops
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
@@ -101,8 +102,8 @@ def test_timestep_embedding_is_cos_then_sin_over_half():
     waves, _ = ops.timestep_embedding(np.array([0.0, 1.0]), 320)
     np.testing.assert_array_equal(waves[0], [1] * 160 + [0] * 160)
     frequencies = 10000.0 ** (-np.arange(160) / 160)    # over 160, not 159: 1/10000 is not reached
-    np.testing.assert_allclose(waves[1, :160], np.cos(frequencies), rtol=1e-12)
-    np.testing.assert_allclose(waves[1, 160:], np.sin(frequencies), rtol=1e-12)
+    assert_allclose(waves[1, :160], np.cos(frequencies), rtol=1e-12)
+    assert_allclose(waves[1, 160:], np.sin(frequencies), rtol=1e-12)
 
 
 @pytest.mark.parametrize("config", [UNET, {key: value for key, value in UNET.items()
@@ -132,7 +133,7 @@ def test_steps_offset_and_the_final_alpha(name):
     assert states[0].timestep == 981 and states[-1].timestep == 1
     # No noise predicted: x_t = sqrt(alpha_bar_t) x_0 all along, from alpha_bar of 981 to that of 0.
     kept = np.sqrt(schedule.alphas_cumprod[0] / schedule.alphas_cumprod[981])
-    np.testing.assert_allclose(states[-1].latents, kept * start, rtol=1e-5)
+    assert_allclose(states[-1].latents, kept * start, rtol=1e-5)
     assert schedule.alphas_cumprod[0] < 0.9992
 
 

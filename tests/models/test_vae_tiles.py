@@ -28,7 +28,7 @@ def test_tiles_are_those_of_diffusers(name, dtype, kind, allowed):
         reference, module = vae_pair(config, dtype)
         reference.enable_tiling()
         for size in SIZES:
-            z = normal(2, *size, 4, kind=kind)
+            z = normal(2, *size, 4, dtype=kind)
             with torch.no_grad():
                 theirs = nhwc(reference.decode(nchw(z)).sample)
             with backend.plain():
@@ -44,7 +44,7 @@ def test_a_picture_is_encoded_in_tiles_as_diffusers_does(dtype, kind, allowed):
         reference, module = vae_pair(config, dtype)
         reference.enable_tiling()
         for height, width in SIZES:
-            images = normal(2, 2 * height, 2 * width, 3, kind=kind)
+            images = normal(2, 2 * height, 2 * width, 3, dtype=kind)
             with torch.no_grad():
                 theirs = reference.encode(nchw(images)).latent_dist
             with backend.plain():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 
 from tests.support.checks import check_op
+from tests.support.tolerance import assert_allclose
 from tinyldm import ops
 
 
@@ -29,4 +30,4 @@ def test_timestep_embedding(B, dim, shift, flip, rng):
              dim=dim, flip_sin_to_cos=flip, freq_shift=shift)
     ours, _ = ops.timestep_embedding(t.astype(np.float32), dim, flip, shift)
     theirs = get_timestep_embedding(torch.from_numpy(t), dim, flip, shift)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+    assert_allclose(ours, theirs, rtol=0, atol=2e-5)

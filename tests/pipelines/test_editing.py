@@ -26,6 +26,7 @@ from tests.support.small_pipelines import (
     sdxl,
     smallest,
 )
+from tests.support.tolerance import assert_same_pixels
 from tinyldm import Between, load
 from tinyldm.errors import TinyldmError
 from tinyldm.images import from_pil, mask_from_pil
@@ -171,7 +172,7 @@ def test_each_picture_is_that_of_its_seed(both_sd1, mask):
     apart = [pipe("cat", seed=seed, **options)[0] for seed in (3, 4)]
     assert [image.size for image in together] == [(64, 56)] * 2         # rounded down
     for one, other in zip(together, apart):
-        assert abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+        assert_same_pixels(one, other)
 
 
 def test_where_the_mask_is_black_the_latents_are_the_pictures(small):

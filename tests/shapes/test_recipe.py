@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support.models import SMALL_TEXT, SMALL_UNET, SMALL_VAE
+from tests.support.tolerance import assert_allclose
 from tinyldm import load_model
 from tinyldm.errors import TinyldmError
 from tinyldm.shapes import autoencoder as vae_stage
@@ -52,13 +53,13 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
     for stage, named in exported.items():
         flat = np.concatenate([p.data.reshape(-1) for _, p in named])
         with np.load(run / f"{stage}.npz") as state:
-            np.testing.assert_allclose(flat, state["ema"], rtol=1e-3, atol=1e-6)
+            assert_allclose(flat, state["ema"], rtol=1e-3, atol=1e-6)
     assert (output / "loss.png").stat().st_size > 1000
 
     again = tmp_path / "again"
     export.restore(output, again)
     with np.load(again / "unet.npz") as state, np.load(run / "unet.npz") as trained:
-        np.testing.assert_allclose(state["data"], trained["ema"], rtol=1e-3, atol=1e-6)
+        assert_allclose(state["data"], trained["ema"], rtol=1e-3, atol=1e-6)
         assert state["begun"] == trained["steps"] == 2 and state["steps"] == 0
     vae_stage.train_vae(again, 3)                       # one step more
     with np.load(again / "decoder.npz") as state:

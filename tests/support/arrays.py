@@ -23,5 +23,5 @@ def read_only_cache(cache):
         array.flags.writeable = False
 
 
-def normal(*shape, kind=np.float32):
-    return read_only(np.random.default_rng(0).standard_normal(shape).astype(kind))
+def normal(*shape, seed=0, scale=1.0, mean=0.0, dtype=np.float32):
+    return read_only(np.random.default_rng(seed).normal(mean, scale, shape).astype(dtype))

@@ -10,6 +10,7 @@ import torch
 
 from tests.support import strict
 from tests.support.arrays import read_only, read_only_cache
+from tests.support.tolerance import within
 from tinyldm import backend
 
 STEP = 1e-5                         # of the central difference
@@ -62,8 +63,7 @@ def _check_difference(loss, inputs, i, gradient, rng):
     expected = (moved(STEP) - moved(-STEP)) / (2 * STEP)
     error = abs((gradient * direction).sum() - expected)
     allowed = DIFFERENCE * np.linalg.norm(gradient) + NOTHING
-    assert error <= allowed, (f"input {i}: {error:.2e} from the difference quotient, "
-                              f"allowed {allowed:.2e}")
+    within(error, allowed, f"input {i} against the difference quotient")
 
 
 def _check_torch(torch_op, inputs, y, dy, gradients):
@@ -115,7 +115,7 @@ def _check_device(op, backward, inputs, dy, params):
             error, size = abs(our.get() - their).max(), abs(their).max()
             if not plain:                               # what cancels leaves other last digits
                 size = max(size, 0.1)
-            assert error <= allowed * size, f"result {i} differs by {error:.1e}"
+            within(error, allowed * size, f"result {i} in {dtypes[-1].__name__}, plain={plain}")
     compare([np.float32], 0)
     compare([np.float16], FLOAT16)
     compare([np.float32], KERNEL, plain=False)
@@ -125,7 +125,7 @@ def _check_device(op, backward, inputs, dy, params):
 def assert_same(ours, theirs, what):
     assert np.shape(ours) == theirs.shape, f"{what}: {np.shape(ours)}, torch {theirs.shape}"
     error, size = abs(ours - theirs).max(), abs(theirs).max()
-    assert error <= AGAINST_TORCH * size + 1e-13, f"{what}: {error:.2e} from torch, size {size:.2e}"
+    within(error, AGAINST_TORCH * size + 1e-13, f"{what} against torch")
 
 
 shapes = pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 7, 3), (3, 5, 1, 9)], ids=str)

@@ -173,23 +173,38 @@ def _compile(code, options):
         return ctypes.CDLL(str(library)), kernels
 
 
-def gemm_strided_batched(handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype,
-                         ldb, strideB, beta, C, Ctype, ldc, strideC, count, compute, algo):
-    """As cupy.cuda.cublas.gemmStridedBatchedEx, with the names of cuBLAS's manual."""
-    assert (compute, algo) == (68, -1) and transb == 0
-    alpha, beta = (ctypes.c_float.from_address(place).value for place in (alpha, beta))
+class Cublas:
+    """As the module cupy.cuda.cublas. pointer_mode: where alpha and beta lie; a handle has one."""
 
-    def matrix(place, kind, rows, columns, leading, stride):            # stored by columns
-        assert leading >= rows
-        dtype = np.dtype({0: np.float32, 2: np.float16}[kind])
-        numbers = (count - 1) * stride + (columns - 1) * leading + rows
-        memory = np.frombuffer((ctypes.c_char * (numbers * dtype.itemsize)).from_address(place),
-                               dtype)
-        strides = np.array([stride, 1, leading]) * dtype.itemsize
-        return np.lib.stride_tricks.as_strided(memory, (count, rows, columns), strides)
+    CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT = 0, 1, 68, -1
+    CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE = 0, 1
+    pointer_mode = CUBLAS_POINTER_MODE_HOST
 
-    a = matrix(A, Atype, *((k, m) if transa else (m, k)), lda, strideA).astype(np.float32)
-    b = matrix(B, Btype, k, n, ldb, strideB).astype(np.float32)
-    c = matrix(C, Ctype, m, n, ldc, strideC)
-    product = alpha * ((a.swapaxes(1, 2) if transa else a) @ b)
-    c[:] = product if beta == 0 else product + beta * c
+    def getPointerMode(self, handle):
+        return self.pointer_mode
+
+    def setPointerMode(self, handle, mode):
+        self.pointer_mode = mode
+
+    def gemmStridedBatchedEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA,
+                             B, Btype, ldb, strideB, beta, C, Ctype, ldc, strideC, count, compute,
+                             algo):
+        """With the names of cuBLAS's manual."""
+        assert (compute, algo) == (68, -1) and transb == 0
+        assert self.pointer_mode == self.CUBLAS_POINTER_MODE_HOST, "alpha and beta lie on the host"
+        alpha, beta = (ctypes.c_float.from_address(place).value for place in (alpha, beta))
+
+        def matrix(place, kind, rows, columns, leading, stride):            # stored by columns
+            assert leading >= rows
+            dtype = np.dtype({0: np.float32, 2: np.float16}[kind])
+            numbers = (count - 1) * stride + (columns - 1) * leading + rows
+            memory = np.frombuffer((ctypes.c_char * (numbers * dtype.itemsize)).from_address(place),
+                                   dtype)
+            strides = np.array([stride, 1, leading]) * dtype.itemsize
+            return np.lib.stride_tricks.as_strided(memory, (count, rows, columns), strides)
+
+        a = matrix(A, Atype, *((k, m) if transa else (m, k)), lda, strideA).astype(np.float32)
+        b = matrix(B, Btype, k, n, ldb, strideB).astype(np.float32)
+        c = matrix(C, Ctype, m, n, ldc, strideC)
+        product = alpha * ((a.swapaxes(1, 2) if transa else a) @ b)
+        c[:] = product if beta == 0 else product + beta * c

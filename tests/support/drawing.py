@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from tests.support.reference import assert_close, nchw, nhwc
+from tests.support.tolerance import assert_same_pixels
 
 PROMPT = "a photo of an astronaut riding a horse on mars, red cat"
 NEGATIVE = "low quality!"
@@ -61,9 +62,7 @@ def assert_same_pictures(ours, theirs):
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.uint8
     inside = (theirs > 0) & (theirs < 255)
     assert theirs.std() > 20 and inside.mean() > 0.5, "the reference's picture says nothing"
-    difference = abs(ours.astype(int) - theirs.astype(int))
-    assert difference.max() <= 2, f"a pixel differs by {difference.max()}/255"
-    assert (difference <= 1).mean() >= 0.99
+    assert_same_pixels(ours, theirs, 2)
 
 
 class Editing(Reference):

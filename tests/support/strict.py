@@ -279,9 +279,7 @@ class Library:
     ndarray = Array
     RawModule = cuda_host.RawModule
     cuda = SimpleNamespace(
-        cublas=SimpleNamespace(CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68,
-                               CUBLAS_GEMM_DEFAULT=-1,
-                               gemmStridedBatchedEx=cuda_host.gemm_strided_batched),
+        cublas=cuda_host.Cublas(),
         get_cublas_handle=lambda: 1,
         runtime=SimpleNamespace(getDeviceCount=lambda: 1),
         get_current_stream=lambda: SimpleNamespace(synchronize=synchronize))

@@ -11,6 +11,7 @@ import torch
 from tests.support.drawing import STEPS, assert_same_drawing
 from tests.support.reference import assert_close, nhwc
 from tests.support.small_pipelines import sd1, sd2, smallest
+from tests.support.tolerance import assert_allclose
 from tinyldm.errors import TinyldmError
 from tinyldm.images import to_pil
 from tinyldm.pipelines.stable_diffusion import load
@@ -280,7 +281,7 @@ def test_float16_features_are_weighed_in_float32():
     z = np.random.default_rng(0).standard_normal((2, 77, 16)) + 0.5
     weights = np.random.default_rng(1).uniform(0.5, 2, (2, 77))
     exact = weigh(z, weights)
-    np.testing.assert_allclose(exact.mean(axis=(1, 2)), z.mean(axis=(1, 2)), rtol=1e-12)
+    assert_allclose(exact.mean(axis=(1, 2)), z.mean(axis=(1, 2)), rtol=1e-12)
     half = weigh(z.astype(np.float16), weights)
     assert half.dtype == np.float16
     assert_close(half, exact, 3e-3)

@@ -7,13 +7,12 @@ Called by pipeline.py; the models come from components.py, what is not here from
 """
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..files import read_json
 from ..layers import Module
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -66,8 +65,8 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
     if Path(path).is_file():
         return _load_file(Path(path), dtype, low_memory, ema)
     if ema:
-        warnings.warn(f"{path} has one set of weights: those averaged apart, ema, are for single "
-                      "files that hold both", stacklevel=3)
+        note(f"{path} has one set of weights: those averaged apart, ema, are for single files "
+             "that hold both")
     return _load_folder(Path(path), dtype, low_memory)
 
 

@@ -12,7 +12,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..pipelines.interpolation import ends
 from .options import jobs, on_a_way, parse
 
@@ -155,9 +155,8 @@ def advise(pipe):
     told = pipe.scheduler.get
     if (pipe.num_inference_steps == STEPS and told("timestep_spacing") == "trailing"
             and not told("rescale_betas_zero_snr")):
-        warnings.warn(f"the scheduler is that of a model made for few steps, such as Turbo: if it "
-                      f"is one, --steps 1 --guidance 0 does better than {STEPS} steps",
-                      stacklevel=2)
+        note("the scheduler is that of a model made for few steps, such as Turbo: if it is one, "
+             f"--steps 1 --guidance 0 does better than {STEPS} steps")
 
 
 def advise_on_size(pipe, size):
@@ -166,9 +165,9 @@ def advise_on_size(pipe, size):
         own = pipe.size()
         times = math.prod(size) / math.prod(own)
         if times > LARGE:
-            warnings.warn(f"the image is drawn at its {size[0]}x{size[1]} pixels, {times:.0f} "
-                          f"times as many as the {own[0]}x{own[1]} of the weights: --width and "
-                          "--height make it smaller", stacklevel=2)
+            note(f"the image is drawn at its {size[0]}x{size[1]} pixels, {times:.0f} times as "
+                 f"many as the {own[0]}x{own[1]} of the weights: --width and --height make it "
+                 "smaller")
 
 
 def with_progress(states, steps, left_out, sampler):

@@ -3,11 +3,10 @@
 Read by __main__.py, which draws them; nothing that takes long to import is needed to answer --help.
 """
 import argparse
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..pipelines.interpolation import Between, ends
 
 ON_THE_WAY = 8              # pictures from one prompt, seed or image to another
@@ -131,8 +130,8 @@ def jobs(args):
     if count < 1 + walks:
         raise TinyldmError(f"--count must be at least {1 + walks}, not {count}")
     if len(args.prompt) > 1 and not any(" " in prompt for prompt in args.prompt):
-        warnings.warn(f"{len(args.prompt)} prompts of one word each are drawn: put a prompt of "
-                      "several words in quotes", stacklevel=2)
+        note(f"{len(args.prompt)} prompts of one word each are drawn: put a prompt of several "
+             "words in quotes")
     image, to_image = (file and open_image(file) for file in (args.image, args.to_image))
     mask = args.mask and open_image(args.mask, "L")
 

@@ -1,5 +1,5 @@
-"""Diffusion as pure mathematics: the noise schedule, the samplers, guidance.
+"""Diffusion as pure mathematics: the noise schedule, what is predicted, guidance, the samplers.
 
-The pipeline runs a sampler with its UNet as `predict`; training takes noisy latents and targets
-from the schedule. Nothing here knows a model, a file or a progress bar.
+A pipeline calls a sampler with its UNet as `predict`; training takes noisy latents and targets from
+here. This folder contains no model, no file reading and no progress bar.
 """

@@ -1,13 +1,13 @@
-"""Classifier-free guidance: two predictions of the UNet become one, before the sampler steps."""
+"""Classifier-free guidance: combine two predictions of the UNet before the sampler's step."""
 
 
 def classifier_free(noise_uncond, noise_cond, guidance_scale):
-    """Move from the prediction without the prompt towards, and past, the one with it.
+    """Go from the prediction without the prompt towards the one with it, and beyond.
 
         noise = noise_uncond + s (noise_cond - noise_uncond)
 
-    Two arrays of one shape -> that shape. s = 1 is the prompt's own prediction, s = 0 ignores the
-    prompt. The same line serves v-prediction, which is linear in the noise.
+    Two arrays of one shape -> that shape. s = guidance_scale: 1 is the prompt's own prediction, 0
+    ignores the prompt. The formula also holds for v-prediction, as v is linear in the noise.
     Source: Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", arXiv:2207.12598, eq. 6, with
     s = 1 + w.
     """
@@ -15,12 +15,12 @@ def classifier_free(noise_uncond, noise_cond, guidance_scale):
 
 
 def rescale(noise, noise_cond, guidance_rescale):
-    """Take from a guided prediction the contrast that guidance added, and glaring pictures show.
+    """Undo the over-saturation that guidance causes: bring the std back towards the prompt's own.
 
         noise = phi noise std(noise_cond) / std(noise) + (1 - phi) noise
 
     noise, noise_cond (B,...) -> (B,...); each sample has its own std. phi = guidance_rescale: 0
-    changes nothing, 1 restores the std of the prompt's own prediction; the authors take 0.7.
+    changes nothing, 1 restores the std of noise_cond; the authors use 0.7.
     Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
     arXiv:2305.08891, section 3.4, eq. 14-16.
     """

@@ -1,16 +1,16 @@
 """The noise schedule: how much of the picture is left at each training timestep.
 
-    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise
+    x_t = sqrt(alpha_bar_t) x_start + sqrt(1 - alpha_bar_t) noise
 
-Read from a scheduler_config.json. The samplers walk it downwards, training jumps into it anywhere.
+Read from a scheduler_config.json. A sampler goes down its timesteps, training picks them at random.
 
 | here | DDPM paper | DDIM paper |
 |---|---|---|
 | `alphas_cumprod[t]`, `alpha_bar` | alpha_bar_t | alpha_t |
 
 `sigmas[t]` = sqrt((1 - alpha_bar_t) / alpha_bar_t) is the noise per unit of picture, the sigma of
-Karras et al. Tables are float32, rounded where PyTorch's schedulers round: 1 - alpha_bar at t = 0,
-0.00085, keeps only four digits of it, so a more exact table would be a different one.
+Karras et al. The tables are float32 and rounded where PyTorch's schedulers round: at t = 0,
+1 - alpha_bar = 0.00085 keeps only four digits, so a more exact table would give other numbers.
 """
 import math
 from dataclasses import dataclass
@@ -29,29 +29,29 @@ FINAL_SIGMAS = ("zero", "sigma_min")
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What training and the samplers must agree on. T = num_train_timesteps.
+    """The numbers that training and the samplers share. T = num_train_timesteps.
 
-    Three fields may be None: the file does not name them, and each sampler has its own default.
+    Three fields may be None where the file leaves them out: then each sampler has its own default.
     """
 
     betas: np.ndarray                       # (T,) float32, the share of noise added at each step
-    prediction_type: str = "epsilon"        # what the model was trained to answer
+    prediction_type: str = "epsilon"        # what the model predicts: objective.py
     timestep_spacing: str | None = None
     steps_offset: int = 0                   # added to every timestep of "leading" spacing
     set_alpha_to_one: bool | None = None    # is alpha_bar 1 beyond the last step, or alpha_bar[0]?
-    clip_sample: bool | None = None         # DDPM and DDIM hold x_0 in +-clip_sample_range
+    clip_sample: bool | None = None         # clip x_start to +-clip_sample_range?
     clip_sample_range: float = 1.0
     final_sigmas_type: str = "zero"         # where Euler and DPM-Solver++ end: 0, or sigmas[0]
 
     @classmethod
     def from_config(cls, config):
-        """From the dict of a scheduler_config.json, of whichever class.
+        """Read the dict of a scheduler_config.json; its `_class_name` plays no part.
 
-        Raises TinyldmError for an unknown value of a field, naming the known ones.
+        Raises TinyldmError for an unknown value of a field, and lists the known values.
         """
         if config.get("thresholding"):
-            raise TinyldmError("the scheduler config asks for thresholding, which is made for "
-                               "pixels and not supported: set it to false")
+            raise TinyldmError("the scheduler config asks for thresholding, which is meant for "
+                               "pixels and is not supported: set it to false")
         spacing = config.get("timestep_spacing")
         return cls(
             betas=_betas(config),
@@ -67,7 +67,7 @@ class Schedule:
     def __post_init__(self):
         # cumprod in float64, rounded once: what PyTorch does on the CPU
         alphas_cumprod = np.cumprod(1 - self.betas, dtype=np.float64).astype(np.float32)
-        # alpha_bar = 0 (zero terminal SNR) would be sigma = inf; float16's smallest number serves
+        # alpha_bar = 0 (zero terminal SNR) would give sigma = inf: take float16's smallest number
         alpha_bar = np.where(alphas_cumprod == 0, np.float32(2 ** -24), alphas_cumprod)
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
         object.__setattr__(self, "sigmas", np.sqrt((1 - alpha_bar) / alpha_bar))
@@ -76,17 +76,23 @@ class Schedule:
     def num_train_timesteps(self):
         return len(self.betas)
 
-    def timesteps(self, num_inference_steps, default_spacing, spare=0):
-        """Where to call the model: (num_inference_steps,) float64, falling; whole but for linspace.
-
-        `spare` points are laid out below the last one and left out again (DPM-Solver++ wants one).
-        Source: Lin et al. 2023, arXiv:2305.08891, table 2.
-        Raises TinyldmError unless 1 <= num_inference_steps <= T.
-        """
+    def check_steps(self, num_inference_steps):
+        """Raise TinyldmError unless 1 <= num_inference_steps <= T."""
         n, T = num_inference_steps, self.num_train_timesteps
         if not isinstance(n, (int, np.integer)) or not 1 <= n <= T:
             raise TinyldmError(f"the number of steps must be a whole number from 1 to {T}, "
                                f"not {n!r}")
+
+    def timesteps(self, num_inference_steps, default_spacing, spare=0):
+        """Where to call the model: (num_inference_steps,) float64, falling.
+
+        They are whole numbers except with "linspace". spare: this many more points are laid out,
+        and the lowest are left out again (DPM-Solver++ wants one).
+        Source: Lin et al. 2023, arXiv:2305.08891, table 2.
+        Raises TinyldmError as check_steps does.
+        """
+        self.check_steps(num_inference_steps)
+        n, T = num_inference_steps, self.num_train_timesteps
         spacing = self.timestep_spacing or default_spacing
         points = min(n + spare, T)
         if spacing == "linspace":
@@ -96,52 +102,34 @@ class Schedule:
             grid += min(self.steps_offset, T - 1 - grid[0])     # n = T leaves no room for an offset
         else:
             grid = np.round(np.arange(T, 0, -T / n)) - 1
-        return grid[:n]                     # arange may return n + 1 points, T / n being rounded
+        return grid[:n]                     # T / n is rounded, so arange may return n + 1 points
 
-    def to_x_start_and_noise(self, model_output, x_t, a, s):
-        """What the model says x_t consists of: (x_start, noise), both of x_t's shape.
+    def scales(self, t):
+        """The signal scale sqrt(alpha_bar_t) and the noise scale sqrt(1 - alpha_bar_t), float32.
 
-        x_t = a x_start + s noise with numbers a, s = sqrt(alpha_bar), sqrt(1 - alpha_bar) is solved
-        for what the model did not predict; v = a noise - s x_start.
-        Source: Ho et al. 2020, arXiv:2006.11239, eq. 4; for v Salimans & Ho 2022, arXiv:2202.00512,
-        section 4 and appendix D.
+        t: a timestep or an array of them; None stands for the end, where the scales are 1 and 0.
         """
-        a, s = float(a), float(s)           # python floats leave the arrays' dtype alone
-        if self.prediction_type == "v_prediction":
-            return a * x_t - s * model_output, a * model_output + s * x_t
-        if self.prediction_type == "sample":
-            return model_output, (x_t - a * model_output) / s
-        if a == 0:
-            raise TinyldmError("with rescale_betas_zero_snr the last training timestep is only "
-                               "noise, where epsilon prediction says nothing of the picture: "
-                               "prediction_type must be v_prediction")
-        return (x_t - s * model_output) / a, model_output
+        if t is None:
+            return 1.0, 0.0
+        alpha_bar = self.alphas_cumprod[t]
+        return alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5
+
+    def scales_like(self, x, timesteps):
+        """x (B,...), timesteps (B,) -> the scales, two arrays (B,1,...,1) of x's dtype and device.
+        """
+        timesteps = to_host(timesteps)
+        assert timesteps.shape == x.shape[:1], (timesteps.shape, x.shape)
+        shape = (-1, *[1] * (x.ndim - 1))
+        return tuple(asarray(scale.reshape(shape).astype(x.dtype), like=x)
+                     for scale in self.scales(timesteps))
 
     def add_noise(self, x_start, noise, timesteps):
         """x_t = sqrt(alpha_bar_t) x_start + sqrt(1 - alpha_bar_t) noise, one t per sample.
 
         x_start, noise (B,...), timesteps (B,) integers -> (B,...). Source: arXiv:2006.11239, eq. 4.
         """
-        a, s = self._mix(x_start, timesteps)
+        a, s = self.scales_like(x_start, timesteps)
         return a * x_start + s * noise
-
-    def target(self, x_start, noise, timesteps):
-        """What the model should answer to add_noise(x_start, noise, timesteps): (B,...).
-
-        The noise, x_start, or v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_start (Salimans
-        & Ho 2022, arXiv:2202.00512), as prediction_type says.
-        """
-        if self.prediction_type == "v_prediction":
-            a, s = self._mix(x_start, timesteps)
-            return a * noise - s * x_start
-        return noise if self.prediction_type == "epsilon" else x_start
-
-    def _mix(self, x, timesteps):           # (B,...), (B,) -> two of (B,1,...,1), in x's dtype
-        timesteps = to_host(timesteps)
-        assert timesteps.shape == x.shape[:1], (timesteps.shape, x.shape)
-        alpha_bar = self.alphas_cumprod[timesteps].reshape(-1, *[1] * (x.ndim - 1))
-        a, s = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-        return asarray(a.astype(x.dtype), like=x), asarray(s.astype(x.dtype), like=x)
 
 
 # ---- betas ----------------------------------------------------------------------------------
@@ -149,8 +137,8 @@ class Schedule:
 def _betas(config):
     """(T,) float32 betas of a scheduler config.
 
-    scaled_linear is evenly spaced in sqrt(beta) (latent diffusion's own code); squaredcos_cap_v2 is
-    the cosine schedule of Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
+    scaled_linear: evenly spaced in sqrt(beta), from latent diffusion's own code.
+    squaredcos_cap_v2: the cosine schedule of Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
     """
     T = _number(config, "num_train_timesteps", 1000, int)
     start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
@@ -180,7 +168,7 @@ def _betas(config):
 
 
 def _linspace(start, end, count):
-    """torch.linspace in float32, bitwise: a float32 step, counted from whichever end is nearer."""
+    """Equal to torch.linspace in float32: a float32 step, counted from the nearer end."""
     start, end = np.float32(start), np.float32(end)
     step, i = np.float64((end - start) / np.float32(max(count - 1, 1))), np.arange(count)
     values = np.where(i < max(count // 2, 1), start + step * i, end - step * (count - 1 - i))
@@ -188,10 +176,9 @@ def _linspace(start, end, count):
 
 
 def _zero_terminal_snr(betas):
-    """Shift and scale sqrt(alpha_bar) so that its last entry is 0 and its first stays.
+    """Shift and scale sqrt(alpha_bar) so that the last entry becomes 0 and the first stays.
 
     (T,) betas -> (T,) betas.
-
     Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
     arXiv:2305.08891, algorithm 1.
     """
@@ -206,7 +193,7 @@ def _zero_terminal_snr(betas):
 # ---- reading the config ---------------------------------------------------------------------
 
 def _known(config, key, known):
-    """config[key], or the first of the known values where the file leaves it out."""
+    """config[key], or the first known value where the file leaves it out."""
     value = config.get(key) or known[0]
     if value not in known:
         raise TinyldmError(f"the scheduler config's {key} {value!r} is not supported; "

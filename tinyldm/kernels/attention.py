@@ -17,20 +17,18 @@ from ..backend import free_threads, parallel
 
 QUERIES, KEYS = 1024, 256   # of a block: 1 MiB of scores
 ITEM = 256                  # queries an item of work, at least
+FEW = 1 << 13               # fewer scores per head than this take less time in the plain op
 # Scores within +-80 (exponents of 2) need no shift by their maximum: 2^80 and 2^-80 are far from
 # float32's limits of 2^+-126, even times values up to 1e10 and summed over thousands of keys.
 SAFE = 80
 LOWEST = np.finfo(np.float32).min       # not -inf: less itself it is 0
 
 
-def pays(q_shape, k_shape):
-    """Whether this is faster than plain: enough scores a head to be worth an item of work."""
-    return q_shape[1] * k_shape[1] >= 1 << 13
-
-
 def attention(q, k, v, num_heads, causal=False):
-    """As ops.attention. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C), all float32."""
+    """Twin of ops.attention. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C)."""
     B, N, C = q.shape
+    if N * k.shape[1] < FEW or C % num_heads:
+        return NotImplemented
     d = C // num_heads
     y = np.empty_like(q)
     parts = max(1, 4 * free_threads() // (B * num_heads))                # of each head
@@ -43,7 +41,7 @@ def attention(q, k, v, num_heads, causal=False):
                   start if causal else None)
     parallel(work, [(b, h, start) for b in range(B) for h in range(num_heads)
                     for start in range(0, N, size)])
-    return y
+    return y, (q, k, v, num_heads, causal)
 
 
 def _one_head(q, k, v, y, first):

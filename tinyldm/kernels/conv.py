@@ -4,13 +4,19 @@ import numpy as np
 from ..backend import parallel
 from . import im2col, winograd
 from .half import widened
-from .product import product
+from .product import column_sums, product
 
 FEW = 8                     # output channels
 
 
-def conv2d(x, weight, bias, stride, padding):
-    """As ops.conv2d. x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O)."""
+def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
+    """Twin of ops.conv2d. x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O)."""
+    if x.shape[-1] != weight.shape[2]:
+        return NotImplemented                           # the op says what is wrong
+    return _conv2d(x, weight, bias, stride, padding), (x, weight, stride, padding)
+
+
+def _conv2d(x, weight, bias, stride, padding):
     if len(weight) == stride == 1 and padding == (0, 0):
         return product(x.reshape(-1, x.shape[-1]), weight[0, 0], bias).reshape(
             *x.shape[:-1], weight.shape[3])
@@ -44,19 +50,28 @@ def few_outputs(x, weight, bias, padding):
     return y
 
 
-def upsample_nearest(x):
-    """x (B,H,W,C) -> y (B,2H,2W,C), a row of it at a time over threads."""
-    B, H, W, C = x.shape
-    y = np.empty((B, H, 2, W, 2, C), x.dtype)
+def upsample_nearest(x, size=None):
+    """Twin of ops.upsample_nearest: x (B,H,W,C) -> y (B,2H,2W,C), rows of it over threads."""
+    B, h, w, C = x.shape
+    H, W = size or (2 * h, 2 * w)
+    if (H + 1) // 2 != h or (W + 1) // 2 != w:
+        return NotImplemented                           # the op says what is wrong
+    y = np.empty((B, h, 2, w, 2, C), x.dtype)
 
-    def rows(h):
-        y[:, h] = x[:, h, None, :, None]
-    parallel(rows, range(H))
-    return y.reshape(B, 2 * H, 2 * W, C)
+    def row(i):
+        y[:, i] = x[:, i, None, :, None]
+    parallel(row, range(h))
+    return y.reshape(B, 2 * h, 2 * w, C)[:, :H, :W], (H, W)
 
 
-def conv2d_backward(dy, x, weight, stride, padding):
-    """As ops.conv2d_backward, without dbias: dx (B,H,W,C), dweight (K,K,C,O)."""
+def conv2d_backward(dy, cache):
+    """Twin of ops.conv2d_backward: dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,K,C,O), dbias (O,).
+    """
+    dx, dweight = _conv2d_backward(dy, *cache)
+    return dx, dweight, column_sums(dy.reshape(-1, dy.shape[-1]))
+
+
+def _conv2d_backward(dy, x, weight, stride, padding):
     K, _, C, O = weight.shape
     if K == stride == 1 and padding == (0, 0):
         rows, pixels = dy.reshape(-1, O), x.reshape(-1, C)
@@ -68,7 +83,7 @@ def conv2d_backward(dy, x, weight, stride, padding):
         dweight = im2col.dweight(dy, x, K, stride, padding)
     if stride == 1:                 # dx is a convolution too: taps flipped, channels exchanged
         flipped = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
-        return conv2d(dy, flipped, None, 1, (K - 1 - padding[0], K - 1 - padding[1])), dweight
+        return _conv2d(dy, flipped, None, 1, (K - 1 - padding[0], K - 1 - padding[1])), dweight
     B, Ho, Wo, _ = dy.shape
     before, after = padding
     weight, rows = widened(weight.reshape(-1, O)).reshape(weight.shape), dy.reshape(-1, O)

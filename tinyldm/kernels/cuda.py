@@ -268,28 +268,27 @@ def _contiguous(x, *others):
 
 def silu(x):
     """x (...) -> y (...), as ops.silu."""
-    return _activation(x, SILU, x.shape[-1])
+    return _activation(x, SILU, x.shape[-1]), x
 
 
 def gelu(x):
     """x (...) -> y (...), as ops.gelu."""
-    return _activation(x, GELU, x.shape[-1])
+    return _activation(x, GELU, x.shape[-1]), x
 
 
 def quick_gelu(x):
     """x (...) -> y (...), as ops.quick_gelu."""
-    return _activation(x, QUICK_GELU, x.shape[-1])
+    return _activation(x, QUICK_GELU, x.shape[-1]), x
 
 
 def geglu(x):
     """x (...,2F) -> y (...,F), as ops.geglu."""
-    return _activation(x, GEGLU, x.shape[-1] // 2)
+    return _activation(x, GEGLU, x.shape[-1] // 2), x
 
 
 def _activation(x, kind, F):
-    x, = _contiguous(x)
     y = get_xp(x).empty((*x.shape[:-1], F), x.dtype)
-    _launch("activation", x, F, [x, y], [np.int64(y.size), F, kind], _blocks(y.size))
+    _launch("activation", x, F, [*_contiguous(x), y], [np.int64(y.size), F, kind], _blocks(y.size))
     return y
 
 
@@ -298,60 +297,70 @@ def _activation(x, kind, F):
 def layer_norm(x, weight, bias, eps):
     """As ops.layer_norm: x (...,C), weight (C,), bias (C,) -> y (...,C), mean, rstd (...,1)."""
     C, rows = x.shape[-1], math.prod(x.shape[:-1])
-    x, weight, bias = _contiguous(x, weight, bias)
-    y = get_xp(x).empty_like(x)
-    mean, rstd = (get_xp(x).empty((*x.shape[:-1], 1), np.float32) for _ in range(2))
-    _launch("layer_norm", x, C, [x, weight, bias, y, mean, rstd], [rows, C, float(eps)],
-            (-(-rows // 4),), (32, 4))
-    return y, mean, rstd
+    xp = get_xp(x)
+    y = xp.empty(x.shape, x.dtype)
+    mean, rstd = (xp.empty((*x.shape[:-1], 1), np.float32) for _ in range(2))
+    _launch("layer_norm", x, C, [*_contiguous(x, weight, bias), y, mean, rstd],
+            [rows, C, float(eps)], (-(-rows // 4),), (32, 4))
+    return y, (x, weight, mean, rstd)
 
 
-def group_norm(x, weight, bias, num_groups, eps, silu):
-    """As ops.group_norm or, with silu, ops.group_norm_silu; returns what both keep for backward.
+def group_norm(x, weight, bias, num_groups, eps):
+    """Twin of ops.group_norm. x (B,...,C), weight (C,), bias (C,) -> y (B,...,C)."""
+    return _group_norm(x, weight, bias, num_groups, eps, silu=False)
 
-    x (B,...,C), weight (C,), bias (C,) -> y (B,...,C), mean (B,1,G,1), rstd (B,1,G,1), float32.
-    """
+
+def group_norm_silu(x, weight, bias, num_groups, eps):
+    """Twin of ops.group_norm_silu. x (B,...,C), weight (C,), bias (C,) -> y (B,...,C)."""
+    return _group_norm(x, weight, bias, num_groups, eps, silu=True)
+
+
+def _group_norm(x, weight, bias, num_groups, eps, silu):
     B, C, G = x.shape[0], x.shape[-1], num_groups
     N = math.prod(x.shape[1:-1])
-    assert C % G == 0 and C <= CHANNELS and G <= GROUPS, f"{C} channels in {G} groups"
-    x, weight, bias = _contiguous(x, weight, bias)
-    xp = get_xp(x)
-    y = xp.empty_like(x)
+    if C % G or C > CHANNELS or G > GROUPS:
+        return NotImplemented
+    arrays, xp = _contiguous(x, weight, bias), get_xp(x)
+    y = xp.empty(x.shape, x.dtype)
     mean, rstd = (xp.empty((B, 1, G, 1), np.float32) for _ in range(2))
     rows = max(16, -(-N // 128))                        # pixels of a chunk
     chunks = -(-N // rows)
     sums = xp.empty((B, chunks, G, 2), np.float32)
     most = 2 * 4 * max(THREADS * 16 // x.dtype.itemsize, C)             # bytes: sums and squares
-    _launch("group_norm_sums", x, C, [x, sums], [N, C, G, rows], (chunks, B), shared=most)
+    _launch("group_norm_sums", x, C, [arrays[0], sums], [N, C, G, rows], (chunks, B), shared=most)
     rows = max(16, -(-N // 256))
-    _launch("group_norm", x, C, [x, weight, bias, sums, y, mean, rstd],
+    _launch("group_norm", x, C, [*arrays, sums, y, mean, rstd],
             [N, C, G, chunks, rows, float(eps), int(silu)], (-(-N // rows), B))
-    return y, mean, rstd
+    cache = x, weight, mean, rstd
+    return y, (bias, cache) if silu else cache
 
 
 # ---- convolution ------------------------------------------------------------------------------
 
-def conv2d(x, weight, bias, stride, padding):
-    """As ops.conv2d: im2col and one product, some output pixels at a time.
+def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
+    """Twin of ops.conv2d: im2col and one product, some output pixels at a time.
 
     x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O).
     """
-    (B, H, W, C), (K, _, _, O) = x.shape, weight.shape
+    (B, H, W, C), (K, _, weight_C, O) = x.shape, weight.shape
+    if C != weight_C:
+        return NotImplemented
     Ho, Wo = ((size + sum(padding) - K) // stride + 1 for size in (H, W))
-    x, = _contiguous(x)
-    weight = weight.reshape(K * K * C, O).astype(x.dtype, copy=False)
-    pixels = B * Ho * Wo
+    xp, pixels = get_xp(x), B * Ho * Wo
+    maps, = _contiguous(x)
+    matrix = weight.reshape(K * K * C, O).astype(x.dtype, copy=False)
     if K == stride == 1 and padding == (0, 0):
-        y = x.reshape(pixels, C) @ weight
+        y = maps.reshape(pixels, C) @ matrix
     else:
-        xp, step = get_xp(x), max(1, COLUMNS // len(weight))
+        step = max(1, COLUMNS // len(matrix))
         y = xp.empty((pixels, O), x.dtype)
         for first in range(0, pixels, step):
-            columns = _columns(x, K, stride, padding[0], Ho, Wo, first, min(step, pixels - first))
-            xp.matmul(columns, weight, out=y[first:first + step])
+            columns = _columns(maps, K, stride, padding[0], Ho, Wo, first,
+                               min(step, pixels - first))
+            xp.matmul(columns, matrix, out=y[first:first + step])
     if bias is not None:
         y += bias
-    return y.reshape(B, Ho, Wo, O)
+    return y.reshape(B, Ho, Wo, O), (x, weight, stride, padding)
 
 
 def _columns(x, K, stride, before, Ho, Wo, first, count):
@@ -365,20 +374,17 @@ def _columns(x, K, stride, before, Ho, Wo, first, count):
 
 # ---- attention --------------------------------------------------------------------------------
 
-def pays(q_shape, k_shape):
-    """Always: plain attention multiplies in float32 and makes a copy of every head."""
-    return True
-
-
 def attention(q, k, v, num_heads, causal=False):
-    """As ops.attention. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C).
+    """Twin of ops.attention. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C).
 
     The scores of an image, some queries at a time, are made in float32: float16 has too few digits
     for the exponential of a large one.
     """
-    q, k, v = _contiguous(q, k, v)
     xp, (B, N, C), M = get_xp(q), q.shape, k.shape[1]
-    d = C // num_heads
+    if C % num_heads:
+        return NotImplemented
+    cache, d = (q, k, v, num_heads, causal), C // num_heads
+    q, k, v = _contiguous(q, k, v)
     y = xp.empty_like(q)
     step = max(1, min(N, SCORES // (num_heads * M)))
     for b in range(B):
@@ -395,20 +401,25 @@ def attention(q, k, v, num_heads, causal=False):
                     (num_heads * n,), (32 * min(8, -(-M // 256)),))
             _products(xp, False, (d, n, M), 1, (v[b], C, d), (weights, M, n * M),
                       (y[b, start:start + step], C, d), num_heads)
-    return y
+    return y, cache
 
 
 def _products(xp, transposed, sizes, alpha, a, b, c, count):
-    """`count` matrices c = alpha * a @ b, or a.T @ b, each stored by columns as BLAS has it.
+    """`count` products c = alpha * a @ b, or alpha * a.T @ b; cuBLAS stores matrices by columns.
 
-    sizes: m, n, k of (m,k) @ (k,n). a, b, c: an array, the distance from a matrix's column to the
-    next, and from a matrix to the next, in numbers.
+    sizes: m, n, k of (m,k) @ (k,n). a, b, c: (array, distance from one column of a matrix to the
+    next, distance from one matrix to the next), distances in numbers.
     """
-    cublas = xp.cuda.cublas
+    cublas, handle = xp.cuda.cublas, xp.cuda.get_cublas_handle()
     alpha, beta = np.array([alpha, 0], np.float32)[:, None]             # read when called
     places = [part for array, column, matrix in (a, b, c)
               for part in (array.data.ptr, TYPES[array.dtype], column, matrix)]
-    cublas.gemmStridedBatchedEx(
-        xp.cuda.get_cublas_handle(), cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
-        cublas.CUBLAS_OP_N, *sizes, alpha.ctypes.data, *places[:8], beta.ctypes.data, *places[8:],
-        count, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT)
+    mode = cublas.getPointerMode(handle)                # others use this handle, too
+    cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)      # alpha and beta lie there
+    try:
+        cublas.gemmStridedBatchedEx(
+            handle, cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
+            cublas.CUBLAS_OP_N, *sizes, alpha.ctypes.data, *places[:8], beta.ctypes.data,
+            *places[8:], count, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT)
+    finally:
+        cublas.setPointerMode(handle, mode)

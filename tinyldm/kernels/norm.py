@@ -9,13 +9,23 @@ import numpy as np
 
 from .blocks import over_blocks
 
+F32 = np.float32
 
-def group_norm(x, weight, bias, num_groups, eps, silu):
-    """As ops.group_norm or, with silu, ops.group_norm_silu; returns what both keep for backward.
 
-    x (B,...,C), weight (C,), bias (C,) -> y (B,...,C), mean (B,1,G,1), rstd (B,1,G,1), all float32.
-    """
+def group_norm(x, weight, bias, num_groups, eps):
+    """Twin of ops.group_norm. x (B,...,C), weight (C,), bias (C,) -> y (B,...,C)."""
+    return _group_norm(x, weight, bias, num_groups, eps, silu=False)
+
+
+def group_norm_silu(x, weight, bias, num_groups, eps):
+    """Twin of ops.group_norm_silu. x (B,...,C), weight (C,), bias (C,) -> y (B,...,C)."""
+    return _group_norm(x, weight, bias, num_groups, eps, silu=True)
+
+
+def _group_norm(x, weight, bias, num_groups, eps, silu):
     B, C = x.shape[0], x.shape[-1]
+    if C % num_groups:
+        return NotImplemented                           # the op says what is wrong
     pixels = x.reshape(B, -1, C)                                         # (B,N,C)
     mean, rstd = _statistics(pixels, num_groups, eps)                    # (B,1,G)
     scale = weight * _to_channels(rstd, C)                               # (B,1,C)
@@ -33,7 +43,8 @@ def group_norm(x, weight, bias, num_groups, eps, silu):
             gate += 1
             part *= gate
     over_blocks(normalise, *pixels.shape)
-    return y.reshape(x.shape), mean[..., None], rstd[..., None]
+    cache = x, weight, mean[..., None], rstd[..., None]
+    return y.reshape(x.shape), (bias, cache) if silu else cache
 
 
 def _to_channels(statistic, C):                                          # (B,1,G) -> (B,1,C)
@@ -63,7 +74,71 @@ def _statistics(pixels, G, eps):
     count = N * (C // G)
     offset, square = (s.reshape(B, 1, G, -1).sum(axis=-1) / count for s in (totals, squares))
     rstd = (square - offset * offset + eps) ** -0.5
-    return (pivot + offset).astype(np.float32), rstd.astype(np.float32)
+    return (pivot + offset).astype(F32), rstd.astype(F32)
+
+
+def group_norm_backward(dy, cache):
+    """Twin of ops.group_norm_backward. dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,)."""
+    return _group_norm_backward(dy, *cache)
+
+
+def group_norm_silu_backward(dy, cache):
+    """Twin of ops.group_norm_silu_backward: dy (B,...,C) -> dx (B,...,C), dweight, dbias (C,)."""
+    bias, norm_cache = cache
+    return _group_norm_backward(dy, *norm_cache, bias)
+
+
+def _group_norm_backward(dy, x, weight, mean, rstd, bias=None):
+    """bias: of a group norm followed by SiLU, otherwise None."""
+    B, C, G = x.shape[0], x.shape[-1], mean.shape[2]
+    pixels, grads = x.reshape(B, -1, C), dy.reshape(B, -1, C)
+    mean, rstd = (s.reshape(B, 1, G).repeat(C // G, axis=-1) for s in (mean, rstd))     # (B,1,C)
+    scale = rstd * weight
+    shift = bias - mean * scale if bias is not None else None
+    g = np.empty_like(grads) if bias is not None else grads
+    sum_g, sum_gx = np.zeros((2, B, 1, C))              # float64: the blocks' sums are added here
+
+    def sums(block):
+        images, part = block[0], g[block]
+        if bias is not None:
+            _silu_slope(pixels[block] * scale[images] + shift[images], out=part)
+            part *= grads[block]
+        product = np.einsum("bnc,bnc->bc", part, pixels[block])[:, None]
+        return images, part.sum(axis=1, keepdims=True), product
+
+    for images, total, product in over_blocks(sums, *pixels.shape):
+        sum_g[images] += total
+        sum_gx[images] += product
+    sum_gn = (sum_gx - mean * sum_g) * rstd             # n is the normalised x
+
+    def group_mean(channel_sums):       # (B,1,C) -> (B,1,C): each channel its group's mean
+        by_group = (channel_sums * weight).reshape(B, 1, G, C // G)
+        return by_group.sum(axis=-1).repeat(C // G, axis=-1) / (pixels.shape[1] * (C // G))
+
+    slope = (-rstd * rstd * group_mean(sum_gn)).astype(F32)
+    offset = (-rstd * group_mean(sum_g) - slope * mean).astype(F32)
+    dx = np.empty_like(pixels)
+
+    def line(block):
+        images, part = block[0], dx[block]
+        np.multiply(g[block], scale[images], out=part)
+        part += pixels[block] * slope[images]
+        part += offset[images]
+
+    over_blocks(line, *pixels.shape)
+    dweight, dbias = (s.sum(axis=(0, 1)).astype(F32) for s in (sum_gn, sum_g))
+    return dx.reshape(x.shape), dweight, dbias
+
+
+def _silu_slope(h, out):
+    """silu'(h) = s * (1 + h * (1 - s)), s = sigmoid(h); h is used up."""
+    np.multiply(h, F32(0.5), out=out)
+    np.tanh(out, out=out)
+    out *= F32(0.5)
+    out += F32(0.5)                                     # s
+    h -= h * out
+    h += F32(1)
+    out *= h
 
 
 def layer_norm(x, weight, bias, eps):
@@ -71,7 +146,7 @@ def layer_norm(x, weight, bias, eps):
     C = x.shape[-1]
     tokens = x.reshape(-1, C)
     y = np.empty_like(tokens)
-    mean, rstd = np.empty((2, len(tokens), 1), np.float32)
+    mean, rstd = np.empty((2, len(tokens), 1), F32)
 
     def normalise(block):
         rows = block[1]
@@ -85,4 +160,31 @@ def layer_norm(x, weight, bias, eps):
         part += bias
     over_blocks(normalise, 1, *tokens.shape)
     shape = (*x.shape[:-1], 1)
-    return y.reshape(x.shape), mean.reshape(shape), rstd.reshape(shape)
+    return y.reshape(x.shape), (x, weight, mean.reshape(shape), rstd.reshape(shape))
+
+
+def layer_norm_backward(dy, cache):
+    """Twin of ops.layer_norm_backward. dy (...,C) -> dx (...,C), dweight (C,), dbias (C,)."""
+    x, weight, mean, rstd = cache
+    C = x.shape[-1]
+    tokens, grads = x.reshape(-1, C), dy.reshape(-1, C)
+    mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
+    dx = np.empty_like(tokens)
+
+    def block(at):
+        rows = at[1]
+        n = tokens[rows] - mean[rows]
+        n *= rstd[rows]
+        d = grads[rows]
+        dweight, dbias = np.einsum("nc,nc->c", d, n), d.sum(axis=0)
+        part = np.multiply(d, weight, out=dx[rows])     # g
+        m1 = part.mean(axis=1, keepdims=True)
+        m2 = np.einsum("nc,nc->n", part, n)[:, None] * F32(1 / C)
+        n *= m2
+        part -= n
+        part -= m1
+        part *= rstd[rows]
+        return dweight, dbias
+
+    dweight, dbias = (np.sum(s, axis=0) for s in zip(*over_blocks(block, 1, *tokens.shape)))
+    return dx.reshape(x.shape), dweight, dbias

@@ -15,6 +15,20 @@ FEW = range(16, PART)       # rows of which each thread would have less than a m
 LARGE = 1 << 19             # numbers of a matrix that is worth more than one thread all the same
 
 
+def linear(x, weight, bias=None):
+    """Twin of ops.linear. x (..., in), weight (out, in), bias (out,) or None -> y (..., out)."""
+    y = product(x.reshape(-1, x.shape[-1]), weight.T, bias)
+    return y.reshape(*x.shape[:-1], len(weight)), (x, weight)
+
+
+def linear_backward(dy, cache):
+    """Twin of ops.linear_backward: dy (..., out) -> dx (..., in), dweight (out, in), dbias (out,).
+    """
+    x, weight = cache
+    rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    return product(rows, weight).reshape(x.shape), product(rows.T, inputs), column_sums(rows)
+
+
 def product(x, matrix, bias=None):
     """y = x @ matrix + bias: x (R,I), matrix (I,O), bias (O,) or None -> y (R,O), float32.
 

@@ -1,8 +1,8 @@
 """Activations: what is applied to each number alone, and softmax over the last axis."""
 import math
 
-from ..backend import fast, get_xp, twin, widen
-from ..kernels import activations, backward, cuda
+from ..backend import fast_twin, get_xp, widen
+from ..kernels import activation, cuda
 from .erf import erf
 
 
@@ -14,14 +14,13 @@ def _sigmoid(x):
     return 0.5 * get_xp(x).tanh(0.5 * widen(x)) + 0.5
 
 
+@fast_twin(cpu=activation.silu, gpu=cuda.silu)
 def silu(x):
     """y = x * sigmoid(x), elementwise. Also called swish.
 
     Source: Elfwing, Uchibe & Doya 2017, arXiv:1702.03118, eq. 7; Ramachandran et al. 2017,
     arXiv:1710.05941.
     """
-    if kernels := twin(x, activations, cuda):
-        return kernels.silu(x), x
     return (x * _sigmoid(x)).astype(x.dtype, copy=False), x
 
 
@@ -35,13 +34,12 @@ def _normal_cdf(x):                                     # float16 x -> float32
     return 0.5 * (1 + erf(widen(x) * math.sqrt(0.5)))
 
 
+@fast_twin(cpu=activation.gelu, gpu=cuda.gelu)
 def gelu(x):
     """y = x * Phi(x), Phi the normal distribution's cumulative function, by the exact erf.
 
     Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units", arXiv:1606.08415, section 2.
     """
-    if kernels := twin(x, activations, cuda):
-        return kernels.gelu(x), x
     return (x * _normal_cdf(x)).astype(x.dtype, copy=False), x
 
 
@@ -52,13 +50,12 @@ def gelu_backward(dy, x):
     return (dy * (_normal_cdf(x) + x * density)).astype(x.dtype, copy=False)
 
 
+@fast_twin(cpu=activation.quick_gelu, gpu=cuda.quick_gelu)
 def quick_gelu(x):
     """y = x * sigmoid(1.702 x): OpenAI's CLIP was trained with this approximation of gelu.
 
     Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
     """
-    if kernels := twin(x, activations, cuda):
-        return kernels.quick_gelu(x), x
     return (x * _sigmoid(1.702 * widen(x))).astype(x.dtype, copy=False), x
 
 
@@ -69,22 +66,20 @@ def quick_gelu_backward(dy, x):
     return (dy * s * (1 + x_wide * (1 - s))).astype(x.dtype, copy=False)
 
 
+@fast_twin(cpu=activation.geglu, gpu=cuda.geglu)
 def geglu(x):
     """Half of the channels gate the other half:  y = value * gelu(gate).
 
     x (..., 2F) = [value, gate] -> y (..., F).
     Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202, eq. 5.
     """
-    if kernels := twin(x, activations, cuda):
-        return kernels.geglu(x), x
     F = x.shape[-1] // 2
     return x[..., :F] * gelu(x[..., F:])[0], x
 
 
+@fast_twin(cpu=activation.geglu_backward)
 def geglu_backward(dy, x):
     """dy (..., F) -> dx (..., 2F):  dvalue = dy * gelu(gate),  dgate = dy * value * gelu'(gate)."""
-    if fast(x):
-        return backward.geglu_backward(dy, x)
     F = x.shape[-1] // 2
     value, gate = x[..., :F], x[..., F:]
     dgate = gelu_backward(dy * value, gate)

@@ -1,6 +1,6 @@
 """Attention: every query takes a mean of the values, weighted by how well the keys match it."""
-from ..backend import get_xp, twin, widen
-from ..kernels import attention as cpu
+from ..backend import fast_twin, get_xp, widen
+from ..kernels import attention as blocked
 from ..kernels import cuda
 from .activation import softmax, softmax_backward
 
@@ -29,6 +29,7 @@ def _weights(q, k, start, causal):
     return softmax(scores)[0]
 
 
+@fast_twin(cpu=blocked.attention, gpu=cuda.attention)
 def attention(q, k, v, num_heads, causal=False):
     """Scaled dot-product attention, each head on its own d = C/h channels.
 
@@ -38,17 +39,13 @@ def attention(q, k, v, num_heads, causal=False):
     N = M). Kept for backward are q, k and v alone: the N x M weights are made again.
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1 and section 3.2.2.
     """
-    cache = (q, k, v, num_heads, causal)
-    kernels = twin(q, cpu, cuda)
-    if kernels and kernels.pays(q.shape, k.shape):
-        return kernels.attention(*cache), cache
     # float16 scores would overflow, and CuPy multiplies stacks of matrices in float32 anyway.
     heads = [widen(_split_heads(x, num_heads)) for x in (q, k, v)]
     y = get_xp(q).empty_like(heads[0])
     for start in range(0, q.shape[1], ROWS):
         rows = slice(start, start + ROWS)
         y[:, :, rows] = _weights(heads[0][:, :, rows], heads[1], start, causal) @ heads[2]
-    return _merge_heads(y).astype(q.dtype, copy=False), cache
+    return _merge_heads(y).astype(q.dtype, copy=False), (q, k, v, num_heads, causal)
 
 
 def attention_backward(dy, cache):

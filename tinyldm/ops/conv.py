@@ -1,7 +1,6 @@
 """Convolution and nearest upsampling: the ops that look at neighbouring pixels."""
-from ..backend import add_up, fast, get_xp, twin, wide
+from ..backend import add_up, fast_twin, get_xp, wide
 from ..kernels import conv, cuda
-from ..kernels.product import column_sums
 
 
 def _pad(x, padding):
@@ -18,6 +17,7 @@ def _taps(x_padded, K, stride, Ho, Wo):
             yield i, j, x_padded[:, i:i + stride * Ho:stride, j:j + stride * Wo:stride]
 
 
+@fast_twin(cpu=conv.conv2d, gpu=cuda.conv2d)
 def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
     """Slide a K x K window over the map; every position is the same matrix product.
 
@@ -33,18 +33,16 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
     B, H, W, C = x.shape
     K, _, weight_C, O = weight.shape
     assert C == weight_C, f"x has {C} channels, weight expects {weight_C}"
-    cache = (x, weight, stride, padding)
-    if kernels := twin(x, conv, cuda):
-        return kernels.conv2d(x, weight, bias, stride, padding), cache
     Ho, Wo = ((size + sum(padding) - K) // stride + 1 for size in (H, W))
     y = get_xp(x).zeros((B, Ho, Wo, O), wide(x.dtype))                  # K*K products add up
     for i, j, x_tap in _taps(_pad(x, padding), K, stride, Ho, Wo):
         y += (x_tap.reshape(-1, C) @ weight[i, j]).reshape(y.shape)     # (R,C) @ (C,O), R = B*Ho*Wo
     if bias is not None:
         y += bias
-    return y.astype(x.dtype, copy=False), cache
+    return y.astype(x.dtype, copy=False), (x, weight, stride, padding)
 
 
+@fast_twin(cpu=conv.conv2d_backward)
 def conv2d_backward(dy, cache):
     """dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,K,C,O), dbias (O,).
 
@@ -57,8 +55,6 @@ def conv2d_backward(dy, cache):
     x, weight, stride, padding = cache
     K, _, C, O = weight.shape
     rows = dy.reshape(-1, O)
-    if fast(x):
-        return *conv.conv2d_backward(dy, x, weight, stride, padding), column_sums(rows)
     dbias = add_up(rows, axis=0)
     xp = get_xp(x)
     x_padded = _pad(x, padding)
@@ -74,6 +70,7 @@ def conv2d_backward(dy, cache):
     return dx.astype(x.dtype, copy=False), dweight, dbias
 
 
+@fast_twin(cpu=conv.upsample_nearest)
 def upsample_nearest(x, size=None):
     """Show every pixel twice in both directions.
 
@@ -84,8 +81,7 @@ def upsample_nearest(x, size=None):
     """
     H, W = size or (2 * x.shape[1], 2 * x.shape[2])
     assert (H + 1) // 2 == x.shape[1] and (W + 1) // 2 == x.shape[2], f"{x.shape} to {H, W}"
-    y = conv.upsample_nearest(x) if fast(x) else x.repeat(2, axis=1).repeat(2, axis=2)
-    return y[:, :H, :W], (H, W)
+    return x.repeat(2, axis=1).repeat(2, axis=2)[:, :H, :W], (H, W)
 
 
 def upsample_nearest_backward(dy, cache):

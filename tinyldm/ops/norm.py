@@ -1,9 +1,10 @@
 """Normalisation: group norm (images), group norm with its SiLU, layer norm (tokens)."""
-from ..backend import fast, twin, widen
-from ..kernels import backward, cuda, norm
+from ..backend import fast_twin, widen
+from ..kernels import cuda, norm
 from .activation import silu, silu_backward
 
 
+@fast_twin(cpu=norm.group_norm, gpu=cuda.group_norm)
 def group_norm(x, weight, bias, num_groups, eps):
     """Normalise each group of channels to mean 0 and variance 1, then scale and shift each channel.
 
@@ -14,9 +15,6 @@ def group_norm(x, weight, bias, num_groups, eps):
     Source: Wu & He 2018, "Group Normalization", arXiv:1803.08494, eq. 1-2.
     Explained: docs/group-norm.md
     """
-    if kernels := twin(x, norm, cuda):
-        y, mean, rstd = kernels.group_norm(x, weight, bias, num_groups, eps, silu=False)
-        return y, (x, weight, mean, rstd)
     mean, rstd = _group_statistics(x, num_groups, eps)
     y = (_normalise(x, mean, rstd) * weight + bias).astype(x.dtype, copy=False)
     return y, (x, weight, mean, rstd)                                   # the norm is recomputed
@@ -35,6 +33,7 @@ def _normalise(x, mean, rstd):
     return ((x.reshape(B, -1, G, C // G) - mean) * rstd).reshape(x.shape)
 
 
+@fast_twin(cpu=norm.group_norm_backward)
 def group_norm_backward(dy, cache):
     """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,).
 
@@ -45,8 +44,6 @@ def group_norm_backward(dy, cache):
     The two subtracted means are what moving x does to the mean and to the variance.
     """
     x, weight, mean, rstd = cache
-    if fast(x):
-        return backward.group_norm_backward(dy, x, weight, None, mean, rstd, silu=False)
     B, C, G = x.shape[0], x.shape[-1], mean.shape[2]
     dy = widen(dy)
     n = _normalise(x, mean, rstd).reshape(B, -1, G, C // G)              # (B,N,G,C/G)
@@ -65,18 +62,17 @@ def _as_given(dx, dweight, dbias, x, weight):
             dbias.astype(weight.dtype, copy=False))
 
 
+@fast_twin(cpu=norm.group_norm_silu, gpu=cuda.group_norm_silu)
 def group_norm_silu(x, weight, bias, num_groups, eps):
     """Group norm followed by SiLU, the pair in front of every convolution: y = silu(group_norm(x)).
 
     x (B,...,C), weight (C,), bias (C,) -> y (B,...,C). One op, so that what is between is not kept.
     """
-    if kernels := twin(x, norm, cuda):
-        y, mean, rstd = kernels.group_norm(x, weight, bias, num_groups, eps, silu=True)
-        return y, (bias, (x, weight, mean, rstd))
     y, cache = group_norm(x, weight, bias, num_groups, eps)
     return silu(y)[0], (bias, cache)
 
 
+@fast_twin(cpu=norm.group_norm_silu_backward)
 def group_norm_silu_backward(dy, cache):
     """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,).
 
@@ -84,21 +80,17 @@ def group_norm_silu_backward(dy, cache):
     """
     bias, norm_cache = cache
     x, weight, mean, rstd = norm_cache
-    if fast(x):
-        return backward.group_norm_backward(dy, x, weight, bias, mean, rstd, silu=True)
     h = _normalise(x, mean, rstd) * weight + bias
     return group_norm_backward(silu_backward(dy, h), norm_cache)
 
 
+@fast_twin(cpu=norm.layer_norm, gpu=cuda.layer_norm)
 def layer_norm(x, weight, bias, eps):
     """Normalise each token over its channels: y = weight * (x - mean) * rstd + bias.
 
     x (...,C), weight (C,), bias (C,) -> y (...,C).
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization", arXiv:1607.06450, eq. 3-4.
     """
-    if kernels := twin(x, norm, cuda):
-        y, mean, rstd = kernels.layer_norm(x, weight, bias, eps)
-        return y, (x, weight, mean, rstd)
     mean = widen(x).mean(axis=-1, keepdims=True)                         # (...,1)
     centred = x - mean
     rstd = ((centred * centred).mean(axis=-1, keepdims=True) + eps) ** -0.5
@@ -106,6 +98,7 @@ def layer_norm(x, weight, bias, eps):
     return y, (x, weight, mean, rstd)
 
 
+@fast_twin(cpu=norm.layer_norm_backward)
 def layer_norm_backward(dy, cache):
     """dy (...,C) -> dx (...,C), dweight (C,), dbias (C,).
 
@@ -114,8 +107,6 @@ def layer_norm_backward(dy, cache):
         dx = rstd * (g - mean(g) - n * mean(g * n))
     """
     x, weight, mean, rstd = cache
-    if fast(x):
-        return backward.layer_norm_backward(dy, x, weight, mean, rstd)
     tokens = tuple(range(x.ndim - 1))
     dy = widen(dy)
     n = (x - mean) * rstd

@@ -8,13 +8,11 @@
 
 Where it stands: pipeline.py -> Conditioner -> prompt.py, tokenizer.py, models/clip.py -> Predictor.
 """
-import warnings
-
 import numpy as np
 
 from .. import ops
 from ..backend import get_xp
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..models.clip import CLIPTextModelWithProjection
 from ..text.prompt import rows, split, weigh
 from .finite import first_bad_layer, is_finite
@@ -42,13 +40,11 @@ class Conditioner:
         Raises TinyldmError as split does, of either prompt, and for what context names.
         """
         if self.imitated_waves and negative_prompt:
-            warnings.warn("this model imitates guidance, and knows no negative prompt: it plays "
-                          "no part", stacklevel=3)
+            note("this model imitates guidance, and knows no negative prompt: it plays no part")
         guided = guidance_scale > 1 and not self.imitated_waves
         zeros = self.zeros_if_empty and not negative_prompt
-        pieces, texts = {}, [*ends(prompt), *ends(negative_prompt)]
-        for text in texts:                              # no comprehension: split counts frames
-            pieces[text] = self._split(text)
+        texts = [*ends(prompt), *ends(negative_prompt)]
+        pieces = {text: self._split(text) for text in texts}
         if not guided:
             texts = ends(prompt)
         longest = max(len(own) for text in texts for own in pieces[text])
@@ -75,10 +71,7 @@ class Conditioner:
 
     def _split(self, text):
         """The pieces of a text for each reader: a tokenizer's padding, too, is a word to it."""
-        pieces = []
-        for tokenizer, _ in self.readers:               # no comprehension: split counts frames
-            pieces.append(split(text, tokenizer))
-        return pieces
+        return [split(text, tokenizer) for tokenizer, _ in self.readers]
 
     def _encode(self, text, pieces, length):
         """A text, its pieces for each reader, how many to make of them -> {"context": (1,77n,D)}.

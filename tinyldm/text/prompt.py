@@ -15,13 +15,12 @@ which most published prompts are written. Here is one difference: there a bracke
 acts up to the end of the prompt, here it is a bracket, and a warning says so.
 """
 import re
-import warnings
 from itertools import groupby
 
 import numpy as np
 
 from ..backend import get_xp
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 OPENERS = {")": "(", "]": "["}
@@ -60,11 +59,10 @@ def parse(text):
 
     alone += "".join(bracket for bracket, places in opened.items() if places)
     if alone:
-        warnings.warn(f"unbalanced {' '.join(sorted(set(alone)))} in the prompt {text!r:.60}: "
-                      "taken literally", stacklevel=6)
+        note(f"unbalanced {' '.join(sorted(set(alone)))} in the prompt {text!r:.60}: "
+             "taken literally")
     for found in dict.fromkeys(NO_WEIGHT.findall(text)):
-        warnings.warn(f"{found!r:.30} in the prompt {text!r:.60} is no weight: taken literally",
-                      stacklevel=6)
+        note(f"{found!r:.30} in the prompt {text!r:.60} is no weight: taken literally")
     return merge(pieces)
 
 
@@ -104,10 +102,10 @@ def split(text, tokenizer):
         parts.pop()                                     # nothing follows the last BREAK
     pieces = [piece for part in parts for piece in cut(part, size, tokenizer.comma)]
     if len(pieces) > 1:
-        warnings.warn(f"the prompt {text!r:.60} is read in {len(pieces)} pieces of at most {size} "
-                      "tokens, joined", stacklevel=5)
+        note(f"the prompt {text!r:.60} is read in {len(pieces)} pieces of at most {size} tokens, "
+             "joined")
     elif not pieces[0] and text.strip():
-        warnings.warn(f"the prompt {text!r:.60} has no words: drawn is an empty one", stacklevel=5)
+        note(f"the prompt {text!r:.60} has no words: drawn is an empty one")
     return pieces
 
 

@@ -3,6 +3,7 @@ import numpy as np
 
 from .. import ops
 from ..backend import asarray, get_xp
+from ..diffusion.objective import sample_timesteps, target
 from ..layers import NO_TAPE, Tape
 
 KL_WEIGHT = 1e-7
@@ -33,15 +34,6 @@ def vae_loss(vae, images, rng, share, decoder_only=False):
     return {"loss": share * (l1 + KL_WEIGHT * kl), "mse": share * mse, "kl": share * kl}
 
 
-def sample_timesteps(rng, n, T):
-    """n timesteps in [0, T), three in five between 0.2 T and 0.6 T, where shapes are decided.
-
-    Later there is too much noise to see one, earlier it is plain to see.
-    Source: Esser et al. 2024, arXiv:2403.03206, section 3.1, logit-normal sampling.
-    """
-    return (T / (1 + np.exp(-rng.normal(-0.4, 1, n)))).astype(int)
-
-
 def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
     """Loss of one shard of a batch, its gradients added to the parameters.
 
@@ -53,7 +45,7 @@ def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
     tape = Tape()
     context = text_encoder.forward(ids, tape)
     prediction = unet.forward(x_t, asarray(timesteps, like=x_t), context, tape)
-    loss, cache = ops.mse(prediction, schedule.target(latents, noise, timesteps))
+    loss, cache = ops.mse(prediction, target(schedule, latents, noise, timesteps))
     dprediction, _ = ops.mse_backward(np.float32(share), cache)
     _, dcontext = unet.backward(dprediction, tape)
     text_encoder.backward(dcontext, tape)

@@ -15,6 +15,7 @@ from tests.support import small_pipelines, strict
 from tests.support.addons import PARTS, XL_PARTS, kohya, make_lora, merge, public, write
 from tests.support.drawing import Reference, assert_same_drawing, ours
 from tests.support.reference import to_ours
+from tests.support.tolerance import assert_allclose
 from tinyldm.checkpoints import components
 from tinyldm.checkpoints.addons.lora import place_of, spelled_layers
 from tinyldm.checkpoints.layout import file_shape
@@ -100,7 +101,7 @@ def assert_same_weights(pipe, reference):
         theirs = {public(part, name): tensor
                   for name, tensor in getattr(reference, part).state_dict().items()}
         for name, parameter in getattr(pipe, part).named_parameters():
-            np.testing.assert_allclose(parameter.data, to_ours(theirs[name]), atol=1e-6)
+            assert_allclose(parameter.data, to_ours(theirs[name]), atol=1e-6)
             compared += 1
     assert compared > 100
 
@@ -232,7 +233,7 @@ def test_weight_0_changes_nothing_and_the_negative_undoes(small, small_folder, t
     assert len(changed) == len(pairs)
     small.load_lora(file, -0.6)
     for place, array in weights(small).items():
-        np.testing.assert_allclose(array, before[place], atol=1e-6)
+        assert_allclose(array, before[place], atol=1e-6)
 
 
 # ---- dtypes and devices ---------------------------------------------------------------------
@@ -264,7 +265,7 @@ def test_float64(small_folder, tmp_path):
     for name, parameter in pipe.unet.named_parameters():
         theirs = to_ours(reference.pipe.unet.state_dict()[name])
         assert parameter.data.dtype == np.float64
-        np.testing.assert_allclose(parameter.data, theirs, rtol=1e-12, atol=1e-14)
+        assert_allclose(parameter.data, theirs, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -278,7 +279,7 @@ def test_on_a_device(dtype, small_folder, tmp_path):
         device.load_lora(file, 0.5)
         for place, array in weights(device).items():
             assert isinstance(array, strict.Array) and array.dtype == dtype
-            np.testing.assert_allclose(array.get(), weights(host)[place], rtol=2e-3, atol=1e-4)
+            assert_allclose(array.get(), weights(host)[place], rtol=2e-3, atol=1e-4)
 
 
 # ---- the names of real files ----------------------------------------------------------------

@@ -1,28 +1,27 @@
-"""Samplers: from noise to latents, a model call at a time, each named after its paper.
+"""Samplers: from noise to latents, one model call at a time. One file per paper.
 
 Every sampler is a generator function
 
     sampler(predict, latents, schedule, num_inference_steps, draw_noise, origin, ...)
 
-    predict(x_t, t) -> model output   guidance already inside; x_t has unit scale, t is a python
-                                      number (fractional for Euler with "linspace" spacing)
+    predict(x_t, t) -> model output   guidance included; x_t has unit scale, t is a python number
+                                      (fractional for Euler with "linspace" spacing)
     latents                           standard normal, any shape, numpy or cupy; never written to
     schedule                          schedule.Schedule
-    draw_noise() -> array             a fresh standard normal of latents' shape, if noise is added
-    origin                            walk.Origin, the picture to begin from, if there is one
+    draw_noise() -> array             fresh standard normal numbers of latents' shape
+    origin                            shared.Origin: the picture to begin from, if there is one
 
-which yields a walk.State after every model call, so a caller can show progress, look inside or
-stop. All raise TinyldmError at the first step for a number of steps outside
-1 .. num_train_timesteps; lcm, which has learnt 50 timesteps, for more than those.
+which yields a shared.State after every model call, so that a caller can show progress, look inside
+or stop. check_sampler says beforehand what a sampler cannot do.
 
-Coefficients are computed in float32, as the schedule's tables are and in the order PyTorch's
-schedulers have: differences of nearly equal numbers then round alike. They meet an array as python
-floats, so that it keeps its dtype.
+Coefficients are computed in float32, as the schedule's tables are, and in the order of PyTorch's
+schedulers: then the differences of nearly equal numbers round alike. They are python floats when
+they meet an array, so that it keeps its dtype.
 
-Two kinds of x appear. Those of variance_preserving.py and exponential.py hold x_t = a x_0 + s noise
-with a^2 + s^2 = 1, as the model sees it. Those of variance_exploding.py hold x = x_t / a =
-x_0 + sigma noise with sigma = s / a, and scale it back for the model. Either way the walk is the
-same: Euler in x is DDIM with eta = 0 in x_t.
+There are two kinds of x. ddpm, ddim, pndm, dpm_solver, unipc and lcm hold x_t = a x_start + s noise
+with a^2 + s^2 = 1, as the model gets it. euler, heun and lms hold x = x_t / a = x_start +
+sigma noise with sigma = s / a, and scale it for the model. Both describe the same trajectory: Euler
+in x is DDIM in x_t.
 """
 import math
 from functools import partial
@@ -33,9 +32,9 @@ from .ddpm import ddpm
 from .dpm_solver import dpmpp_2m
 from .euler import euler, euler_ancestral
 from .heun import heun
-from .lcm import LCM_TIMESTEPS, lcm
+from .lcm import LCM_TIMESTEPS, lcm, lcm_timesteps
 from .lms import lms
-from .pndm import pndm
+from .pndm import check_pndm, pndm
 from .unipc import unipc
 
 SAMPLERS = {
@@ -54,9 +53,10 @@ SAMPLERS = {
     "lcm": lcm,
 }
 
+# switches that must be off
 EVENLY = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 
-# the public files' class -> the name here, and the one value of each switch that is implemented
+# the class in public files -> the name here, and the one supported value of each switch
 CLASSES = {
     "DDPMScheduler": ("ddpm", {"variance_type": "fixed_small"}),
     "DDIMScheduler": ("ddim", {}),
@@ -80,23 +80,35 @@ CLASSES = {
 
 
 def get_sampler(name):
-    """The sampler of a public name. Raises TinyldmError, listing the names, for any other."""
+    """The sampler of a public name. Raises TinyldmError for any other, and lists the names."""
     if name not in SAMPLERS:
         raise TinyldmError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 
+def check_sampler(name, schedule, num_inference_steps, reach=1.0):
+    """Raise TinyldmError for a number of steps or a schedule that this sampler cannot take.
+
+    The number must be from 1 to num_train_timesteps; for lcm see lcm_timesteps.
+    """
+    schedule.check_steps(num_inference_steps)
+    if name == "pndm":
+        check_pndm(schedule)
+    if name == "lcm":
+        lcm_timesteps(schedule, num_inference_steps, reach)
+
+
 def default_sampler(config):
     """The name of the sampler that a scheduler_config.json (a dict) asks for.
 
-    Raises TinyldmError for a class, or a variant of one, that is not among SAMPLERS.
+    Raises TinyldmError for a class, or a variant of it, that is not supported.
     """
     name = config.get("_class_name")
     if name not in CLASSES:
         raise TinyldmError(f"the scheduler class {name!r} is not supported; supported: "
                            f"{', '.join(CLASSES)}; or choose a sampler: {', '.join(SAMPLERS)}")
     sampler, switches = CLASSES[name]
-    config = {"skip_prk_steps": False, **config}        # what its absence means in the public class
+    config = {"skip_prk_steps": False, **config}        # the public class's default
     if sde := sampler == "dpmpp_2m" and config.get("algorithm_type") == "sde-dpmsolver++":
         switches = switches | {"algorithm_type": "sde-dpmsolver++"}
     for key, supported in switches.items():

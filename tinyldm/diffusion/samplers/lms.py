@@ -1,40 +1,39 @@
-"""LMS: a linear multistep method, Crowson's k-diffusion."""
+"""LMS, a linear multistep method. Crowson's k-diffusion."""
 import numpy as np
 
-from .euler import begin_euler, denoise
-from .shared import NO_PICTURE, State
+from .shared import NO_PICTURE, State, begin_at_sigma, denoise
 
 
 def lms(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE):
-    """Linear multistep: the slope is the polynomial through its last four values, integrated.
+    """Linear multistep: integrate the polynomial through the last four slopes.
 
-        d_i = (x - x_0) / sigma_i at the i-th call
+        d_i = (x - x_start) / sigma_i at the i-th call
         x = x + sum over j of c_j d_j,  j = i, i - 1, i - 2, i - 3
         c_j = integral from sigma_i to sigma_{i+1} of L_j,
         L_j(sigma) = product over the other k of (sigma - sigma_k) / (sigma_j - sigma_k)
 
-    Where fewer values are known the polynomial is of lower degree; the first step is Euler's. But
-    where an origin leaves out steps, their sigmas count and their slopes are missing in the sum, as
+    With fewer slopes the polynomial is of lower degree; the first step is Euler's. Where an origin
+    leaves out steps, their sigmas still count in L_j, but their slopes are missing in the sum, as
     in the public scheduler.
     Source: Crowson, k-diffusion, sample_lms; the method is Adams and Bashforth's, for uneven steps.
     """
-    timesteps, sigmas, x = begin_euler(schedule, num_inference_steps, latents, 0.0, origin)
+    timesteps, sigmas, x = begin_at_sigma(schedule, num_inference_steps, latents, 0.0, origin)
     slopes = []                                             # newest first
-    for step, t in origin.rest(timesteps):
-        x_0 = denoise(predict, x, t, sigmas[step], schedule)
-        slopes = [(x - x_0) / float(sigmas[step]), *slopes[:3]]
+    for step, t in origin.remaining(timesteps):
+        x_start = denoise(predict, x, t, sigmas[step], schedule)
+        slopes = [(x - x_start) / float(sigmas[step]), *slopes[:3]]
         weights = _lagrange_integrals(sigmas[step::-1][:4], sigmas[step + 1])
         change = weights[0] * slopes[0]
         for weight, slope in zip(weights[1:], slopes[1:]):
             change = change + weight * slope
         x = origin.keep(x + change, latents, 1.0, sigmas[step + 1])
-        yield State(step - origin.first, t, x, x_0)
+        yield State(step - origin.first, t, x, x_start)
 
 
 def _lagrange_integrals(sigmas, end):
-    """For each sigma, the integral of its Lagrange polynomial from the first sigma to the end.
+    """For each sigma the integral of its Lagrange polynomial, from the first sigma to the end.
 
-    By Gauss' two points, which are exact up to degree 3.
+    By Gauss' rule with two points, which is exact up to degree 3.
     """
     sigmas = sigmas.astype(np.float64)
     half = (end - sigmas[0]) / 2

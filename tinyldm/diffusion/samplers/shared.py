@@ -1,79 +1,76 @@
-"""What every sampler's walk has: a state after each call, a place to begin from, noise levels.
-
-Under variance_preserving.py, exponential.py and variance_exploding.py, which hold the samplers;
-samplers.py lists them and says how they are called.
-"""
+"""What the samplers share: the state after each call, the start from a picture, small helpers."""
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..objective import to_x_start_and_noise
+
 
 class State(NamedTuple):
-    """What is known after one model call."""
+    """The sampling after one model call."""
 
     step: int           # counts model calls from 0
     timestep: float     # where the model was called, 0 .. num_train_timesteps - 1
-    latents: Any        # after this step, in the sampler's own scale (samplers.py)
-    pred_x0: Any        # the clean latents as predicted by this call, for previews
+    latents: Any        # after this step, in the sampler's own scale: see __init__.py
+    pred_x0: Any        # x_start, the clean latents, as this call predicts them; for previews
 
 
 class Origin(NamedTuple):
-    """Where a walk begins: from noise alone, or from a picture that noise is added to.
+    """Where sampling begins: at noise alone, or at a picture with noise added to it.
 
-    first: how many steps are left out; the picture is noised to the level of the first one made,
-    so that the less is left out, the less is left of the picture. mask: 1 where the walk paints, 0
-    where the picture is put back after each step, noised to the level reached. noise_only: begin
-    from noise alone even so. reach: for lcm, the share of the timesteps it knows that it may use.
     Source: Meng et al. 2021, "SDEdit: Guided Image Synthesis and Editing with Stochastic
     Differential Equations", arXiv:2108.01073, algorithms 1 and 2.
     """
 
-    picture: Any = None         # x_0, clean latents; None: there is no picture
-    first: int = 0
-    mask: Any = None            # one value a latent: broadcasts against x_0
-    noise_only: bool = False
-    reach: float = 1.0
+    picture: Any = None         # its x_start, clean latents; None: there is no picture
+    first: int = 0              # the number of steps to leave out: more keep more of the picture
+    mask: Any = None            # 1: draw here; 0: put the noised picture back after each step.
+                                # One value per latent, broadcasts against the picture
+    noise_only: bool = False    # with a mask: begin from noise alone all the same
+    reach: float = 1.0          # for lcm: the share of its 50 timesteps to use, from the lowest up
 
-    def rest(self, timesteps):
-        """The steps to be made: (number, timestep), numbered as if none were left out."""
+    def remaining(self, timesteps):
+        """The steps to make: (number, timestep), with the numbers of the whole list."""
         return list(enumerate(timesteps))[self.first:]
 
-    def begin(self, noise, a, s, scale=1.0):
-        """The first x: a x_0 + s noise, or without a picture noise alone times a scale."""
+    def begin(self, noise, signal_scale, noise_scale, only_noise_scale=1.0):
+        """The first x: the noised picture, or without a picture noise times only_noise_scale."""
         if self.picture is None or self.noise_only:
-            return noise * scale
-        return float(a) * self.picture + float(s) * noise
+            return noise * only_noise_scale
+        return float(signal_scale) * self.picture + float(noise_scale) * noise
 
-    def keep(self, x, noise, a, s):
-        """x where the mask says so, elsewhere the picture at the level that x has reached."""
+    def keep(self, x, noise, signal_scale, noise_scale):
+        """x inside the mask; outside the picture, with as much noise as x now has."""
         if self.mask is None:
             return x
-        return self.mask * x + (1 - self.mask) * (float(a) * self.picture + float(s) * noise)
+        noised = float(signal_scale) * self.picture + float(noise_scale) * noise
+        return self.mask * x + (1 - self.mask) * noised
 
 
 NO_PICTURE = Origin()
 
 
-# ---- noise levels ---------------------------------------------------------------------------
-
-def level(schedule, t):
-    """a and s of x_t = a x_0 + s noise at a whole timestep; None is the end, without noise."""
-    if t is None:
-        return 1.0, 0.0
-    alpha_bar = schedule.alphas_cumprod[t]
-    return alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5
-
-
-def whole(timesteps):
+def to_ints(timesteps):
     return [int(t) for t in timesteps.round()]
 
 
-def clip(x_0, schedule, unless_told):
-    """x_0 held in the schedule's range where clip_sample says so, or where None the sampler."""
-    if not (unless_told if schedule.clip_sample is None else schedule.clip_sample):
-        return x_0
-    return x_0.clip(-schedule.clip_sample_range, schedule.clip_sample_range)
+def clip(x_start, schedule, by_default):
+    """x_start clipped to the schedule's range if clip_sample asks for it, or None and by_default.
+    """
+    if not (by_default if schedule.clip_sample is None else schedule.clip_sample):
+        return x_start
+    return x_start.clip(-schedule.clip_sample_range, schedule.clip_sample_range)
 
+
+def alpha_bar_after(schedule, p, end_is_one):
+    """alpha_bar_p; beyond the last step (p < 0) 1 or alpha_bar_0, as set_alpha_to_one says."""
+    if p >= 0:
+        return schedule.alphas_cumprod[p]
+    is_one = end_is_one if schedule.set_alpha_to_one is None else schedule.set_alpha_to_one
+    return 1.0 if is_one else schedule.alphas_cumprod[0]
+
+
+# ---- sigmas, the noise per unit of picture --------------------------------------------------
 
 def sigmas_at(schedule, timesteps):
     """sigma at whole or fractional timesteps, (n,) -> (n,) float32."""
@@ -81,18 +78,33 @@ def sigmas_at(schedule, timesteps):
     return np.interp(timesteps, np.arange(len(table)), table).astype(np.float32)
 
 
-def final_sigma_of(schedule):
+def final_sigma(schedule):
     return 0.0 if schedule.final_sigmas_type == "zero" else float(schedule.sigmas[0])
 
 
-def x_start_and_noise(schedule, model_output, x_t, alpha_bar):
-    return schedule.to_x_start_and_noise(model_output, x_t, alpha_bar ** 0.5,
-                                         (1 - alpha_bar) ** 0.5)
+def begin_at_sigma(schedule, num_inference_steps, latents, last_sigma, origin):
+    """For x = x_start + sigma noise: the timesteps, their sigmas with the last one, the first x.
+
+    Without a picture the first x is noise times the largest sigma; with "leading" spacing, which
+    begins below the noisiest timestep, times sqrt(sigma^2 + 1), as x then holds some picture too.
+    """
+    timesteps = schedule.timesteps(num_inference_steps, "linspace").astype(np.float32)
+    sigmas = np.append(sigmas_at(schedule, timesteps), np.float32(last_sigma))
+    leading = schedule.timestep_spacing == "leading"
+    only_noise_scale = float((sigmas[0] ** 2 + leading) ** 0.5)
+    x = origin.begin(latents, 1.0, sigmas[origin.first], only_noise_scale)
+    return timesteps.tolist(), sigmas, x
 
 
-def alpha_bar_after(schedule, p, beyond_is_one):
-    """alpha_bar_p; beyond the table's clean end (p < 0) 1 or alpha_bar_0, as the schedule says."""
-    if p >= 0:
-        return schedule.alphas_cumprod[p]
-    is_one = beyond_is_one if schedule.set_alpha_to_one is None else schedule.set_alpha_to_one
-    return 1.0 if is_one else schedule.alphas_cumprod[0]
+def denoise(predict, x, t, sigma, schedule):
+    """Call the model and return the predicted x_start of x = x_start + sigma noise.
+
+    The model gets x_t = x / sqrt(sigma^2 + 1). The equation is solved with x, not with x_t: Heun
+    divides x - x_start by a small sigma, which magnifies rounding.
+    """
+    scale = (sigma ** 2 + 1) ** 0.5
+    model_output = predict(x / float(scale), t)
+    if schedule.prediction_type == "v_prediction":      # v is defined by x_t, not by x
+        return model_output * float(-sigma / scale) + x / float(sigma ** 2 + 1)
+    x_start, _ = to_x_start_and_noise(schedule, model_output, x, 1.0, sigma)
+    return x_start
