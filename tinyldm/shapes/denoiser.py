@@ -12,11 +12,11 @@ Source: Rombach et al. 2022, arXiv:2112.10752, eq. 3; Salimans & Ho 2022, arXiv:
 import numpy as np
 from tqdm import tqdm
 
-from ..backend import num_threads, parallel
+from ..backend import parallel
 from ..diffusion.schedule import Schedule
 from ..models import CLIPTextModel, UNet2DConditionModel
 from ..text.tokenizer import Tokenizer
-from ..training.loop import Trainer, split_batch, write_npz
+from ..training.loop import SHARDS, Trainer, split_batch, write_npz
 from ..training.objectives import diffusion_loss
 from ..training.optim import initialise
 from . import drawing
@@ -45,7 +45,7 @@ def make_pool(run):
         encoded, ids = [], []
         for _ in tqdm(range(POOL // BATCH), desc="encoding the pool"):
             images, captions = drawing.batch(rng, BATCH)
-            encoded += parallel(vae.encode, np.array_split(images, num_threads()))
+            encoded += parallel(vae.encode, np.array_split(images, SHARDS))
             ids += [tokenizer(caption)[0] for caption in captions]
         mean, logvar = (np.concatenate(part).astype(np.float16) for part in zip(*encoded))
         std = np.exp(0.5 * logvar)
