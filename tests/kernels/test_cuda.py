@@ -10,8 +10,7 @@ import pytest
 from tests.support import cuda_host, strict
 from tests.support.arrays import normal
 from tests.support.gpu import LARGE, draw
-from tests.support.reference import assert_close
-from tests.support.tolerance import assert_allclose, assert_same_pixels
+from tests.support.tolerance import assert_allclose, assert_close, assert_same_pixels
 from tinyldm import backend, ops
 from tinyldm.kernels import cuda
 

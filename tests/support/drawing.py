@@ -5,8 +5,8 @@ import diffusers
 import numpy as np
 import torch
 
-from tests.support.reference import assert_close, nchw, nhwc
-from tests.support.tolerance import assert_same_pixels
+from tests.support.reference import nchw, nhwc
+from tests.support.tolerance import assert_close, assert_same_pixels
 
 PROMPT = "a photo of an astronaut riding a horse on mars, red cat"
 NEGATIVE = "low quality!"

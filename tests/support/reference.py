@@ -53,15 +53,6 @@ def copy_weights(reference, module):
     return module
 
 
-def assert_close(ours, theirs, relative, what=""):
-    """The largest difference is below `relative` of the reference's standard deviation."""
-    assert ours.shape == theirs.shape, f"{what}: {ours.shape} against {theirs.shape}"
-    scale = theirs.std() if theirs.size > 1 else abs(theirs).max()
-    error = abs(ours - theirs).max() / (scale + 1e-300)
-    within(error, relative, f"{what}, in standard deviations")
-    return error
-
-
 def assert_same_gradients(reference, module, relative=1e-6):
     """Every parameter of ours has a gradient equal to autograd's, each measured by its own size."""
     ours = dict(module.named_parameters())
