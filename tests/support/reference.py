@@ -1,7 +1,7 @@
 """Bridges to the reference implementations: the same random weights, gradients side by side."""
 import numpy as np
-import torch
 
+from tests.support.extra import torch
 from tests.support.tolerance import within
 
 
