@@ -1,8 +1,6 @@
 """Image to image and inpainting against diffusers' pipelines: same weights, seed and picture."""
-import diffusers
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.support.drawing import (
@@ -13,6 +11,7 @@ from tests.support.drawing import (
     assert_same_pictures,
     ours,
 )
+from tests.support.extra import diffusers, torch
 from tests.support.pictures import SIZE, hole, picture, thin
 from tests.support.small_pipelines import (
     ddpm,

@@ -1,10 +1,9 @@
 """What lies between two prompts, seeds or pictures: each mixed by torch, and drawn by diffusers."""
-import diffusers
 import numpy as np
 import pytest
-import torch
 
 from tests.support.drawing import NEGATIVE, STEPS, Reference, assert_same_pictures
+from tests.support.extra import diffusers, torch
 from tests.support.pictures import SIZE, hole, picture
 from tests.support.reference import nchw
 from tests.support.small_pipelines import sd1, sdxl, smallest

@@ -1,9 +1,9 @@
 """The kinds of Stable Diffusion besides 1 and 2, each against diffusers' own pipeline for it."""
 import numpy as np
 import pytest
-import torch
 
 from tests.support.drawing import NEGATIVE, PROMPT, Reference, assert_same_drawing, ours
+from tests.support.extra import torch
 from tests.support.models import spoil
 from tests.support.small_pipelines import change_json, lcm, sd_turbo, sdxl, sdxl_turbo
 from tests.support.tolerance import assert_close

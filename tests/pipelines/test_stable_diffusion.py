@@ -1,10 +1,9 @@
 """The pipeline against diffusers' on the same random weights: ids, context, latents, picture."""
-import diffusers
 import numpy as np
 import pytest
-import torch
 
 from tests.support.drawing import NEGATIVE, PROMPT, Reference, assert_same_drawing, ours
+from tests.support.extra import diffusers, torch
 from tests.support.reference import nchw, nhwc
 from tests.support.small_pipelines import CONFIGURATIONS, change_json, sd1, smallest
 from tests.support.tolerance import assert_close

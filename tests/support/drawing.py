@@ -1,10 +1,9 @@
 """Whole drawings by diffusers and by ours, and how near they must be."""
 import copy
 
-import diffusers
 import numpy as np
-import torch
 
+from tests.support.extra import diffusers, torch
 from tests.support.reference import nchw, nhwc
 from tests.support.tolerance import assert_close, assert_same_pixels
 

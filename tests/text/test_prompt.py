@@ -3,12 +3,11 @@ import re
 import warnings
 from types import SimpleNamespace
 
-import diffusers
 import numpy as np
 import pytest
-import torch
 
 from tests.support.drawing import STEPS, assert_same_drawing
+from tests.support.extra import diffusers, torch
 from tests.support.reference import nhwc
 from tests.support.small_pipelines import sd1, sd2, smallest
 from tests.support.tolerance import assert_allclose, assert_close
