@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support import strict, tolerance
+from tinyldm import backend
 from tinyldm.kernels import blocks
 from tinyldm.pipelines.stable_diffusion import load
 
@@ -46,6 +47,16 @@ def block_size(request, monkeypatch):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """The caller and one worker, whatever this machine has."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(backend, "_workers", None)
+    yield
+    if backend._workers is not None:
+        backend._workers.shutdown()
 
 
 @pytest.fixture(scope="module")
