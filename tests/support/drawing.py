@@ -14,7 +14,7 @@ LATENTS_TOLERANCE = 1e-4            # of the reference's standard deviation, at 
 
 
 class Reference:
-    """diffusers' pipeline of a folder, and what it answers in our layout."""
+    """diffusers' pipeline of a folder, with its outputs in our layout."""
 
     def __init__(self, folder):
         diffusers.utils.logging.set_verbosity_error()
@@ -41,7 +41,7 @@ class Reference:
 
 
 def ours(pipe, **options):
-    """The same of ours, by way of stream and by way of a call."""
+    """The same of ours, the latents by stream and the pictures by a call."""
     states = list(pipe.stream(PROMPT, num_inference_steps=STEPS, **options))
     assert [state.step for state in states] == list(range(len(states)))
     images = pipe(PROMPT, num_inference_steps=STEPS, **options)
