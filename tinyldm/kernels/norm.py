@@ -63,9 +63,8 @@ def _statistics(pixels, G, eps):
 
     def sums(block):
         shifted = pixels[block] - pivots[block[0]]
-        total = shifted.sum(axis=1)
-        shifted *= shifted
-        return block[0], total, shifted.sum(axis=1)
+        total = np.ones(shifted.shape[1], F32) @ shifted                 # faster than NumPy's sum
+        return block[0], total, np.einsum("bnc,bnc->bc", shifted, shifted)
 
     totals, squares = np.zeros((2, B, C))
     for images, total, square in over_blocks(sums, B, N, C):
@@ -147,11 +146,12 @@ def layer_norm(x, weight, bias, eps):
     tokens = x.reshape(-1, C)
     y = np.empty_like(tokens)
     mean, rstd = np.empty((2, len(tokens), 1), F32)
+    average = np.full((C, 1), 1 / C, F32)               # a product with it is faster than x.mean
 
     def normalise(block):
         rows = block[1]
         part = y[rows]
-        tokens[rows].mean(axis=-1, keepdims=True, out=mean[rows])
+        np.matmul(tokens[rows], average, out=mean[rows])
         np.subtract(tokens[rows], mean[rows], out=part)
         variance = np.einsum("nc,nc->n", part, part)[:, None] / C
         rstd[rows] = (variance + eps) ** -0.5
