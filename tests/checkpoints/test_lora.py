@@ -17,7 +17,7 @@ from tests.support import small_pipelines, strict
 from tests.support.reference import to_ours
 from tests.support.tolerance import assert_allclose
 from tinyldm.checkpoints import components
-from tinyldm.checkpoints.addons.lora import place_of, spelled_layers
+from tinyldm.checkpoints.addons.lora import layers_by_spelling, target_of
 from tinyldm.checkpoints.layout import file_shape
 from tinyldm.errors import TinyldmError
 from tinyldm.models import CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
@@ -356,14 +356,14 @@ def is_trained(part, name, shape):
 
 def assert_found(places, layers, name, shape):
     """A file's name finds our weight of the public name and shape."""
-    found, parameter = layers[place_of(places)]
+    found, parameter = layers[target_of(places)]
     assert found == name.removesuffix(".weight")
     assert list(file_shape(parameter)) == shape
 
 
 @with_lists
 def test_every_name_of_a_kohya_file_for_sd15_finds_its_weight():
-    layers, counts = spelled_layers(real_model("stable-diffusion-v1-5")), Counter()
+    layers, counts = layers_by_spelling(real_model("stable-diffusion-v1-5")), Counter()
     for part, name, shape in rows("keys_diffusers_sd15.txt"):
         if part in PARTS and is_trained(part, name, json.loads(shape)):
             counts[part] += 1
@@ -375,7 +375,7 @@ def test_every_name_of_a_kohya_file_for_sd15_finds_its_weight():
 @with_lists
 def test_every_name_of_a_kohya_file_for_sdxl_finds_its_weight():
     """Its UNet has the original names; every weight is asked for, with the convolutions'."""
-    layers, counts = spelled_layers(real_model("stable-diffusion-xl-base-1.0")), Counter()
+    layers, counts = layers_by_spelling(real_model("stable-diffusion-xl-base-1.0")), Counter()
     start = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     for part, theirs, _, name, shape, _ in rows("keys_map_ldm_sdxl.txt"):
         shape = json.loads(shape)

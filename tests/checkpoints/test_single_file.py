@@ -20,7 +20,7 @@ from tinyldm.checkpoints import folders, load_pipeline_parts
 from tinyldm.checkpoints.formats.stored import StoredTensor, row_major
 from tinyldm.checkpoints.layout import file_shape, fitted
 from tinyldm.checkpoints.single_file import kinds
-from tinyldm.checkpoints.single_file import names as ldm
+from tinyldm.checkpoints.single_file.names import by_part
 from tinyldm.errors import TinyldmError
 
 KINDS = {"sd1": kinds.SD1, "sd2": kinds.SD2, "sdxl": kinds.SDXL}
@@ -71,7 +71,7 @@ def expected_place(tensor, operation):
 @pytest.mark.parametrize("kind, layers", [("sd1", 12), ("sd2", 23), ("sdxl", None)])
 def test_every_name_of_the_real_checkpoint_maps_one_to_one(kind, layers):
     stored = stored_tensors(kind)
-    found, rest = ldm.parts(stored, layers)
+    found, rest = by_part(stored, layers)
     assert not rest
     table = list(rows(kind))
     assert found.keys() == {part for part, *_ in table}
@@ -91,7 +91,7 @@ def test_every_name_of_the_real_checkpoint_maps_one_to_one(kind, layers):
 def test_a_real_checkpoint_has_every_parameter_of_the_models_and_nothing_else(kind):
     stored = stored_tensors(kind)
     known = KINDS[kind]
-    found, rest = ldm.parts(stored, known.text_encoder["num_hidden_layers"])
+    found, rest = by_part(stored, known.text_encoder["num_hidden_layers"])
     assert not rest
     assert found.keys() == {part for part in MODELS if getattr(known, part)}
     for part in found:

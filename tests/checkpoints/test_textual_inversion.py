@@ -152,13 +152,13 @@ def test_capitals_make_no_difference(pipe, tmp_path):
         assert pipe.tokenizer.ids(text) == [first, first + 1, first + 2]
 
 
-def test_weights_and_pieces_count_every_vector(pipe, tmp_path):
+def test_weights_and_chunks_count_every_vector(pipe, tmp_path):
     first = len(pipe.tokenizer)
     pipe.load_textual_inversion(write({WORD: vectors()}, tmp_path / "a.safetensors"))
     (piece,) = prompt.split(f"a ({WORD}:1.2) [{WORD}]", pipe.tokenizer)
     ids = [first, first + 1, first + 2]
     assert piece[1:] == [*((i, 1.2) for i in ids), *((i, 1 / 1.1) for i in ids)]
-    with pytest.warns(UserWarning, match="is read in 2 pieces"):
+    with pytest.warns(UserWarning, match="is read in 2 chunks"):
         context = pipe.encode_prompt(f"({WORD}:1.1)" * 26)
     assert context.shape == (1, 154, 32) and np.isfinite(context).all()
 

@@ -310,7 +310,7 @@ def test_formats(weights, out, suffix, image_format):
     assert list(out.iterdir()) == [path]
 
 
-def test_a_long_prompt_is_said_to_be_in_pieces_in_one_line(weights, out):
+def test_a_long_prompt_is_said_to_be_in_chunks_in_one_line(weights, out):
     prompt = "cat " * 75 + "\\(dog:abc)"
     process = run(prompt, "--weights", weights, "--steps", 1, "--count", 2, folder=out)
     assert process.returncode == 0, process.stderr
@@ -318,7 +318,7 @@ def test_a_long_prompt_is_said_to_be_in_pieces_in_one_line(weights, out):
     assert notes == [                                   # each a line of its own
         f"note: unbalanced ) in the prompt {prompt!r:.60}: taken literally",
         f"note: ':abc' in the prompt {prompt!r:.60} is no weight: taken literally",
-        f"note: the prompt {prompt!r:.60} is read in 2 pieces of at most 75 tokens, joined"]
+        f"note: the prompt {prompt!r:.60} is read in 2 chunks of at most 75 tokens, joined"]
 
 
 def test_help_names_every_sampler():

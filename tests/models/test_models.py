@@ -27,6 +27,7 @@ from tinyldm.models import (
     CLIPTextModelWithProjection,
     UNet2DConditionModel,
 )
+from tinyldm.models.blocks import ResnetBlock2D
 
 DOWN3 = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
 UP3 = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
@@ -55,7 +56,7 @@ UNETS = {
                                      up_block_types=["CrossAttnUpBlock2D"],
                                      attention_head_dim=1, cross_attention_dim=5),
 }
-TOLD = {                    # UNets that are told more than a timestep: what, and its width
+CONDITIONED = {             # UNets with further conditions: {name: width}
     "as LCM": (dict(SMALL, block_out_channels=[8, 16], layers_per_block=1,
                     down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
                     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
@@ -97,8 +98,8 @@ def readonly(array):
     return array
 
 
-class Waves64(torch.nn.Module):
-    """The timestep's waves in float64; diffusers makes them in float32 whatever the model."""
+class Sinusoidal64(torch.nn.Module):
+    """The sinusoidal embedding in float64; diffusers computes it in float32 for every model."""
 
     def __init__(self, dim, flip_sin_to_cos, downscale_freq_shift):
         super().__init__()
@@ -118,9 +119,9 @@ def unet_pair(config, dtype, size, batch=2, tokens=7):
     module = copy_weights(reference, UNet2DConditionModel(config))
     if dtype == torch.float64:
         for name in ("time_proj", "add_time_proj"):
-            if waves := getattr(reference, name, None):
-                setattr(reference, name, Waves64(waves.num_channels, waves.flip_sin_to_cos,
-                                                 waves.downscale_freq_shift))
+            if theirs := getattr(reference, name, None):
+                setattr(reference, name, Sinusoidal64(theirs.num_channels, theirs.flip_sin_to_cos,
+                                                      theirs.downscale_freq_shift))
     rng = np.random.default_rng(1)
     kind = np.float64 if dtype == torch.float64 else np.float32
     latents = readonly(rng.standard_normal((batch, *size, config["in_channels"])).astype(kind))
@@ -143,7 +144,7 @@ def test_unet_gradients(name, size):
     dy = readonly(np.random.default_rng(2).standard_normal(ours.shape))
     theirs.backward(nchw(dy))
     dlatents, dcontext = module.backward(dy, tape)
-    assert len(tape) == 0
+    assert not tape.entries
     assert_same_gradients(reference, module)
     assert_close(dlatents, nhwc(x.grad), 1e-6, "dlatents")
     assert_close(dcontext, c.grad.numpy(), 1e-6, "dcontext")
@@ -161,56 +162,63 @@ def test_unet_float32(name):
         assert_close(module(latents, timesteps, context), theirs, 1e-4, "plain")
 
 
-def told_unet(name, dtype):
-    """As unet_pair, and what both are told: ours {name: array}, theirs as leaf tensors."""
-    config, widths = TOLD[name]
+def conditioned_unet(name, dtype):
+    """-> unet_pair's, and the further conditions: ours {name: array}, theirs as leaf tensors."""
+    config, widths = CONDITIONED[name]
     pair = unet_pair(config, dtype, (8, 6))
     rng, kind = np.random.default_rng(3), pair[2].dtype
-    told = {what: readonly(rng.standard_normal((2, width)).astype(kind))
+    more = {what: readonly(rng.standard_normal((2, width)).astype(kind))
             for what, width in widths.items()}
-    if "time_ids" in told:
-        told["time_ids"] = readonly(np.array([[64, 48, 0, 0, 64, 48], [32, 32, 4, 8, 16, 16]]))
-    tensors = {what: torch.from_numpy(x.copy()) for what, x in told.items()}
-    return *pair, told, tensors
+    if "time_ids" in more:
+        more["time_ids"] = readonly(np.array([[64, 48, 0, 0, 64, 48], [32, 32, 4, 8, 16, 16]]))
+    tensors = {what: torch.from_numpy(x.copy()) for what, x in more.items()}
+    return pair, more, tensors
 
 
-def told_call(reference, latents, timesteps, context, tensors):
+def call_conditioned(reference, latents, timesteps, context, tensors):
     added = {what: tensor for what, tensor in tensors.items() if what != "timestep_cond"}
     return reference(latents, torch.from_numpy(timesteps.copy()), context, added_cond_kwargs=added,
                      timestep_cond=tensors.get("timestep_cond")).sample
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_told_unet_gradients(name):
-    reference, module, latents, timesteps, context, told, tensors = told_unet(name, torch.float64)
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_conditioned_unet_gradients(name):
+    pair, more, tensors = conditioned_unet(name, torch.float64)
+    reference, module, latents, timesteps, context = pair
     x, c = nchw(latents).requires_grad_(), torch.from_numpy(context.copy()).requires_grad_()
-    if "text_embeds" in tensors:
-        tensors["text_embeds"].requires_grad_()
-    theirs = told_call(reference, x, timesteps, c, tensors)
+    for tensor in tensors.values():
+        if tensor.is_floating_point():                  # time_ids are integers
+            tensor.requires_grad_()
+    theirs = call_conditioned(reference, x, timesteps, c, tensors)
     tape = Tape()
-    ours = module.forward(latents, timesteps, context, tape, **told)
+    ours = module.forward(latents, timesteps, context, tape, **more)
     assert_close(ours, nhwc(theirs), 1e-8, "output")
 
     dy = readonly(np.random.default_rng(2).standard_normal(ours.shape))
     theirs.backward(nchw(dy))
     gradients = module.backward(dy, tape)
-    assert len(tape) == 0
+    assert not tape.entries
     assert_same_gradients(reference, module)
-    expected = [nhwc(x.grad), c.grad.numpy()]
-    expected += [tensors["text_embeds"].grad.numpy()] if "text_embeds" in tensors else []
-    for i, (ours, theirs) in enumerate(zip(gradients, expected, strict=True)):
-        assert_close(ours, theirs, 1e-6, f"gradient {i}")
+    dlatents, dcontext = gradients                      # whatever the config
+    assert_close(dlatents, nhwc(x.grad), 1e-6, "dlatents")
+    assert_close(dcontext, c.grad.numpy(), 1e-6, "dcontext")
+    for what in ("timestep_cond", "text_embeds"):
+        if what in tensors:
+            assert_close(getattr(gradients, what), tensors[what].grad.numpy(), 1e-6, what)
+        else:
+            assert getattr(gradients, what) is None
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_told_unet_float32(name):
-    reference, module, latents, timesteps, context, told, tensors = told_unet(name, torch.float32)
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_conditioned_unet_float32(name):
+    pair, more, tensors = conditioned_unet(name, torch.float32)
+    reference, module, latents, timesteps, context = pair
     with torch.no_grad():
-        theirs = nhwc(told_call(reference, nchw(latents), timesteps,
-                                torch.from_numpy(context.copy()), tensors))
-    assert_close(module(latents, timesteps, context, **told), theirs, 1e-3, "fast")
+        theirs = nhwc(call_conditioned(reference, nchw(latents), timesteps,
+                                       torch.from_numpy(context.copy()), tensors))
+    assert_close(module(latents, timesteps, context, **more), theirs, 1e-3, "fast")
     with backend.plain():
-        assert_close(module(latents, timesteps, context, **told), theirs, 1e-4, "plain")
+        assert_close(module(latents, timesteps, context, **more), theirs, 1e-4, "plain")
 
 
 def vae_pair(config, dtype):
@@ -241,7 +249,7 @@ def test_vae_gradients(name):
     theirs.backward(nchw(dy))
     dz = module.decode_backward(dy, tape)
     dimages = module.encode_backward(dz, dz * eps * 0.5 * np.exp(0.5 * logvar), tape)
-    assert len(tape) == 0
+    assert not tape.entries
     assert_same_gradients(reference, module)
     assert_close(dimages, nhwc(x.grad), 1e-6, "dimages")
     np.testing.assert_array_equal(ours, module.decode(z))
@@ -278,7 +286,7 @@ def test_clip_gradients(name):
     dy = readonly(np.random.default_rng(2).standard_normal(ours.shape))
     theirs.backward(torch.from_numpy(dy.copy()))
     module.backward(dy, tape)
-    assert len(tape) == 0
+    assert not tape.entries
     assert_same_gradients(reference, module)
     np.testing.assert_array_equal(ours, module.forward(ids))
 
@@ -294,9 +302,9 @@ def test_clip_float32(name):
         assert_close(module(ids), theirs, 1e-4, "plain")
 
 
-def projection_pair(end, dtype):
-    """-> reference, module, ids (2,77) with an end token each and one more behind it."""
-    config = dict(CLIPS["as SD 2"], projection_dim=7, eos_token_id=end)
+def projection_pair(end, dtype, **options):
+    """-> reference, module, ids (2,77), each with an end token and another one after it."""
+    config = dict(CLIPS["as SD 2"], projection_dim=7, eos_token_id=end, **options)
     reference = ReferenceCLIPWithProjection(CLIPTextConfig(**config)).to(dtype)
     module = copy_weights(randomise(reference).eval(), CLIPTextModelWithProjection(config))
     ids = np.random.default_rng(1).integers(3, 97, (2, 77))
@@ -317,12 +325,25 @@ def test_clip_with_projection(end):
         assert_close(y, same.detach().numpy(), 1e-8, name)
     torch.autograd.backward(expected, [torch.from_numpy(dy.copy()) for dy in dys])
     module.backward(*dys, tape)
-    assert len(tape) == 0
+    assert not tape.entries
     assert_same_gradients(reference, module)
 
 
+@pytest.mark.parametrize("end", [98, 2])
+def test_a_learned_word_and_the_pooled_token(end):
+    """With eos_token_id 2 the largest id is pooled, a learned word's, here as in transformers."""
+    reference, module, ids = projection_pair(end, torch.float64, vocab_size=101)
+    ids = ids.copy()
+    ids[:, 5] = 100                                     # added by textual inversion
+    theirs = reference(torch.from_numpy(ids)).text_embeds.detach().numpy()
+    assert_close(module(ids)[1], theirs, 1e-8)
+    later = ids.copy()
+    later[:, 7] = 3                                     # seen by the end token, not by the word
+    assert np.array_equal(module(later)[1], module(ids)[1]) == (end == 2)
+
+
 def test_clip_without_the_last_layer():
-    """SDXL's first encoder; the layer left out gets no gradient."""
+    """SDXL's first encoder. The last layer gets no gradient."""
     reference, module = clip_pair(CLIPS["as SD 1"], torch.float64)
     ids = readonly(np.random.default_rng(1).integers(0, 97, (2, 77)))
     theirs = reference(torch.from_numpy(ids.copy()), output_hidden_states=True).hidden_states[-2]
@@ -332,7 +353,7 @@ def test_clip_without_the_last_layer():
     dy = readonly(np.random.default_rng(2).standard_normal(ours.shape))
     theirs.backward(torch.from_numpy(dy.copy()))
     module.backward(dy, tape)
-    assert len(tape) == 0
+    assert not tape.entries
     expected = {name: same.grad for name, same in reference_names(reference)}
     for name, parameter in module.named_parameters():
         assert (parameter.grad is None) == (expected[name] is None), name
@@ -363,8 +384,40 @@ def test_unet_refuses_what_it_does_not_build(change, named):
         UNet2DConditionModel(dict(UNETS["attention at the bottom"], **change))
 
 
+@pytest.mark.parametrize("model, config, key", [
+    (UNet2DConditionModel, UNETS["as SD 1"], "cross_attention_dim"),
+    (AutoencoderKL, VAES["one level"], "latent_channels"),
+    (CLIPTextModel, CLIPS["as SD 1"], "hidden_size"),
+    (CLIPTextModelWithProjection, CLIPS["as SD 1"], "projection_dim"),
+], ids=lambda value: getattr(value, "__name__", None))
+def test_a_missing_key_is_named(model, config, key):
+    config = {name: value for name, value in config.items() if name != key}
+    with pytest.raises(TinyldmError, match=f"lacks {key}: get"):
+        model(config)
+
+
+def test_text_time_needs_its_two_sizes():
+    config = dict(CONDITIONED["as SDXL"][0], addition_time_embed_dim=None)
+    with pytest.raises(TinyldmError, match=r"which are \(None, 41\)"):
+        UNet2DConditionModel(config)
+
+
+def test_a_residual_block_takes_a_time_embedding_if_it_was_built_for_one():
+    x, temb = np.ones((1, 4, 4, 4)), np.ones((1, 6))
+    for channels, wrong in ((6, None), (None, temb)):
+        block = ResnetBlock2D(4, 4, 2, 1e-5, channels)
+        for parameter in block.parameters():
+            parameter.data = np.ones(parameter.shape)
+        tape = Tape()
+        y = block(x, tape, temb=None if channels is None else temb)
+        dx, dtemb = block.backward(y, tape)
+        assert not tape.entries and (dtemb is None) == (channels is None)
+        with pytest.raises(AssertionError, match="temb"):
+            block(x, temb=wrong)
+
+
 def test_float16_keeps_its_digits():
-    """float16 weights and maps: norms, softmax and the timestep's waves in float32, as on a GPU."""
+    """float16 weights and maps; norms, softmax and sinusoidal embedding in float32, as on a GPU."""
     reference, module, latents, timesteps, context = unet_pair(
         UNETS["as SD 1"], torch.float32, (8, 8))
     with torch.no_grad():

@@ -8,7 +8,8 @@ from tests.models.test_models import VAES, readonly, vae_config, vae_pair
 from tests.support.reference import assert_close, nchw, nhwc
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL
-from tinyldm.shapes import scenes as data
+from tinyldm.shapes.drawing import draw
+from tinyldm.shapes.scenes import sample
 
 # Of latents: one tile exactly, a sliver more, slivers on both sides, lower than a tile is wide.
 SIZES = [(8, 8), (9, 8), (13, 7), (17, 13), (14, 19), (3, 29)]
@@ -79,7 +80,7 @@ def test_tiles_change_a_picture_a_little():
     """A norm sees its tile, not the picture: four pictures of the bundled model's size as one."""
     pipe = tinyldm.load()
     rng = np.random.default_rng(0)
-    parts = [data.draw(data.sample(rng)) for _ in range(4)]
+    parts = [draw(sample(rng)) for _ in range(4)]
     picture = np.concatenate([np.concatenate(parts[:2], 1), np.concatenate(parts[2:], 1)])
     latents, _ = pipe.vae.encode((picture / 127.5 - 1).astype(np.float32)[None])
     difference = abs(pipe.vae.decode_tiled(latents) - pipe.vae.decode(latents)) * 127.5

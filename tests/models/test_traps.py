@@ -15,7 +15,7 @@ from tests.support.tolerance import assert_allclose
 from tinyldm import ops
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.layers import Conv2d, GroupNorm, GroupNormSiLU, LayerNorm, Module
+from tinyldm.layers import Conv2d, GroupNorm, GroupNormSiLU, LayerNorm, named_modules
 from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel, unet
 from tinyldm.models.blocks import Attention, Downsample2D, ResnetBlock2D
 
@@ -24,18 +24,8 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
              "skip_prk_steps": True, "clip_sample": False}
 
 
-def modules(module, name=""):
-    """Every (name, module), as torch's named_modules."""
-    yield name, module
-    for key, value in vars(module).items():
-        for i, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if isinstance(item, Module):
-                path = key if i is None else f"{key}.{i}"
-                yield from modules(item, f"{name}.{path}" if name else path)
-
-
 def of_kind(module, kind):
-    return {name: part for name, part in modules(module) if isinstance(part, kind)}
+    return {name: part for name, part in named_modules(module) if isinstance(part, kind)}
 
 
 def epsilons(module):
@@ -110,10 +100,10 @@ def test_timestep_embedding_is_cos_then_sin_over_half():
                          ids=["named", "left out"])
 def test_the_unet_asks_for_cos_then_sin(config, monkeypatch):
     class Seen(Exception):
-        """Carries the waves out of the forward pass."""
+        """Carries the sinusoidal embedding out of the forward pass."""
 
-    def stop(self, waves, tape, condition):
-        raise Seen(waves)
+    def stop(self, x, tape, *, condition):
+        raise Seen(x)
     monkeypatch.setattr(unet.TimestepEmbedding, "forward", stop)
     with pytest.raises(Seen) as seen:
         UNet2DConditionModel(config)(np.zeros((1, 8, 8, 4)), np.array([981]), None)
@@ -159,7 +149,7 @@ def test_attention_head_dim_may_be_a_list_of_head_counts():
 
 
 def test_resnets_of_the_unet_know_the_time_and_those_of_the_vae_do_not():
-    with_time = [hasattr(part, "time_emb_proj")
+    with_time = [part.time_emb_proj is not None
                  for model in (UNet2DConditionModel(UNET), AutoencoderKL(VAE))
                  for part in of_kind(model, ResnetBlock2D).values()]
     assert with_time == [True] * 22 + [False] * 24

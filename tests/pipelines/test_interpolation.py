@@ -13,11 +13,11 @@ from tinyldm.images import from_pil
 from tinyldm.noise import get_generator
 from tinyldm.pipelines.interpolation import BetweenGenerator, slerp
 
-FIRST, SECOND = "a photo of an astronaut", "red cat, " * 40     # the second is read in two pieces
+FIRST, SECOND = "a photo of an astronaut", "red cat, " * 40     # the second is read in two chunks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:the prompt .* is read in 2 pieces")]
+    pytest.mark.filterwarnings("ignore:the prompt .* is read in 2 chunks")]
 
 
 @pytest.fixture(scope="module", params=[sd1, sdxl], ids=lambda make: make.__name__)
@@ -111,7 +111,7 @@ def test_the_ends_are_those_between_which_it_lies(small, options):
 
     ends = [last({name: Between(one[name], other[name], weight) for name in one})
             for weight in (0, 1)]
-    # The shorter prompt is filled up to the pieces of the longer, so that its end differs a little.
+    # The shorter prompt is filled up to the chunks of the longer, so that its end differs a little.
     assert_close(ends[1], last(other), 1e-5, "the second")
     one["prompt"] = other["prompt"] = FIRST
     assert_close(last({name: Between(one[name], other[name], 0) for name in one}), last(one),

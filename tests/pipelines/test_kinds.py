@@ -32,7 +32,7 @@ from tests.support.small_pipelines import (
 )
 from tinyldm.errors import TinyldmError
 from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
-from tinyldm.text.prompt import weigh
+from tinyldm.text.prompt import apply_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -90,11 +90,11 @@ def encode(reference, text):
     return context.numpy(), pooled.numpy()
 
 
-def test_pieces_and_weights_of_both_encoders(xl):
+def test_chunks_and_weights_of_both_encoders(xl):
     """Both halves of the context are cut and weighed by themselves; the vector is the first's."""
     pipe, reference = xl
     contexts, vectors = zip(*(encode(reference, text) for text in ("a red cat", "low!", "")))
-    with pytest.warns(UserWarning, match="is read in 2 pieces"):
+    with pytest.warns(UserWarning, match="is read in 2 chunks"):
         negative, positive = told(pipe, "a red cat BREAK low!", "low!")
     assert_close(positive["context"], np.concatenate(contexts[:2], axis=1), 1e-4)
     assert_close(positive["text_embeds"], vectors[0], 1e-4)
@@ -107,7 +107,7 @@ def test_pieces_and_weights_of_both_encoders(xl):
     assert (weights != 1).any()
     halves = np.split(contexts[0], [pipe.text_encoder.config["hidden_size"]], axis=-1)
     assert_close(weighed["context"],
-                 np.concatenate([weigh(half, weights) for half in halves], axis=-1), 1e-4)
+                 np.concatenate([apply_weights(half, weights) for half in halves], axis=-1), 1e-4)
     assert_close(weighed["text_embeds"], vectors[0], 1e-4)
 
 

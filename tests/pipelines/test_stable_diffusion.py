@@ -108,7 +108,7 @@ def small(small_folder):
 
 # ---- against diffusers ----------------------------------------------------------------------
 
-@pytest.mark.filterwarnings("ignore:the prompt .* is read in . pieces")
+@pytest.mark.filterwarnings("ignore:the prompt .* is read in . chunks")
 def test_every_configuration_draws_the_same(both):
     pipe, reference = both
     for text in (PROMPT, "", "word " * 100):

@@ -1,7 +1,8 @@
 """Small random pipelines as single files in the original layout, made of diffusers' folders.
 
-The public names are turned into the original ones by loops over levels and blocks, the other way
-round from tinyldm/checkpoints/ldm.py; test_ldm.py compares both with the lists of real checkpoints.
+Loops over levels and blocks turn the public names into the original ones, in the other direction
+than tinyldm/checkpoints/single_file/names.py; test_single_file.py compares both with the lists of
+real checkpoints.
 """
 import json
 

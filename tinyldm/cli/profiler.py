@@ -17,7 +17,6 @@ from math import prod
 
 import numpy as np
 
-from ..backend import get_xp
 from ..errors import TinyldmError
 from ..layers import Conv2d, Linear, Module, forward_hooks, named_modules
 from ..models import AutoencoderKL, UNet2DConditionModel
@@ -84,15 +83,14 @@ class Profiler:
         layers = [(model, owner)] * bool(model) + list(named_modules(owner))
         if not layers:
             raise TinyldmError(f"Profiler expects models or a pipeline, not {owner!r:.60}")
-        arrays = (parameter.data for _, layer in layers for parameter in layer.parameters())
-        if (array := next(arrays, None)) is not None:
-            self.xp, self.dtype = get_xp(array), array.dtype
+        if first := next((layer for _, layer in layers if layer.parameters()), None):
+            self.xp, self.dtype = first.xp, first.dtype
         blocks = block_names(layers)
 
-        def watch(name, layer, forward):
+        def count(name, layer):
             names = model or name.partition(".")[0], blocks[layer], op_name(layer)
 
-            def counted(*inputs, **options):
+            def counted(forward, *inputs, **options):
                 if threading.get_ident() != self.thread:
                     return forward(*inputs, **options)
                 if not self.depth:
@@ -114,7 +112,7 @@ class Profiler:
         new = {layer: name for name, layer in layers
                if layer not in self.ran and hasattr(layer, "forward")}
         self.ran |= dict.fromkeys(new, False)
-        self.exits.enter_context(forward_hooks([(new[layer], layer) for layer in new], watch))
+        self.exits.enter_context(forward_hooks({layer: count(new[layer], layer) for layer in new}))
 
     @contextmanager
     def stage(self, name):

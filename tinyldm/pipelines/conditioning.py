@@ -14,7 +14,7 @@ from .. import ops
 from ..backend import get_xp
 from ..errors import TinyldmError, note
 from ..models.clip import CLIPTextModelWithProjection
-from ..text.prompt import rows, split, weigh
+from ..text.prompt import apply_weights, split_into_chunks, to_arrays
 from .finite import first_bad_layer, is_finite
 from .interpolation import ends, lerp, mixed
 
@@ -37,7 +37,7 @@ class Conditioner:
         guidance wants two predictions the negative prompt's before it.
 
         width, height: of the picture, in pixels.
-        Raises TinyldmError as split does, of either prompt, and for what context names.
+        Raises TinyldmError as split_into_chunks does, for either prompt, and as context does.
         """
         if self.imitated_waves and negative_prompt:
             note("this model imitates guidance, and knows no negative prompt: it plays no part")
@@ -64,14 +64,14 @@ class Conditioner:
     def context(self, text):
         """Text -> context (1, 77 * pieces, D), the pieces of a long prompt side by side.
 
-        Raises TinyldmError as split does, for a vocabulary that is not the encoder's, and for NaN.
+        Raises TinyldmError as split_into_chunks does, for another encoder's vocabulary, for NaN.
         """
         pieces = self._split(text)
         return self._encode(text, pieces, max(map(len, pieces)))["context"]
 
     def _split(self, text):
         """The pieces of a text for each reader: a tokenizer's padding, too, is a word to it."""
-        return [split(text, tokenizer) for tokenizer, _ in self.readers]
+        return [split_into_chunks(text, tokenizer) for tokenizer, _ in self.readers]
 
     def _encode(self, text, pieces, length):
         """A text, its pieces for each reader, how many to make of them -> {"context": (1,77n,D)}.
@@ -81,18 +81,18 @@ class Conditioner:
         """
         contexts, told = [], {}
         for (tokenizer, encoder), own in zip(self.readers, pieces, strict=True):
-            ids, weights = rows(own + [[]] * (length - len(own)), tokenizer)
+            ids, weights = to_arrays(own + [[]] * (length - len(own)), tokenizer)
             known = encoder.config["vocab_size"]
             if ids.max() >= known:
                 raise TinyldmError(f"the tokenizer knows token {ids.max()}, the text encoder only "
                                    f"{known} tokens: use parts of one pipeline")
-            ids = get_xp(next(iter(encoder.parameters())).data).asarray(ids)
+            ids = encoder.xp.asarray(ids)
             if isinstance(encoder, CLIPTextModelWithProjection):
                 features, text_embeds = encoder(ids)                    # (n,77,D), (n,P)
                 told["text_embeds"] = text_embeds[:1]
             else:                                       # of two, both leave out the last layer
                 features = encoder(ids, skip=len(self.readers) - 1)     # (n,77,D)
-            context = weigh(features, weights).reshape(1, -1, features.shape[-1])
+            context = apply_weights(features, weights).reshape(1, -1, features.shape[-1])
             clean = is_finite(features) and all(map(is_finite, told.values()))
             if not (clean and is_finite(context)):
                 culprit = ("its weights are to blame, take some closer to 1" if clean

@@ -18,22 +18,22 @@ def finite_states(states, predict):
 
 
 def first_bad_layer(module, run):
-    """Run a module again with every layer watched -> a phrase naming the first that goes wrong.
+    """Run a module again with a hook on every layer -> a phrase that names the first bad one.
 
-    That is the innermost one which is given finite numbers and answers others.
+    That is the innermost layer whose inputs are finite and whose output is not.
     """
     culprits = []
 
-    def watch(name, layer, forward):
-        def watched_forward(*inputs, **options):
+    def check(name):
+        def checked(forward, *inputs, **options):
             clean = _all_finite([*inputs, *options.values()])
             output = forward(*inputs, **options)
             if clean and not culprits and not is_finite(output):
                 culprits.append(name)
             return output
-        return watched_forward
+        return checked
 
-    with forward_hooks(list(named_modules(module)), watch):
+    with forward_hooks({layer: check(name) for name, layer in named_modules(module)}):
         run()
     if not culprits:
         return "no layer is to blame, so lower guidance_scale or take another sampler"

@@ -18,17 +18,16 @@ class Predictor:
     def __init__(self, unet, conditions, guidance_scale, guidance_rescale=0.0, hints=None):
         self.unet, self.conditions, self.hints = unet, conditions, hints
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
-        self.inputs = {}
+        self.inputs, self.dtype = {}, unet.dtype
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
         xp, n = get_xp(x_t), len(self.conditions)
-        dtype = self.unet.conv_in.bias.data.dtype
         told = {name: xp.concatenate([condition[name].repeat(len(x_t), axis=0)
                                       for condition in self.conditions])        # (nB,...)
                 for name in self.conditions[0]}
         latents = x_t if self.hints is None else xp.concatenate([x_t, self.hints], axis=-1)
         latents = xp.concatenate([latents] * n)
-        self.inputs = {"latents": latents.astype(dtype), **told,
+        self.inputs = {"latents": latents.astype(self.dtype), **told,
                        "timesteps": xp.full(len(latents), t, x_t.dtype)}
         output = self.unet(**self.inputs).astype(x_t.dtype)
         if n == 1:

@@ -14,7 +14,7 @@ import operator
 
 import numpy as np
 
-from ..backend import array_library, free_scratch, get_xp, keep_freed_memory
+from ..backend import array_library, free_scratch, keep_freed_memory
 from ..diffusion.samplers import default_sampler, get_sampler
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError
@@ -214,9 +214,9 @@ class StableDiffusion:
         tile at a time.
         """
         encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
-        images = self._array(images).astype(self.vae.quant_conv.bias.data.dtype)
+        images = self._array(images).astype(self.vae.dtype)
         mean, logvar = (self._array(moment) for moment in encode(images))
-        latents = (mean + self._xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
+        latents = (mean + self.unet.xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
         if not is_finite(latents):
             culprit = first_bad_layer(self.vae, lambda: encode(images))
             raise TinyldmError(f"the picture is encoded to NaN or infinity: {culprit}")
@@ -232,8 +232,7 @@ class StableDiffusion:
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = self._array(latents) / self.vae.scaling_factor
-        z = z.astype(self.vae.post_quant_conv.bias.data.dtype)
+        z = (self._array(latents) / self.vae.scaling_factor).astype(self.vae.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         if self.low_memory:
             free_scratch()                              # what the UNet used
@@ -243,7 +242,7 @@ class StableDiffusion:
             if not is_finite(image):
                 culprit = first_bad_layer(self.vae, lambda i=i: decode(z[i:i + 1]))
                 raise TinyldmError(f"picture {i} is decoded to NaN or infinity: {culprit}")
-        return self._xp.concatenate(images).clip(-1, 1)
+        return self.unet.xp.concatenate(images).clip(-1, 1)
 
     @property
     def models(self):
@@ -263,7 +262,7 @@ class StableDiffusion:
         """
         from ..checkpoints import merge_lora
 
-        merge_lora(self.models, path, _finite_number("weight", weight), self._dtype)
+        merge_lora(self.models, path, _finite_number("weight", weight), self.unet.dtype)
 
     def load_textual_inversion(self, path, token=None):
         """Teach prompts a word, `token` or the one that the file or its name says.
@@ -339,14 +338,6 @@ class StableDiffusion:
 
     # ---- arrays -----------------------------------------------------------------------------
 
-    @property
-    def _xp(self):
-        return get_xp(self.unet.conv_in.weight.data)
-
-    @property
-    def _dtype(self):
-        return self.unet.conv_in.bias.data.dtype        # large weights may be narrower
-
     def _draw(self, generators, shape):
         """Normal numbers (B,H,W,C), in the order of the reference: image by image, (C,H,W) each."""
         _, H, W, C = shape
@@ -355,8 +346,8 @@ class StableDiffusion:
 
     def _array(self, values):
         """On the models' device, at least float32: the sampler's sums want more than float16."""
-        dtype = np.promote_types(self._dtype, np.float32)
-        return self._xp.ascontiguousarray(self._xp.asarray(values, dtype))
+        dtype = np.promote_types(self.unet.dtype, np.float32)
+        return self.unet.xp.ascontiguousarray(self.unet.xp.asarray(values, dtype))
 
 
 def _finite_number(name, value):
