@@ -23,13 +23,15 @@ from tinyldm.checkpoints.single_file import kinds
 from tinyldm.checkpoints.single_file.names import by_part
 from tinyldm.errors import TinyldmError
 
+FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
+FIRST_KEYS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 KINDS = {"sd1": kinds.SD1, "sd2": kinds.SD2, "sdxl": kinds.SDXL}
 
 
 # ---- the names of real checkpoints ----------------------------------------------------------
 
 def rows(kind):
-    """(part, original name, its shape, public name, its shape, what is done to it), each row."""
+    """Rows of (part, original name, its shape, public name, its shape, operation)."""
     for line in (REFERENCE / f"keys_map_ldm_{kind}.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             part, theirs, their_shape, public, shape, operation = line.split("\t")
@@ -38,14 +40,14 @@ def rows(kind):
 
 
 def dropped(kind):
-    """The names that the lists' headers give as dropped, with shapes that say nothing."""
+    """The names of dropped tensors, from the headers of the lists, which omit their shapes."""
     for line in (REFERENCE / f"keys_map_ldm_{kind}.txt").read_text().splitlines():
         if line.startswith("#") and "dropped LDM tensors: [" in line:
             yield from json.loads("[" + line.rpartition("[")[2].replace("'", '"'))
 
 
 def stored_tensors(kind):
-    """Every tensor of a real checkpoint, one after another in a file that need not be there."""
+    """Each tensor of a real checkpoint, one after another in a file that does not exist."""
     tensors, place = {}, 0
     shapes = {theirs: shape for _, theirs, shape, *_ in rows(kind)}
     shapes |= {name: (2,) for name in dropped(kind)}
@@ -58,7 +60,7 @@ def stored_tensors(kind):
 
 
 def expected_place(tensor, operation):
-    """Start and strides of what a row makes of a tensor."""
+    """Start and strides of a tensor after a row's operation."""
     if operation.startswith("rows"):
         first = int(operation[5:].partition(":")[0])
         return tensor.start + first * tensor.strides[0], tensor.strides
@@ -129,9 +131,9 @@ def test_the_small_files_of_these_tests_are_named_like_the_real_ones(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_checkpoint_is_recognised_by_its_names_and_shapes(kind, channels):
     stored = stored_tensors(kind)
-    first = stored[kinds.FIRST_CONVOLUTION]
-    stored[kinds.FIRST_CONVOLUTION] = first._replace(shape=(320, channels, 3, 3))
-    stored.pop(kinds.LAST_NORM, None)                   # whose numbers would be read
+    first = stored[FIRST_CONVOLUTION]
+    stored[FIRST_CONVOLUTION] = first._replace(shape=(320, channels, 3, 3))
+    stored.pop(kinds.LAST_NORM, None)                   # its numbers would be read
     known = {"sd1": (kinds.SD1, kinds.SD1_INPAINTING), "sdxl": (kinds.SDXL, kinds.SDXL_INPAINTING),
              "sd2": (kinds.SD2_BASE, kinds.SD2_INPAINTING)}[kind]
     if channels == 8:
@@ -155,7 +157,7 @@ def test_the_refiner_of_stable_diffusion_xl_is_named():
     ("stable-diffusion-inpainting (v1-5)", kinds.SD1_INPAINTING, {}),
     ("stable-diffusion-2-inpainting", kinds.SD2_INPAINTING, {}),
     ("stable-diffusion-xl-base-1.0", kinds.SDXL, {}),
-    # Its folder has a VAE made for float16; which one a single file has is not known.
+    # Its folder has a VAE made for float16; it is not known which VAE a single file has.
     ("stable-diffusion-xl-1.0-inpainting-0.1", kinds.SDXL_INPAINTING,
      {"sample_size": 512, "force_upcast": False})])
 def test_the_built_in_configs_are_the_published_ones(name, kind, other):
@@ -169,7 +171,7 @@ def test_the_built_in_configs_are_the_published_ones(name, kind, other):
             assert expected == (other.get(key, value) if part == "vae" else value), (part, key)
 
 
-DEFAULTS = {"scaling_factor": 0.18215, "prediction_type": "epsilon"}   # of what a file leaves out
+DEFAULTS = {"scaling_factor": 0.18215, "prediction_type": "epsilon"}   # if a file omits them
 
 
 # ---- small files ----------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def sd1_folder(tmp_path_factory):
 
 
 def as_file(folder, path, monkeypatch, **more):
-    """The folder's weights as a single file, and the built-in configs as small as they are."""
+    """Write the folder's weights as a single file, and shrink the built-in configs to fit them."""
     words = json.loads((folder / "tokenizer" / "vocab.json").read_text())
     single_files.shrink(monkeypatch, len(words), words["<|endoftext|>"])
     monkeypatch.setenv(folders.TOKENIZER_VARIABLE, str(folder / "tokenizer"))
@@ -224,7 +226,7 @@ def test_a_single_file_draws_what_its_folder_draws(folder, suffix, tmp_path, mon
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 def test_a_single_file_saved_as_a_folder(kind, tmp_path, monkeypatch):
-    """With the padding that its prompts want, of a vocabulary that says nothing of it."""
+    """The padding token is saved, although the folder of the vocabulary does not name it."""
     source = getattr(single_files, kind)(tmp_path / kind)
     file = as_file(source, tmp_path / "model.safetensors", monkeypatch)
     words = shutil.copytree(source / "tokenizer", tmp_path / "words",
@@ -248,11 +250,11 @@ def test_a_single_file_for_inpainting(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_half_precision_keeps_a_vae_that_overflows_in_single(tmp_path, monkeypatch):
-    """Stable Diffusion XL's: from its folder and from its file, in pictures that are not black."""
+    """Stable Diffusion XL's VAE, from its folder and from its file: pictures are not black."""
     folder = single_files.sdxl(tmp_path / "sdxl")
     weights, = (folder / "vae").glob("*.safetensors")
     tensors = safetensors.torch.load_file(weights)
-    tensors["decoder.conv_in.weight"] *= 3e4            # the norms behind it take that back
+    tensors["decoder.conv_in.weight"] *= 3e4            # the following norms undo that
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
     file = as_file(folder, tmp_path / "model.safetensors", monkeypatch)
     latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
@@ -305,7 +307,7 @@ def test_leftovers_are_ignored_and_averages_are_taken_if_asked_for(
 
 def test_other_prefixes(sd1_folder, tmp_path, monkeypatch):
     """Text encoders without text_model., the VAE as `vae.`, and Stable Diffusion 2's text encoder
-    as SD-Turbo's file has it."""
+    as in SD-Turbo's file."""
     file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
     tensors = safetensors.torch.load_file(file)
     for word, other in [("transformer.text_model.", "transformer."),
@@ -327,7 +329,7 @@ def test_three_lists(sd1_folder, tmp_path, monkeypatch):
     tensors = safetensors.torch.load_file(file)
     tensors["model.diffusion_model.out.3.weight"] = torch.zeros(1)
     tensors["scribble"] = torch.zeros(1)
-    tensors["conditioner.embedders.1.model.ln_final.bias"] = torch.zeros(1)   # a part too many
+    tensors["conditioner.embedders.1.model.ln_final.bias"] = torch.zeros(1)  # SD 1 lacks it
     tensors["first_stage_model.encoder.mid.attn_1.q.bias"] = torch.zeros(3)
     del tensors["cond_stage_model.transformer.text_model.final_layer_norm.bias"]
     safetensors.torch.save_file(tensors, file)
@@ -387,8 +389,8 @@ def test_other_models_are_named(names, expected, suffix, tmp_path):
     (4, 512, r"width 512\), supported are 768 \(Stable Diffusion 1\), 1024 \(Stable Diffusion ")])
 def test_other_shapes_are_named(channels, width, expected, tmp_path):
     file = tmp_path / "model.safetensors"
-    safetensors.torch.save_file({kinds.FIRST_CONVOLUTION: torch.zeros(2, channels, 3, 3),
-                                 kinds.FIRST_KEYS: torch.zeros(2, width)}, file)
+    safetensors.torch.save_file({FIRST_CONVOLUTION: torch.zeros(2, channels, 3, 3),
+                                 FIRST_KEYS: torch.zeros(2, width)}, file)
     with pytest.raises(TinyldmError, match=expected):
         tinyldm.load(file)
 
@@ -419,8 +421,8 @@ def test_the_tokenizer_is_downloaded_unless_a_folder_is_named(sd1_folder, tmp_pa
 
 def test_offline_the_tokenizer_is_one_sentence(tmp_path):
     file = tmp_path / "model.safetensors"
-    safetensors.torch.save_file({kinds.FIRST_CONVOLUTION: torch.zeros(2, 4, 3, 3),
-                                 kinds.FIRST_KEYS: torch.zeros(2, 768)}, file)
+    safetensors.torch.save_file({FIRST_CONVOLUTION: torch.zeros(2, 4, 3, 3),
+                                 FIRST_KEYS: torch.zeros(2, 768)}, file)
     run = subprocess.run([sys.executable, "-m", "tinyldm", "a cat", "--weights", str(file),
                           "--output", str(tmp_path / "out.png")], capture_output=True, text=True,
                          cwd=Path(__file__).parents[2],

@@ -1,4 +1,4 @@
-"""python -m tinyldm, run as a person does: what it draws, writes, says, and makes of bad input."""
+"""python -m tinyldm, run as a user runs it: pictures, files, messages, and bad input."""
 import json
 import os
 import re
@@ -253,7 +253,7 @@ def test_variations(weights, out):
         ("a cat", {"seed": Between(5, seed, 0.25)}) for seed in (6, 7)])
 
 
-def test_on_a_way(weights, out, files):
+def test_interpolation(weights, out, files):
     one, other, _ = files
     pictures, said = draw(weights, out, "a cat", "a dog", "--count", 3, "--to-prompt", "red, cat",
                           "--to-seed", 8, "--image", one, "--to-image", other, "--strength", 1,
@@ -286,7 +286,7 @@ def test_a_note_on_what_looks_like_a_turbo_model(bad_weights, out, capsys, chang
     assert note not in capsys.readouterr().err
 
 
-def test_eight_pictures_on_a_way_unless_told(weights, out):
+def test_eight_interpolated_pictures_by_default(weights, out):
     pictures, said = draw(weights, out, "a cat", "--to-seed", 8)
     assert len(pictures) == 8 and "Variation seed strength: 0.142857" in said[1]
 
@@ -409,13 +409,13 @@ IN = Path(__file__).parents[2] / "weights" / "shapes" / "samples.png"
     (["--image", __file__], r"cannot read .*test_draw.py as a picture: give a PNG, a JPEG"),
     (["--mask", IN, "--image", __file__], "cannot read .*test_draw.py as a picture"),
     (["--mask", __file__, "--image", IN], "cannot read .*test_draw.py as a picture"),
-    (["--mask", IN], "a mask and a strength go with an image: give one"),
-    (["--strength", 0.5], "a mask and a strength go with an image: give one"),
+    (["--mask", IN], "a mask or a strength needs an image: give one"),
+    (["--strength", 0.5], "a mask or a strength needs an image: give one"),
     (["--image", IN, "--strength", 1.5], "strength must be from 0 to 1, not 1.5"),
     (["--image", IN, "--strength", 0.01, "--steps", 9], "0.01 leaves none of 9 steps: take at "),
-    (["--to-image", IN], "--to-image goes with --image, from which the way leads: give both"),
+    (["--to-image", IN], "--to-image needs an --image to lead from: give both"),
     (["--to-seed", 5, "--count", 1], "--count must be at least 2, not 1"),
-    (["--to-seed", 5, "--variation", 0.5], "--variation stays with one seed's picture"),
+    (["--to-seed", 5, "--variation", 0.5], "--variation and --to-... exclude each other"),
     (["--variation", 1.5], "--variation must be from 0 to 1, not 1.5"),
     (["--variation", "nan"], "--variation must be from 0 to 1, not nan"),
 ])

@@ -238,7 +238,7 @@ def test_where_the_mask_is_black_the_latents_are_the_pictures(small):
     ({"mask": np.ones((16, 16))}, "mask must be a PIL image, not a ndarray"),
     ({"image": Between(picture(), None, 0.5)}, "image must be a PIL image, not a NoneType"),
     ({"mask": Between(hole(), hole(), 0.5)}, "mask must be a PIL image, not a Between"),
-    ({"image": None}, "a mask and a strength go with an image: give one"),
+    ({"image": None}, "a mask or a strength needs an image: give one"),
     ({"mask": Image.new("L", (16, 16), 127)}, "the mask leaves nothing to paint: make it white"),
     ({"mask": thin(16)}, "in spots of at least 4x4 pixels"),
     ({"image": Image.new("RGB", (3, 16))}, "the image is 3x16 pixels, too small for mul"),

@@ -63,14 +63,14 @@ def vae_prefixes():
 
 
 def renamed(name, prefixes):
-    """The original name of a public one: the longest prefix wins; none leaves it as it is."""
+    """A public name -> the original one, by the longest prefix; unchanged if no prefix fits."""
     found = max((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), key=len,
                 default=None)
     return name if found is None else prefixes[found] + name.removeprefix(found)
 
 
 def open_clip_layer(layer):
-    """{public name in a layer: (its original name, which third of it)}."""
+    """{public name in a layer: (original name, which third of that tensor)}."""
     start = f"transformer.resblocks.{layer}."
     names = {f"{ours}.{kind}": (f"{start}{theirs}.{kind}", None)
              for ours, theirs in OPEN_CLIP.items() for kind in ("weight", "bias")}
@@ -117,7 +117,7 @@ def original(folder):
 
 
 def open_clip_tensors(text, start, last, unused_layer=False):
-    """With a scale, and if asked for a layer, that the model does not use."""
+    """With a scale that the model does not use, and on request such a layer."""
     layers = 1 + max(int(name.split(".")[3]) for name in text if ".layers." in name)
     names = open_clip_names(layers)
     tensors = {}
@@ -148,7 +148,7 @@ def component(folder):
 
 
 def leftovers(tensors):
-    """What training leaves in a file: tables of the schedule, and the averaged weights, halved."""
+    """Leftovers of training: tables of the schedule, and averaged weights, here halved."""
     ema = {"model_ema." + name.removeprefix("model.").replace(".", ""): tensor / 2
            for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
     tables = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
@@ -185,7 +185,7 @@ def sd2(folder, base=False):
     else:
         scheduler = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1,
                                             set_alpha_to_one=False)
-        with torch.no_grad():                           # what tells it from the other
+        with torch.no_grad():                           # which tells it from the other
             unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias *= 0.1
     return save(folder, unet, make_vae(VAE_WIDTHS, **VAE), scheduler, 32, padding="!",
                 hidden_act="gelu")
@@ -206,7 +206,7 @@ def sdxl(folder):
 
 
 def shrink(monkeypatch, vocab_size, end):
-    """Let the built-in configs be those of the small pipelines. end: the end token."""
+    """Change the built-in configs to those of the small pipelines. end: the end token's id."""
     text = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": vocab_size}
     unet = {"block_out_channels": list(WIDTHS), "norm_num_groups": 8, "sample_size": 8}
     xl = {"block_out_channels": list(WIDTHS[:3]), "transformer_layers_per_block": [1, 1, 2],

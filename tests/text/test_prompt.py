@@ -20,7 +20,7 @@ from tinyldm.text.prompt import apply_weights, parse, split_into_chunks, to_arra
 # ---- weights --------------------------------------------------------------------------------
 
 HOUSE = "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky)))."
-# The doctests of stable-diffusion-webui's prompt parser, but for its brackets without a partner.
+# The doctests of stable-diffusion-webui's prompt parser, except those of unbalanced brackets.
 PUBLISHED = {
     "normal text": [("normal text", 1.0)],
     "an (important) word": [("an ", 1.0), ("important", 1.1), (" word", 1.0)],
@@ -52,7 +52,7 @@ def test_fragments_and_their_weights(text, fragments):
     assert parse(text) == fragments
 
 
-# There they act up to the prompt's end; here, as issues ask for, they are what they look like.
+# There they act until the end of the prompt; here they are literal, as users there ask for.
 @pytest.mark.parametrize("text, brackets, fragments", [
     ("(unbalanced", "(", [("(unbalanced", 1.0)]),
     (HOUSE, "(", [("a (", 1.0), ("house", 1.3 * 1.1), (" ", 1.0), ("on", 1 / 1.1), (" a ", 1.0),
@@ -105,7 +105,7 @@ def test_a_long_and_deep_prompt_takes_no_time():
 # ---- chunks ---------------------------------------------------------------------------------
 
 def letters(length=77):
-    """A tokenizer with a token for every character but the space."""
+    """A tokenizer with one token per character, except spaces."""
     return SimpleNamespace(model_max_length=length, comma=ord(","), check=lambda text: None,
                            ids=lambda text: [ord(sign) for sign in text if sign != " "])
 
@@ -173,14 +173,14 @@ def tokenizer(small):
 
 
 class Reference:
-    """diffusers' pipeline of a folder, and contexts of prompts that a test took apart by hand."""
+    """diffusers' pipeline of a folder, and contexts of prompts that a test parsed by hand."""
 
     def __init__(self, folder):
         self.pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
         self.pipe.set_progress_bar_config(disable=True)
 
     def context(self, *chunks):
-        """Every chunk a list of (text, weight) -> (1,77n,D)."""
+        """n chunks, each a list of (text, weight) -> (1,77n,D)."""
         return torch.cat([self.chunk(chunk) for chunk in chunks], dim=1)
 
     @torch.no_grad()

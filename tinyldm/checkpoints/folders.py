@@ -172,7 +172,7 @@ def resolve(weights=None, dtype=None):
         raise TinyldmError(f"expected a file of weights, but there is no file {path}: check the "
                            "path")
     if HUB_NAME.fullmatch(name):
-        folder = hub.download_index(name)
+        folder = hub.download_file(name, hub.INDEX).parent
         return hub.download_parts(name, folder, _read_index(folder), dtype)
     raise TinyldmError(f"expected weights to be a folder, a file or a hub name (owner/name), but "
                        f"there is no folder {weights}: check the path")

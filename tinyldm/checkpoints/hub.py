@@ -21,14 +21,6 @@ SETTINGS = {"config.json", "scheduler_config.json", "vocab.json", "merges.txt", 
 CHECKPOINTS = (".safetensors", ".ckpt")
 
 
-def download_index(name):
-    """The local folder with the model_index.json of the pipeline `name`.
-
-    Raises TinyldmError as download_file does.
-    """
-    return download_file(name, INDEX).parent
-
-
 def download_file(name, file):
     """The local path of one file of the repository `name`.
 
@@ -47,8 +39,8 @@ def download_file(name, file):
 def download_parts(name, folder, index, dtype=None):
     """The local folder with all files of the pipeline `name` that are read here.
 
-    folder: from download_index. index: the dict in its model_index.json. dtype: selects the variant
-    of the weights, see find_weights.
+    folder: where its model_index.json is already. index: the dict in that file. dtype: selects the
+    variant of the weights, see find_weights.
     Raises TinyldmError for a failed download, and for a part without weights in a known format.
     """
     listed = _ask(name)

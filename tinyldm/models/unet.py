@@ -1,11 +1,11 @@
 """The UNet: noisy latents, a timestep and the context -> the noise that is in the latents.
 
-The sampler calls it at every step. Down through levels of half the size, a middle, and up again;
-each level of the way up also reads the skips, the outputs of the way down at the same size.
+The sampler calls it at every step. The way down halves the map at each level. After a middle block
+the way up doubles it again, and also reads the skips: the way down's outputs of the same size.
 Source: Rombach et al. 2022, arXiv:2112.10752, section 3.3 and appendix E.2.1; Ho et al. 2020,
 arXiv:2006.11239, appendix B; Ronneberger et al. 2015, arXiv:1505.04597.
 
-Stable Diffusion 1.x with latents of 64×64 (each number of channels and size is one skip):
+Stable Diffusion 1.x with latents of 64×64 (on the right the skips, channels on size):
 
     conv_in                              320 on 64
     down_blocks.0  2 × (resnet, attention), halve   320 on 64,   320 on 64,   320 on 32
@@ -13,7 +13,7 @@ Stable Diffusion 1.x with latents of 64×64 (each number of channels and size is
     down_blocks.2  2 × (resnet, attention), halve  1280 on 16,  1280 on 16,  1280 on  8
     down_blocks.3  2 × resnet                      1280 on  8,  1280 on  8
     mid_block      resnet, attention, resnet       1280 on  8
-    up_blocks.0…3  3 × (concat skip, resnet[, attention]), double between: the same table, upwards
+    up_blocks.0…3  3 × (concat skip, resnet[, attention]), doubled between: the table upwards
 """
 from collections import namedtuple
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
 class Level(NamedTuple):
-    """One resolution of the UNet. context_width: D of the context that its attention reads."""
+    """One resolution of the UNet. context_width: D of the context (B,M,D)."""
 
     width: int
     layers: int
@@ -63,12 +63,12 @@ class UNetConfig(Config):
     norm_num_groups: int
     norm_eps: float
     layers_per_block: int | list = 2
-    attention_head_dim: int | list = 8                  # number of heads: Stable Diffusion 1.x
-    num_attention_heads: int | list | None = None       # named it wrongly, and the name stayed
+    attention_head_dim: int | list = 8                  # the number of heads, despite its name
+    num_attention_heads: int | list | None = None       # the same, in newer files
     transformer_layers_per_block: int | list = 1        # Stable Diffusion XL has more
     use_linear_projection: bool = False                 # True from Stable Diffusion 2 on
-    flip_sin_to_cos: bool = True                        # cos first; diffusion's original has sin
-    freq_shift: int = 0
+    flip_sin_to_cos: bool = True                        # cosines first; Ho et al.: sines
+    freq_shift: int = 0                                 # Ho et al.: 1
     time_cond_proj_dim: int | None = None               # Latent Consistency Models only
     addition_embed_type: str | None = None              # "text_time" in Stable Diffusion XL only
     addition_time_embed_dim: int | None = None
@@ -114,9 +114,9 @@ class UNetConfig(Config):
                    self.num_attention_heads or self.attention_head_dim,
                    self.transformer_layers_per_block, self.cross_attention_dim,
                    self.use_linear_projection)
-        return [Level(*row) for row in zip(*(
-            column if isinstance(column, (list, tuple)) else [column] * len(self.down_block_types)
-            for column in columns))]
+        columns = [column if isinstance(column, (list, tuple)) else [column] * len(columns[0])
+                   for column in columns]
+        return [Level(*row) for row in zip(*columns, strict=True)]
 
 
 class UNet2DConditionModel(Module):
@@ -204,10 +204,10 @@ class UNet2DConditionModel(Module):
         return result
 
     def _sinusoidal(self, numbers, dim, dtype):
-        """(n,) -> (n,dim). In float32 at least: float16 has no digits left for 981 radians."""
-        settings = self.settings
-        embedding, _ = ops.timestep_embedding(numbers.astype(wide(dtype)), dim,
-                                              settings.flip_sin_to_cos, settings.freq_shift)
+        """(n,) -> (n,dim). In float32 at least: float16 is too coarse for an angle of 981."""
+        embedding, _ = ops.timestep_embedding(
+            numbers.astype(wide(dtype)), dim, self.settings.flip_sin_to_cos,
+            self.settings.freq_shift)
         return embedding.astype(dtype, copy=False)
 
 

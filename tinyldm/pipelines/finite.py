@@ -1,4 +1,4 @@
-"""Where NaN and infinity began: the finite check of the latents, and the first layer to blame.
+"""The finite check: where NaN or infinity began, as the step and the first layer to produce it.
 
 Used by the pipeline on what it encodes, samples and decodes.
 """
@@ -8,7 +8,7 @@ from ..layers import forward_hooks, named_modules
 
 
 def finite_states(states, predict):
-    """Pass on a sampler's states while their latents are finite; else say where that ended."""
+    """Pass on a sampler's states; raise TinyldmError once their latents are not finite."""
     for state in states:
         if not is_finite(state.latents):
             culprit = first_bad_layer(predict.unet, lambda: predict.unet(**predict.inputs))
@@ -42,6 +42,6 @@ def first_bad_layer(module, run):
 
 
 def _all_finite(values):
-    """Of arrays, also in lists such as the UNet's skips; anything else passes."""
+    """Check arrays, also in lists such as the UNet's skips; other values pass."""
     return all(_all_finite(value) if isinstance(value, (list, tuple))
                else is_finite(value) if hasattr(value, "dtype") else True for value in values)

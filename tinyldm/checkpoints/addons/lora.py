@@ -182,8 +182,8 @@ def check_width(path, pairs, unet):
         if "down" in pair and CONTEXT_LAYER.fullmatch(layer) and len(pair["down"].shape) > 1:
             width = pair["down"].shape[1]
             if width not in own:
-                raise TinyldmError(f"{path} was made for {model_of_width('context', width)}, but "
-                                   f"this is {model_of_width('context', max(own))}: use a LoRA "
+                theirs, ours = (model_of_width("context", size) for size in (width, max(own)))
+                raise TinyldmError(f"{path} was made for {theirs}, but this is {ours}: use a LoRA "
                                    "made for it")
 
 

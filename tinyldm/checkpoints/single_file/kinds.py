@@ -11,13 +11,8 @@ import numpy as np
 
 from ...errors import TinyldmError
 
-UNET = "model.diffusion_model."
-FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0.weight"
-# The second axis is the width of the context. SDXL has no attention at its first level.
-FIRST_KEYS = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-FIRST_KEYS_XL = f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-LAST_NORM = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-LARGEST_STD = 0.09          # of the last norm's bias, in a model that predicts noise
+LAST_NORM = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+LARGEST_STD = 0.09          # of this bias, in a model that predicts noise
 
 SD1_UNET = {
     "in_channels": 4, "out_channels": 4, "sample_size": 64, "act_fn": "silu",
@@ -106,13 +101,12 @@ def recognise(stored, path):
     if content not in (SINGLE_FILE, None):
         raise TinyldmError(f"{path} holds another kind of weights, {content} in the {layout} "
                            f"layout: supported single files are {KNOWN}{HINTS.get(content, '')}")
-    first, keys = stored.get(FIRST_CONVOLUTION), stored.get(FIRST_KEYS, stored.get(FIRST_KEYS_XL))
-    if first is None or keys is None or len(first.shape) != 4 or len(keys.shape) != 2:
+    width, channels = unet_shape(stored)
+    if content is None or width is None or channels is None:
         found = [f"{name} {list(tensor.shape)}" for name, tensor in list(stored.items())[:4]]
         kind = ", ".join(filter(None, ["an unknown kind of model", family(stored)]))
         raise TinyldmError(f"{path} holds {kind}: found {len(stored)} tensors "
                            f"({', '.join(found)} ...), known are {KNOWN}")
-    channels, width = first.shape[1], keys.shape[1]
     kinds = {kind.unet["cross_attention_dim"]: (kind, inpainting) for kind, inpainting in
              ((SD1, SD1_INPAINTING), (SD2, SD2_INPAINTING), (SDXL, SDXL_INPAINTING))}
     if width not in kinds:
@@ -185,14 +179,21 @@ def layout_of(names):
 
 def family(tensors):
     """The Stable Diffusion to which a UNet in either layout belongs; "" if there is no UNet."""
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    widths = [shape[-1] for name, shape in shapes.items()
-              if name.endswith("attn2.to_k.weight") and shape]
-    if not widths:
+    width, channels = unet_shape(tensors)
+    if width is None:
         return ""
-    channels = [shape[1] for name, shape in shapes.items() if len(shape) == 4
-                and (name == "conv_in.weight" or name.endswith("input_blocks.0.0.weight"))]
     return " ".join(filter(None, [
-        FAMILIES.get(widths[0], f"with a context of width {widths[0]}"),
-        MADE_FOR.get(next(iter(channels), None)),
-        "guided as LCM" if "time_embedding.cond_proj.weight" in shapes else None]))
+        FAMILIES.get(width, f"with a context of width {width}"), MADE_FOR.get(channels),
+        "guided as LCM" if "time_embedding.cond_proj.weight" in tensors else None]))
+
+
+def unet_shape(tensors):
+    """The context's width and the number of input channels of a UNet in either layout.
+
+    Each is None if no tensor shows it.
+    """
+    widths = (tensor.shape[-1] for name, tensor in tensors.items()
+              if name.endswith("attn2.to_k.weight") and tensor.shape)
+    channels = (tensor.shape[1] for name, tensor in tensors.items() if len(tensor.shape) == 4
+                and (name == "conv_in.weight" or name.endswith("input_blocks.0.0.weight")))
+    return next(widths, None), next(channels, None)
