@@ -2,15 +2,15 @@
 
 What NVRTC compiles is what CuPy would load; it needs no device. What runs here runs by cuda_host.py
 on strict arrays: arithmetic, indices and meetings of threads, and nothing of speed. The kernels
-also go through every case of test_ops.py, in check_op.
+also go through every case of tests/ops, in check_op.
 """
 import numpy as np
 import pytest
 
 from tests.support import cuda_host, strict
-from tests.support.reference import assert_close
-from tests.support.tolerance import assert_allclose, assert_same_pixels
-from tests.test_cupy import LARGE, draw, pipes  # noqa: F401 (a fixture)
+from tests.support.arrays import normal
+from tests.support.gpu import LARGE, draw
+from tests.support.tolerance import assert_allclose, assert_close, assert_same_pixels
 from tinyldm import backend, ops
 from tinyldm.kernels import cuda
 
@@ -49,10 +49,6 @@ def test_the_source_compiles(arch, T, whole):
 
 
 # ---- numbers --------------------------------------------------------------------------------
-
-def normal(*shape, dtype=np.float32, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("op, shapes, params", [
@@ -151,7 +147,7 @@ def test_large_numbers_in_float16(ours, expected, xp):
 ], ids=lambda value: value if isinstance(value, str) else None)
 def test_nan_comes_through(op, shapes, params, xp):
     """And stays in its picture: the pipeline tells which one, and finds the layer by it."""
-    inputs = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+    inputs = [normal(*shape, seed=i).copy() for i, shape in enumerate(shapes)]
     inputs[0].reshape(3, -1)[1, -1] = np.nan
     y = getattr(ops, op)(*map(xp.asarray, inputs), **params)[0].get()
     assert [bool(np.isnan(part).any()) for part in y] == [False, True, False]
@@ -159,7 +155,7 @@ def test_nan_comes_through(op, shapes, params, xp):
 
 # ---- a whole picture --------------------------------------------------------------------------
 
-def test_a_picture(pipes, xp):  # noqa: F811
+def test_a_picture(pipes, xp):
     with backend.plain():
         _, expected = draw(pipes["cpu"], steps=2)
     for dtype, allowed in (("float32", 1), ("float16", 4)):
