@@ -1,4 +1,4 @@
-"""Worker threads where something fails, and where no lock of the interpreter helps."""
+"""Worker threads when a limit fails, and without the help of the interpreter's lock."""
 import time
 
 import pytest
@@ -31,8 +31,7 @@ def test_a_limit_of_blas_that_failed_is_tried_again(monkeypatch):
 
 
 def test_no_iterator_is_shared_by_the_threads(monkeypatch):
-    """Python without a GIL may advance it in two threads at once; a generator refuses that always.
-    """
+    """Without a GIL, two threads may advance it at once, which a generator never allows."""
     def slow(items):
         for pair in zip(range(len(items)), items):
             time.sleep(0.001)

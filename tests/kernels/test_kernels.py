@@ -1,4 +1,4 @@
-"""Every fast twin in kernels/ against the plain op it stands for, float32, inputs read-only."""
+"""Each fast twin in kernels/ against its plain op, in float32, with read-only inputs."""
 import numpy as np
 import pytest
 
@@ -58,7 +58,7 @@ def test_winograd(shape, padding, strip_tiles, long, columns, monkeypatch):
 
 
 def test_winograd_is_as_accurate_as_its_points_promise():
-    """Root mean square error 8e-7 at 64 channels: half of what the points 0, +-1, +-2 give."""
+    """Root mean square error 8e-7 at 64 channels, half of that with the points 0, +-1, +-2."""
     x, weight = normal(2, 32, 32, 64), normal(3, 3, 64, 64, seed=1, scale=1 / 24)
     exact = plain(ops.conv2d, x.astype(np.float64), weight.astype(np.float64), None, 1, (1, 1))
     error = winograd.conv3x3(x, weight, None) - exact
@@ -69,7 +69,7 @@ def test_winograd_is_as_accurate_as_its_points_promise():
 @pytest.mark.parametrize("shape, padding", where_the_kernel_fits([(1, 1), (0, 0), (0, 1)]), ids=str)
 def test_im2col(shape, stride, padding, monkeypatch):
     B, H, W, C, O = shape
-    monkeypatch.setattr(im2col, "STRIP_BYTES", 1 << 16)     # small maps have strips too
+    monkeypatch.setattr(im2col, "STRIP_BYTES", 1 << 16)     # strips for small maps, too
     x, bias = normal(B, H, W, C), normal(O, seed=2)
     weight = normal(3, 3, C, O, seed=1, scale=(9 * C) ** -0.5)
     y = im2col.conv2d(x, weight, bias, stride, padding)
@@ -105,7 +105,7 @@ def test_group_norm(shape, groups, mean):
     x = normal(*shape, mean=mean)
     weight, bias = normal(shape[-1], seed=1, mean=1), normal(shape[-1], seed=2)
     exact = [a.astype(np.float64) for a in (x, weight, bias)]
-    for name in ("group_norm_silu", "group_norm"):      # the cache compared is the last one's
+    for name in ("group_norm_silu", "group_norm"):      # below: the cache of the last
         y, cache = getattr(norm, name)(x, weight, bias, groups, 1e-5)
         assert y.dtype == np.float32
         assert_close(y, plain(getattr(ops, name), *exact, groups, 1e-5), TOLERANCE)
@@ -122,7 +122,7 @@ def test_group_norm_survives_a_mean_a_thousand_deviations_away():
     exact = plain(ops.group_norm, x.astype(np.float64), ones, 0 * ones, 8, 1e-6)
     deviation = x.astype(np.float64).reshape(-1, 8, 4).std(axis=(0, 2))
     assert_allclose(rstd.ravel(), 1 / deviation, rtol=1e-5)
-    assert_close(y, exact, 1e-3)        # x itself is known to 6e-5 of its deviation only
+    assert_close(y, exact, 1e-3)        # x itself has an error of 6e-5 of its std
 
 
 @pytest.mark.usefixtures("block_size")
@@ -156,7 +156,7 @@ def test_activations(name, shape):
 
 @pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu"])
 def test_activations_everywhere(name):
-    """Error below 1e-6, relative where the result is large, also far out; NaN stays NaN."""
+    """Error below 1e-6, relative for large results, also for large x. NaN stays NaN."""
     x = np.concatenate([np.linspace(-12, 12, 200001), [-1e30, -1e4, 1e4, 1e30, np.nan]])
     x = x.astype(np.float32)[:, None]
     expected = plain(getattr(ops, name), x.astype(np.float64))
@@ -179,13 +179,13 @@ def blocked(*args, **options):
 @pytest.mark.parametrize("B, N, M, C, heads", [
     (2, 64, 64, 32, 4), (1, 1, 1, 4, 1), (3, 63, 77, 40, 5), (1, 1, 77, 8, 2), (2, 300, 1, 12, 3),
     (1, 1500, 1100, 16, 2), (1, 77, 77, 48, 12)])
-@pytest.mark.parametrize("scale", [1, 12])          # 12: scores of 1000, softmax nearly a step
+@pytest.mark.parametrize("scale", [1, 12])          # 12: scores of 1000, one weight near 1
 def test_attention(B, N, M, C, heads, scale):
     q, k = normal(B, N, C, scale=scale), normal(B, M, C, seed=1, scale=scale)
     v = normal(B, M, C, seed=2)
     y = blocked(q, k, v, heads)
     exact = plain(ops.attention, *(a.astype(np.float64) for a in (q, k, v)), heads)
-    # Large scores are known to float32's 6e-8 of their size only, in the plain op as well.
+    # Large scores have float32's relative error of 6e-8, in the plain op as well.
     allowed = TOLERANCE if scale == 1 else 2 * max(
         abs(plain(ops.attention, q, k, v, heads) - exact).max() / exact.std(), TOLERANCE)
     assert y.dtype == np.float32
@@ -202,7 +202,7 @@ def test_causal_attention(N, heads, scale):
 
 @pytest.mark.parametrize("size", [0.1, 79.0, 81.0, 5000.0])
 def test_attention_on_both_sides_of_its_bound(size, monkeypatch):
-    """Scores up to `size` powers of 2: below SAFE nothing is taken out. Several items a head."""
+    """Scores up to 2^size: below SAFE, no maximum is subtracted. Several items per head."""
     monkeypatch.setattr(attention, "ITEM", 64)
     q, k, v = normal(1, 300, 8), normal(1, 600, 8, seed=1), normal(1, 600, 8, seed=2)
     q = q * np.float32(size * np.sqrt(8) / np.log2(np.e) /
@@ -273,7 +273,7 @@ def test_convolution_1x1_and_its_backward(shape):
 # ---- float16 weights ------------------------------------------------------------------------
 
 def all_halves():
-    """Every float16 there is, but for infinity and NaN: (62, 1024)."""
+    """All float16 numbers except infinity and NaN: (62, 1024)."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     return halves[np.isfinite(halves)].reshape(62, 1024)
 
@@ -317,7 +317,7 @@ def test_product(R, I, O):
                                    (2, 64, 64, 40, 340)], ids=str)
 @pytest.mark.parametrize("K, stride", [(3, 1), (3, 2), (1, 1)])
 def test_convolution_with_a_float16_weight(shape, K, stride):
-    """Forward and backward are those of the same weight widened beforehand."""
+    """Forward and backward are the same as with the weight widened in advance."""
     B, H, W, C, O = shape
     x, bias = normal(B, H, W, C), normal(O, seed=2)
     weight = normal(K, K, C, O, seed=1, scale=(K * K * C) ** -0.5).astype(np.float16)

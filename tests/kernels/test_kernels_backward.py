@@ -33,7 +33,7 @@ def both(op, backward, inputs, dy_shape, rng, names, absolute=0, **params):
 
 
 def spread(gradient):
-    """The standard deviation; of a single number its size."""
+    """The standard deviation, or the absolute value of a single number."""
     return gradient.std() if gradient.size > 1 else abs(gradient).max()
 
 
@@ -65,7 +65,7 @@ def test_group_norm(shape, groups, mean, op, rng):
 
 @pytest.mark.parametrize("op", ["group_norm", "group_norm_silu"])
 def test_group_norm_of_one_number_a_group(op, rng):
-    """Every group is its own mean: y is the bias, and only dbias is not 0."""
+    """Each number equals the mean of its group: y is the bias, and only dbias is not 0."""
     shape = (3, 1, 1, 8)
     inputs = norm_inputs(rng, shape, 0)
     both(getattr(ops, op), getattr(ops, op + "_backward"), inputs, shape, rng,
@@ -91,14 +91,14 @@ def test_geglu(shape, scale, rng):
 
 
 def test_geglu_of_large_gates(rng):
-    """No overflow and no NaN: the gate is open or shut, and its slope 1 or 0."""
+    """No overflow and no NaN: gelu'(gate) is 1 or 0."""
     x = np.array([[2, 3, 4, 5, 1e4, -1e4, 20, -20]], np.float32)
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         dx = ops.geglu_backward(np.ones((1, 4), np.float32), x)
     assert_allclose(dx, [[1e4, 0, 20, 0, 2, 0, 4, 0]], rtol=1e-6, atol=1e-6)
 
 
-# Small maps take im2col, large ones with 32 channels Winograd, long ones several strips.
+# Small maps use im2col, large ones with 32 channels Winograd, long ones several strips.
 CONVOLUTIONS = [((1, 5, 7, 3), 4), ((3, 9, 4, 5), 1), ((2, 3, 11, 1), 7), ((3, 3, 3, 8), 8),
                 ((3, 1, 1, 6), 5), ((2, 17, 19, 33), 35), ((1, 29, 30, 32), 32),
                 ((3, 23, 9, 48), 9),
@@ -121,7 +121,7 @@ def test_conv2d(shape, out, K, padding, stride, rng):
 
 
 def test_conv2d_of_two_blocks_of_strips(rng, monkeypatch):
-    """Strips of a few rows and of a few images, and dweight the sum over them."""
+    """Strips of a few rows or a few images; dweight is the sum over the strips."""
     for size in (1, 3000, 20000):
         monkeypatch.setattr(conv_twins.im2col, "STRIP_BYTES", size)
         inputs = [rng.normal(size=(5, 7, 5, 6)), rng.normal(size=(3, 3, 6, 4)), rng.normal(size=4)]

@@ -1,4 +1,4 @@
-"""Every op of tinyldm/ops against finite differences and torch, both directions, in float64."""
+"""All ops against finite differences and torch, forward and backward, in float64."""
 import importlib
 
 import numpy as np
@@ -86,7 +86,7 @@ def test_upsample_nearest_to_another_size(size, rng):
 # ---- normalisation --------------------------------------------------------------------------
 
 def norm_inputs(rng, shape):
-    """x away from mean 0 and variance 1, weight away from 1."""
+    """x with mean 3 and standard deviation 2, weight around 1."""
     return [rng.normal(3, 2, shape), rng.normal(1, 0.5, shape[-1]), rng.normal(size=shape[-1])]
 
 
@@ -182,7 +182,7 @@ def test_attention_needs_whole_heads(rng):
 
 @pytest.mark.parametrize("ids", [[0], [[4, 4, 1], [4, 0, 1]], [[[6], [0]], [[6], [6]]]], ids=str)
 def test_embedding(ids, rng):
-    """Repeated ids collect all their gradients; an id never used gets zeros."""
+    """A repeated id gets the sum of its gradients; an unused id gets zeros."""
     check_op(ops.embedding, ops.embedding_backward, [np.array(ids), rng.normal(size=(7, 5))],
              lambda ids, weight: F.embedding(ids, weight))
 
@@ -191,12 +191,12 @@ def test_embedding(ids, rng):
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("B, dim", [(1, 6), (3, 7), (5, 32), (2, 5)])
 def test_timestep_embedding(B, dim, shift, flip, rng):
-    def waves(t):                                       # diffusers' function, but in float64
+    def sinusoids(t):                                     # diffusers' function, but in float64
         angles = t[:, None] * 10000.0 ** -(torch.arange(dim // 2).double() / (dim // 2 - shift))
         y = torch.cat([angles.cos(), angles.sin()] if flip else [angles.sin(), angles.cos()], 1)
         return F.pad(y, (0, dim % 2))
     t = rng.uniform(0, 50, B)
-    check_op(ops.timestep_embedding, ops.timestep_embedding_backward, [t], waves,
+    check_op(ops.timestep_embedding, ops.timestep_embedding_backward, [t], sinusoids,
              dim=dim, flip_sin_to_cos=flip, freq_shift=shift)
     ours, _ = ops.timestep_embedding(t.astype(np.float32), dim, flip, shift)
     theirs = get_timestep_embedding(torch.from_numpy(t), dim, flip, shift)
@@ -272,7 +272,7 @@ B, H, C, G, T = 2, 6, 8, 4, 12                          # T tokens
     ("attention", [(B, T, C)] * 3, 0, {"num_heads": 2}),
     ("concat", [(T, C), (T, 3)], 0, {}),
     ("kl_normal", [(B, C), (B, C)], 0, {}),
-    ("mse", [(T, C)] * 2, T * C, {}),                   # the difference, in place of both
+    ("mse", [(T, C)] * 2, T * C, {}),                   # the difference instead of both
     ("l1", [(T, C)] * 2, T * C, {}),
 ])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])      # float32: the fast twins
@@ -284,5 +284,5 @@ def test_a_cache_holds_inputs_and_small_statistics(name, numbers, new, params, d
 
 
 def whole(array):
-    """What a view keeps alive."""
+    """The array that a view keeps alive."""
     return array if array.base is None else whole(array.base)
