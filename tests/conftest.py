@@ -1,15 +1,26 @@
 """Fixtures of several test files."""
 import numpy as np
 import pytest
-import torch
 
-from tests.support import tolerance
+from tests.support import extra, strict, tolerance
+from tinyldm import backend
 from tinyldm.kernels import blocks
+from tinyldm.pipelines.stable_diffusion import load
 
 
 def pytest_addoption(parser):
     parser.addoption("--tolerances", type=float, metavar="SHARE",
                      help="list the tests whose error is more than this share of what they allow")
+
+
+def pytest_report_header():
+    return extra.header()
+
+
+def pytest_ignore_collect(collection_path):
+    name = collection_path.name
+    if name.startswith("test_") and name.endswith(".py") and extra.is_left_out(collection_path):
+        return True
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -26,6 +37,8 @@ def exact_sqrt(monkeypatch):
     Rescaling to zero terminal SNR magnifies that: 1 - alpha_bar keeps four digits at small t, and
     sigma = 4096 multiplies the last one.
     """
+    torch = pytest.importorskip("torch")
+
     def sqrt(x):
         return torch.from_numpy(np.asarray(np.sqrt(x.numpy())))
 
@@ -40,3 +53,26 @@ def block_size(request, monkeypatch):
     """Elementwise kernels with several blocks, and threads, for small arrays as well."""
     monkeypatch.setattr(blocks, "BLOCK", request.param)
     monkeypatch.setattr(blocks, "SERIAL", request.param // 2)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """The caller and one worker, whatever this machine has."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(backend, "_workers", None)
+    yield
+    if backend._workers is not None:
+        backend._workers.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    """The bundled model on the host and, in both dtypes, on the device."""
+    with strict.installed():
+        return {"cpu": load(), **{dtype: load(device="cuda", dtype=dtype)
+                                  for dtype in ("float32", "float16")}}

@@ -1,10 +1,9 @@
 """The way through CuPy, without a GPU: the names in the source, and everything on strict arrays.
 
 What runs here ran on the stand-in of strict.py, never on a device: rules, dtypes and numbers, and
-nothing of speed. The ops are compared by `check_op`, case by case, in test_ops.py.
+nothing of speed. The ops are compared by `check_op`, case by case, in tests/ops.
 """
 import ast
-import math
 import sys
 from pathlib import Path
 
@@ -12,27 +11,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.diffusion.test_samplers import SD15
-from tests.models.test_models import CLIPS, UNETS, VAES, vae_config
-from tests.pipelines.test_editing import hole, picture
 from tests.support import strict
+from tests.support.gpu import LARGE, PROMPT, draw
+from tests.support.models import CLIPS, UNETS, VAES, vae_config
+from tests.support.pictures import hole, picture
+from tests.support.schedulers import SD15
 from tests.support.small_pipelines import inpainting, lcm, sdxl
+from tests.support.sources import PACKAGE, SOURCES
 from tests.support.tolerance import assert_allclose, assert_same_pixels, within
-from tests.test_imports import PACKAGE, SOURCES
 from tinyldm import Between, backend, layers, ops
 from tinyldm.cli.draw import main
 from tinyldm.cli.profiler import Profiler
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
-from tinyldm.images import to_pil
 from tinyldm.layers import Tape
 from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from tinyldm.pipelines.stable_diffusion import load
 from tinyldm.training.objectives import diffusion_loss, vae_loss
 from tinyldm.training.optim import AdamW, initialise
-
-PROMPT = "a big red ring above a small green square on a white background"
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +79,10 @@ def test_a_name_that_cupy_lacks_is_seen(source, name):
 
 def test_every_op_has_a_case():
     """Each with its derivative goes through check_op, which runs it on strict arrays."""
-    cases = (Path(__file__).parent / "ops" / "test_ops.py").read_text()
-    named = {node.value for node in ast.walk(ast.parse(cases)) if isinstance(node, ast.Constant)}
-    named |= {node.attr for node in ast.walk(ast.parse(cases)) if isinstance(node, ast.Attribute)}
+    cases = (Path(__file__).parent / "ops").glob("test_*.py")
+    nodes = [node for file in cases for node in ast.walk(ast.parse(file.read_text()))]
+    named = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    named |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert {name.removesuffix("_backward") for name in ops.__all__} <= named
 
 
@@ -220,21 +218,6 @@ def test_samplers(name, xp):
 
 
 # ---- a whole picture ------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def pipes():
-    """The bundled model on the host and, in both dtypes, on the device."""
-    with strict.installed():
-        return {"cpu": load(), **{dtype: load(device="cuda", dtype=dtype)
-                                  for dtype in ("float32", "float16")}}
-
-
-def draw(pipe, steps=3, prompt=PROMPT, **options):
-    """-> latents after every step, pictures (B,H,W,3)."""
-    latents = [state.latents for state in pipe.stream(prompt, num_inference_steps=steps, **options)]
-    images = np.stack([np.asarray(image) for image in to_pil(pipe.decode(latents[-1]))])
-    return np.stack([backend.to_host(x) for x in latents]), images.astype(int)
-
 
 @pytest.mark.parametrize("options", [
     {}, {"sampler": "euler_ancestral", "num_images": 2, "negative_prompt": "blue"},
@@ -377,43 +360,6 @@ def test_training(xp):
 
 
 # ---- float16 --------------------------------------------------------------------------------
-
-def large(op, *inputs, gradient=False, **params):
-    """An op on float16 arrays of the device -> its output, or its first gradient for dy = 1."""
-    inputs = [strict.Array(np.asarray(x, None if np.asarray(x).dtype.kind == "i" else np.float16))
-              for x in inputs]
-    y, cache = getattr(ops, op)(*inputs, **params)
-    if gradient:
-        y = getattr(ops, op + "_backward")(strict.Array(np.ones(y.shape, np.float16)), cache)
-    return (y[0] if isinstance(y, tuple) else y).get()
-
-
-ROW = np.linspace(-1, 1, 64)
-TAPS = [[2048, 1, 1], [1, 1, 1], [1, 1, 1]]             # 2048 + 1 is 2048 in float16
-
-
-LARGE = [
-    (lambda: large("mse", [300.0], [0.0]), 90000),                      # beyond 65504
-    (lambda: large("kl_normal", [[0.0]], [[15.0]]), 0.5 * (math.exp(15) - 16)),
-    (lambda: large("l1", [60000.0] * 2, [0.0] * 2), 60000),             # so is the sum
-    (lambda: large("silu", [-12.0]), -12 / (1 + math.exp(12))),         # 1 + tanh(-6) has no digits
-    (lambda: large("gelu", [-3.0]), -0.00404969),                       # nor has 1 + erf(-2.1)
-    (lambda: large("quick_gelu", [60000.0], gradient=True), 1),
-    (lambda: large("gelu", [-60000.0], gradient=True), 0),
-    (lambda: large("softmax", [-60000.0, 60000.0]), [0, 1]),
-    (lambda: large("embedding", np.zeros(5000, int), [[0.0]], gradient=True), 5000),
-    (lambda: large("linear", np.ones((4096, 1)), [[1.0]], [0.0], gradient=True)[:1], 1),
-    (lambda: large("conv2d", np.ones((1, 3, 3, 1)), [[[[w]] for w in row] for row in TAPS]), 2056),
-    (lambda: large("conv2d", np.ones((1, 3, 3, 1)), [[[[w]] for w in row] for row in TAPS],
-                   padding=(1, 1), gradient=True)[0, 1, 1], 2056),
-    (lambda: backend.add_up(strict.Array(np.full((5000, 1), 10, np.float16)), axis=0).get(), 50000),
-    (lambda: large("layer_norm", 1000.0 + np.arange(64), np.ones(64), np.zeros(64), eps=1e-5),
-     ROW / ROW.std()),
-    (lambda: large("group_norm", np.tile(5000 * ROW, (1, 500, 1)), np.ones(64), np.zeros(64),
-                   num_groups=1, eps=1e-5)[0, 0], ROW / ROW.std()),
-    (lambda: large("attention", *np.full((3, 1, 2, 64), 200.0), num_heads=1), 200),
-]
-
 
 @pytest.mark.parametrize("ours, expected", LARGE)
 def test_large_numbers_in_float16(ours, expected):

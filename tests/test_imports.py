@@ -1,11 +1,13 @@
 """Imports point one way, and the mathematics needs NumPy alone: read from the source."""
 import ast
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "tinyldm"
+import tinyldm
+from tests.support.sources import PACKAGE, SOURCES
+from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 
 # What a room may import besides itself: cli → pipelines → models, diffusion, text, checkpoints →
 # layers → ops → kernels → backend. The programs' entry points may import all.
@@ -35,8 +37,6 @@ ENTRY_POINTS = {"__init__.py", "__main__.py", "training/__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.
 LIBRARIES = {"numpy", "tokenizers", "safetensors", "threadpoolctl", "huggingface_hub",
              "PIL", "tqdm", "matplotlib"}
-
-SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
 def imports(file, source):
@@ -94,3 +94,23 @@ def test_the_judge_shares_no_code_with_what_it_judges():
 ])
 def test_a_wrong_import_is_seen(file, source):
     assert violations(file, source)
+
+
+# ---- the public names -----------------------------------------------------------------------
+
+def test_public_names():
+    assert set(tinyldm.__all__) <= set(dir(tinyldm))
+    for name in tinyldm.__all__:
+        assert getattr(tinyldm, name)
+    assert tinyldm.load is load and tinyldm.StableDiffusion is StableDiffusion
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert f'version = "{tinyldm.__version__}"' in project
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tinyldm.nothing  # noqa: B018
+
+
+def test_importing_is_light():
+    heavy = "{'PIL', 'tokenizers', 'safetensors', 'huggingface_hub', 'tqdm', 'threadpoolctl'}"
+    code = (f"import sys, tinyldm; assert 'numpy' not in sys.modules; tinyldm.load; "
+            f"tinyldm.noise.randn; assert not {heavy} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

@@ -13,12 +13,13 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-import safetensors.torch
+import safetensors.numpy
 from huggingface_hub import constants, file_download
 
 import tinyldm
+from tests.support.extra import diffusers
 from tests.support.hub_server import serving
-from tests.support.small_pipelines import change_json, make_unet, smallest
+from tests.support.small_pipelines import change_json, smallest
 from tinyldm.checkpoints import hub as downloads
 from tinyldm.checkpoints import load_model, resolve
 from tinyldm.checkpoints.components import find_weights
@@ -206,16 +207,16 @@ def test_the_device_decides_where_no_dtype_is_given(device, dtype, expected, mon
 def test_float16_files_are_the_ones_read(hub, weights, tmp_path):
     """The float16 files hold other numbers, so the numbers show which files were loaded."""
     folder = Path(shutil.copytree(weights, tmp_path / "both"))
-    stored = safetensors.torch.load_file(folder / UNET)
-    safetensors.torch.save_file({name: (tensor + 1).half() for name, tensor in stored.items()},
-                                folder / "unet" / f"{STEM}.fp16.safetensors")
+    stored = safetensors.numpy.load_file(folder / UNET)
+    other = {name: (tensor + 1).astype(np.float16) for name, tensor in stored.items()}
+    safetensors.numpy.save_file(other, folder / "unet" / f"{STEM}.fp16.safetensors")
     shutil.copy(folder / "text_encoder/model.safetensors",
                 folder / "text_encoder/model.fp16.safetensors")
     hub.repositories["owner/both"] = folder
     for place in (folder, "owner/both"):
         for dtype, added in [("float32", 0), ("float16", 1)]:
             bias = tinyldm.load(place, dtype=dtype).unet.conv_in.bias.data
-            expected = (stored["conv_in.bias"] + added).numpy().astype(dtype)
+            expected = (stored["conv_in.bias"] + added).astype(dtype)
             assert bias.dtype == dtype and np.array_equal(bias, expected)
 
 
@@ -224,9 +225,9 @@ def test_float16_files_are_the_ones_read(hub, weights, tmp_path):
 def test_shards(variant, safe, hub, weights, tmp_path):
     """Named as by diffusers, with an index; other files of weights are not downloaded."""
     folder = Path(shutil.copytree(weights, tmp_path / "shards"))
+    unet = diffusers.UNet2DConditionModel.from_pretrained(weights / "unet")
     for file in (folder / "unet").iterdir():
         file.unlink()
-    unet = make_unet((8, 8), 8, "yn", attention_head_dim=2, sample_size=4, norm_num_groups=4)
     unet.save_pretrained(folder / "unet", max_shard_size="20KB", variant=variant,
                          safe_serialization=safe)
     needed = [path.relative_to(folder).as_posix() for path in (folder / "unet").iterdir()]

@@ -4,28 +4,25 @@ The lists are from the files of Stable Diffusion 1.5, 2.1 and XL. The models tha
 these have the same weights, or differ in one. A parameter is only a shape until it is loaded, so
 building the real models costs nothing.
 """
-import json
 import math
-from pathlib import Path
 
 import pytest
 
 from tests.support import sd15
-from tinyldm.checkpoints.layout import file_shape
-from tinyldm.models import (
-    AutoencoderKL,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    UNet2DConditionModel,
+from tests.support.keys import (
+    KEYS,
+    MODELS,
+    REFERENCE,
+    SD15,
+    SD21,
+    SDXL,
+    config_of,
+    published_shapes,
+    with_lists,
 )
+from tinyldm.checkpoints.layout import file_shape
+from tinyldm.models import UNet2DConditionModel
 
-REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
-MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
-          "text_encoder_2": CLIPTextModelWithProjection}
-SD15, SD21 = "stable-diffusion-v1-5", "stable-diffusion-2-1 (768, v-prediction)"
-SDXL = "stable-diffusion-xl-base-1.0"
-KEYS = {SD15: "keys_diffusers_sd15.txt", SD21: "keys_diffusers_sd21.txt",
-        SDXL: "keys_diffusers_sdxl.txt"}
 TOTALS = {
     SD15: {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
     SD21: {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
@@ -41,25 +38,14 @@ MADE_OF = {
     "stable-diffusion-xl-1.0-inpainting-0.1": (SDXL, {"conv_in.weight": (320, 9, 3, 3)}, None),
     "sdxl-turbo": (SDXL, {}, 2_567_463_684),
 }
-with_lists = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no key lists at {REFERENCE}")
 
 
 def shapes(module):
     return {name: file_shape(parameter) for name, parameter in module.named_parameters()}
 
 
-def published_shapes(path, component):
-    """The rows `component <tab> key <tab> shape` of a key list."""
-    rows = (line.split("\t") for line in path.read_text().splitlines() if not line.startswith("#"))
-    return {key: tuple(json.loads(shape)) for part, key, shape in rows if part == component}
-
-
 def total(all_shapes):
     return sum(map(math.prod, all_shapes.values()))
-
-
-def config_of(model, component):
-    return json.loads((REFERENCE / "configs.json").read_text())[model][component]["config"]
 
 
 def assert_same_shapes(ours, published):

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
+import safetensors.numpy
 
 import tinyldm
-from tests.checkpoints.test_keys import MODELS, REFERENCE, with_lists
-from tests.pipelines.test_stable_diffusion import Reference, assert_same_drawing, ours
 from tests.support import single_files
-from tests.support.reference import assert_close
+from tests.support.drawing import Reference, assert_same_drawing, ours
+from tests.support.extra import torch
+from tests.support.keys import MODELS, REFERENCE, with_lists
 from tests.support.small_pipelines import change_json
+from tests.support.tolerance import assert_close
 from tinyldm.checkpoints import folders, load_pipeline_parts
 from tinyldm.checkpoints.formats.stored import StoredTensor, row_major
 from tinyldm.checkpoints.layout import file_shape, fitted
@@ -192,10 +192,11 @@ def as_file(folder, path, monkeypatch, **more):
     single_files.shrink(monkeypatch, len(words), words["<|endoftext|>"])
     monkeypatch.setenv(folders.TOKENIZER_VARIABLE, str(folder / "tokenizer"))
     tensors = single_files.original(folder) | more
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
-        safetensors.torch.save_file(tensors, path)
+        safetensors.numpy.save_file(tensors, path)
     else:
+        tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
         torch.save({"state_dict": tensors, "global_step": 1}, path)
     return path
 
@@ -253,9 +254,9 @@ def test_half_precision_keeps_a_vae_that_overflows_in_single(tmp_path, monkeypat
     """Stable Diffusion XL's VAE, from its folder and from its file: pictures are not black."""
     folder = single_files.sdxl(tmp_path / "sdxl")
     weights, = (folder / "vae").glob("*.safetensors")
-    tensors = safetensors.torch.load_file(weights)
+    tensors = safetensors.numpy.load_file(weights)
     tensors["decoder.conv_in.weight"] *= 3e4            # the following norms undo that
-    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
     file = as_file(folder, tmp_path / "model.safetensors", monkeypatch)
     latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
     for weights in (folder, file):
@@ -271,13 +272,14 @@ def test_half_precision_keeps_a_vae_that_overflows_in_single(tmp_path, monkeypat
 
 def test_half_precision_and_memory_options(sd1_folder, tmp_path, monkeypatch):
     file = as_file(sd1_folder, tmp_path / "model.ckpt", monkeypatch)
-    whole = safetensors.torch.load_file(as_file(sd1_folder, tmp_path / "model.safetensors",
+    whole = safetensors.numpy.load_file(as_file(sd1_folder, tmp_path / "model.safetensors",
                                                 monkeypatch))
-    torch.save({name: tensor.half() if tensor.is_floating_point() else tensor
+    torch.save({name: torch.from_numpy(tensor.astype(np.float16) if tensor.dtype == np.float32
+                                       else tensor)
                 for name, tensor in whole.items()}, file)           # without "state_dict"
     parts = load_pipeline_parts(file, np.float16, low_memory=True)
     weight = dict(parts.unet.named_parameters())["conv_out.weight"].data
-    theirs = whole["model.diffusion_model.out.2.weight"].half().numpy().transpose(2, 3, 1, 0)
+    theirs = whole["model.diffusion_model.out.2.weight"].astype(np.float16).transpose(2, 3, 1, 0)
     assert weight.dtype == np.float16 and np.array_equal(weight, theirs)
 
 
@@ -309,16 +311,16 @@ def test_other_prefixes(sd1_folder, tmp_path, monkeypatch):
     """Text encoders without text_model., the VAE as `vae.`, and Stable Diffusion 2's text encoder
     as in SD-Turbo's file."""
     file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
-    tensors = safetensors.torch.load_file(file)
+    tensors = safetensors.numpy.load_file(file)
     for word, other in [("transformer.text_model.", "transformer."),
                         ("first_stage_model.", "vae.")]:
         tensors = {name.replace(word, other): tensor for name, tensor in tensors.items()}
-        safetensors.torch.save_file(tensors, file)
+        safetensors.numpy.save_file(tensors, file)
         assert_same_weights(tinyldm.load(file), tinyldm.load(sd1_folder))
     folder = single_files.sd2_base(tmp_path / "sd2")
     file = as_file(folder, tmp_path / "model.safetensors", monkeypatch)
-    tensors = safetensors.torch.load_file(file)
-    safetensors.torch.save_file({
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({
         name.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): tensor
         for name, tensor in tensors.items()}, file)
     assert_same_weights(tinyldm.load(file), tinyldm.load(folder))
@@ -326,13 +328,13 @@ def test_other_prefixes(sd1_folder, tmp_path, monkeypatch):
 
 def test_three_lists(sd1_folder, tmp_path, monkeypatch):
     file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
-    tensors = safetensors.torch.load_file(file)
-    tensors["model.diffusion_model.out.3.weight"] = torch.zeros(1)
-    tensors["scribble"] = torch.zeros(1)
-    tensors["conditioner.embedders.1.model.ln_final.bias"] = torch.zeros(1)  # SD 1 lacks it
-    tensors["first_stage_model.encoder.mid.attn_1.q.bias"] = torch.zeros(3)
+    tensors = safetensors.numpy.load_file(file)
+    tensors["model.diffusion_model.out.3.weight"] = np.zeros(1, np.float32)
+    tensors["scribble"] = np.zeros(1, np.float32)
+    tensors["conditioner.embedders.1.model.ln_final.bias"] = np.zeros(1)      # SD 1 lacks it
+    tensors["first_stage_model.encoder.mid.attn_1.q.bias"] = np.zeros(3, np.float32)
     del tensors["cond_stage_model.transformer.text_model.final_layer_norm.bias"]
-    safetensors.torch.save_file(tensors, file)
+    safetensors.numpy.save_file(tensors, file)
     with pytest.raises(TinyldmError) as error:
         tinyldm.load(file)
     first, missing, unexpected, wrong = str(error.value).splitlines()
@@ -372,12 +374,12 @@ def test_two_names_of_one_weight(sd1_folder, tmp_path, monkeypatch):
 ])
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 def test_other_models_are_named(names, expected, suffix, tmp_path):
-    tensors = {name: torch.zeros(3, 4) for name in names}
+    tensors = {name: np.zeros((3, 4), np.float32) for name in names}
     file = tmp_path / f"model.{suffix}"
     if suffix == "ckpt":
-        torch.save(tensors, file)
+        torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, file)
     else:
-        safetensors.torch.save_file(tensors, file)
+        safetensors.numpy.save_file(tensors, file)
     with pytest.raises(TinyldmError, match=expected) as error:
         tinyldm.load(file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
@@ -389,8 +391,8 @@ def test_other_models_are_named(names, expected, suffix, tmp_path):
     (4, 512, r"width 512\), supported are 768 \(Stable Diffusion 1\), 1024 \(Stable Diffusion ")])
 def test_other_shapes_are_named(channels, width, expected, tmp_path):
     file = tmp_path / "model.safetensors"
-    safetensors.torch.save_file({FIRST_CONVOLUTION: torch.zeros(2, channels, 3, 3),
-                                 FIRST_KEYS: torch.zeros(2, width)}, file)
+    safetensors.numpy.save_file({FIRST_CONVOLUTION: np.zeros((2, channels, 3, 3), np.float32),
+                                 FIRST_KEYS: np.zeros((2, width), np.float32)}, file)
     with pytest.raises(TinyldmError, match=expected):
         tinyldm.load(file)
 
@@ -421,8 +423,8 @@ def test_the_tokenizer_is_downloaded_unless_a_folder_is_named(sd1_folder, tmp_pa
 
 def test_offline_the_tokenizer_is_one_sentence(tmp_path):
     file = tmp_path / "model.safetensors"
-    safetensors.torch.save_file({FIRST_CONVOLUTION: torch.zeros(2, 4, 3, 3),
-                                 FIRST_KEYS: torch.zeros(2, 768)}, file)
+    safetensors.numpy.save_file({FIRST_CONVOLUTION: np.zeros((2, 4, 3, 3), np.float32),
+                                 FIRST_KEYS: np.zeros((2, 768), np.float32)}, file)
     run = subprocess.run([sys.executable, "-m", "tinyldm", "a cat", "--weights", str(file),
                           "--output", str(tmp_path / "out.png")], capture_output=True, text=True,
                          cwd=Path(__file__).parents[2],

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models.test_models import CLIPS, UNETS, VAES, clip_pair, unet_pair, vae_pair
+from tests.support.extra import library, torch
+from tests.support.models import CLIPS, UNETS, VAES
+from tests.support.pairs import clip_pair, unet_pair, vae_pair
 from tests.support.reference import nchw
 from tests.support.small_pipelines import smallest
 from tinyldm import layers
@@ -109,7 +108,9 @@ def test_a_pipeline(pipe):
 def theirs(run):
     """{op: flop}, {module's path: flop} of a run of the reference, as torch counts them."""
     # The kernel that torch takes for attention on a CPU is the one it forgets to count.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    attention = library("torch.nn.attention")
+    counter = library("torch.utils.flop_counter").FlopCounterMode(display=False)
+    with torch.no_grad(), attention.sdpa_kernel(attention.SDPBackend.MATH), counter:
         run()
     counts = counter.get_flop_counts()
     ops = {str(op).removeprefix("aten."): flop for op, flop in counts.pop("Global").items()}

@@ -14,21 +14,12 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_lms_discrete
 
+from tests.support.schedulers import SD, SD15, SD21, SDXL, TURBO
 from tests.support.tolerance import within
 from tinyldm.diffusion.samplers import SAMPLERS, check_name, check_sampler, default_sampler
 from tinyldm.diffusion.samplers.shared import NO_PICTURE, Origin
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
-
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-      "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
-      "steps_offset": 1, "trained_betas": None, "clip_sample": False}
-SD15 = {"_class_name": "PNDMScheduler", **SD}
-SD21 = {"_class_name": "DDIMScheduler", **SD, "prediction_type": "v_prediction"}
-SDXL = {"_class_name": "EulerDiscreteScheduler", **SD, "interpolation_type": "linear",
-        "prediction_type": "epsilon", "sample_max_value": 1.0, "timestep_spacing": "leading",
-        "use_karras_sigmas": False}
-TURBO = {**SD15, "_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
 
 CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMScheduler",
            "euler": "EulerDiscreteScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler",

@@ -2,15 +2,15 @@
 
 NVRTC needs no device and compiles the code that CuPy would load. cuda_host.py runs the kernels on
 strict arrays. That tests arithmetic, indices and synchronisation, not speed. check_op also runs the
-kernels in all cases of test_ops.py.
+kernels in all cases of tests/ops.
 """
 import numpy as np
 import pytest
 
 from tests.support import cuda_host, strict
-from tests.support.reference import assert_close
-from tests.support.tolerance import assert_allclose, assert_same_pixels
-from tests.test_cupy import LARGE, draw, pipes  # noqa: F401 (a fixture)
+from tests.support.arrays import normal
+from tests.support.gpu import LARGE, draw
+from tests.support.tolerance import assert_allclose, assert_close, assert_same_pixels
 from tinyldm import backend, ops
 from tinyldm.kernels import cuda
 
@@ -49,10 +49,6 @@ def test_the_source_compiles(arch, T, whole):
 
 
 # ---- numbers --------------------------------------------------------------------------------
-
-def normal(*shape, dtype=np.float32, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("op, shapes, params", [
@@ -150,7 +146,7 @@ def test_large_numbers_in_float16(ours, expected, xp):
 ], ids=lambda value: value if isinstance(value, str) else None)
 def test_nan_comes_through(op, shapes, params, xp):
     """And stays in its picture, so that the pipeline can name the picture and the layer."""
-    inputs = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+    inputs = [normal(*shape, seed=i).copy() for i, shape in enumerate(shapes)]
     inputs[0].reshape(3, -1)[1, -1] = np.nan
     y = getattr(ops, op)(*map(xp.asarray, inputs), **params)[0].get()
     assert [bool(np.isnan(part).any()) for part in y] == [False, True, False]
@@ -158,7 +154,7 @@ def test_nan_comes_through(op, shapes, params, xp):
 
 # ---- a whole picture --------------------------------------------------------------------------
 
-def test_a_picture(pipes, xp):  # noqa: F811
+def test_a_picture(pipes, xp):
     with backend.plain():
         _, expected = draw(pipes["cpu"], steps=2)
     for dtype, allowed in (("float32", 1), ("float16", 4)):

@@ -22,7 +22,7 @@ def twins(device):
 
 
 def test_every_twin_has_its_ops_name_and_signature():
-    """test_kernels*.py and test_cuda.py compare all in these lists with their ops."""
+    """The other files here compare all in these lists with their ops."""
     assert twins("cpu").keys() == CPU and twins("gpu").keys() == GPU
     for device in ("cpu", "gpu"):
         for name, twin in twins(device).items():

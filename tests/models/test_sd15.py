@@ -1,6 +1,6 @@
 """The models at Stable Diffusion 1.5's real size against diffusers and transformers.
 
-The small models of test_models.py cannot show what only size brings: the kernels for large maps,
+The small models of support/models.py cannot show what only size brings: the kernels for large maps,
 rounding over 860 million weights. The weights are random; one set of arrays serves both sides.
 """
 import numpy as np
@@ -12,7 +12,8 @@ from transformers import CLIPTextConfig
 from transformers import CLIPTextModel as ReferenceCLIP
 
 from tests.support import sd15
-from tests.support.reference import assert_close, nchw, nhwc
+from tests.support.reference import nchw, nhwc
+from tests.support.tolerance import assert_close
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 

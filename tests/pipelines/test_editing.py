@@ -1,20 +1,18 @@
 """Image to image and inpainting against diffusers' pipelines: same weights, seed and picture."""
-import copy
-
-import diffusers
 import numpy as np
 import pytest
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from tests.pipelines.test_stable_diffusion import (
+from tests.support.drawing import (
     PROMPT,
     STEPS,
-    Reference,
+    Editing,
     assert_same_drawing,
     assert_same_pictures,
     ours,
 )
+from tests.support.extra import diffusers, torch
+from tests.support.pictures import SIZE, hole, picture, thin
 from tests.support.small_pipelines import (
     ddpm,
     dpmpp,
@@ -30,49 +28,11 @@ from tests.support.small_pipelines import (
 from tests.support.tolerance import assert_same_pixels
 from tinyldm import Between, load
 from tinyldm.errors import TinyldmError
-from tinyldm.images import from_pil, mask_from_pil, open_image, to_pil
+from tinyldm.images import from_pil, mask_from_pil
 from tinyldm.noise import get_generator
 from tinyldm.pipelines.editing import Edit
 
-SIZE = 70, 59                       # of the picture, and no multiple of a VAE's factor
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-def picture(seed=0, size=SIZE, mode="RGB"):
-    """Large soft patches of colour."""
-    patches = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
-    return Image.fromarray(patches).resize(size).convert(mode)
-
-
-def hole(size=SIZE):
-    """A mask: a white disc with a grey rim on black."""
-    mask = Image.new("L", size)
-    draw = ImageDraw.Draw(mask)
-    width, height = size
-    draw.ellipse((0.1 * width, 0.1 * height, 0.8 * width, 0.8 * height), fill=100)
-    draw.ellipse((0.2 * width, 0.2 * height, 0.7 * width, 0.7 * height), fill=255)
-    return mask
-
-
-def thin(side):
-    """A mask with white lines that lie between the pixels which a latent's cell is told by."""
-    mask = Image.new("L", (side, side))
-    mask.paste(255, (5, 0, 8, side))
-    return mask
-
-
-class Editing(Reference):
-    """diffusers' pipelines for image to image, or with a mask for inpainting, by the same parts."""
-
-    def __call__(self, seeds=(0,), **options):
-        xl = hasattr(self.pipe, "text_encoder_2")
-        task = "Inpaint" if "mask_image" in options else "Img2Img"
-        editing = copy.copy(self)
-        editing.pipe = getattr(diffusers, f"StableDiffusion{'XL' * xl}{task}Pipeline")(
-            **self.pipe.components, **({} if xl else {"requires_safety_checker": False}))
-        editing.pipe.set_progress_bar_config(disable=True)
-        return Reference.__call__(editing, seeds, guidance_scale=7.5, **options)
 
 
 KINDS = [sd1, sd2, sd_turbo, euler_ancestral, dpmpp, ddpm, sdxl]
@@ -284,54 +244,3 @@ def test_a_picture_that_is_encoded_to_nan_names_the_layer(tmp_path):
     with pytest.raises(TinyldmError, match="the picture is encoded to NaN or infinity: the first "
                                            r"layer to produce it is encoder\."):
         pipe.stream("cat", image=picture(size=(16, 16)))
-
-
-# ---- files ----------------------------------------------------------------------------------
-
-def test_a_picture_from_a_file_is_upright(tmp_path):
-    image, turned = picture(), tmp_path / "turned.jpg"
-    exif = Image.Exif()
-    exif[0x112] = 6                                     # a camera held upright
-    image.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif, quality=100)
-    read = open_image(turned)
-    assert read.size == image.size and read.mode == "RGB"
-    assert abs(np.asarray(read, int) - np.asarray(image, int)).mean() < 3
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_grey_picture_of_16_bits(tmp_path, mode):
-    """Pillow's own convert would clip it, so that nearly all of it were white."""
-    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(grey * 257).save(tmp_path / "in.png")
-    read = open_image(tmp_path / "in.png", mode)
-    assert read.mode == mode and np.array_equal(np.asarray(read.convert("L")), grey)
-
-
-def test_a_grey_picture_of_16_bits_from_python():
-    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    deep = Image.fromarray(np.asarray(grey, np.uint16) * 257)
-    assert np.array_equal(from_pil(deep, (16, 16)), from_pil(grey, (16, 16)))
-    assert np.array_equal(mask_from_pil(deep, (12, 12)), mask_from_pil(grey, (12, 12)))
-
-
-def test_a_picture_survives_the_way_in_and_out():
-    image = picture()
-    back, = to_pil(from_pil(image, image.size))
-    assert np.array_equal(np.asarray(back), np.asarray(image))
-
-
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_what_is_no_picture(tmp_path, content):
-    file = tmp_path / "in.png"
-    file.write_bytes(content)
-    with pytest.raises(TinyldmError, match="cannot read .*in.png as a picture"):
-        open_image(file)
-
-
-def test_half_a_picture_and_none(tmp_path):
-    file = tmp_path / "in.png"
-    picture().save(file)
-    file.write_bytes(file.read_bytes()[:-200])
-    for wrong in (file, tmp_path / "none.png", tmp_path):
-        with pytest.raises(TinyldmError, match=r"cannot read .* as a picture \("):
-            open_image(wrong)

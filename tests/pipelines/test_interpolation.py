@@ -1,13 +1,13 @@
 """What lies between two prompts, seeds or pictures: each mixed by torch, and drawn by diffusers."""
-import diffusers
 import numpy as np
 import pytest
-import torch
 
-from tests.pipelines.test_editing import SIZE, hole, picture
-from tests.pipelines.test_stable_diffusion import NEGATIVE, STEPS, Reference, assert_same_pictures
-from tests.support.reference import assert_close, nchw
+from tests.support.drawing import NEGATIVE, STEPS, Reference, assert_same_pictures
+from tests.support.extra import diffusers, torch
+from tests.support.pictures import SIZE, hole, picture
+from tests.support.reference import nchw
 from tests.support.small_pipelines import sd1, sdxl, smallest
+from tests.support.tolerance import assert_close
 from tinyldm import Between, TinyldmError, load
 from tinyldm.images import from_pil
 from tinyldm.noise import get_generator

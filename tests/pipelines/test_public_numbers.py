@@ -33,10 +33,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.checkpoints.test_lora import kohya, make_lora, merge, write
-from tests.checkpoints.test_textual_inversion import WORD, vectors
-from tests.pipelines.test_editing import hole
-from tests.pipelines.test_editing import picture as patches
+from tests.support.addons import WORD, kohya, make_lora, merge, vectors, write
+from tests.support.pictures import hole
+from tests.support.pictures import picture as patches
 from tests.support.small_pipelines import inpainting, lcm, sd1, sdxl
 from tinyldm import load_model
 from tinyldm.images import open_image

@@ -1,85 +1,21 @@
 """The pipeline against diffusers' on the same random weights: ids, context, latents, picture."""
 import inspect
-import subprocess
-import sys
-from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
-import torch
 
-import tinyldm
-from tests.support.reference import assert_close, nchw, nhwc
+from tests.support.drawing import NEGATIVE, PROMPT, Reference, assert_same_drawing, ours
+from tests.support.extra import diffusers, torch
+from tests.support.reference import nchw, nhwc
 from tests.support.small_pipelines import CONFIGURATIONS, change_json, sd1, smallest
-from tests.support.tolerance import assert_allclose, assert_same_pixels
-from tinyldm import backend, load_model
-from tinyldm.checkpoints import components, save_model
+from tests.support.tolerance import assert_close
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
-from tinyldm.layers import Tape
 from tinyldm.noise import CudaGenerator
 from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
-from tinyldm.training.optim import AdamW
-
-PROMPT = "a photo of an astronaut riding a horse on mars, red cat"
-NEGATIVE = "low quality!"
-STEPS = 5
-LATENTS_TOLERANCE = 1e-4            # of the reference's standard deviation, at every step
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-class Reference:
-    """diffusers' pipeline of a folder, with its outputs in our layout."""
-
-    def __init__(self, folder):
-        diffusers.utils.logging.set_verbosity_error()
-        half = any((folder / "unet").glob("*fp16*"))
-        self.pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, variant="fp16" if half else None)
-        self.pipe.set_progress_bar_config(disable=True)
-
-    def __call__(self, seeds=(0,), prompt=PROMPT, **options):
-        """-> latents after every step [(B,h,w,4)], pictures (B,H,W,3) uint8."""
-        states = []
-        if "latents" in options:
-            options["latents"] = nchw(options["latents"])
-
-        def keep(pipe, step, timestep, tensors):
-            states.append(nhwc(tensors["latents"]))
-            return {}
-
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images = self.pipe(
-            prompt, num_inference_steps=STEPS, num_images_per_prompt=len(seeds),
-            generator=generators, callback_on_step_end=keep, **options).images
-        return states, np.stack([np.asarray(image) for image in images])
-
-
-def ours(pipe, **options):
-    """The same of ours, the latents by stream and the pictures by a call."""
-    states = list(pipe.stream(PROMPT, num_inference_steps=STEPS, **options))
-    assert [state.step for state in states] == list(range(len(states)))
-    images = pipe(PROMPT, num_inference_steps=STEPS, **options)
-    return [state.latents for state in states], np.stack([np.asarray(image) for image in images])
-
-
-def assert_same_drawing(ours, theirs):
-    (our_states, our_images), (their_states, their_images) = ours, theirs
-    assert len(our_states) == len(their_states)
-    for step, (a, b) in enumerate(zip(our_states, their_states)):
-        assert a.dtype == np.float32
-        assert_close(a, b, LATENTS_TOLERANCE, f"latents after step {step + 1}")
-    assert_same_pictures(our_images, their_images)
-
-
-def assert_same_pictures(ours, theirs):
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.uint8
-    inside = (theirs > 0) & (theirs < 255)
-    assert theirs.std() > 20 and inside.mean() > 0.5, "the reference's picture says nothing"
-    assert_same_pixels(ours, theirs, 2)
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS, ids=lambda make: make.__name__)
@@ -96,16 +32,6 @@ def sd1_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def both_sd1(sd1_folder):
     return load(sd1_folder), Reference(sd1_folder)
-
-
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory):
-    return smallest(tmp_path_factory.mktemp("smallest"))
-
-
-@pytest.fixture
-def small(small_folder):
-    return load(small_folder)
 
 
 # ---- against diffusers ----------------------------------------------------------------------
@@ -331,7 +257,9 @@ def test_parts_must_fit_together(small, both_sd1):
     parts = [small.tokenizer, small.text_encoder, small.unet, small.vae, small.scheduler]
     with pytest.raises(TinyldmError, match="cross_attention_dim is 8, but .* 32"):
         StableDiffusion(small.tokenizer, other.text_encoder, *parts[2:])
-    for changes, message in [({"addition_embed_type": "text_time"}, "no second text encoder"),
+    xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+          "projection_class_embeddings_input_dim": 68}
+    for changes, message in [(xl, "no second text encoder"),
                              ({"in_channels": 8}, "in_channels is 8, but the VAE's .* 4")]:
         before, small.unet.config = small.unet.config, small.unet.config | changes
         with pytest.raises(TinyldmError, match=message):
@@ -340,103 +268,3 @@ def test_parts_must_fit_together(small, both_sd1):
     small.tokenizer.model_max_length = 100
     with pytest.raises(TinyldmError, match="model_max_length is 100, .* 77"):
         StableDiffusion(*parts)
-
-
-# ---- NaN and infinity -----------------------------------------------------------------------
-
-UNET_LAYERS = ["conv_in.weight", "time_embedding.linear_2.bias",
-               "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k.weight",
-               "mid_block.resnets.1.conv2.weight", "up_blocks.1.resnets.0.norm1.weight",
-               "conv_out.bias"]
-
-
-@pytest.mark.parametrize("name", UNET_LAYERS)
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_nan_in_the_unet_is_traced_to_its_layer(small, name):
-    states = small.stream("cat", num_inference_steps=3)
-    next(states)
-    spoil(small.unet, name)
-    layer = name.rpartition(".")[0]
-    with pytest.raises(TinyldmError, match=rf"at step 2 \(timestep 334\): .* is {layer} of UNet2D"):
-        next(states)
-    assert "forward" not in vars(small.unet.conv_in)
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_nan_elsewhere(small):
-    with pytest.raises(TinyldmError, match="at step 1 .*no layer is to blame, so lower guidance"):
-        list(small.stream("cat", num_inference_steps=3, guidance_scale=1e39))
-    spoil(small.vae, "decoder.up_blocks.0.resnets.1.conv1.weight")
-    with pytest.raises(TinyldmError, match="picture 0 .* decoder.up_blocks.0.resnets.1.conv1 of"):
-        small("cat", num_inference_steps=1)
-    spoil(small.text_encoder, "text_model.encoder.layers.1.mlp.fc1.bias")
-    with pytest.raises(TinyldmError, match="'dog': .* text_model.encoder.layers.1.mlp.fc1 of CLIP"):
-        small.encode_prompt("dog")
-
-
-def spoil(module, name):
-    parameter = dict(module.named_parameters())[name]
-    parameter.data = parameter.data.copy()
-    parameter.data.flat[0] = np.nan
-
-
-# ---- import ---------------------------------------------------------------------------------
-
-def test_public_names():
-    assert set(tinyldm.__all__) <= set(dir(tinyldm))
-    for name in tinyldm.__all__:
-        assert getattr(tinyldm, name)
-    assert tinyldm.load is load and tinyldm.StableDiffusion is StableDiffusion
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'version = "{tinyldm.__version__}"' in project
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        tinyldm.nothing  # noqa: B018
-
-
-def test_importing_is_light():
-    heavy = "{'PIL', 'tokenizers', 'safetensors', 'huggingface_hub', 'tqdm', 'threadpoolctl'}"
-    code = (f"import sys, tinyldm; assert 'numpy' not in sys.modules; tinyldm.load; "
-            f"tinyldm.noise.randn; assert not {heavy} & set(sys.modules)")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-
-
-# ---- large float16 weights ------------------------------------------------------------------
-
-def test_large_float16_weights_stay_and_draw_the_same(monkeypatch):
-    """The bundled model with all but its smallest matrices float16: the numbers are the same."""
-    wide = tinyldm.load(dtype="float32")
-    monkeypatch.setattr(components, "LARGE", 2000)
-    pipe = tinyldm.load()
-    kept = {name for name, parameter in pipe.unet.named_parameters()
-            if parameter.data.dtype == np.float16}
-    assert len(kept) > 50 and all(name.endswith("weight") for name in kept)
-    tables = [parameter.data for name, parameter in pipe.text_encoder.named_parameters()
-              if "embedding" in name]
-    assert [table.dtype for table in tables] == [np.float32] * 2
-    options = dict(num_inference_steps=2, seed=3)
-    assert_same_pixels(*(p("a red circle", **options)[0] for p in (pipe, wide)))
-    with backend.plain():
-        assert pipe.encode_prompt("a red circle").dtype == np.float32
-
-
-def test_float16_weights_give_float32_gradients_and_are_not_trained(monkeypatch, tmp_path):
-    monkeypatch.setattr(components, "LARGE", 2000)
-    pipe, wide = tinyldm.load(), tinyldm.load(dtype="float32")
-    rng = np.random.default_rng(0)
-    latents, dy = rng.standard_normal((2, 1, 8, 8, 4), np.float32)
-    context = rng.standard_normal((1, 7, 128), np.float32)
-    gradients = []
-    for unet in (pipe.unet, wide.unet):
-        tape = Tape()
-        unet(latents, np.array([500]), context, tape)
-        unet.backward(1e-6 * dy, tape)
-        gradients.append({name: p.grad for name, p in unet.named_parameters()})
-    for name, ours in gradients[0].items():
-        assert ours.dtype == np.float32
-        assert_allclose(ours, gradients[1][name], rtol=1e-3,
-                                   atol=1e-4 * abs(gradients[1][name]).max())
-    with pytest.raises(TinyldmError, match="weight is float16, too narrow to train"):
-        AdamW(pipe.unet.named_parameters())
-    save_model(pipe.unet, tmp_path)
-    assert (load_model(tmp_path).mid_block.resnets[0].conv1.weight.data
-            == wide.unet.mid_block.resnets[0].conv1.weight.data).all()

@@ -1,12 +1,10 @@
 """The drawn scenes: captions, colours, extents and places as specified, and their tokenizer."""
-
 import re
 from itertools import combinations
 
 import numpy as np
-import pytest
 
-from tinyldm.shapes.drawing import batch, draw
+from tests.support.scenes import one
 from tinyldm.shapes.scenes import (
     COLOURS,
     HALF_EXTENTS,
@@ -19,25 +17,13 @@ from tinyldm.shapes.scenes import (
     held_out_prompts,
     sample,
 )
-from tinyldm.shapes.vocabulary import write_tokenizer
-from tinyldm.text.tokenizer import Tokenizer
 
 THING = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 GRAMMAR = rf"{THING}( ({'|'.join(RELATIONS)}) {THING})? on a ({'|'.join(COLOURS)}) background"
 
 
-@pytest.fixture(scope="module")
-def scenes():
-    rng = np.random.default_rng(0)
-    return [sample(rng) for _ in range(3000)]
-
-
 def kinds(scene):
     return {(thing.colour, thing.shape) for thing in scene.things}
-
-
-def one(shape, half, x=0.5, y=0.5):
-    return Scene((Thing("big", "black", shape, x, y, half),), None, "white")
 
 
 def test_captions_follow_the_grammar(scenes):
@@ -81,49 +67,6 @@ def test_objects_stay_inside_apart_and_clearly_related(scenes):
             assert abs(across) < along / 2
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_drawn_shape_fills_its_bounding_box(shape):
-    side, half = 512, 0.23
-    ink = draw(one(shape, half, x=0.4, y=0.6), side)[..., 0] < 245     # any ink: tips are thin
-    ys, xs = np.nonzero(ink)
-    box = np.array([xs.min(), xs.max() + 1, ys.min(), ys.max() + 1]) / side
-    # The heart and the star are a little less high than wide; every shape is as wide as its box.
-    assert np.abs(box[:2] - [0.4 - half, 0.4 + half]).max() < 1.5 / side
-    assert np.abs((box[2] + box[3]) / 2 - 0.6) < 1.5 / side
-    assert 0.9 * half < (box[3] - box[2]) / 2 < half + 1.5 / side
-
-
-@pytest.mark.parametrize("shape, area", [
-    ("circle", np.pi), ("square", 4), ("triangle", 2), ("diamond", 2),
-    ("ring", np.pi * (1 - 0.55**2)), ("cross", 4 * (1 - 0.67**2)),
-])
-def test_areas(shape, area):
-    ink = (245 - draw(one(shape, 0.23), 256)[..., 0].astype(float)) / 220
-    assert ink.mean() == pytest.approx(area * 0.23**2, rel=0.015)
-
-
-def test_pictures_hold_exactly_the_colours_named(scenes):
-    for scene in scenes[:300]:
-        picture = draw(scene)
-        assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
-        assert (picture[[0, 0, -1, -1], [0, -1, 0, -1]] == COLOURS[scene.background]).all()
-        for thing in scene.things:
-            exact = (picture == COLOURS[thing.colour]).all(axis=2)
-            ys, xs = np.nonzero(exact)
-            assert len(xs) > 0.6 * 64**2 * thing.half**2            # a star covers 1.24 half²
-            assert abs((xs + 0.5) / 64 - thing.x).max() < thing.half + 1 / 64
-            assert abs((ys + 0.5) / 64 - thing.y).max() < thing.half + 1 / 64
-
-
-def test_a_seed_gives_the_same_pictures():
-    images, captions = batch(np.random.default_rng(7), 20)
-    again, same = batch(np.random.default_rng(7), 20)
-    other, _ = batch(np.random.default_rng(8), 20)
-    assert captions == same and (images == again).all() and (images != other).any()
-    assert images.shape == (20, 64, 64, 3) and images.dtype == np.float32
-    assert -1 <= images.min() < -0.5 and 0.5 < images.max() <= 1
-
-
 def test_held_out_combinations_are_never_drawn(scenes):
     assert len(HELD_OUT) == 10
     assert {colour for colour, _ in HELD_OUT} == set(COLOURS)
@@ -142,39 +85,3 @@ def test_held_out_prompts(scenes):
         assert re.fullmatch(GRAMMAR, prompt)
         assert any(f"{colour} {shape}" in prompt for colour, shape in HELD_OUT)
     assert not set(prompts) & {scene.caption() for scene in scenes}
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    return folder, pytest.importorskip("transformers").CLIPTokenizer.from_pretrained(folder)
-
-
-def test_every_word_of_a_caption_is_one_token(reference, scenes):
-    _, tokenizer = reference
-    start, end = len(tokenizer) - 2, len(tokenizer) - 1
-    assert tokenizer.model_max_length == 77
-    for scene in scenes[:200]:
-        ids = tokenizer(scene.caption()).input_ids
-        assert ids[0] == start and ids[-1] == end
-        words = [token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(ids[1:-1])]
-        assert " ".join(words) == scene.caption()
-
-
-@pytest.mark.parametrize("text", ["", "a Photograph of 12 cats!", "größer, 猫 and 🙂", "reddish"])
-def test_any_text_is_spelled_without_loss(reference, text):
-    _, tokenizer = reference
-    ids = tokenizer(text).input_ids[1:-1]
-    assert tokenizer.unk_token_id not in ids
-    spelled = tokenizer.decode(ids).replace(" ", "")
-    assert spelled == text.lower().replace(" ", "")
-
-
-def test_our_tokenizer_reads_the_files_like_transformers(reference, scenes):
-    folder, theirs = reference
-    ours = Tokenizer.from_folder(folder)
-    texts = [scene.caption() for scene in scenes[:50]] + ["", "größer, 猫 and 🙂", "red " * 100]
-    for text in texts:
-        padded = theirs(text, padding="max_length", truncation=True, max_length=77).input_ids
-        assert ours(text).tolist() == [padded]

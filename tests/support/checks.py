@@ -1,13 +1,15 @@
-"""One check for all ops: the derivative against finite differences, forward and backward against
-torch, and both on arrays that behave like a GPU's, in float32 and float16.
+"""One check for all ops: the derivative against finite differences; forward and backward against
+torch if it is installed, and on arrays that behave like a GPU's, in float32 and float16.
 
-Torch gets the same arrays in our layout (channels last); the test passes a small function that
-reorders the axes. All arrays are read-only, so an op that writes into its inputs fails.
+Torch gets the same arrays in our layout (channels last); a test hands over a small function that
+turns its tensors round. All that an op is given is read-only, so an op that writes into it fails.
 """
 import numpy as np
-import torch
+import pytest
 
 from tests.support import strict
+from tests.support.arrays import read_only, read_only_cache
+from tests.support.extra import MISSING, torch
 from tests.support.tolerance import within
 from tinyldm import backend
 
@@ -37,7 +39,7 @@ def check_op(op, backward, inputs, torch_op=None, **params):
         assert gradient.dtype == np.float64, f"gradient of input {i} is {gradient.dtype}"
         _check_difference(lambda *moved: (op(*moved, **params)[0] * dy).sum(),
                           inputs, i, gradient, rng)
-    if torch_op is not None:
+    if torch_op is not None and "torch" not in MISSING:
         _check_torch(torch_op, inputs, y, dy, gradients)
     _check_dtype(op, backward, inputs, dy, params)
     _check_device(op, backward, inputs, dy, params)
@@ -126,22 +128,4 @@ def assert_same(ours, theirs, what):
     within(error, AGAINST_TORCH * size + 1e-13, f"{what} against torch")
 
 
-def read_only(array):
-    if array is not None:
-        array = np.array(array)
-        array.flags.writeable = False
-    return array
-
-
-def arrays_in(cache):
-    """All arrays of a cache, which may be nested tuples."""
-    if isinstance(cache, np.ndarray):
-        yield cache
-    elif isinstance(cache, tuple):
-        for item in cache:
-            yield from arrays_in(item)
-
-
-def read_only_cache(cache):
-    for array in arrays_in(cache):
-        array.flags.writeable = False
+shapes = pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 7, 3), (3, 5, 1, 9)], ids=str)

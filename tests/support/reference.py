@@ -1,7 +1,7 @@
 """Bridges to the reference implementations: the same random weights, gradients side by side."""
 import numpy as np
-import torch
 
+from tests.support.extra import torch
 from tests.support.tolerance import within
 
 
@@ -53,15 +53,6 @@ def copy_weights(reference, module):
     return module
 
 
-def assert_close(ours, theirs, relative, what=""):
-    """The largest difference is below `relative` of the reference's standard deviation."""
-    assert ours.shape == theirs.shape, f"{what}: {ours.shape} against {theirs.shape}"
-    scale = theirs.std() if theirs.size > 1 else abs(theirs).max()
-    error = abs(ours - theirs).max() / (scale + 1e-300)
-    within(error, relative, f"{what}, in standard deviations")
-    return error
-
-
 def assert_same_gradients(reference, module, relative=1e-6):
     """Every parameter of ours has a gradient equal to autograd's, each measured by its own size."""
     ours = dict(module.named_parameters())
@@ -70,3 +61,12 @@ def assert_same_gradients(reference, module, relative=1e-6):
         theirs = to_ours(parameter.grad)
         if (size := abs(theirs).max()) >= 1e-12:
             within(abs(ours[name].grad - theirs).max(), relative * size, f"gradient of {name}")
+
+
+def chw(x):
+    """(B,...,C) -> (B,C,...)."""
+    return x.movedim(-1, 1)
+
+
+def hwc(x):
+    return x.movedim(1, -1)

@@ -3,15 +3,14 @@ import re
 import warnings
 from types import SimpleNamespace
 
-import diffusers
 import numpy as np
 import pytest
-import torch
 
-from tests.pipelines.test_stable_diffusion import STEPS, assert_same_drawing
-from tests.support.reference import assert_close, nhwc
+from tests.support.drawing import STEPS, assert_same_drawing
+from tests.support.extra import diffusers, torch
+from tests.support.reference import nhwc
 from tests.support.small_pipelines import sd1, sd2, smallest
-from tests.support.tolerance import assert_allclose
+from tests.support.tolerance import assert_allclose, assert_close
 from tinyldm.errors import TinyldmError
 from tinyldm.images import to_pil
 from tinyldm.pipelines.stable_diffusion import load

@@ -2,18 +2,22 @@
 import json
 import random
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
+from tests.support.words import (
+    END,
+    FLAGS,
+    START,
+    VOCABULARY,
+    write_json,
+    write_settings,
+    write_toy_vocabulary,
+)
 from tinyldm.errors import TinyldmError
 from tinyldm.text.tokenizer import Tokenizer
-
-VOCABULARY = Path(__file__).parents[3] / "shared" / "clip-vocabulary"
-START, END = "<|startoftext|>", "<|endoftext|>"
-FLAGS = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
 
 TEXTS = [
     "", " ", " \t\n ", "a photo of an astronaut riding a horse on mars", "Hello World!", "a cat",
@@ -34,31 +38,6 @@ SNIPPETS = [*"abcXYZ 019'!?.,<|>éüßΣσς中日本🦊👍\u0301\n\t\x00\x1c\
 def random_texts(count, seed=0):
     draw = random.Random(seed)
     return ["".join(draw.choices(SNIPPETS, k=draw.randrange(80))) for _ in range(count)]
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def write_settings(folder, padding):
-    """The two files as in the published folders of Stable Diffusion 1 and 2."""
-    special = {"bos_token": {"content": START, **FLAGS}, "eos_token": {"content": END, **FLAGS},
-               "unk_token": {"content": END, **FLAGS}, "pad_token": padding}
-    write_json(folder / "special_tokens_map.json", special)
-    config = {name: {"__type": "AddedToken", **token} for name, token in special.items()
-              if name != "pad_token"}
-    write_json(folder / "tokenizer_config.json", {
-        **config, "pad_token": END, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"})
-
-
-def write_toy_vocabulary(folder):
-    """32 characters, each also with </w>; seven merges; the special tokens in the middle."""
-    merges = ["l o", "lo w</w>", "e r</w>", "c a", "ca t</w>", "r e", "re d</w>"]
-    signs = [*"abcdefghijklmnopqrstuvwxyz!?.,'|"]
-    tokens = [*signs, START, END, *(sign + "</w>" for sign in signs),
-              *(merge.replace(" ", "") for merge in merges)]
-    write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 @pytest.fixture

@@ -52,8 +52,8 @@ def write_pipeline(folder, models, tokenizers, scheduler, settings, dtype):
 
 def pipeline_name(models):
     """The diffusers class of the pipeline with these {part: model}."""
-    unet, xl = models["unet"].config, "text_encoder_2" in models
-    inpainting = unet["in_channels"] != unet["out_channels"]
-    if unet.get("time_cond_proj_dim") and not xl and not inpainting:
+    unet, xl = models["unet"].settings, "text_encoder_2" in models
+    inpainting = unet.in_channels != unet.out_channels
+    if unet.time_cond_proj_dim and not xl and not inpainting:
         return "LatentConsistencyModelPipeline"
     return f"StableDiffusion{'XL' * xl}{'Inpaint' * inpainting}Pipeline"

@@ -162,7 +162,7 @@ def advise(pipe):
 
 def advise_on_size(pipe, size):
     """A note on a photograph that would take minutes per step."""
-    if pipe.unet.config.get("sample_size"):
+    if pipe.unet.settings.sample_size:
         own = pipe.size()
         times = math.prod(size) / math.prod(own)
         if times > LARGE:

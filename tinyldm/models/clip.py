@@ -37,7 +37,7 @@ class CLIPTextProjectionConfig(CLIPTextConfig):
 
 
 class CLIPTextModel(Module):
-    """config: the dict of the public text_encoder/config.json. Names as published: `text_model.…`.
+    """config: the dict of the public text_encoder/config.json; settings: as a CLIPTextConfig.
 
     forward: ids (B,M) integers in [0, vocab_size), M <= max_position_embeddings -> context (B,M,D),
     the last hidden state after the final layer norm. With skip=1, as Stable Diffusion XL needs it:
@@ -45,9 +45,11 @@ class CLIPTextModel(Module):
     Raises TinyldmError for a config that is not supported.
     """
 
+    settings = property(lambda self: CLIPTextConfig.read(self.config))
+
     def __init__(self, config):
         self.config = config
-        self.text_model = CLIPTextTransformer(CLIPTextConfig.read(config))
+        self.text_model = CLIPTextTransformer(self.settings)
 
     def forward(self, ids, tape=NO_TAPE, *, skip=0):
         return self.text_model(ids, tape, skip=skip)
@@ -68,9 +70,11 @@ class CLIPTextModelWithProjection(Module):
     Raises TinyldmError for a config that is not supported.
     """
 
+    settings = property(lambda self: CLIPTextProjectionConfig.read(self.config))
+
     def __init__(self, config):
         self.config = config
-        settings = CLIPTextProjectionConfig.read(config)
+        settings = self.settings
         self.text_model = CLIPTextTransformer(settings)
         self.text_projection = Linear(settings.hidden_size, settings.projection_dim, bias=False)
         self.end = settings.eos_token_id

@@ -69,6 +69,7 @@ class UNetConfig(Config):
     use_linear_projection: bool = False                 # True from Stable Diffusion 2 on
     flip_sin_to_cos: bool = True                        # cosines first; Ho et al.: sines
     freq_shift: int = 0                                 # Ho et al.: 1
+    sample_size: int | list | None = None               # of latents; a number or [height, width]
     time_cond_proj_dim: int | None = None               # Latent Consistency Models only
     addition_embed_type: str | None = None              # "text_time" in Stable Diffusion XL only
     addition_time_embed_dim: int | None = None
@@ -120,7 +121,7 @@ class UNetConfig(Config):
 
 
 class UNet2DConditionModel(Module):
-    """config: the dict of the public unet/config.json.
+    """config: the dict of the public unet/config.json; settings: the same as a UNetConfig.
 
     forward: latents (B,H,W,4), timesteps (B,) in [0, 1000), context (B,M,D) -> model_output
     (B,H,W,4), the noise, or what else the model was trained to predict.
@@ -134,9 +135,11 @@ class UNet2DConditionModel(Module):
     Raises TinyldmError for a config that is not supported.
     """
 
+    settings = property(lambda self: UNetConfig.read(self.config))
+
     def __init__(self, config):
         self.config = config
-        self.settings = settings = UNetConfig.read(config)
+        settings = self.settings
         levels, widths = settings.levels, settings.block_out_channels
         groups, eps = settings.norm_num_groups, settings.norm_eps
         E = 4 * widths[0]
@@ -166,12 +169,12 @@ class UNet2DConditionModel(Module):
 
     def forward(self, latents, timesteps, context, tape=NO_TAPE, *, timestep_cond=None,
                 text_embeds=None, time_ids=None):
-        t = self._sinusoidal(timesteps, self.settings.block_out_channels[0], latents.dtype)
+        settings, dtype = self.settings, latents.dtype
+        t = _sinusoidal(timesteps, settings.block_out_channels[0], settings, dtype)
         temb = self.time_embedding(t, tape, condition=timestep_cond)                # (B,E)
         if self.add_embedding:
-            sizes = self._sinusoidal(time_ids.reshape(-1), self.settings.addition_time_embed_dim,
-                                     latents.dtype).reshape(len(latents), -1)       # (B,6F)
-            added, cache = ops.concat(text_embeds, sizes)
+            sizes = _sinusoidal(time_ids, settings.addition_time_embed_dim, settings, dtype)
+            added, cache = ops.concat(text_embeds, sizes.reshape(len(latents), -1))     # (B,P+6F)
             tape.save(self, cache)
             temb = temb + self.add_embedding(added, tape)
         h = self.conv_in(latents, tape)
@@ -203,12 +206,12 @@ class UNet2DConditionModel(Module):
         _, result.timestep_cond = self.time_embedding.backward(grads.temb, tape)
         return result
 
-    def _sinusoidal(self, numbers, dim, dtype):
-        """(n,) -> (n,dim). In float32 at least: float16 is too coarse for an angle of 981."""
-        embedding, _ = ops.timestep_embedding(
-            numbers.astype(wide(dtype)), dim, self.settings.flip_sin_to_cos,
-            self.settings.freq_shift)
-        return embedding.astype(dtype, copy=False)
+
+def _sinusoidal(numbers, dim, settings, dtype):
+    """(B,) or (B,n) -> (B*n,dim). In float32 at least: float16 is too coarse for angles of 981."""
+    embedding, _ = ops.timestep_embedding(numbers.reshape(-1).astype(wide(dtype)), dim,
+                                          settings.flip_sin_to_cos, settings.freq_shift)
+    return embedding.astype(dtype, copy=False)
 
 
 class UNetGradients(namedtuple("UNetGradients", "latents context")):

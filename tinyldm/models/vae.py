@@ -40,8 +40,10 @@ class VAEConfig(Config):
 
 
 class AutoencoderKL(Module):
-    """config: the dict of the public vae/config.json. Latents here are unscaled: the pipeline
-    multiplies them by `scaling_factor`, so that the UNet sees variance 1.
+    """config: the dict of the public vae/config.json; settings: the same as a VAEConfig.
+
+    Latents here are unscaled. The pipeline multiplies them by `scaling_factor`, so that the UNet
+    sees variance 1.
 
     encode: images (B,H,W,3) in [-1, 1] -> mean, logvar (B,H/f,W/f,4). f = 2^(levels - 1) is
             `vae_scale_factor`, pixels per latent in each direction; H and W are multiples of f.
@@ -50,9 +52,11 @@ class AutoencoderKL(Module):
     Raises TinyldmError for a config that is not supported.
     """
 
+    settings = property(lambda self: VAEConfig.read(self.config))
+
     def __init__(self, config):
         self.config = config
-        settings = VAEConfig.read(config)
+        settings = self.settings
         C, size = settings.latent_channels, settings.sample_size or 32
         self.encoder = Encoder(settings)
         self.decoder = Decoder(settings)

@@ -22,16 +22,15 @@ from .interpolation import ends, lerp, mixed
 class Conditioner:
     """Reads prompts for one UNet.
 
-    readers: [(tokenizer, text encoder)], one, or the two of Stable Diffusion XL. unet_config: the
-    dict of the UNet's config.json. zeros_if_empty: in Stable Diffusion XL, an empty negative prompt
-    becomes zeros and not the encoders' output; some of its UNets were trained so
-    (`force_zeros_for_empty_prompt` in model_index.json).
+    readers: [(tokenizer, text encoder)], one, or the two of Stable Diffusion XL. guidance_width: of
+    the embedding of the guidance scale, for a UNet that imitates guidance, or None. zeros_if_empty:
+    in Stable Diffusion XL, an empty negative prompt becomes zeros and not the encoders' output;
+    some of its UNets were trained so (`force_zeros_for_empty_prompt` in model_index.json).
     """
 
-    def __init__(self, readers, unet_config, zeros_if_empty):
+    def __init__(self, readers, guidance_width, zeros_if_empty):
         self.readers, self.zeros_if_empty = readers, zeros_if_empty and len(readers) == 2
-        # A UNet that imitates guidance gets the scale as an embedding of this width.
-        self.guidance_width = unet_config.get("time_cond_proj_dim")
+        self.guidance_width = guidance_width
 
     def __call__(self, prompt, negative_prompt, guidance_scale, width, height):
         """-> list of {name: array of one row}: the prompt's; with guidance, before it the negative
@@ -82,7 +81,7 @@ class Conditioner:
         contexts, conditioning = [], {}
         for (tokenizer, encoder), own in zip(self.readers, chunks, strict=True):
             ids, weights = to_arrays(own + [[]] * (length - len(own)), tokenizer)
-            vocabulary = encoder.config["vocab_size"]
+            vocabulary = encoder.settings.vocab_size
             if ids.max() >= vocabulary:
                 raise TinyldmError(f"the tokenizer has a token {ids.max()}, but the text encoder "
                                    f"only {vocabulary} tokens: use parts of one pipeline")

@@ -57,7 +57,7 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
     dtype = float_type(np.float16 if dtype is None and xp is not np else dtype)
     parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema)
     steps = parts.index.get("_num_inference_steps",
-                            FEW_STEPS if parts.unet.config.get("time_cond_proj_dim") else STEPS)
+                            FEW_STEPS if parts.unet.settings.time_cond_proj_dim else STEPS)
     tokenizer = Tokenizer.from_folder(parts.tokenizer, parts.padding)
     tokenizer_2 = parts.tokenizer_2 and Tokenizer.from_folder(parts.tokenizer_2, parts.padding_2)
     pipe = StableDiffusion(tokenizer, parts.text_encoder, parts.unet, parts.vae, parts.scheduler,
@@ -95,7 +95,7 @@ class StableDiffusion:
         check_parts(self._readers, unet, vae)
         # Old files have other values of these two. The public pipeline corrects them too, except
         # those of SDXL and Latent Consistency Models.
-        newer = unet.config.get("addition_embed_type") or unet.config.get("time_cond_proj_dim")
+        newer = unet.settings.addition_embed_type or unet.settings.time_cond_proj_dim
         corrected = {} if newer else {"steps_offset": 1, "clip_sample": False}
         self.schedule = Schedule.from_config({"clip_sample": False} | scheduler | corrected)
 
@@ -122,7 +122,7 @@ class StableDiffusion:
         latents = None if request.latents is None else self._array(request.latents)
         size = self.size(request.width, request.height, request.image, latents)
         f = self.vae.vae_scale_factor
-        shape = request.num_images, size[1] // f, size[0] // f, self.vae.config["latent_channels"]
+        shape = request.num_images, size[1] // f, size[0] // f, self.vae.settings.latent_channels
         if latents is not None:
             check_latents(latents, shape, f)
         generators = request.generators()
@@ -157,7 +157,8 @@ class StableDiffusion:
 
     @property
     def _conditioner(self):
-        return Conditioner(self._readers, self.unet.config, self.force_zeros_for_empty_prompt)
+        return Conditioner(self._readers, self.unet.settings.time_cond_proj_dim,
+                           self.force_zeros_for_empty_prompt)
 
     def encode(self, images, noise):
         """Draw latents from the VAE's distribution for images, by standard normal numbers.
@@ -180,7 +181,7 @@ class StableDiffusion:
         One picture at a time, as the VAE has the largest arrays of the whole pipeline; with
         low_memory one tile at a time.
         """
-        channels = self.vae.config["latent_channels"]
+        channels = self.vae.settings.latent_channels
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
@@ -242,14 +243,14 @@ class StableDiffusion:
         """The Edit that these options ask for. Raises TinyldmError."""
         if strength is not None:
             strength = fraction("strength", strength)
-        channels = self.vae.config["latent_channels"]
-        inpaints = self.unet.config["in_channels"] == 2 * channels + 1
-        spread = self.unet.config.get("time_cond_proj_dim") and self.sampler(sampler) == "lcm"
+        channels = self.vae.settings.latent_channels
+        inpaints = self.unet.settings.in_channels == 2 * channels + 1
+        spread = self.unet.settings.time_cond_proj_dim and self.sampler(sampler) == "lcm"
         return Edit(image, strength, mask, inpaints, spread)
 
     def size(self, width=None, height=None, image=None, latents=None):
         """(width, height) in pixels; where None the latents', the image's, or the weights' own."""
-        own = self.unet.config.get("sample_size")
+        own = self.unet.settings.sample_size
         own = own if isinstance(own, (list, tuple)) else (own, own)     # (height, width)
         if latents is not None and latents.ndim == 4:
             own, image = latents.shape[1:3], None

@@ -32,7 +32,7 @@ NO_LIMIT = 10**6            # folders written without a length have 10**30
 
 # Special tokens, English endings, words, single digits, runs of anything else except spaces.
 WORDS = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-          r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+         r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 class Tokenizer:

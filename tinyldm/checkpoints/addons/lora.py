@@ -177,7 +177,7 @@ def flat(name):
 
 def check_width(path, pairs, unet):
     """Refuse a LoRA whose cross-attention expects a context of another width than the UNet's."""
-    own = set(np.ravel(unet.config["cross_attention_dim"]).tolist())
+    own = set(np.ravel(unet.settings.cross_attention_dim).tolist())
     for (_, layer), pair in pairs.items():
         if "down" in pair and CONTEXT_LAYER.fullmatch(layer) and len(pair["down"].shape) > 1:
             width = pair["down"].shape[1]

@@ -44,9 +44,9 @@ OPEN_CLIP_WORDS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "ml
 def by_part(stored, text_layers):
     """{name in the file: StoredTensor} -> {part: {public name: StoredTensor}}, {name: the rest}.
 
-    A part has the name of its diffusers folder. text_layers: how many layers of an only OpenCLIP
-    encoder the model uses; the next layer and what follows it are dropped. A matrix with q, k and v
-    in its rows becomes three.
+    A part has the name of its diffusers folder. text_layers: if OpenCLIP is the only text encoder,
+    how many of its layers the model uses; the next layer and what follows it are dropped. A matrix
+    with q, k and v in its rows becomes three.
     """
     found = {}
     for name, tensor in stored.items():
@@ -159,8 +159,8 @@ def open_clip_names(name, tensor):
 
 
 def _is_dropped(part, name, text_layers):
-    """Whether the UNet never sees the effect of an OpenCLIP weight: that of logit_scale, and for an
-    only text encoder (Stable Diffusion 2) of the last layer and of the projection after it."""
+    """Whether an OpenCLIP weight has no effect on the UNet: logit_scale; and if OpenCLIP is alone
+    (Stable Diffusion 2), its last layer and the projection after it."""
     return name == "logit_scale" or part == "text_encoder" and (
         name == "text_projection" or name.startswith(f"transformer.resblocks.{text_layers}."))
 

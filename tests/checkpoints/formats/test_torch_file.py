@@ -20,13 +20,14 @@ import safetensors.torch
 import torch
 
 import tinyldm
-from tests.checkpoints.test_folders import (
+from tests.support.files import (
+    Toy,
     assert_holds,
     diffusers_unet,
     diffusers_vae,
+    toy_tensors,
     transformers_clip,
 )
-from tests.checkpoints.test_safetensors_file import Toy, toy_tensors
 from tests.support.reference import reference_names
 from tests.support.small_pipelines import smallest, with_old_vae_names
 from tinyldm.checkpoints import load_model, load_weights, read_tensors

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import tinyldm
-from tests.models.test_models import VAES, readonly, vae_config, vae_pair
-from tests.support.reference import assert_close, nchw, nhwc
+from tests.support.arrays import normal
+from tests.support.models import VAES, fill, vae_config
+from tests.support.pairs import vae_pair
+from tests.support.reference import nchw, nhwc
+from tests.support.tolerance import assert_close
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL
 from tinyldm.shapes.drawing import draw
@@ -13,16 +16,6 @@ from tinyldm.shapes.scenes import sample
 
 # Of latents: one tile exactly, a sliver more, slivers on both sides, lower than a tile is wide.
 SIZES = [(8, 8), (9, 8), (13, 7), (17, 13), (14, 19), (3, 29)]
-
-
-def normal(*shape, kind=np.float32):
-    return readonly(np.random.default_rng(0).standard_normal(shape).astype(kind))
-
-
-def fill(module):
-    for parameter in module.parameters():
-        parameter.data = 0.1 * normal(*parameter.shape)
-    return module
 
 
 @pytest.mark.parametrize("dtype, kind, allowed", [
@@ -36,7 +29,7 @@ def test_tiles_are_those_of_diffusers(name, dtype, kind, allowed):
         reference, module = vae_pair(config, dtype)
         reference.enable_tiling()
         for size in SIZES:
-            z = normal(2, *size, 4, kind=kind)
+            z = normal(2, *size, 4, dtype=kind)
             with torch.no_grad():
                 theirs = nhwc(reference.decode(nchw(z)).sample)
             with backend.plain():
@@ -52,7 +45,7 @@ def test_a_picture_is_encoded_in_tiles_as_diffusers_does(dtype, kind, allowed):
         reference, module = vae_pair(config, dtype)
         reference.enable_tiling()
         for height, width in SIZES:
-            images = normal(2, 2 * height, 2 * width, 3, kind=kind)
+            images = normal(2, 2 * height, 2 * width, 3, dtype=kind)
             with torch.no_grad():
                 theirs = reference.encode(nchw(images)).latent_dist
             with backend.plain():

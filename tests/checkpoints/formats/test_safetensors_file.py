@@ -11,26 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.checkpoints.test_folders import assert_holds, in_file_layout
+from tests.support.files import Toy, assert_holds, in_file_layout, toy_tensors
 from tinyldm.checkpoints import load_weights, read_safetensors, write_safetensors
 from tinyldm.errors import TinyldmError
-from tinyldm.layers import Conv2d, Linear, Module
-
-
-class Toy(Module):
-    """A convolution that is not square in any two axes, and a linear layer."""
-
-    def __init__(self):
-        self.conv = Conv2d(5, 7)
-        self.proj = Linear(6, 4)
-
-
-def toy_tensors(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"conv.weight": (7, 5, 3, 3), "conv.bias": (7,),
-              "proj.weight": (4, 6), "proj.bias": (4,)}
-    return {name: torch.randn(shape, generator=generator).to(dtype)
-            for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -224,7 +207,7 @@ def test_loading_holds_no_second_copy(stored, tmp_path):
     size = sum(tensor.numel() for tensor in tensors.values()) * 4 / 2**20       # as float32
     file = tmp_path / "big.safetensors"
     safetensors.torch.save_file({name: tensor.to(stored) for name, tensor in tensors.items()}, file)
-    run = subprocess.run([sys.executable, "-c", PEAK, str(file)], cwd=Path(__file__).parents[2],
+    run = subprocess.run([sys.executable, "-c", PEAK, str(file)], cwd=Path(__file__).parents[3],
                          env=os.environ | {"OMP_NUM_THREADS": "2"},     # one tensor per thread
                          capture_output=True, text=True, check=True)
     print(f"{stored}: peak {float(run.stdout):.1f} MiB for {size:.1f} MiB of weights")

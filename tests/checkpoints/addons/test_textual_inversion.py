@@ -8,16 +8,16 @@ import safetensors.torch
 import torch
 
 import tinyldm
-from tests.pipelines.test_stable_diffusion import STEPS, Reference, assert_same_pictures
 from tests.support import small_pipelines, strict
-from tests.support.reference import assert_close
+from tests.support.addons import WORD, vectors, write
+from tests.support.drawing import STEPS, Reference, assert_same_pictures
+from tests.support.tolerance import assert_close
 from tinyldm.checkpoints import add_word, load_model, save_model
 from tinyldm.errors import TinyldmError
 from tinyldm.models import CLIPTextModel, CLIPTextModelWithProjection
 from tinyldm.pipelines.stable_diffusion import load
 from tinyldm.text import prompt, tokenizer
 
-WORD = "<cat-toy>"
 TEXTS = [f"a photo of {WORD} riding a horse", f"{WORD}{WORD}, red", f"on{WORD}s", f"{WORD}_1", "",
          "red cat <Cat-Toy> low"]
 
@@ -42,10 +42,6 @@ def pipe(folder):
     return load(folder)
 
 
-def vectors(count=3, width=32):
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(count))
-
-
 def web_interface(rows, **more):
     """As AUTOMATIC1111 writes it."""
     return {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": WORD,
@@ -61,14 +57,6 @@ FILES = {
     "web interface": ("a.pt", web_interface(vectors())),
     "web interface, trained": ("a.pt", web_interface(vectors().requires_grad_())),
 }
-
-
-def write(content, path):
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(content, path)
-    else:
-        torch.save(content, path)
-    return path
 
 
 # ---- against diffusers ----------------------------------------------------------------------

@@ -8,12 +8,12 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from diffusers.utils import is_peft_available
 
-from tests.pipelines.test_stable_diffusion import Reference, assert_same_drawing, ours
 from tests.support import small_pipelines, strict
+from tests.support.addons import PARTS, XL_PARTS, kohya, make_lora, merge, public, write
+from tests.support.drawing import Reference, assert_same_drawing, ours
 from tests.support.reference import to_ours
 from tests.support.tolerance import assert_allclose
 from tinyldm.checkpoints import components
@@ -23,54 +23,13 @@ from tinyldm.errors import TinyldmError
 from tinyldm.models import CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
 from tinyldm.pipelines.stable_diffusion import load
 
-REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
+REFERENCE = Path(__file__).parents[4] / "shared" / "reference"
 with_lists = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no key lists at {REFERENCE}")
 with_peft = pytest.mark.skipif(not is_peft_available(), reason="diffusers reads LoRAs with peft")
-PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-XL_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
 # ---- random LoRAs, each layer {(part, name in diffusers): (down, up, alpha)} ------------------
-
-def make_lora(pipe, layers="", ranks=(3, 4), alphas=(0.5, 1.0, 3.0), seed=0, parts=PARTS):
-    """A pair for each layer whose name contains `layers`; ranks and alphas are used in turn."""
-    generator, pairs = torch.Generator().manual_seed(seed), {}
-    for part in parts:
-        for name, layer in getattr(pipe, part).named_modules():
-            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and layers in name:
-                O, *inputs = layer.weight.shape
-                rank, alpha = (values[len(pairs) % len(values)] for values in (ranks, alphas))
-                down = torch.randn(rank, *inputs, generator=generator) * math.prod(inputs) ** -0.5
-                up = torch.randn(O, rank, *[1] * len(inputs[1:]), generator=generator) * 0.3
-                pairs[part, name] = down, up, alpha
-    return pairs
-
-
-def merge(pipe, pairs, weight):
-    """The definition of a LoRA, computed by torch on diffusers' model."""
-    with torch.no_grad():
-        for (part, name), (down, up, alpha) in pairs.items():
-            W, rank = getattr(pipe, part).get_submodule(name).weight, len(down)
-            change = up.flatten(1) @ down.flatten(1)
-            W += weight * (1 if alpha is None else alpha / rank) * change.reshape(W.shape)
-
-
-def public(part, name):
-    prefix = "text_model." if part == "text_encoder" and not name.startswith("text_model.") else ""
-    return prefix + name
-
-
-def kohya(pairs):
-    tensors, parts = {}, {part for part, _ in pairs}
-    prefixes = XL_PARTS if "text_encoder_2" in parts else PARTS
-    for (part, name), (down, up, alpha) in pairs.items():
-        flat = prefixes[part] + public(part, name).replace(".", "_")
-        tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
-        if alpha is not None:
-            tensors[f"{flat}.alpha"] = torch.tensor(alpha)
-    return tensors
-
 
 def peft(pairs):
     return {f"{part}.{public(part, name)}.lora_{letter}.weight": tensor
@@ -100,15 +59,6 @@ LAYOUTS = {
     "diffusers, newer": (diffusers_newer, NO_ALPHAS | {"layers": "attn"}),
     "diffusers, oldest": (diffusers_oldest, NO_ALPHAS | {"layers": "attn"}),
 }
-
-
-def write(tensors, path, metadata=None):
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file({name: tensor.contiguous().clone()
-                                     for name, tensor in tensors.items()}, path, metadata)
-    else:
-        torch.save(tensors, path)
-    return path
 
 
 # ---- pipelines ------------------------------------------------------------------------------

@@ -1,0 +1,25 @@
+"""Fixtures of several tests of the command line."""
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.small_pipelines import smallest
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return smallest(tmp_path_factory.mktemp("tiny-weights"))
+
+
+@pytest.fixture
+def bad_weights(weights, tmp_path):
+    """A copy to spoil."""
+    return Path(shutil.copytree(weights, tmp_path / "bad-weights"))
+
+
+@pytest.fixture
+def out(tmp_path):
+    """The folder that pictures are to be written in."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"

@@ -1,0 +1,69 @@
+"""Attention in blocks of keys against the plain op."""
+import numpy as np
+import pytest
+
+from tests.support.arrays import normal
+from tests.support.tolerance import assert_close
+from tests.support.twins import TOLERANCE, plain
+from tinyldm import ops
+from tinyldm.kernels import attention
+
+
+@pytest.fixture(autouse=True)
+def few_scores_too(monkeypatch):
+    monkeypatch.setattr(attention, "FEW", 0)
+
+
+def blocked(*args, **options):
+    return attention.attention(*args, **options)[0]
+
+
+@pytest.mark.parametrize("B, N, M, C, heads", [
+    (2, 64, 64, 32, 4), (1, 1, 1, 4, 1), (3, 63, 77, 40, 5), (1, 1, 77, 8, 2), (2, 300, 1, 12, 3),
+    (1, 1500, 1100, 16, 2), (1, 77, 77, 48, 12)])
+@pytest.mark.parametrize("scale", [1, 12])          # 12: scores of 1000, one weight near 1
+def test_attention(B, N, M, C, heads, scale):
+    q, k = normal(B, N, C, scale=scale), normal(B, M, C, seed=1, scale=scale)
+    v = normal(B, M, C, seed=2)
+    y = blocked(q, k, v, heads)
+    exact = plain(ops.attention, *(a.astype(np.float64) for a in (q, k, v)), heads)
+    # Large scores have float32's relative error of 6e-8, in the plain op as well.
+    allowed = TOLERANCE if scale == 1 else 2 * max(
+        abs(plain(ops.attention, q, k, v, heads) - exact).max() / exact.std(), TOLERANCE)
+    assert y.dtype == np.float32
+    assert_close(y, exact, allowed)
+
+
+@pytest.mark.parametrize("N, heads", [(1, 1), (7, 2), (77, 4), (1500, 1)])
+@pytest.mark.parametrize("scale", [1, 12])
+def test_causal_attention(N, heads, scale):
+    q, k, v = normal(2, N, 16, scale=scale), normal(2, N, 16, seed=1), normal(2, N, 16, seed=2)
+    y = blocked(q, k, v, heads, causal=True)
+    assert_close(y, plain(ops.attention, q, k, v, heads, causal=True), TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [0.1, 79.0, 81.0, 5000.0])
+def test_attention_on_both_sides_of_its_bound(size, monkeypatch):
+    """Scores up to 2^size: below SAFE, no maximum is subtracted. Several items per head."""
+    monkeypatch.setattr(attention, "ITEM", 64)
+    q, k, v = normal(1, 300, 8), normal(1, 600, 8, seed=1), normal(1, 600, 8, seed=2)
+    q = q * np.float32(size * np.sqrt(8) / np.log2(np.e) /
+                       (attention._largest_norm(q[0]) * attention._largest_norm(k[0])))
+    exact = plain(ops.attention, *(x.astype(np.float64) for x in (q, k, v)), 1)
+    assert_close(blocked(q, k, v, 1), exact, TOLERANCE)
+
+
+def test_attention_with_a_block_of_keys_hidden_by_infinity():
+    q, k, v = abs(normal(1, 10, 8)), normal(1, 600, 8, seed=1).copy(), normal(1, 600, 8, seed=2)
+    k[:, :300, 0] = -np.inf
+    with np.errstate(invalid="ignore"):
+        assert_close(blocked(q, k, v, 1), plain(ops.attention, q, k, v, 1), TOLERANCE)
+
+
+def test_attention_passes_nan_on_and_does_not_overflow():
+    q, k, v = (normal(1, 300, 8, seed=seed) for seed in range(3))
+    assert np.isfinite(blocked(q * 1e4, k * 1e4, v, 2)).all()
+    broken = q.copy()
+    broken[0, 5] = np.nan
+    y = blocked(broken, k, v, 2)
+    assert np.isnan(y[0, 5]).all() and np.isfinite(np.delete(y, 5, axis=1)).all()

@@ -1,0 +1,48 @@
+"""Convolution and nearest upsampling, and their gradients."""
+import pytest
+
+from tests.support.checks import check_op
+from tests.support.extra import F
+from tests.support.reference import chw, hwc
+from tinyldm import ops
+
+
+def torch_conv(stride, padding):
+    def conv(x, weight, bias):
+        padded = F.pad(chw(x), padding * 2)
+        return hwc(F.conv2d(padded, weight.permute(3, 2, 0, 1).contiguous(), bias, stride))
+    return conv
+
+
+@pytest.mark.parametrize("shape, out", [((1, 5, 7, 3), 4), ((3, 9, 4, 5), 1), ((2, 3, 11, 1), 7)],
+                         ids=str)
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (0, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_conv2d(K, stride, padding, shape, out, rng):
+    weight = rng.normal(size=(K, K, shape[-1], out))
+    inputs = [rng.normal(size=shape), weight, rng.normal(size=out) if stride == 1 else None]
+    check_op(ops.conv2d, ops.conv2d_backward, inputs, torch_conv(stride, padding),
+             stride=stride, padding=padding)
+
+
+def test_conv2d_of_one_pixel(rng):
+    inputs = [rng.normal(size=(2, 1, 1, 3)), rng.normal(size=(3, 3, 3, 5)), rng.normal(size=5)]
+    check_op(ops.conv2d, ops.conv2d_backward, inputs, torch_conv(1, (1, 1)), padding=(1, 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 7, 2), (2, 4, 3, 5)], ids=str)
+@pytest.mark.parametrize("cut", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)
+def test_upsample_nearest(shape, cut, rng):
+    size = (2 * shape[1] - cut[0], 2 * shape[2] - cut[1])
+    check_op(ops.upsample_nearest, ops.upsample_nearest_backward, [rng.normal(size=shape)],
+             lambda x: hwc(F.interpolate(chw(x), size=size, mode="nearest")), size=size)
+    if cut == (0, 0):
+        check_op(ops.upsample_nearest, ops.upsample_nearest_backward, [rng.normal(size=shape)],
+                 lambda x: hwc(F.interpolate(chw(x), scale_factor=2.0, mode="nearest")))
+
+
+@pytest.mark.parametrize("size", [(6, 5), (5, 9), (7, 8)], ids=str)
+def test_upsample_nearest_to_another_size(size, rng):
+    with pytest.raises(AssertionError):
+        ops.upsample_nearest(rng.normal(size=(1, 3, 4, 2)), size)

@@ -1,0 +1,15 @@
+"""The linear layer's matrix product and its gradients."""
+import pytest
+
+from tests.support.checks import check_op
+from tests.support.extra import F
+from tinyldm import ops
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape, out", [((3, 5), 7), ((1, 1), 1), ((2, 3, 5), 1),
+                                        ((3, 5, 7, 9), 11)], ids=str)
+def test_linear(shape, out, with_bias, rng):
+    bias = rng.normal(size=out) if with_bias else None
+    check_op(ops.linear, ops.linear_backward,
+             [rng.normal(size=shape), rng.normal(size=(out, shape[-1])), bias], F.linear)

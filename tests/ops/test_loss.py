@@ -1,0 +1,36 @@
+"""The losses and their gradients."""
+import pytest
+
+from tests.support.arrays import read_only
+from tests.support.checks import check_op, shapes
+from tests.support.extra import F, library, torch
+from tests.support.reference import chw
+from tinyldm import ops
+
+
+@shapes
+@pytest.mark.parametrize("name, torch_loss", [("mse", F.mse_loss), ("l1", F.l1_loss)])
+def test_distance(name, torch_loss, shape, rng):
+    check_op(getattr(ops, name), getattr(ops, name + "_backward"),
+             [rng.normal(size=shape), rng.normal(size=shape)], torch_loss)
+
+
+def test_l1_has_no_slope_where_both_are_equal():
+    x = read_only([1.0, -2.0, 3.0])
+    dx, dtarget = ops.l1_backward(1.5, ops.l1(x, x)[1])
+    assert not dx.any() and not dtarget.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 7, 2), (2, 3, 3, 4)], ids=str)
+def test_kl_normal(shape, rng):
+    def reference(mean, logvar):                        # sums over a sample
+        normal = library("diffusers.models.autoencoders.vae").DiagonalGaussianDistribution
+        return normal(torch.cat([chw(mean), chw(logvar)], 1)).kl().mean()
+    check_op(ops.kl_normal, ops.kl_normal_backward,
+             [rng.normal(size=shape), rng.normal(size=shape)], reference)
+
+
+@pytest.mark.parametrize("R, V", [(1, 1), (1, 5), (7, 3), (5, 11)])
+def test_cross_entropy(R, V, rng):
+    check_op(ops.cross_entropy, ops.cross_entropy_backward,
+             [5 * rng.normal(size=(R, V)) + 1000, rng.integers(0, V, R)], F.cross_entropy)

@@ -1,0 +1,38 @@
+"""Group norm and layer norm, and their gradients."""
+import pytest
+
+from tests.support.checks import check_op
+from tests.support.extra import F
+from tests.support.reference import chw, hwc
+from tinyldm import ops
+
+
+def norm_inputs(rng, shape):
+    """x with mean 3 and standard deviation 2, weight around 1."""
+    return [rng.normal(3, 2, shape), rng.normal(1, 0.5, shape[-1]), rng.normal(size=shape[-1])]
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-1])
+@pytest.mark.parametrize("shape, groups", [((1, 5, 7, 6), 3), ((3, 3, 1, 4), 4), ((2, 7, 5, 9), 1),
+                                           ((3, 11, 10), 5), ((2, 1, 1, 12), 4), ((2, 6), 2)],
+                         ids=str)
+def test_group_norm(shape, groups, eps, rng):
+    def torch_norm(x, weight, bias):
+        return hwc(F.group_norm(chw(x), groups, weight, bias, eps))
+    inputs = norm_inputs(rng, shape)
+    check_op(ops.group_norm, ops.group_norm_backward, inputs, torch_norm,
+             num_groups=groups, eps=eps)
+    check_op(ops.group_norm_silu, ops.group_norm_silu_backward, inputs,
+             lambda *tensors: F.silu(torch_norm(*tensors)), num_groups=groups, eps=eps)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-1])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 2), (2, 7, 9), (3, 3, 5, 11)], ids=str)
+def test_layer_norm(shape, eps, rng):
+    check_op(ops.layer_norm, ops.layer_norm_backward, norm_inputs(rng, shape),
+             lambda x, weight, bias: F.layer_norm(x, shape[-1:], weight, bias, eps), eps=eps)
+
+
+def test_groups_must_divide_the_channels(rng):
+    with pytest.raises(AssertionError, match="5 channels"):
+        ops.group_norm(*norm_inputs(rng, (1, 3, 3, 5)), 2, 1e-5)

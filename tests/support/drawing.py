@@ -1,0 +1,77 @@
+"""Whole drawings by diffusers and by ours, and how near they must be."""
+import copy
+
+import numpy as np
+
+from tests.support.extra import diffusers, torch
+from tests.support.reference import nchw, nhwc
+from tests.support.tolerance import assert_close, assert_same_pixels
+
+PROMPT = "a photo of an astronaut riding a horse on mars, red cat"
+NEGATIVE = "low quality!"
+STEPS = 5
+LATENTS_TOLERANCE = 1e-4            # of the reference's standard deviation, at every step
+
+
+class Reference:
+    """diffusers' pipeline of a folder, with its outputs in our layout."""
+
+    def __init__(self, folder):
+        diffusers.utils.logging.set_verbosity_error()
+        half = any((folder / "unet").glob("*fp16*"))
+        self.pipe = diffusers.DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=torch.float32, variant="fp16" if half else None)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def __call__(self, seeds=(0,), prompt=PROMPT, **options):
+        """-> latents after every step [(B,h,w,4)], pictures (B,H,W,3) uint8."""
+        states = []
+        if "latents" in options:
+            options["latents"] = nchw(options["latents"])
+
+        def keep(pipe, step, timestep, tensors):
+            states.append(nhwc(tensors["latents"]))
+            return {}
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = self.pipe(
+            prompt, num_inference_steps=STEPS, num_images_per_prompt=len(seeds),
+            generator=generators, callback_on_step_end=keep, **options).images
+        return states, np.stack([np.asarray(image) for image in images])
+
+
+def ours(pipe, **options):
+    """The same of ours, the latents by stream and the pictures by a call."""
+    states = list(pipe.stream(PROMPT, num_inference_steps=STEPS, **options))
+    assert [state.step for state in states] == list(range(len(states)))
+    images = pipe(PROMPT, num_inference_steps=STEPS, **options)
+    return [state.latents for state in states], np.stack([np.asarray(image) for image in images])
+
+
+def assert_same_drawing(ours, theirs):
+    (our_states, our_images), (their_states, their_images) = ours, theirs
+    assert len(our_states) == len(their_states)
+    for step, (a, b) in enumerate(zip(our_states, their_states)):
+        assert a.dtype == np.float32
+        assert_close(a, b, LATENTS_TOLERANCE, f"latents after step {step + 1}")
+    assert_same_pictures(our_images, their_images)
+
+
+def assert_same_pictures(ours, theirs):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.uint8
+    inside = (theirs > 0) & (theirs < 255)
+    assert theirs.std() > 20 and inside.mean() > 0.5, "the reference's picture says nothing"
+    assert_same_pixels(ours, theirs, 2)
+
+
+class Editing(Reference):
+    """diffusers' pipelines for image to image, or with a mask for inpainting, by the same parts."""
+
+    def __call__(self, seeds=(0,), **options):
+        xl = hasattr(self.pipe, "text_encoder_2")
+        task = "Inpaint" if "mask_image" in options else "Img2Img"
+        editing = copy.copy(self)
+        editing.pipe = getattr(diffusers, f"StableDiffusion{'XL' * xl}{task}Pipeline")(
+            **self.pipe.components, **({} if xl else {"requires_safety_checker": False}))
+        editing.pipe.set_progress_bar_config(disable=True)
+        return Reference.__call__(editing, seeds, guidance_scale=7.5, **options)

@@ -1,0 +1,88 @@
+"""Configs of small models of every kind, and what fills and spoils a model. No torch."""
+import numpy as np
+
+from tests.support.arrays import normal
+from tinyldm.shapes import configs
+
+
+def fill(module):
+    for parameter in module.parameters():
+        parameter.data = 0.1 * normal(*parameter.shape)
+    return module
+
+
+DOWN3 = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+UP3 = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
+SMALL = {"in_channels": 4, "out_channels": 4, "norm_num_groups": 4, "norm_eps": 1e-5}
+UNETS = {
+    "as SD 1": dict(SMALL, block_out_channels=[8, 16, 16], layers_per_block=2,
+                    down_block_types=DOWN3, up_block_types=UP3,
+                    attention_head_dim=2, cross_attention_dim=12),
+    "as SD 2": dict(SMALL, block_out_channels=[8, 16, 24], layers_per_block=1,
+                    down_block_types=DOWN3, up_block_types=UP3,
+                    attention_head_dim=[1, 2, 3], cross_attention_dim=10,
+                    use_linear_projection=True),
+    "attention at the bottom": dict(SMALL, block_out_channels=[8, 12], layers_per_block=1,
+                                    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+                                    up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+                                    attention_head_dim=4, cross_attention_dim=6),
+    "deep transformers": dict(SMALL, block_out_channels=[8, 16], layers_per_block=1,
+                              down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+                              up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+                              attention_head_dim=[2, 4], cross_attention_dim=6,
+                              transformer_layers_per_block=[1, 2],
+                              use_linear_projection=True, flip_sin_to_cos=False, freq_shift=1),
+    "one level, nine channels": dict(SMALL, in_channels=9,
+                                     block_out_channels=[8], layers_per_block=3,
+                                     down_block_types=["CrossAttnDownBlock2D"],
+                                     up_block_types=["CrossAttnUpBlock2D"],
+                                     attention_head_dim=1, cross_attention_dim=5),
+}
+CONDITIONED = {             # UNets with further conditions: {name: width}
+    "as LCM": (dict(SMALL, block_out_channels=[8, 16], layers_per_block=1,
+                    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+                    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+                    attention_head_dim=2, cross_attention_dim=12, time_cond_proj_dim=10),
+               {"timestep_cond": 10}),
+    "as SDXL": (dict(SMALL, block_out_channels=[8, 16, 16], layers_per_block=1,
+                     down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+                     up_block_types=["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+                     attention_head_dim=[2, 2, 4], cross_attention_dim=12,
+                     transformer_layers_per_block=[1, 1, 3], use_linear_projection=True,
+                     addition_embed_type="text_time", addition_time_embed_dim=6,
+                     projection_class_embeddings_input_dim=41),
+                {"text_embeds": 5, "time_ids": 6}),
+}
+VAE = dict(in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4)
+VAES = {
+    "four levels": dict(VAE, block_out_channels=[4, 8, 8, 16], layers_per_block=2),
+    "two levels": dict(VAE, block_out_channels=[8, 12], layers_per_block=1),
+    "one level": dict(VAE, block_out_channels=[8], layers_per_block=1),
+}
+CLIP = dict(vocab_size=99, max_position_embeddings=77,
+            bos_token_id=97, eos_token_id=98, pad_token_id=1)
+CLIPS = {
+    "as SD 1": dict(CLIP, hidden_size=24, intermediate_size=48, num_hidden_layers=3,
+                    num_attention_heads=4, hidden_act="quick_gelu"),
+    "as SD 2": dict(CLIP, hidden_size=20, intermediate_size=32, num_hidden_layers=2,
+                    num_attention_heads=5, hidden_act="gelu"),
+}
+
+
+def vae_config(config):
+    levels = len(config["block_out_channels"])
+    return dict(config, down_block_types=["DownEncoderBlock2D"] * levels,
+                up_block_types=["UpDecoderBlock2D"] * levels)
+
+
+SMALL_VAE = configs.VAE | {"block_out_channels": [8, 8, 8], "norm_num_groups": 4}
+SMALL_UNET = configs.UNET | {"block_out_channels": [8, 8, 16], "norm_num_groups": 4,
+                             "cross_attention_dim": 16}
+SMALL_TEXT = configs.TEXT_ENCODER | {"hidden_size": 16, "intermediate_size": 32,
+                                     "num_hidden_layers": 1}
+
+
+def spoil(module, name):
+    parameter = dict(module.named_parameters())[name]
+    parameter.data = parameter.data.copy()
+    parameter.data.flat[0] = np.nan

@@ -1,0 +1,91 @@
+"""Pairs of a reference model and ours with the same random weights."""
+import numpy as np
+import torch
+from diffusers import AutoencoderKL as ReferenceVAE
+from diffusers import UNet2DConditionModel as ReferenceUNet
+from transformers import CLIPTextConfig
+from transformers import CLIPTextModel as ReferenceCLIP
+from transformers import CLIPTextModelWithProjection as ReferenceCLIPWithProjection
+
+from tests.support.arrays import read_only
+from tests.support.models import CLIPS, CONDITIONED, vae_config
+from tests.support.reference import copy_weights, randomise
+from tinyldm.models import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+)
+
+
+class Sinusoidal64(torch.nn.Module):
+    """The sinusoidal embedding in float64; diffusers computes it in float32 for every model."""
+
+    def __init__(self, dim, flip_sin_to_cos, downscale_freq_shift):
+        super().__init__()
+        self.dim, self.flip, self.shift = dim, flip_sin_to_cos, downscale_freq_shift
+
+    def forward(self, timesteps):
+        half = self.dim // 2
+        frequencies = 10000.0 ** -(torch.arange(half).double() / (half - self.shift))
+        angles = timesteps.double()[:, None] * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, sin] if self.flip else [sin, cos], 1)
+
+
+def unet_pair(config, dtype, size, batch=2, tokens=7):
+    torch.manual_seed(0)
+    reference = randomise(ReferenceUNet(**config).to(dtype)).eval()
+    module = copy_weights(reference, UNet2DConditionModel(config))
+    if dtype == torch.float64:
+        for name in ("time_proj", "add_time_proj"):
+            if theirs := getattr(reference, name, None):
+                setattr(reference, name, Sinusoidal64(theirs.num_channels, theirs.flip_sin_to_cos,
+                                                      theirs.downscale_freq_shift))
+    rng = np.random.default_rng(1)
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    latents = read_only(rng.standard_normal((batch, *size, config["in_channels"])).astype(kind))
+    D = config["cross_attention_dim"]
+    context = read_only(rng.standard_normal((batch, tokens, D)).astype(kind))
+    timesteps = read_only(np.array([3, 981, 500][:batch]))
+    return reference, module, latents, timesteps, context
+
+
+def conditioned_unet(name, dtype):
+    """-> unet_pair's, and the further conditions: ours {name: array}, theirs as leaf tensors."""
+    config, widths = CONDITIONED[name]
+    pair = unet_pair(config, dtype, (8, 6))
+    rng, kind = np.random.default_rng(3), pair[2].dtype
+    more = {what: read_only(rng.standard_normal((2, width)).astype(kind))
+            for what, width in widths.items()}
+    if "time_ids" in more:
+        more["time_ids"] = read_only(np.array([[64, 48, 0, 0, 64, 48], [32, 32, 4, 8, 16, 16]]))
+    tensors = {what: torch.from_numpy(x.copy()) for what, x in more.items()}
+    return pair, more, tensors
+
+
+def call_conditioned(reference, latents, timesteps, context, tensors):
+    added = {what: tensor for what, tensor in tensors.items() if what != "timestep_cond"}
+    return reference(latents, torch.from_numpy(timesteps.copy()), context, added_cond_kwargs=added,
+                     timestep_cond=tensors.get("timestep_cond")).sample
+
+
+def vae_pair(config, dtype):
+    config = vae_config(config)
+    reference = randomise(ReferenceVAE(**config).to(dtype)).eval()
+    return reference, copy_weights(reference, AutoencoderKL(config))
+
+
+def clip_pair(config, dtype):
+    reference = randomise(ReferenceCLIP(CLIPTextConfig(**config)).to(dtype)).eval()
+    return reference, copy_weights(reference, CLIPTextModel(config))
+
+
+def projection_pair(end, dtype, **options):
+    """-> reference, module, ids (2,77), each with an end token and another one after it."""
+    config = dict(CLIPS["as SD 2"], projection_dim=7, eos_token_id=end, **options)
+    reference = ReferenceCLIPWithProjection(CLIPTextConfig(**config)).to(dtype)
+    module = copy_weights(randomise(reference).eval(), CLIPTextModelWithProjection(config))
+    ids = np.random.default_rng(1).integers(3, 97, (2, 77))
+    ids[[0, 1], [9, 30]] = ids[:, 76] = 98
+    return reference, module, read_only(ids)

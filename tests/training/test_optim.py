@@ -1,0 +1,71 @@
+"""The optimiser against torch's, and the learning rate."""
+import numpy as np
+import pytest
+import torch
+
+from tests.support.tolerance import assert_allclose
+from tinyldm.errors import TinyldmError
+from tinyldm.layers import Parameter
+from tinyldm.training.optim import AdamW, learning_rate
+
+
+def parameters(rng, dtype=np.float64):
+    named = [("a", Parameter(3, 4)), ("b", Parameter(5))]
+    for _, parameter in named:
+        parameter.data = rng.standard_normal(parameter.shape).astype(dtype)
+    return named
+
+
+def test_adamw_equals_torch():
+    rng = np.random.default_rng(0)
+    named = parameters(rng)
+    theirs = [torch.nn.Parameter(torch.from_numpy(p.data.copy())) for _, p in named]
+    reference = torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
+    optimizer = AdamW(named, weight_decay=0.01, clip=1.0)
+    ema, steps = optimizer.data.copy(), 12
+    for step in range(steps):
+        scale = 10.0 ** (step % 3 - 1)                  # some steps are clipped, some are not
+        for (_, parameter), tensor in zip(named, theirs):
+            grad = rng.standard_normal(parameter.shape) * scale
+            parameter.add_grad(grad)
+            tensor.grad = torch.from_numpy(grad.copy())
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        reference.step()
+        assert_allclose(optimizer.step(0.1), norm.item(), rtol=1e-9)
+        decay = min(0.999, (2 + step) / (11 + step))
+        ema = decay * ema + (1 - decay) * optimizer.data
+    for (_, parameter), tensor in zip(named, theirs):
+        assert_allclose(parameter.data, tensor.detach().numpy(), rtol=1e-9, atol=1e-12)
+        assert parameter.grad is None
+    assert_allclose(optimizer.ema, ema, rtol=1e-12)
+
+
+def test_a_parameter_without_gradient_is_named():
+    named = parameters(np.random.default_rng(0))
+    named[0][1].add_grad(np.zeros((3, 4)))
+    with pytest.raises(AssertionError, match="b has no gradient"):
+        AdamW(named).step(0.1)
+
+
+def test_a_parameter_with_new_data_is_named():
+    """As a move to another device or a LoRA leaves it: the update would not reach the model."""
+    named = parameters(np.random.default_rng(0))
+    optimizer = AdamW(named)
+    for _, parameter in named:
+        parameter.add_grad(np.ones(parameter.shape))
+    named[1][1].data = named[1][1].data.copy()
+    before = [parameter.data.copy() for _, parameter in named]
+    with pytest.raises(TinyldmError, match="b got new data after the optimiser was made"):
+        optimizer.step(0.1)
+    for (_, parameter), data in zip(named, before):
+        np.testing.assert_array_equal(parameter.data, data)
+
+
+def test_learning_rate():
+    rates = [learning_rate(step, 2.0, 10, 110) for step in range(130)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(2.0 * (0.05 + 0.95 / 2))
+    assert rates[110] == rates[129] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    again = [learning_rate(step, 2.0, 10, 110, begun=50) for step in range(50, 70)]
+    assert again[0] == pytest.approx(rates[50] / 10) and again[9:] == rates[59:70]
