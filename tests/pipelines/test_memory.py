@@ -1,4 +1,4 @@
-"""How much memory is in use: in proportion to the tokens, and less with low_memory."""
+"""Memory grows with the number of tokens, not with its square; low_memory needs less."""
 import mmap
 import tracemalloc
 from contextlib import nullcontext
@@ -26,7 +26,7 @@ both_paths = pytest.mark.parametrize("path", [nullcontext, backend.plain], ids=[
 
 
 def peak(run):
-    """The most bytes in use at a time above those before; includes new scratch memory."""
+    """The peak of bytes held, above what was held before; scratch memory counts too."""
     tracemalloc.start()
     try:
         run()
@@ -72,7 +72,7 @@ def test_tiles_take_little_more_than_one_of_them(path):
                                              sample_size=128))))
     with path():
         one, nine = normal(1, 16, 16, 4), normal(1, 40, 40, 4)
-        vae.decode(one)                                 # allocates the kernels' scratch memory
+        vae.decode(one)                                 # which makes the kernels' scratch memory
         held = peak(lambda: vae.decode(one))
         assert peak(lambda: vae.decode_tiled(nine)) <= 2 * held
         assert peak(lambda: vae.decode(nine)) >= 4 * held
@@ -114,7 +114,7 @@ def test_nan_in_a_tile_is_traced_to_its_layer(tmp_path):
 
 @pytest.mark.parametrize("make, dtype", [(sd1, np.float32), (euler_ancestral, np.float16)])
 def test_low_memory_leaves_weights_in_the_map(make, dtype, tmp_path):
-    """The numbers are the same; every weight whose dtype is the file's is part of the map."""
+    """The same numbers, and every weight with the file's dtype is a view of the memory map."""
     folder = make(tmp_path / "folder")
     usual, low = (load_model(folder / "unet", dtype, low) for low in (False, True))
     for (name, expected), parameter in zip(usual.named_parameters(), low.parameters()):
