@@ -32,7 +32,7 @@ def test_winograd(shape, padding, strip_tiles, long, columns, monkeypatch):
 
 
 def test_winograd_is_as_accurate_as_its_points_promise():
-    """Root mean square error 8e-7 at 64 channels: half of what the points 0, +-1, +-2 give."""
+    """Root mean square error 8e-7 at 64 channels, half of that with the points 0, +-1, +-2."""
     x, weight = normal(2, 32, 32, 64), normal(3, 3, 64, 64, seed=1, scale=1 / 24)
     exact = plain(ops.conv2d, x.astype(np.float64), weight.astype(np.float64), None, 1, (1, 1))
     error = winograd.conv3x3(x, weight, None) - exact
