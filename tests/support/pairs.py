@@ -33,15 +33,28 @@ class Waves64(torch.nn.Module):
         return torch.cat([cos, sin] if self.flip else [sin, cos], 1)
 
 
+def widen_waves(unet):
+    for name in ("time_proj", "add_time_proj"):
+        if waves := getattr(unet, name, None):
+            setattr(unet, name, Waves64(waves.num_channels, waves.flip_sin_to_cos,
+                                        waves.downscale_freq_shift))
+
+
+def widen_guidance(pipe):
+    """The same for the guidance of a Latent Consistency Model."""
+    def waves(w, embedding_dim):
+        return Waves64(embedding_dim, False, 1)(1000 * w)
+
+    if hasattr(pipe, "get_guidance_scale_embedding"):
+        pipe.get_guidance_scale_embedding = waves
+
+
 def unet_pair(config, dtype, size, batch=2, tokens=7):
     torch.manual_seed(0)
     reference = randomise(ReferenceUNet(**config).to(dtype)).eval()
     module = copy_weights(reference, UNet2DConditionModel(config))
     if dtype == torch.float64:
-        for name in ("time_proj", "add_time_proj"):
-            if waves := getattr(reference, name, None):
-                setattr(reference, name, Waves64(waves.num_channels, waves.flip_sin_to_cos,
-                                                 waves.downscale_freq_shift))
+        widen_waves(reference)
     rng = np.random.default_rng(1)
     kind = np.float64 if dtype == torch.float64 else np.float32
     latents = read_only(rng.standard_normal((batch, *size, config["in_channels"])).astype(kind))

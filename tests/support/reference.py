@@ -1,4 +1,7 @@
 """Bridges to the reference implementations: the same random weights, gradients side by side."""
+from contextlib import contextmanager
+from unittest import mock
+
 import numpy as np
 import torch
 
@@ -18,6 +21,18 @@ def nchw(array):
 
 def nhwc(tensor):
     return np.ascontiguousarray(tensor.detach().numpy().transpose(0, 2, 3, 1))
+
+
+@contextmanager
+def float32_noise():
+    """torch.randn draws other numbers in float64: here it draws float32's, and widens them."""
+    randn = torch.randn
+
+    def widened(*shape, dtype=None, **options):
+        return randn(*shape, **options).to(dtype)
+
+    with mock.patch.object(torch, "randn", widened):
+        yield
 
 
 def randomise(reference, seed=0):
