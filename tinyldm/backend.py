@@ -54,6 +54,11 @@ def add_up(x, axis):
     return x.sum(axis=axis, dtype=wide(x.dtype)).astype(x.dtype, copy=False)
 
 
+def is_finite(array):
+    """Whether no number of an array is NaN or infinite."""
+    return bool(get_xp(array).isfinite(array).all())
+
+
 def array_library(device):
     """numpy for "cpu", cupy for "cuda".
 

@@ -3,8 +3,10 @@
 A layer's forward leaves on the tape what its backward needs; the backward is the forward read from
 the bottom up. Models (models/) are layers made of layers.
 """
-import threading
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import reduce
+from operator import add
 
 from . import ops
 
@@ -42,19 +44,34 @@ class Tape:
         return cache
 
 
+# The number of the shard that this thread works on, where several threads share a batch.
+SHARD = ContextVar("shard", default=0)
+
+
 class Parameter:
-    """An array to train: data of a known shape (None until loaded), the gradient gathered so far.
+    """An array to train: data of a known shape (None until loaded), and the gradient so far.
+
+    Threads that share a model each gather the gradient of their own shard. `grad` adds these up in
+    the order of the shards, so that the sum does not depend on which thread was first.
     """
 
-    _lock = threading.Lock()            # worker threads that share a model add to the same gradient
-
     def __init__(self, *shape):
-        self.shape, self.data, self.grad = shape, None, None
+        self.shape, self.data, self._grads = shape, None, {}
 
     def add_grad(self, grad):
         assert grad.shape == self.shape, f"gradient {grad.shape} for a parameter {self.shape}"
-        with self._lock:
-            self.grad = grad if self.grad is None else self.grad + grad
+        before = self._grads.get(SHARD.get())
+        self._grads[SHARD.get()] = grad if before is None else before + grad
+
+    @property
+    def grad(self):
+        """The sum of all gradients added since it was last set to None, or None."""
+        grads = [self._grads[shard] for shard in sorted(self._grads)]
+        return reduce(add, grads) if grads else None
+
+    @grad.setter
+    def grad(self, grad):
+        self._grads = {} if grad is None else {0: grad}
 
 
 class Module:

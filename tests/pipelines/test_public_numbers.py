@@ -42,8 +42,8 @@ from tinyldm.images import open_image
 from tinyldm.noise import A100_THREADS, CudaGenerator, get_generator
 from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 
-TABLE = Path(__file__).parents[1] / "support" / "public_numbers.json"
-RECORDS = json.loads(TABLE.read_text(encoding="utf-8"))
+PUBLISHED = Path(__file__).parents[1] / "support" / "public_numbers.json"
+RECORDS = json.loads(PUBLISHED.read_text(encoding="utf-8"))
 GPU_DIGITS = 1e-3
 # Threads of the GPUs a noise larger than that may come from (noise.py): A100, V100, RTX 4090, H100.
 GPUS = (A100_THREADS, 163840, 196608, 270336)

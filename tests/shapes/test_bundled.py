@@ -7,7 +7,7 @@ import pytest
 
 import tinyldm
 from tests.support.tolerance import assert_same_pixels
-from tinyldm.shapes import scenes as data
+from tinyldm.shapes import scenes
 from tinyldm.shapes.judge import score
 
 FOLDER = Path(__file__).parents[2] / "weights" / "shapes"
@@ -51,7 +51,7 @@ def test_readme_states_what_was_measured(pipe):
 def test_it_draws_what_is_asked(pipe):
     """Other prompts than those of accuracy.json, of which it can get a few less right."""
     stated = json.loads((FOLDER / "accuracy.json").read_text())
-    prompts = data.held_out_prompts(24, seed=1)
+    prompts = scenes.held_out_prompts(24, seed=1)
     accuracy = score([np.asarray(pipe(prompt, seed=7)[0]) for prompt in prompts], prompts)
     for name in ("background", "colour", "relation", "size", "shape"):
         assert accuracy[name] >= stated[name] - 0.15, name

@@ -1,4 +1,5 @@
 """Training: the optimiser against torch's, both losses' gradients, resuming, and export."""
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,28 @@ from tinyldm.errors import TinyldmError
 from tinyldm.shapes import autoencoder as vae_stage
 from tinyldm.shapes import denoiser as unet_stage
 from tinyldm.shapes import export
+
+SHORT_TRAINING = """
+import sys
+from pathlib import Path
+from tests.support.models import SMALL_TEXT, SMALL_UNET, SMALL_VAE
+from tinyldm.shapes import autoencoder, denoiser
+autoencoder.VAE, autoencoder.BATCH = SMALL_VAE, 8
+denoiser.UNET, denoiser.TEXT_ENCODER, denoiser.POOL = SMALL_UNET, SMALL_TEXT, 64
+autoencoder.train_vae(Path(sys.argv[1]), 2)
+denoiser.train_unet(Path(sys.argv[1]), 2, batch=8)
+"""
+
+
+def test_a_training_gives_the_same_weights_with_any_number_of_threads(tmp_path):
+    for threads in ("1", "3"):
+        subprocess.run([sys.executable, "-c", SHORT_TRAINING, tmp_path / threads], check=True,
+                       capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+    for stage in ("vae", "unet"):
+        with (np.load(tmp_path / "1" / f"{stage}.npz") as one,
+              np.load(tmp_path / "3" / f"{stage}.npz") as three):
+            for name in ("data", "m", "v", "ema", "history"):
+                np.testing.assert_array_equal(one[name], three[name])
 
 
 @pytest.mark.parametrize("stage", ["unet", "decoder", "export"])

@@ -1,5 +1,7 @@
 """The training loop: shards, resuming, and what stops it."""
 import math
+import time
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -18,6 +20,32 @@ def test_shards_add_up_to_the_batch():
         return {"loss": share * 2.0}
     assert split_batch(loss, 7, np.random.default_rng(0)) == {"loss": pytest.approx(2.0)}
     assert sorted(seen)[0][0] == 0 and sorted(seen)[-1][1] == 7
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3", "8"])
+def test_the_sum_of_gradients_does_not_depend_on_threads(threads, monkeypatch):
+    """Shards end in a random order, and float32 sums depend on the order that they are added in."""
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((64, 1000)).astype(np.float32) * 10.0 ** rng.integers(-3, 3, 64)[
+        :, None].astype(np.float32)
+
+    def gradient(delays):
+        parameter = Parameter(1000)
+
+        def loss(rows, rng, share):
+            time.sleep(delays[rows.start])
+            for part in parts[rows]:
+                parameter.add_grad(part)
+            return {"loss": share * float(rng.random())}
+        return split_batch(loss, 64, np.random.default_rng(1)), parameter.grad
+    report, expected = gradient(np.zeros(64))
+    for seed in range(3):
+        again, found = gradient(0.01 * np.random.default_rng(seed).random(64))
+        assert again == report
+        np.testing.assert_array_equal(found, expected)
+    shards = [reduce(np.add, parts[i:i + 16]) for i in range(0, 64, 16)]     # in this order
+    np.testing.assert_array_equal(expected, reduce(np.add, shards))
 
 
 def quadratic(path, steps):
@@ -66,5 +94,36 @@ def test_a_loss_that_is_not_a_number_stops(tmp_path):
     parameter = Parameter(2)
     parameter.data = np.zeros(2)
     trainer = Trainer(tmp_path / "x.npz", [("x", parameter)], 5, 0.1)
-    with pytest.raises(FloatingPointError, match="step 0"):
+    with pytest.raises(TinyldmError, match="the loss is nan at step 0: take a smaller"):
         trainer.train(lambda rng: {"loss": math.nan})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])     # 1e38: its square overflows
+def test_a_gradient_that_is_not_finite_leaves_the_last_good_state(bad, tmp_path):
+    """The loss is finite throughout: only the gradient says that something went wrong."""
+    path, parameter = tmp_path / "x.npz", Parameter(4)
+    parameter.data = np.ones(4, np.float32)
+    trainer = Trainer(path, [("x", parameter)], 5, 0.1)
+
+    def batch_loss(rng):
+        parameter.add_grad(np.full(4, bad if trainer.step == 3 else 0.5, np.float32))
+        return {"loss": 1.0}
+    with pytest.raises(TinyldmError, match="the gradient of .* is NaN or infinite"):
+        trainer.train(batch_loss)
+    with np.load(path) as state:
+        assert state["steps"] == 3 and len(state["history"]) == 3
+        assert all(np.isfinite(state[name]).all() for name in ("data", "m", "v", "ema"))
+        np.testing.assert_array_equal(state["data"], parameter.data)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    path, parameter = tmp_path / "x.npz", Parameter(2)
+    parameter.data = np.zeros(2)
+    trainer = Trainer(path, [("x", parameter)], 5, 0.1)
+    trainer.save()
+    content = path.read_bytes()
+    parameter.data[0] = math.nan
+    with pytest.raises(TinyldmError, match="NaN or infinite at step 0: .*x.npz keeps the last"):
+        trainer.save()
+    assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]

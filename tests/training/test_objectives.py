@@ -10,7 +10,7 @@ from tinyldm.models import AutoencoderKL
 from tinyldm.shapes import autoencoder as vae_stage
 from tinyldm.shapes import configs, drawing
 from tinyldm.shapes import denoiser as unet_stage
-from tinyldm.training.objectives import diffusion_loss, vae_loss
+from tinyldm.training import objectives
 from tinyldm.training.optim import initialise
 
 
@@ -59,7 +59,7 @@ def test_vae_loss_gradient(decoder_only):
     trained = vae_stage.decoder_parameters(vae) if decoder_only else list(vae.named_parameters())
     images = drawing.batch(rng, 2)[0].astype(np.float64)
     difference, expected = directional(
-        lambda: vae_loss(vae, images, Float64Noise(1), 0.5, decoder_only),
+        lambda: objectives.vae_loss(vae, images, Float64Noise(1), 0.5, decoder_only),
         trained, rng, h=1e-8)                           # small: |x| has a corner at every pixel
     assert_allclose(expected, difference, rtol=1e-4)
     touched = {name for name, p in vae.named_parameters() if p.grad is not None}
@@ -80,8 +80,8 @@ def test_diffusion_loss_gradient(monkeypatch):
     schedule = Schedule.from_config(configs.SCHEDULER)
     latents, ids = rng.standard_normal((2, 8, 8, 4)), rng.integers(0, 21, (2, 77))
     difference, expected = directional(
-        lambda: diffusion_loss(text_encoder, unet, schedule, latents, ids, Float64Noise(1), 0.5),
-        named, rng)
+        lambda: objectives.diffusion_loss(text_encoder, unet, schedule, latents, ids,
+                                          Float64Noise(1), 0.5), named, rng)
     assert_allclose(expected, difference, rtol=1e-4)
 
 

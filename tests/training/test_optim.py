@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support.tolerance import assert_allclose
+from tinyldm.errors import TinyldmError
 from tinyldm.layers import Parameter
 from tinyldm.training.optim import AdamW, learning_rate
 
@@ -44,6 +45,20 @@ def test_a_parameter_without_gradient_is_named():
     named[0][1].add_grad(np.zeros((3, 4)))
     with pytest.raises(AssertionError, match="b has no gradient"):
         AdamW(named).step(0.1)
+
+
+def test_a_parameter_with_new_data_is_named():
+    """As a move to another device or a LoRA leaves it: the update would not reach the model."""
+    named = parameters(np.random.default_rng(0))
+    optimizer = AdamW(named)
+    for _, parameter in named:
+        parameter.add_grad(np.ones(parameter.shape))
+    named[1][1].data = named[1][1].data.copy()
+    before = [parameter.data.copy() for _, parameter in named]
+    with pytest.raises(TinyldmError, match="b got new data after the optimiser was made"):
+        optimizer.step(0.1)
+    for (_, parameter), data in zip(named, before):
+        np.testing.assert_array_equal(parameter.data, data)
 
 
 def test_learning_rate():

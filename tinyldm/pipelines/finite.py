@@ -2,13 +2,9 @@
 
 Used by the pipeline on what it encodes, samples and decodes.
 """
-from ..backend import get_xp
+from ..backend import is_finite
 from ..errors import TinyldmError
 from ..layers import forward_hooks, named_modules
-
-
-def is_finite(array):
-    return bool(get_xp(array).isfinite(array).all())
 
 
 def finite_states(states, predict):

@@ -1,5 +1,5 @@
-"""Stages 1 and 3: the autoencoder, trained to give back the picture it was shown, through noisy
-latents; and later its decoder alone, on latents that the UNet knows by then.
+"""Stages 1 and 3: train the autoencoder to reconstruct its input from noisy latents; and later the
+decoder alone, when the UNet has learned the latents and they must not change any more.
 
     loss = mean |decode(z) - image| + KL_WEIGHT * KL(N(mean, var), N(0, 1))
     z = mean + sqrt(var) * noise
@@ -20,14 +20,14 @@ BATCH = 16
 
 
 def train_vae(run, steps, learning_rate=2e-3):
-    """Train the VAE for `steps` batches of 16 pictures, resuming what lies in the folder `run`."""
+    """Train the VAE for `steps` batches of 16 pictures; resume from the state in `run`."""
     vae = AutoencoderKL(VAE)
     initialise(vae, np.random.default_rng(0))
     _train(vae, Trainer(run / "vae.npz", vae.named_parameters(), steps, learning_rate))
 
 
 def train_decoder(run, steps, learning_rate=1e-3):
-    """Train the decoder of the VAE in `run` on, as train_vae does; its encoder stays as it is."""
+    """Train the decoder of the VAE in `run` further; its encoder stays as it is."""
     vae = load_vae(run)
     _train(vae, Trainer(run / "decoder.npz", decoder_parameters(vae), steps, learning_rate),
            decoder_only=True)
@@ -45,13 +45,13 @@ def _train(vae, trainer, decoder_only=False):
 
 
 def decoder_parameters(vae):
-    """The (name, Parameter) pairs of what lies behind the latents."""
+    """The (name, Parameter) pairs of the layers that decode latents."""
     return [pair for pair in vae.named_parameters()
             if pair[0].startswith(("decoder.", "post_quant_conv."))]
 
 
 def load_vae(run, scaling_factor=1.0):
-    """The averaged VAE of the folder `run`, with the decoder that was trained on, if one was.
+    """The averaged VAE of the folder `run`, with the decoder of stage 3 if there is one.
 
     Raises TinyldmError where no VAE has been trained there.
     """

@@ -1,7 +1,7 @@
-"""The bundled model's architecture, in the words of the public config.json files.
+"""The bundled model's architecture, in the keys of the public config.json files.
 
-Small enough for two cores: half the usual shrinking of the VAE (4 pixels a latent), and a UNet that
-spends its arithmetic at 8×8 and below.
+It is small enough to train on two cores: the VAE downsamples by 4 only, not by 8, and the UNet
+spends most of its arithmetic at 8×8 and below.
 """
 
 VAE = {
@@ -9,7 +9,7 @@ VAE = {
     "block_out_channels": [24, 48, 96], "layers_per_block": 1, "latent_channels": 4,
     "norm_num_groups": 8,
     "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "sample_size": 64, "scaling_factor": 1.0,       # the factor is measured when the VAE is trained
+    "sample_size": 64, "scaling_factor": 1.0,       # measured once the VAE is trained
 }
 
 TEXT_ENCODER = {
@@ -30,10 +30,10 @@ UNET = {
     "sample_size": 16,
 }
 
-# Ho et al. 2020's noise schedule. Stable Diffusion's own leaves enough of a 16×16 latent's mean at
-# the last timestep to give the background colour away in training; at inference that hint is
-# missing. And v-prediction, as in Stable Diffusion 2: from t = 800 on the picture is less than a
-# 25th of x_t, and a small network that answers with the noise is too coarse to leave that over.
+# The noise schedule of Ho et al. 2020. Stable Diffusion's schedule leaves enough of the latents'
+# mean at the last timestep to give the background colour away in training; at inference that hint
+# is missing. And v-prediction, as in Stable Diffusion 2.1: from t = 800 on, x_start is less than a
+# 25th of x_t. A small network that predicts the noise is too coarse to leave so little over.
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,

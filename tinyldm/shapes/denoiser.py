@@ -1,22 +1,22 @@
-"""Stage 2: the UNet and the text transformer, trained together to find the noise in noisy latents.
+"""Stage 2: train the UNet and the text transformer together to find the noise in noisy latents.
 
-    loss = mean (noise_pred - noise)^2 / a_t,       x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise
+    loss = mean (noise_pred - noise)^2 / a_t,       x_t = sqrt(a_t) x_start + sqrt(1 - a_t) noise
 
-The network answers with v = sqrt(a_t) noise - sqrt(1 - a_t) x_0, from which noise_pred follows; put
-in, the loss above is mean (unet(x_t, t, text_encoder(caption)) - v)^2. x_0 are latents of a fixed
-pool of pictures, encoded once. One caption in ten is left out, so that the same network learns the
-unconditional prediction that guidance needs.
+The network predicts v = sqrt(a_t) noise - sqrt(1 - a_t) x_start. noise_pred follows from it, and
+the loss above equals mean (unet(x_t, t, text_encoder(caption)) - v)^2. x_start are the latents of a
+fixed pool of pictures, encoded once. One caption in ten is left out, so that the same network
+learns the unconditional prediction that guidance needs.
 Source: Rombach et al. 2022, arXiv:2112.10752, eq. 3; Salimans & Ho 2022, arXiv:2202.00512, section
-4 (this weight is its "SNR + 1", there on x_0); Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
+4 (this weight is its "SNR + 1" on x_start); Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
 """
 import numpy as np
 from tqdm import tqdm
 
-from ..backend import num_threads, parallel
+from ..backend import parallel
 from ..diffusion.schedule import Schedule
 from ..models import CLIPTextModel, UNet2DConditionModel
 from ..text.tokenizer import Tokenizer
-from ..training.loop import Trainer, split_batch, write_npz
+from ..training.loop import SHARDS, Trainer, split_batch, write_npz
 from ..training.objectives import diffusion_loss
 from ..training.optim import initialise
 from . import drawing
@@ -32,9 +32,9 @@ NO_CAPTION = 0.1
 def make_pool(run):
     """Encode POOL drawn pictures, once: {"mean", "std", "ids", "no_caption", "scaling_factor"}.
 
-    mean, std (POOL,16,16,4) float16 are the latents' distributions, unscaled; ids (POOL,77) the
-    captions' tokens. scaling_factor = 1 / standard deviation of all latents, so that the UNet sees
-    variance 1.
+    mean, std (POOL,16,16,4) float16: the distribution of each picture's latents, not scaled. ids
+    (POOL,77): the captions' tokens. scaling_factor: 1 / the standard deviation of all latents, so
+    that the UNet's input has variance 1.
     """
     path = run / "pool.npz"
     if not path.exists():
@@ -45,13 +45,13 @@ def make_pool(run):
         encoded, ids = [], []
         for _ in tqdm(range(POOL // BATCH), desc="encoding the pool"):
             images, captions = drawing.batch(rng, BATCH)
-            encoded += parallel(vae.encode, np.array_split(images, num_threads()))
+            encoded += parallel(vae.encode, np.array_split(images, SHARDS))
             ids += [tokenizer(caption)[0] for caption in captions]
         mean, logvar = (np.concatenate(part).astype(np.float16) for part in zip(*encoded))
         std = np.exp(0.5 * logvar)
-        deviation = np.sqrt(mean.astype(np.float64).var() + (std.astype(np.float64) ** 2).mean())
+        variance = mean.astype(np.float64).var() + (std.astype(np.float64) ** 2).mean()
         write_npz(path, mean=mean, std=std, ids=np.stack(ids).astype(np.int16),
-                  no_caption=tokenizer("")[0], scaling_factor=1 / deviation)
+                  no_caption=tokenizer("")[0], scaling_factor=variance ** -0.5)
     with np.load(path) as pool:
         return dict(pool)
 
@@ -70,7 +70,7 @@ def named_parameters(text_encoder, unet):
 
 
 def train_unet(run, steps, batch=BATCH, learning_rate=1e-3):
-    """Train for `steps` batches, resuming what lies in `run`, which holds stage 1."""
+    """Train for `steps` batches; resume from the state in `run`, which must hold stage 1."""
     pool = make_pool(run)
     text_encoder, unet = build(pool)
     rng = np.random.default_rng(3)

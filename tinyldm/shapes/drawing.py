@@ -8,7 +8,7 @@ SUPERSAMPLING = 4
 
 
 def draw(scene, side=64):
-    """Scene -> picture, uint8 (side, side, 3), edges smoothed by drawing it four times as large."""
+    """Scene -> picture, uint8 (side, side, 3), drawn at four times the size for smooth edges."""
     large = side * SUPERSAMPLING
     canvas = Image.new("RGB", (large, large), COLOURS[scene.background])
     pen = ImageDraw.Draw(canvas)
@@ -16,12 +16,12 @@ def draw(scene, side=64):
         for outline, filled in OUTLINES[thing.shape]:
             points = (np.array([thing.x, thing.y]) + thing.half * outline) * large
             colour = COLOURS[thing.colour if filled else scene.background]
-            pen.polygon((points - 0.5).ravel().tolist(), fill=colour)    # Pillow: pixel centres
+            pen.polygon((points - 0.5).ravel().tolist(), fill=colour)    # from pixel centres
     return np.asarray(canvas.reduce(SUPERSAMPLING))
 
 
 def batch(rng, n):
-    """n training pictures: images (n, 64, 64, 3) float32 in [-1, 1], and their captions."""
+    """n training pictures, float32 (n, 64, 64, 3) in [-1, 1], and a list of their captions."""
     scenes = [sample(rng) for _ in range(n)]
     pixels = np.stack([draw(scene) for scene in scenes])
     return pixels.astype(np.float32) / 127.5 - 1, [scene.caption() for scene in scenes]
@@ -33,7 +33,7 @@ def _circle(radius=1.0):
 
 
 def _star():
-    """The five-pointed star whose edges lie on the pentagram's lines (inner radius 0.382)."""
+    """The five-pointed star whose edges lie on a pentagram's lines (inner radius 0.382)."""
     t = np.arange(10) * np.pi / 5
     radius = np.where(np.arange(10) % 2, np.cos(2 * np.pi / 5) / np.cos(np.pi / 5), 1)
     return _fit(np.stack([radius * np.sin(t), -radius * np.cos(t)], axis=1))
@@ -46,7 +46,7 @@ def _heart():
 
 
 def _fit(points):
-    """Move and scale an outline so that its bounding box is centred and its longer half is 1."""
+    """Move and scale an outline: its bounding box is centred, half its longer side is 1."""
     low, high = points.min(axis=0), points.max(axis=0)
     return (points - (low + high) / 2) / ((high - low).max() / 2)
 
@@ -57,7 +57,7 @@ def _cross(arm=0.33):
     return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
 
 
-# Outlines at half extent 1, each (points (P, 2), filled). Not filled: cut out again, a hole.
+# Outlines at half extent 1, each (points (P, 2), filled). What is not filled is cut out: a hole.
 OUTLINES = {
     "circle": [(_circle(), True)],
     "square": [(np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]), True)],

@@ -1,4 +1,4 @@
-"""How well a model follows prompts it was never trained on: its pictures before the judge."""
+"""How well a model follows prompts that it was never trained on, by the judge's verdicts."""
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -7,10 +7,10 @@ from .judge import score
 
 
 def evaluate(pipe, prompts, **options):
-    """Draw every prompt once, each with its own seed, and score the pictures.
+    """Draw every prompt once, prompt i with seed i, and score the pictures.
 
-    pipe: a StableDiffusion; options: its own (steps, guidance_scale …). -> (accuracies by name in
-    [0, 1], list of pictures uint8 (H,W,3)).
+    pipe: a StableDiffusion; options: those of its call. Returns accuracies in [0, 1] by name, and
+    the pictures, a list of uint8 (H,W,3).
     """
     pictures = []
     for seed, prompt in enumerate(tqdm(prompts, desc="drawing")):
@@ -19,7 +19,7 @@ def evaluate(pipe, prompts, **options):
 
 
 def grid(pictures, columns, gap=2):
-    """Pictures (H,W,3) uint8 of one size side by side, `columns` a row -> PIL image."""
+    """Pictures, uint8 (H,W,3) of one size -> one PIL image with `columns` of them per row."""
     H, W, _ = pictures[0].shape
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (W + gap) - gap, rows * (H + gap) - gap), "white")

@@ -1,6 +1,6 @@
-"""Stage 4: the trained weights, averaged, as a folder in the public diffusers layout; and back.
+"""Stage 4: write the averaged weights as a folder in the public diffusers layout; and back.
 
-Everything that reads such folders reads this one: `tinyldm.load(folder)`, diffusers, and others.
+`tinyldm.load(folder)`, diffusers, and every other program that reads such folders load it.
 """
 import numpy as np
 
@@ -16,7 +16,7 @@ from .vocabulary import write_tokenizer
 
 STAGES = ("vae", "unet", "decoder")
 
-STEPS = 25                  # what this model needs
+STEPS = 25                  # that this model needs per picture
 
 
 def export(run, output):
@@ -40,10 +40,10 @@ def export(run, output):
 
 
 def restore(weights, run):
-    """Make a folder of weights that `export` wrote the state of a training, which can then go on.
+    """Turn a folder that `export` wrote back into the state of a training, to continue it.
 
-    The averaged weights take the place of the trained ones, and the optimiser's averages begin
-    anew, with a warm-up. Raises TinyldmError where `run` holds a training already.
+    The averaged weights become the trained ones. The optimiser's averages begin anew, with a
+    warm-up. Raises TinyldmError where `run` holds a training already.
     """
     if any((run / f"{stage}.npz").exists() for stage in STAGES):
         raise TinyldmError(f"{run} holds a training already: name another folder with --run")
@@ -58,7 +58,7 @@ def restore(weights, run):
 
 
 def _history(path):
-    """A stage's steps and its loss, [step, loss] in about a hundred points, each a mean."""
+    """The number of a stage's steps, and its loss as about 100 points [step, mean loss]."""
     with np.load(path) as state:
         history, steps = state["history"], int(state["begun"] + state["steps"])
     size = max(1, len(history) // 100)
@@ -68,7 +68,7 @@ def _history(path):
 
 
 def plot_losses(record, path):
-    """The loss of every stage over its steps, as a picture."""
+    """Plot the loss of every stage over its steps into a picture file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")

@@ -1,18 +1,18 @@
 """The judge: does a picture show what its caption says?
 
-Made for the bundled model's captions, and deliberately sharing nothing with the code that draws its
-training pictures: the colours, the shapes' formulas and the caption's grammar are written down here
-a second time. `look` says what is in one picture, `judge` compares that with a caption, `score`
-averages over many. All places and lengths are fractions of the picture's side, x right, y down.
+It is made for the bundled model's captions and shares no code with the drawing of its training
+pictures: the colours, the shapes' formulas and the grammar of captions are written here a second
+time. `look` finds what is in one picture, `judge` compares that with a caption, `score` averages
+over many. All places and lengths are fractions of the picture's side, x right, y down.
 
 How it counts (each criterion is a tuple of verdicts, and `score` averages the verdicts):
 - background: one verdict. The colour nearest to the median of the picture's frame.
-- count: one verdict. As many objects as the caption names.
+- count: one verdict. The picture has as many objects as the caption names.
 - colour, shape, size: one verdict per NAMED object, so two for a pair. The first-named object of a
-  pair is the one found at the place the caption gives it ("left of": the left one), whatever its
-  looks: colours or shapes on the wrong object are wrong twice. Only where the two do not lie along
-  the caption's axis does place say nothing; then the order that fits more words is taken.
-  An object that is missing is wrong in all three. Of too many objects the largest are taken.
+  pair is the one at the place that the caption gives it ("left of": the left one), whatever its
+  looks: colours or shapes on the wrong object are wrong twice. Where the two do not lie along the
+  caption's axis, their places say nothing, and the order that fits more words is taken.
+  A missing object is wrong in all three. Where there are too many, the largest count.
 - relation: one verdict, for pairs. Right if the two lie along the caption's axis and exchanging
   them would not fit more of the words (a whole pair exchanged is a wrong relation).
 """
@@ -33,16 +33,16 @@ PALETTE = {
 }
 # Half-way between the stated ranges of small and big, alone and in a pair.
 BIG_FROM = {1: 0.24, 2: 0.16}
-# The nearest two colours (yellow, orange) are 66 apart: half of that parts object from ground.
+# The two nearest colours (yellow, orange) are 66 apart: half of that separates object and ground.
 LEAST_CONTRAST = 33
-# The smallest object, a small star in a pair, covers 0.0124 of the picture; half of it is a speck.
+# The smallest object, a small star in a pair, covers 0.0124 of the picture; a speck less than half.
 LEAST_AREA = 0.006
 
 
-# The shapes, as the points (x right, y down) they cover inside the box from -1 to 1.
+# Each shape is the set of points (x right, y down) that it covers inside the box from -1 to 1.
 
 def _star(x, y):
-    """The pentagram: each edge's line is cos 72° from the centre, 72° round from its tip."""
+    """A pentagram. The line of each edge lies cos 72° from the centre, 72° away from its tip."""
     radius, angle = np.hypot(x, y), np.arctan2(x, -y)             # 0 = up, where one tip is
     from_tip = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     fifth = 2 * np.pi / 5
@@ -50,7 +50,7 @@ def _star(x, y):
 
 
 def _heart(x, y):
-    """A classic sextic, (u² + v² - 1)³ <= u² v³, brought into the box: it is 1.14 wide a side."""
+    """A classic sextic, (u² + v² - 1)³ <= u² v³, scaled into the box: its half width is 1.14."""
     u, v = 1.14 * x, 0.12 - 1.14 * y
     w = u * u + v * v - 1
     return w * w * w <= u * u * v * v * v
@@ -70,7 +70,7 @@ TEMPLATES = {
 
 
 class Found(NamedTuple):
-    """One object seen in a picture."""
+    """One object found in a picture."""
 
     colour: str
     shape: str
@@ -89,7 +89,7 @@ class Claim(NamedTuple):
 
 
 def read_caption(caption):
-    """Caption -> Claim. Raises TinyldmError when it is not of the bundled model's grammar."""
+    """Caption -> Claim. Raises TinyldmError for a caption outside the bundled model's grammar."""
     thing = rf"a (small|big) ({'|'.join(PALETTE)}) ({'|'.join(TEMPLATES)})"
     pair = rf"(?: (above|below|left of|right of) {thing})?"
     match = re.fullmatch(rf"{thing}{pair} on a ({'|'.join(PALETTE)}) background", caption)
@@ -161,8 +161,8 @@ def score(images, captions):
 def label(mask):
     """Number the 4-connected regions of a boolean (H,W): int (H,W), 0 outside the mask.
 
-    Every pixel starts with a number of its own, takes the largest among its neighbours, then the
-    number that the pixel it is named after has by now, which halves the distance left to go.
+    Every pixel starts with its own number. It takes the largest number among its neighbours, then
+    the number that the pixel of that number has now, which halves the distance left to go.
     """
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
@@ -180,10 +180,11 @@ def _with_neighbours(array):
 
 
 def _mask(pixels, ground):
-    """Which pixels belong to objects: those at least half as far from the ground as what is near.
+    """Which pixels belong to objects: those at least half as far from the ground's colour as the
+    farthest pixel near them.
 
-    An edge is a mixture of two colours and may look like a third one; half-way across it is the
-    outline, whatever the two colours are. "Near" reaches 2 of 64 pixels, past the edge into the
+    An edge is a mixture of two colours and may look like a third one. The outline is half-way
+    across it, whatever the two colours are. "Near" reaches 2 of 64 pixels: past the edge into the
     object, but not from one object to the other.
     """
     distance = np.linalg.norm(pixels - ground, axis=2)                    # (H,W)
@@ -199,7 +200,7 @@ def _describe(pixels, region):
     side = region.shape[0]
     ys, xs = np.nonzero(region)
     box = np.array([xs.min(), xs.max() + 1, ys.min(), ys.max() + 1]) / side
-    core = np.logical_and.reduce(_with_neighbours(region))                # edges are mixtures
+    core = np.logical_and.reduce(_with_neighbours(region))                # no edges
     colour = np.median(pixels[core if core.any() else region], axis=0)
     return Found(
         _nearest_colour(colour), _nearest_shape(region),
@@ -215,8 +216,8 @@ def _nearest_colour(colour):
 def _nearest_shape(region):
     """The template with the largest overlap (intersection over union) with a region (H,W).
 
-    Each is laid over the region at the same area and the same centre of mass: both barely move
-    when a tip is blurred or missing, as a bounding box would.
+    Each is laid over the region with the same area and centre of mass. Both barely change where a
+    tip is blurred or missing; a bounding box would.
     """
     ys, xs = np.nonzero(region)
     y, x = np.ogrid[:region.shape[0], :region.shape[1]]
@@ -238,7 +239,7 @@ def _moments(shape):
 
 
 def _in_order(found, claim):
-    """The found objects (None: missing) in the order named, and whether they lie along the axis."""
+    """Found objects (None if missing) in the caption's order; do they lie along its axis?."""
     named = len(claim.objects)
     if named == 1:
         return (found or [None]), True
@@ -246,7 +247,7 @@ def _in_order(found, claim):
     forward = claim.relation in ("left of", "above")
     if not found:
         return [None, None], False
-    if len(found) == 1:                         # which one is missing: the half it lies in says
+    if len(found) == 1:                         # which one it is: by the half it lies in
         first = (getattr(found[0], axis) < 0.5) == forward
         return ([found[0], None] if first else [None, found[0]]), False
     order = sorted(found, key=lambda thing: getattr(thing, axis), reverse=not forward)
@@ -258,7 +259,7 @@ def _in_order(found, claim):
 
 
 def _fit(thing, words, named):
-    """Whether (colour, shape, size) of a Found, or None, are those of (size, colour, shape)."""
+    """Are the colour, shape and size of a Found (or None) those of words (size, colour, shape)?"""
     if thing is None:
         return False, False, False
     size = "big" if thing.half >= BIG_FROM[named] else "small"

@@ -1,4 +1,4 @@
-"""python -m tinyldm.training STAGE: the recipe of the bundled model, one command a stage."""
+"""python -m tinyldm.training STAGE: the recipe of the bundled model, one command per stage."""
 import argparse
 import json
 import sys
@@ -14,12 +14,12 @@ def parse_arguments():
     vae.add_argument("--steps", type=int, default=2000)
     unet = stages.add_parser("unet", help="2. train the UNet and the text transformer")
     unet.add_argument("--steps", type=int, default=20000)
-    unet.add_argument("--batch", type=int, default=64, help="latents a step")
-    decoder = stages.add_parser("decoder", help="3. train the autoencoder's second half on")
+    unet.add_argument("--batch", type=int, default=64, help="latents per step")
+    decoder = stages.add_parser("decoder", help="3. train the autoencoder's decoder further")
     decoder.add_argument("--steps", type=int, default=2000)
     export = stages.add_parser("export", help="4. write the weights in the public layout")
     export.add_argument("--output", type=Path, default=Path("weights/shapes"))
-    restore = stages.add_parser("restore", help="weights back into a training that can go on")
+    restore = stages.add_parser("restore", help="turn weights back into a training")
     restore.add_argument("--weights", type=Path, default=Path("weights/shapes"))
     for stage in (vae, unet, decoder, export, restore):
         stage.add_argument("--run", type=Path, default=Path("runs/shapes"),

@@ -1,11 +1,10 @@
-"""The bundled model's world: simple scenes, their captions, their pictures and their tokenizer.
+"""The toy world: scenes of one or two coloured shapes, and their captions.
 
-Training starts here: `batch` samples scenes and draws them, `write_tokenizer` makes the vocabulary
-that reads their captions. `metrics/judge.py` measures such pictures and shares no code with this
-file, so that a mistake made here cannot hide there.
+drawing.py makes pictures of scenes, vocabulary.py the tokenizer of their captions. judge.py judges
+pictures and shares no code with this file, so that a mistake made here cannot hide there.
 
-All lengths of a scene are fractions of the picture's side, x to the right and y downwards. A half
-extent is half the longer side of the shape's bounding box, so one range fits every shape.
+All lengths are fractions of the picture's side, x to the right and y downwards. A half extent is
+half the longer side of the shape's bounding box, so one range fits every shape.
 """
 from dataclasses import dataclass
 
@@ -27,15 +26,15 @@ HALF_EXTENTS = {
     2: {"small": (0.10, 0.13), "big": (0.19, 0.23)},
 }
 
-# Never drawn in training: each colour misses one shape and each shape one or two colours, so every
-# word is known well and only the combination is new.
+# Training never shows these combinations. Each colour misses one shape, and each shape one or two
+# colours, so the model learns every word well, and only the combination is new.
 HELD_OUT = frozenset({
     ("red", "star"), ("green", "heart"), ("blue", "cross"), ("yellow", "ring"),
     ("orange", "diamond"), ("purple", "triangle"), ("white", "square"), ("black", "circle"),
     ("pink", "star"), ("gray", "heart"),
 })
 
-SINGLE_SHARE = 1 / 3        # pairs are harder (which colour, where?) and get the larger share
+SINGLE_SHARE = 1 / 3        # pairs are harder (which colour, where?), so most scenes are pairs
 MARGIN = 0.02               # least distance of an object from the frame ...
 GAP = 0.04                  # ... and from the other object: 2.5 of 64 pixels
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things on a plain ground. relation: where the first is, or None for one thing."""
+    """One or two things on a plain background. relation: of the first to the second, or None."""
 
     things: tuple
     relation: str | None
@@ -67,7 +66,7 @@ class Scene:
 def sample(rng, held_out=False):
     """Draw a Scene from a numpy Generator.
 
-    held_out False: no thing is a combination of HELD_OUT, as in training. True: at least one is.
+    held_out: False, as in training, for no combination of HELD_OUT; True for at least one.
     """
     names = list(COLOURS)
     count = 1 if rng.random() < SINGLE_SHARE else 2
@@ -88,16 +87,16 @@ def sample(rng, held_out=False):
 
 
 def _place_alone(rng, half):
-    """The centre (x, y) of a single thing: anywhere near the middle, inside the frame."""
+    """The centre (x, y) of a single thing: near the middle, inside the frame."""
     reach = min(0.15, 0.5 - MARGIN - half)
     return (0.5 + reach * rng.uniform(-1, 1, size=2)).tolist()
 
 
 def _place_pair(rng, halves, relation):
-    """The centres [(x, y), (x, y)] of two things, the first one `relation` the second.
+    """The centres [(x, y), (x, y)] of two things, so that the first is `relation` the second.
 
-    Along the relation's axis the room left over is shared by the two ends and the gap between.
-    Across it the two differ by at most 0.1, less than half of their least distance along it
+    Along the relation's axis, the free room goes to the two ends and the gap between. Across it the
+    centres differ by at most 0.1, less than half of their least distance along it
     (0.10 + 0.10 + GAP), so that no pair is both beside and above one another.
     """
     forward = relation in ("above", "left of")
@@ -116,7 +115,7 @@ def _place_pair(rng, halves, relation):
 def held_out_prompts(n, seed):
     """n different captions for evaluation, each with at least one combination of HELD_OUT.
 
-    A model trained on `batch` has therefore never seen a picture of any of them.
+    So a model trained on drawing.batch has never seen a picture of any of them.
     """
     rng = np.random.default_rng(seed)
     prompts = {}                                     # a dict keeps the order, a set would not

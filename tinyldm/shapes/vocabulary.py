@@ -12,14 +12,14 @@ MAX_LENGTH = 77             # tokens of a prompt, as in CLIP
 def write_tokenizer(folder):
     """Write a small tokenizer in CLIP's file format: vocab.json, merges.txt and two configs.
 
-    Ids: CLIP's byte alphabet, the same with the end-of-word mark, one for each merge, and last
-    <|startoftext|> and <|endoftext|>. Every word of the captions is one token; any other text
-    falls apart into bytes and pieces, and is never unknown.
+    The ids are CLIP's: the byte alphabet, the same with the end-of-word mark, one id per merge, and
+    last <|startoftext|> and <|endoftext|>. Every word of the captions is one token. Any other text
+    is split into smaller pieces, down to bytes, so that no text is unknown.
     Source: Radford et al. 2021, "Learning Transferable Visual Models ...", arXiv:2103.00020.
     """
     words = " ".join(["a on background", *SIZES, *COLOURS, *SHAPES, *RELATIONS]).split()
     merges = _merges(sorted(set(words)))
-    # Bytes that print stand for themselves, the others get letters from 256 on.
+    # Printable bytes stand for themselves; the others get the characters from 256 on.
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(b) for b in printing] + [chr(256 + n) for n in range(256 - len(printing))]
     start, end = "<|startoftext|>", "<|endoftext|>"
@@ -43,15 +43,16 @@ def write_tokenizer(folder):
 
 
 def _merges(words):
-    """Byte-pair encoding: merge the commonest neighbours until every word is one piece.
+    """Byte-pair encoding: merge the most frequent pair until every word is one piece.
 
-    Returns pairs of strings, the earliest first. Source: Sennrich et al. 2016, arXiv:1508.07909.
+    Returns the pairs of strings, in the order of merging. Source: Sennrich et al. 2016,
+    arXiv:1508.07909.
     """
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while any(len(word) > 1 for word in pieces):
         counts = Counter(pair for word in pieces for pair in pairwise(word))
-        pair = max(counts, key=lambda pair: (counts[pair], pair))    # ties: the same everywhere
+        pair = max(counts, key=lambda pair: (counts[pair], pair))    # of equals, the last by name
         merges.append(pair)
         for word in pieces:
             for i in range(len(word) - 2, -1, -1):

@@ -1,39 +1,53 @@
-"""What both stages of training share: a batch's shards over the cores, progress, saved state."""
+"""The training loop: a batch split into shards, progress, and a state that is saved and resumed.
+
+The recipe in shapes/ brings the losses and the data; optim.py makes the update.
+"""
 import time
 
 import numpy as np
 from tqdm import tqdm
 
-from ..backend import keep_freed_memory, num_threads, parallel
+from ..backend import keep_freed_memory, parallel
 from ..errors import TinyldmError
 from ..files import replacing
+from ..layers import SHARD
 from .optim import AdamW, learning_rate
 
 SAVE_EVERY = 60         # seconds
+SHARDS = 4              # the same on every machine, so that every machine computes the same sums
 
 
 def split_batch(loss, size, rng):
-    """Run loss(rows, rng, share) on a shard of the batch a worker; sums what they report.
+    """Run loss(rows, rng, share) on each shard of a batch, over worker threads; sum their reports.
 
-    Each shard draws from a generator of its own, so the result does not depend on which thread is
-    first.
+    rows is a slice of the batch, share its part of the whole. Each shard draws from a generator of
+    its own, and gradients and reports are added in the order of the shards. So the result depends
+    neither on which thread was first nor on the number of threads.
     """
-    count = min(num_threads(), size)
+    count = min(SHARDS, size)
     bounds = np.linspace(0, size, count + 1).astype(int)
-    shards = [(slice(a, b), child, (b - a) / size)
-              for a, b, child in zip(bounds, bounds[1:], rng.spawn(count))]
-    reports = parallel(lambda shard: loss(*shard), shards)
+    generators = rng.spawn(count)
+
+    def run(i):
+        rows = slice(bounds[i], bounds[i + 1])
+        token = SHARD.set(i)
+        try:
+            return loss(rows, generators[i], (rows.stop - rows.start) / size)
+        finally:
+            SHARD.reset(token)
+
+    reports = parallel(run, range(count))
     return {name: float(sum(report[name] for report in reports)) for name in reports[0]}
 
 
 class Trainer:
-    """AdamW over some parameters for a number of steps; one state file, saved every minute."""
+    """AdamW over some parameters for `steps` steps, with one state file, saved every minute."""
 
     def __init__(self, path, named_parameters, steps, peak_rate, warmup=200):
         self.path, self.steps, self.peak_rate, self.warmup = path, steps, peak_rate, warmup
         self.optimizer = AdamW(named_parameters)
         self.begun = 0                                  # the step of the optimiser's first update
-        self.history = []                               # (step, loss) a step
+        self.history = []                               # one (step, loss) per step
         self.written = self._written()
         if path.exists():
             with np.load(path) as state:
@@ -43,11 +57,18 @@ class Trainer:
 
     @property
     def step(self):
-        """How many steps the parameters have had."""
+        """How many updates the parameters have had."""
         return self.begun + self.optimizer.steps
 
     def save(self):
-        """Raises TinyldmError where the file is not the one last saved or read here."""
+        """Write the state file, whole or not at all.
+
+        Raises TinyldmError, and leaves the file as it is, for weights that are not finite and
+        where the file is not the one last saved or read here.
+        """
+        if not self.optimizer.is_finite():
+            raise TinyldmError(f"the weights are NaN or infinite at step {self.step}: {self.path} "
+                               "keeps the last good state; take a smaller learning rate")
         if self._written() != self.written:
             raise TinyldmError(f"another training wrote {self.path} meanwhile: this one stops at "
                                f"step {self.step}, unsaved; run one at a time in a folder")
@@ -58,18 +79,24 @@ class Trainer:
         return self.path.stat().st_mtime_ns if self.path.exists() else None
 
     def train(self, batch_loss):
-        """batch_loss(rng) adds a batch's gradients to the parameters and returns what to report."""
+        """Train to the last step, with a progress bar.
+
+        batch_loss(rng) adds a batch's gradients to the parameters and returns a report, a dict of
+        numbers with "loss". Raises TinyldmError where a loss, a gradient or a weight is not finite;
+        then the state file holds the last good state.
+        """
         keep_freed_memory()
         saved = time.monotonic()
         bar = tqdm(total=self.steps, initial=self.step,
                    desc=f"training {self.path.stem}", smoothing=0.05)
         try:
             while self.step < self.steps:
-                # A generator a step: a resumed run goes on as if never stopped.
+                # One generator per step: a resumed run continues as if it had never stopped.
                 rng = np.random.default_rng([1, self.step])
                 report = batch_loss(rng)
                 if not np.isfinite(report["loss"]):
-                    raise FloatingPointError(f"loss is {report['loss']} at step {self.step}")
+                    raise TinyldmError(f"the loss is {report['loss']} at step {self.step}: take a "
+                                       "smaller learning rate")
                 norm = self.optimizer.step(learning_rate(
                     self.step, self.peak_rate, self.warmup, self.steps, self.begun))
                 self.history.append((self.step, report["loss"]))
@@ -94,12 +121,12 @@ def trained(run, stage):
 
 
 def save_state(path, optimizer, begun, history):
-    """A training's state in one file. begun: the step at which the optimiser's averages began."""
+    """Write a training's state. begun: the step at which the optimiser's averages began."""
     write_npz(path, history=np.array(history), begun=begun, **optimizer.state())
 
 
 def write_npz(path, **arrays):
-    """Arrays by name in one file, atomically, as weight files are written."""
+    """Write arrays by name into one .npz file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)

@@ -1,4 +1,7 @@
-"""What is minimised: the loss of an autoencoder, and that of a denoiser with its text encoder."""
+"""The losses: of an autoencoder, and of a denoiser with its text encoder.
+
+Each runs forward and backward on one shard of a batch and leaves the gradients on the parameters.
+"""
 import numpy as np
 
 from .. import ops
@@ -10,9 +13,10 @@ KL_WEIGHT = 1e-7
 
 
 def vae_loss(vae, images, rng, share, decoder_only=False):
-    """Loss of one shard of a batch, its gradients added to the parameters (the decoder's only).
+    """mean |decode(z) - images| + KL_WEIGHT * KL(N(mean, var), N(0, 1)), and its gradients.
 
-    images (B,H,W,3) -> {"loss", "mse", "kl"}, each times share, the shard's part of the batch.
+    images (B,H,W,3) in [-1, 1] -> {"loss", "mse", "kl"}, each times share, the shard's part of the
+    batch. decoder_only: only the decoder gets gradients.
     """
     tape = Tape()
     mean, logvar = vae.encode(images, NO_TAPE if decoder_only else tape)
@@ -35,18 +39,19 @@ def vae_loss(vae, images, rng, share, decoder_only=False):
 
 
 def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
-    """Loss of one shard of a batch, its gradients added to the parameters.
+    """mean (unet(x_t, t, text_encoder(ids)) - target)^2 at random timesteps, and its gradients.
 
-    latents (B,16,16,4) scaled, ids (B,77) -> {"loss"}, times share, the shard's part of the batch.
+    latents (B,h,w,C) of variance 1, ids (B,77) -> {"loss"}, times share, the shard's part of the
+    batch.
     """
     timesteps = sample_timesteps(rng, len(latents), schedule.num_train_timesteps)
     noise = asarray(rng.standard_normal(latents.shape, np.float32), like=latents)
     x_t = schedule.add_noise(latents, noise, timesteps)
     tape = Tape()
     context = text_encoder.forward(ids, tape)
-    prediction = unet.forward(x_t, asarray(timesteps, like=x_t), context, tape)
-    loss, cache = ops.mse(prediction, target(schedule, latents, noise, timesteps))
-    dprediction, _ = ops.mse_backward(np.float32(share), cache)
-    _, dcontext = unet.backward(dprediction, tape)
+    model_output = unet.forward(x_t, asarray(timesteps, like=x_t), context, tape)
+    loss, cache = ops.mse(model_output, target(schedule, latents, noise, timesteps))
+    doutput, _ = ops.mse_backward(np.float32(share), cache)
+    _, dcontext = unet.backward(doutput, tape)
     text_encoder.backward(dcontext, tape)
     return {"loss": share * loss}

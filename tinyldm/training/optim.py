@@ -1,27 +1,26 @@
 """Optimisation: initial weights, AdamW with clipping, a learning-rate schedule, averaged weights.
 
-All parameters lie in one flat vector and each Parameter's data is a view into it, so that a step is
-a few passes over long arrays.
+All parameters lie in one flat vector, and each Parameter's data is a view into it, so that a step
+is a few passes over long arrays.
 """
 import math
 
 import numpy as np
 
-from ..backend import asarray, get_xp, parallel, to_host
+from ..backend import asarray, get_xp, is_finite, parallel, to_host
 from ..errors import TinyldmError
 from ..models.blocks import Attention, ResnetBlock2D
 from ..models.clip import CLIPMLP, CLIPAttention
 from ..models.unet import Transformer2DModel
 
-BLOCK = 1 << 16         # numbers a worker updates at a time: four arrays of it stay in the L2 cache
+BLOCK = 1 << 16         # numbers that a worker updates at a time: four such arrays fit into L2
 
 
 def initialise(module, rng):
     """Fill every parameter of a module, float32, from a numpy Generator.
 
-    Weights are normal with variance 1/fan_in, norms 1, biases 0; what is added onto a stream that
-    is carried through starts at 0, so that at first every block is the identity (Ho et al. 2020 do
-    the same).
+    Weights are normal with variance 1/fan_in, norms 1, biases 0. The last layer of every residual
+    branch starts at 0, so that at first every block is the identity (as in Ho et al. 2020).
     """
     for name, parameter in module.named_parameters():
         shape = parameter.shape
@@ -62,8 +61,8 @@ def _last_layers(part):
 class AdamW:
     """Adam with decoupled weight decay, global-norm clipping, and a moving average of the weights.
 
-    named_parameters: pairs of a name and a Parameter whose data is set. After `step(learning_rate)`
-    the gradients are gone. `ema` holds the exponential moving average of the weights, flat.
+    named_parameters: pairs of a name and a Parameter whose data is set. `step(learning_rate)` uses
+    the gradients up. `ema` is the exponential moving average of the weights, flat.
     Source: Kingma & Ba 2014, arXiv:1412.6980, algorithm 1; Loshchilov & Hutter 2017,
     arXiv:1711.05101, algorithm 2.
     """
@@ -80,26 +79,39 @@ class AdamW:
         self.data = xp.concatenate([parameter.data.reshape(-1) for _, parameter in self.named])
         self.grad, self.m, self.v = (xp.zeros_like(self.data) for _ in range(3))
         self.ema = self.data.copy()
-        self.spans, start = [], 0                       # where each parameter lies in the vector
+        self.spans, self.views, start = [], [], 0       # where each parameter lies in the vector
         for _, parameter in self.named:
             span = slice(start, start + math.prod(parameter.shape))
             parameter.data = self.data[span].reshape(parameter.shape)
             self.spans.append(span)
+            self.views.append(parameter.data)
             start = span.stop
 
     def step(self, learning_rate):
-        """One update from the gradients on the parameters; returns their norm before clipping."""
-        for (name, parameter), span in zip(self.named, self.spans):
-            assert parameter.grad is not None, f"{name} has no gradient"
-            self.grad[span] = parameter.grad.reshape(-1)
+        """One update from the gradients on the parameters; returns their norm before clipping.
+
+        Raises TinyldmError, and leaves the weights as they are, for a gradient that is not finite
+        and for a parameter whose data was replaced: the update would no longer reach the model.
+        """
+        for (name, parameter), span, view in zip(self.named, self.spans, self.views):
+            if parameter.data is not view:
+                raise TinyldmError(f"{name} got new data after the optimiser was made: move the "
+                                   "model and load its LoRAs first, then make the optimiser")
+            grad = parameter.grad
+            assert grad is not None, f"{name} has no gradient"
+            self.grad[span] = grad.reshape(-1)
             parameter.grad = None
         xp = get_xp(self.data)
-        norm = math.sqrt(float(xp.dot(self.grad, self.grad)))
+        with np.errstate(over="ignore", invalid="ignore"):      # the next line says it
+            norm = math.sqrt(float(xp.dot(self.grad, self.grad)))
+        if not math.isfinite(norm):
+            raise TinyldmError(f"the gradient of {self._first_not_finite()} is NaN or infinite: "
+                               "take a smaller learning rate")
         self.steps += 1
         scale = min(1.0, self.clip / (norm + 1e-6))
-        # An average over the first few steps only would remember the random start: begin short.
+        # With the full decay from the start, the average would long remember the random weights.
         ema_decay = min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
-        block = BLOCK if xp is np else self.data.size   # a GPU wants few long passes
+        block = BLOCK if xp is np else self.data.size   # on a GPU few long passes are fast
 
         def update(start):
             span = slice(start, start + block)
@@ -116,7 +128,21 @@ class AdamW:
         parallel(update, range(0, self.data.size, block))
         return norm
 
+    def _first_not_finite(self):
+        """The name of the first parameter whose gradient is not finite; or of none in particular.
+
+        The sum of the squares overflows a little before a gradient does.
+        """
+        for (name, _), span in zip(self.named, self.spans):
+            if not is_finite(self.grad[span]):
+                return name
+        return "all parameters together"
+
     STATE = ("data", "m", "v", "ema")
+
+    def is_finite(self):
+        """Whether the weights and all averages are finite."""
+        return all(is_finite(getattr(self, name)) for name in self.STATE)
 
     def state(self):
         return {name: to_host(getattr(self, name)) for name in self.STATE} | {"steps": self.steps}
@@ -129,7 +155,7 @@ class AdamW:
 
 
 def load_ema(path, named_parameters):
-    """The averaged weights of a training's state file into parameters named as in that training."""
+    """Give parameters, in the order of their training, the averaged weights of its state file."""
     with np.load(path) as state:
         ema, start = state["ema"], 0
     for _, parameter in named_parameters:
@@ -140,8 +166,10 @@ def load_ema(path, named_parameters):
 
 
 def learning_rate(step, peak, warmup, total, begun=0):
-    """A straight line up over `warmup` steps from `begun`, where the optimiser's averages began,
-    times a half cosine from step `warmup` down to a twentieth at `total`.
+    """A half cosine from `peak` at step `warmup` down to a twentieth of it at `total`.
+
+    It is multiplied with a straight line up from 0 over `warmup` steps from `begun`, the step at
+    which the optimiser's averages began.
     """
     progress = min(1.0, max(0, step - warmup) / max(1, total - warmup))
     cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
