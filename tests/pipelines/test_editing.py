@@ -13,6 +13,7 @@ from tests.support.drawing import (
     assert_same_pictures,
     ours,
 )
+from tests.support.pairs import widen_guidance
 from tests.support.pictures import SIZE, hole, picture, thin
 from tests.support.reference import float32_noise
 from tests.support.small_pipelines import (
@@ -109,6 +110,7 @@ def test_a_latent_consistency_model_makes_all_steps(few, strength):
     img2img = diffusers.LatentConsistencyModelImg2ImgPipeline(
         **reference.pipe.components, requires_safety_checker=False)
     img2img.set_progress_bar_config(disable=True)
+    widen_guidance(img2img)
     with float32_noise():
         theirs = img2img(PROMPT, image=picture(), strength=strength, num_inference_steps=STEPS,
                          guidance_scale=7.5, generator=torch.Generator().manual_seed(5)).images

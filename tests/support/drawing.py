@@ -87,4 +87,5 @@ class Editing(Reference):
         editing.pipe = getattr(diffusers, f"StableDiffusion{'XL' * xl}{task}Pipeline")(
             **self.pipe.components, **({} if xl else {"requires_safety_checker": False}))
         editing.pipe.set_progress_bar_config(disable=True)
+        widen_guidance(editing.pipe)
         return Reference.__call__(editing, seeds, guidance_scale=7.5, **options)
