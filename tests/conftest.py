@@ -1,9 +1,8 @@
 """Fixtures of several test files."""
 import numpy as np
 import pytest
-import torch
 
-from tests.support import strict, tolerance
+from tests.support import extra, strict, tolerance
 from tinyldm.kernels import blocks
 from tinyldm.pipelines.stable_diffusion import load
 
@@ -11,6 +10,16 @@ from tinyldm.pipelines.stable_diffusion import load
 def pytest_addoption(parser):
     parser.addoption("--tolerances", type=float, metavar="SHARE",
                      help="list the tests whose error is more than this share of what they allow")
+
+
+def pytest_report_header():
+    return extra.header()
+
+
+def pytest_ignore_collect(collection_path):
+    name = collection_path.name
+    if name.startswith("test_") and name.endswith(".py") and extra.is_left_out(collection_path):
+        return True
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -27,6 +36,8 @@ def exact_sqrt(monkeypatch):
     Rescaling to zero terminal SNR magnifies that: 1 - alpha_bar keeps four digits at small t, and
     sigma = 4096 multiplies the last one.
     """
+    torch = pytest.importorskip("torch")
+
     def sqrt(x):
         return torch.from_numpy(np.asarray(np.sqrt(x.numpy())))
 

@@ -14,8 +14,8 @@ import tinyldm
 from tests.support import single_files
 from tests.support.drawing import Reference, assert_same_drawing, ours
 from tests.support.keys import MODELS, REFERENCE, with_lists
-from tests.support.reference import assert_close
 from tests.support.small_pipelines import change_json
+from tests.support.tolerance import assert_close
 from tinyldm.checkpoints import folders, load_pipeline_parts
 from tinyldm.checkpoints.formats.stored import StoredTensor, row_major
 from tinyldm.checkpoints.layout import file_shape, fitted

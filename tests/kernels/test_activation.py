@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 
 from tests.support.arrays import normal
-from tests.support.reference import assert_close
-from tests.support.tolerance import assert_allclose, within
+from tests.support.tolerance import assert_allclose, assert_close, within
 from tests.support.twins import TOLERANCE, both, plain
 from tinyldm import ops
 from tinyldm.kernels import activation

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tests.support.arrays import normal
-from tests.support.reference import assert_close
+from tests.support.tolerance import assert_close
 from tests.support.twins import TOLERANCE, plain
 from tinyldm import ops
 from tinyldm.kernels import attention

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tests.support.arrays import normal
-from tests.support.reference import assert_close
+from tests.support.tolerance import assert_close
 from tests.support.twins import TOLERANCE, both, plain, where_the_kernel_fits
 from tinyldm import backend, ops
 from tinyldm.kernels import conv

@@ -11,8 +11,7 @@ from tests.support import cuda_host, strict
 from tests.support.arrays import normal
 from tests.support.checks import FLOAT16, KERNEL
 from tests.support.gpu import LARGE, draw
-from tests.support.reference import assert_close
-from tests.support.tolerance import assert_allclose, assert_same_pixels, within
+from tests.support.tolerance import assert_allclose, assert_close, assert_same_pixels, within
 from tinyldm import backend, ops
 from tinyldm.kernels import cuda
 

@@ -2,7 +2,7 @@
 import pytest
 
 from tests.support.arrays import normal
-from tests.support.reference import assert_close
+from tests.support.tolerance import assert_close
 from tests.support.twins import TOLERANCE, plain, where_the_kernel_fits
 from tinyldm import ops
 from tinyldm.kernels import im2col

@@ -6,8 +6,8 @@ import torch
 from tests.support.arrays import read_only
 from tests.support.models import CLIPS
 from tests.support.pairs import clip_pair, projection_pair
-from tests.support.reference import assert_close, assert_same_gradients, reference_names
-from tests.support.tolerance import within
+from tests.support.reference import assert_same_gradients, reference_names
+from tests.support.tolerance import assert_close, within
 from tinyldm import backend
 from tinyldm.layers import Tape
 

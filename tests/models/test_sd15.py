@@ -12,7 +12,8 @@ from transformers import CLIPTextConfig
 from transformers import CLIPTextModel as ReferenceCLIP
 
 from tests.support import sd15
-from tests.support.reference import assert_close, nchw, nhwc
+from tests.support.reference import nchw, nhwc
+from tests.support.tolerance import assert_close
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 

@@ -6,14 +6,8 @@ import torch
 from tests.support.arrays import read_only
 from tests.support.models import TOLD, UNETS
 from tests.support.pairs import told_call, told_unet, unet_pair
-from tests.support.reference import (
-    assert_close,
-    assert_same_gradients,
-    copy_weights,
-    nchw,
-    nhwc,
-)
-from tests.support.tolerance import within
+from tests.support.reference import assert_same_gradients, copy_weights, nchw, nhwc
+from tests.support.tolerance import assert_close, within
 from tinyldm import backend
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Tape

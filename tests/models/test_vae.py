@@ -6,7 +6,8 @@ import torch
 from tests.support.arrays import read_only
 from tests.support.models import VAES
 from tests.support.pairs import vae_pair
-from tests.support.reference import assert_close, assert_same_gradients, nchw, nhwc
+from tests.support.reference import assert_same_gradients, nchw, nhwc
+from tests.support.tolerance import assert_close
 from tinyldm import backend
 from tinyldm.layers import Tape
 

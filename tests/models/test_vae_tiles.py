@@ -7,7 +7,8 @@ import tinyldm
 from tests.support.arrays import normal
 from tests.support.models import VAES, fill, vae_config
 from tests.support.pairs import vae_pair
-from tests.support.reference import assert_close, nchw, nhwc
+from tests.support.reference import nchw, nhwc
+from tests.support.tolerance import assert_close
 from tinyldm import backend
 from tinyldm.models import AutoencoderKL
 from tinyldm.shapes.drawing import draw

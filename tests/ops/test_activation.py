@@ -1,11 +1,10 @@
 """SiLU, GELU, GEGLU and softmax, and their gradients."""
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
 from tests.support.arrays import read_only
 from tests.support.checks import check_op, shapes
+from tests.support.extra import F, torch
 from tests.support.tolerance import assert_allclose
 from tinyldm import ops
 

@@ -2,9 +2,9 @@
 import importlib
 
 import pytest
-import torch.nn.functional as F
 
 from tests.support.checks import check_op
+from tests.support.extra import F
 from tinyldm import ops
 
 attention_module = importlib.import_module("tinyldm.ops.attention")   # ops.attention is the op

@@ -1,8 +1,8 @@
 """Convolution and nearest upsampling, and their gradients."""
 import pytest
-import torch.nn.functional as F
 
 from tests.support.checks import check_op
+from tests.support.extra import F
 from tests.support.reference import chw, hwc
 from tinyldm import ops
 

@@ -1,11 +1,9 @@
 """Tables of rows and the sinusoidal embedding of timesteps, and their gradients."""
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from diffusers.models.embeddings import get_timestep_embedding
 
 from tests.support.checks import check_op
+from tests.support.extra import F, library, torch
 from tests.support.tolerance import assert_allclose
 from tinyldm import ops
 
@@ -28,6 +26,13 @@ def test_timestep_embedding(B, dim, shift, flip, rng):
     t = rng.uniform(0, 50, B)
     check_op(ops.timestep_embedding, ops.timestep_embedding_backward, [t], waves,
              dim=dim, flip_sin_to_cos=flip, freq_shift=shift)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_timestep_embedding_in_float32(shift, flip, rng):
+    t, dim = rng.uniform(0, 50, 5), 33
     ours, _ = ops.timestep_embedding(t.astype(np.float32), dim, flip, shift)
-    theirs = get_timestep_embedding(torch.from_numpy(t), dim, flip, shift)
+    embeddings = library("diffusers.models.embeddings")
+    theirs = embeddings.get_timestep_embedding(torch.from_numpy(t), dim, flip, shift)
     assert_allclose(ours, theirs, rtol=0, atol=2e-5)

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
+from tests.support.extra import torch
 from tests.support.tolerance import assert_allclose, within
 from tinyldm.ops.erf import erf
 

@@ -1,8 +1,8 @@
 """The linear layer's matrix product and its gradients."""
 import pytest
-import torch.nn.functional as F
 
 from tests.support.checks import check_op
+from tests.support.extra import F
 from tinyldm import ops
 
 

@@ -1,8 +1,8 @@
 """Joining and splitting channels, and their gradients."""
 import pytest
-import torch
 
 from tests.support.checks import check_op, shapes
+from tests.support.extra import torch
 from tinyldm import ops
 from tinyldm.backend import get_xp
 

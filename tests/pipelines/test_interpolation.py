@@ -6,8 +6,9 @@ import torch
 
 from tests.support.drawing import NEGATIVE, STEPS, Reference, assert_same_pictures
 from tests.support.pictures import SIZE, hole, picture
-from tests.support.reference import assert_close, float32_noise, nchw
+from tests.support.reference import float32_noise, nchw
 from tests.support.small_pipelines import sd1, sdxl, smallest
+from tests.support.tolerance import assert_close
 from tinyldm import Between, TinyldmError, load
 from tinyldm.images import from_pil
 from tinyldm.noise import get_generator

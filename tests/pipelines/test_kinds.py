@@ -5,8 +5,8 @@ import torch
 
 from tests.support.drawing import NEGATIVE, PROMPT, Reference, assert_same_drawing, ours
 from tests.support.models import spoil
-from tests.support.reference import assert_close
 from tests.support.small_pipelines import change_json, lcm, sd_turbo, sdxl, sdxl_turbo
+from tests.support.tolerance import assert_close
 from tinyldm.errors import TinyldmError
 from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 from tinyldm.text.prompt import weigh

@@ -2,6 +2,7 @@
 import mmap
 import tracemalloc
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ import tinyldm
 from tests.support.arrays import normal
 from tests.support.drawing import Reference, assert_same_drawing, ours
 from tests.support.models import UNETS, VAES, fill, spoil, vae_config
-from tests.support.reference import assert_close
 from tests.support.small_pipelines import euler_ancestral, sd1, smallest
+from tests.support.tolerance import assert_close
 from tinyldm import backend, ops
 from tinyldm.checkpoints import load_model
 from tinyldm.cli.draw import main
@@ -136,3 +137,42 @@ def test_low_memory_refuses_what_is_not_finite(tmp_path):
     for dtype in (np.float32, np.float64):              # mapped, converted
         with pytest.raises(tinyldm.TinyldmError, match="conv_in.weight holds NaN"):
             pipeline.load(folder, dtype=dtype, low_memory=True)
+
+
+# ---- scratch memory -------------------------------------------------------------------------
+
+@pytest.fixture
+def traced():
+    """-> how many bytes tinyldm's kernels and backend hold that they asked for in this test."""
+    def held():
+        files = [f"{Path(backend.__file__).parent}/{name}" for name in ("backend.py", "kernels/*")]
+        traces = tracemalloc.take_snapshot().filter_traces(
+            [tracemalloc.Filter(True, file) for file in files])
+        return sum(trace.size for trace in traces.traces)
+    backend.free_scratch()
+    tracemalloc.start()
+    yield held
+    tracemalloc.stop()
+
+
+def test_scratch_memory_is_given_back(traced):
+    x, weight = normal(1, 64, 64, 32), normal(3, 3, 32, 32)
+    ops.conv2d(x, weight, padding=(1, 1))
+    assert traced() > 1e6
+    backend.free_scratch()
+    assert traced() < 1e5
+
+
+def test_a_drawing_leaves_no_scratch_memory(traced):
+    pipe = tinyldm.load()
+    pipe("a red circle", num_inference_steps=1)
+    assert traced() < 1e5
+
+
+def test_low_memory_decodes_without_the_unets_scratch_memory(monkeypatch):
+    pipe = tinyldm.load(low_memory=True)
+    decode, seen = pipe.vae.decode_tiled, []
+    monkeypatch.setattr(pipe.vae, "decode_tiled",
+                        lambda z: seen.append(len(backend._scratch)) or decode(z))
+    pipe("a red circle", num_inference_steps=1)
+    assert seen == [0]

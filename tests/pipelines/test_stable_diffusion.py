@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tests.support.drawing import NEGATIVE, PROMPT, Reference, assert_same_drawing, ours
-from tests.support.reference import assert_close, nchw, nhwc
+from tests.support.reference import nchw, nhwc
 from tests.support.small_pipelines import CONFIGURATIONS, change_json, sd1, smallest
+from tests.support.tolerance import assert_close
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.errors import TinyldmError
 from tinyldm.noise import CudaGenerator

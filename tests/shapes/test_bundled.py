@@ -7,6 +7,7 @@ import pytest
 
 import tinyldm
 from tests.support.tolerance import assert_same_pixels
+from tinyldm import backend
 from tinyldm.shapes import scenes
 from tinyldm.shapes.judge import score
 
@@ -72,3 +73,15 @@ def test_diffusers_draws_the_same_picture(pipe, sampler):
         ours = pipe(prompt, num_inference_steps=12, seed=seed,
                     sampler="euler" if sampler.startswith("Euler") else "dpmpp_2m")[0]
         assert_same_pixels(ours, theirs, 2)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+def test_no_step_of_a_drawing_overflows_or_underflows_unintended(pipe, plain):
+    """A program around it may have asked NumPy to raise for everything."""
+    def draw():
+        image, = pipe("a red circle on a blue background", num_inference_steps=3)
+        return np.asarray(image)
+    with backend.plain(plain):
+        expected = draw()
+        with np.errstate(all="raise"):
+            np.testing.assert_array_equal(draw(), expected)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from tests.support.pairs import widen_guidance, widen_waves
-from tests.support.reference import assert_close, float32_noise, nchw, nhwc
-from tests.support.tolerance import assert_same_pixels
+from tests.support.reference import float32_noise, nchw, nhwc
+from tests.support.tolerance import assert_close, assert_same_pixels
 
 PROMPT = "a photo of an astronaut riding a horse on mars, red cat"
 NEGATIVE = "low quality!"

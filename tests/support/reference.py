@@ -3,8 +3,8 @@ from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
-import torch
 
+from tests.support.extra import torch
 from tests.support.tolerance import within
 
 
@@ -66,15 +66,6 @@ def copy_weights(reference, module):
         assert shape == parameter.shape, (name, shape, parameter.shape)
         parameter.data.flags.writeable = False
     return module
-
-
-def assert_close(ours, theirs, relative, what=""):
-    """The largest difference is below `relative` of the reference's standard deviation."""
-    assert ours.shape == theirs.shape, f"{what}: {ours.shape} against {theirs.shape}"
-    scale = theirs.std() if theirs.size > 1 else abs(theirs).max()
-    error = abs(ours - theirs).max() / (scale + 1e-300)
-    within(error, relative, f"{what}, in standard deviations")
-    return error
 
 
 def assert_same_gradients(reference, module, relative=1e-6):

@@ -45,3 +45,12 @@ def report(least):
     """Lines of a table: the tests that use more than `least` of what they allow, the most first."""
     rows = sorted(((*used, test) for test, used in USED.items() if used[0] > least), reverse=True)
     return [f"{share:6.2f}  {test}  {what}" for share, what, test in rows]
+
+
+def assert_close(ours, theirs, relative, what=""):
+    """The largest difference is below `relative` of the reference's standard deviation."""
+    assert ours.shape == theirs.shape, f"{what}: {ours.shape} against {theirs.shape}"
+    scale = theirs.std() if theirs.size > 1 else abs(theirs).max()
+    error = abs(ours - theirs).max() / (scale + 1e-300)
+    within(error, relative, f"{what}, in standard deviations")
+    return error

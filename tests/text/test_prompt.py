@@ -9,9 +9,8 @@ import torch
 
 from tests.support.checks import FLOAT16
 from tests.support.drawing import STEPS, Reference, assert_same_drawing
-from tests.support.reference import assert_close
 from tests.support.small_pipelines import sd1, sd2, smallest
-from tests.support.tolerance import assert_allclose
+from tests.support.tolerance import assert_allclose, assert_close
 from tinyldm.errors import TinyldmError
 from tinyldm.images import to_pil
 from tinyldm.pipelines.stable_diffusion import load

@@ -24,6 +24,7 @@ SAFE = 80
 LOWEST = np.finfo(np.float32).min       # not -inf: less itself it is 0
 
 
+@np.errstate(under="ignore")            # weights close to 0
 def attention(q, k, v, num_heads, causal=False):
     """Twin of ops.attention. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C)."""
     B, N, C = q.shape

@@ -3,11 +3,6 @@
 NumPy makes one pass over memory an operation; on blocks that stay in a cache that is cheap. Here is
 also the memory that kernels use again and again.
 """
-import math
-import threading
-
-import numpy as np
-
 from ..backend import free_threads, parallel
 
 BLOCK = 1 << 18             # numbers a block: a MiB in float32. Smaller ones cost more in calls
@@ -26,20 +21,3 @@ def over_blocks(function, B, N, C):
     shares = [blocks[start::4 * threads] for start in range(4 * threads)]
     done = parallel(lambda share: [function(block) for block in share], filter(None, shares))
     return [result for results in done for result in results]
-
-
-_scratch = threading.local()
-
-
-def scratch(name, *shape):
-    """Uninitialised float32 numbers, this thread's: the same memory at every call with the name.
-
-    It is never handed out of a kernel: the next use of the name would write into it. New memory
-    would cost a page fault every few KiB, in the hottest loops there are.
-    """
-    size = math.prod(shape)
-    flat = getattr(_scratch, name, None)
-    if flat is None or flat.size < size:
-        flat = np.empty(size, np.float32)
-        setattr(_scratch, name, flat)
-    return flat[:size].reshape(shape)

@@ -7,16 +7,12 @@ same number but for the exponent's origin, 15 in place of 127. So a product with
 right, also for the numbers below 2^-14 that have no leading one. Infinity and NaN become finite:
 weights are read strictly, and hold neither.
 """
-import math
-
 import numpy as np
 
-from ..backend import parallel
-from .blocks import scratch
+from ..backend import parallel, scratch
 
 BLOCK = 1 << 16             # numbers at a time: four passes while they are near the core
 SIGN_AND_VALUE = -0x70002000    # the bits of int32 that remain: 0x8fffe000
-EXPONENT = 0x7c00           # all ones in infinity and NaN
 
 
 def widen(x, out):
@@ -47,13 +43,3 @@ def widened(x, name=None):
     rows = max(1, BLOCK // x.shape[1])
     parallel(lambda r: widen(x[r:r + rows], out[r:r + rows]), range(0, len(x), rows))
     return out
-
-
-def is_finite(x):
-    """Whether a contiguous x (...) holds neither infinity nor NaN: np.isfinite is slow at float16.
-    """
-    if x.dtype != np.float16:
-        return np.isfinite(x).all()
-    bits = x.reshape(-1).view(np.int16)
-    return all((bits[i:i + BLOCK] & EXPONENT).max() < EXPONENT
-               for i in range(0, math.prod(x.shape), BLOCK))

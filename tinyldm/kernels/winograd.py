@@ -20,8 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from ..backend import free_threads, parallel
-from .blocks import scratch
+from ..backend import free_threads, parallel, scratch
 from .half import widen
 
 STRIP_TILES = 128           # tiles at a time: their numbers stay near the core

@@ -1,6 +1,8 @@
 """Activations: what is applied to each number alone, and softmax over the last axis."""
 import math
 
+import numpy as np
+
 from ..backend import fast_twin, get_xp, widen
 from ..kernels import activation, cuda
 from .erf import erf
@@ -43,6 +45,7 @@ def gelu(x):
     return (x * _normal_cdf(x)).astype(x.dtype, copy=False), x
 
 
+@np.errstate(under="ignore")            # far out the density is 0
 def gelu_backward(dy, x):
     """dx = dy * (Phi(x) + x * phi(x)),  phi = exp(-x^2/2) / sqrt(2 pi), the derivative of Phi."""
     x_wide = widen(x)
@@ -86,6 +89,7 @@ def geglu_backward(dy, x):
     return get_xp(x).concatenate([dy * gelu(gate)[0], dgate], axis=-1)
 
 
+@np.errstate(under="ignore")            # the share of a small score is 0
 def softmax(x):
     """y = exp(x) / sum(exp(x)) over the last axis; less the row's maximum, so nothing overflows."""
     y = widen(x) - x.max(axis=-1, keepdims=True)
@@ -95,6 +99,7 @@ def softmax(x):
     return y, y
 
 
+@np.errstate(under="ignore")
 def softmax_backward(dy, y):
     """dx = y * (dy - sum(y * dy)): raising one score lowers all other shares."""
     y_wide = widen(y)

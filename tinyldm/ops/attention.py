@@ -1,4 +1,6 @@
 """Attention: every query takes a mean of the values, weighted by how well the keys match it."""
+import numpy as np
+
 from ..backend import fast_twin, get_xp, widen
 from ..kernels import attention as blocked
 from ..kernels import cuda
@@ -30,6 +32,7 @@ def _weights(q, k, start, causal):
 
 
 @fast_twin(cpu=blocked.attention, gpu=cuda.attention)
+@np.errstate(under="ignore")            # weights close to 0
 def attention(q, k, v, num_heads, causal=False):
     """Scaled dot-product attention, each head on its own d = C/h channels.
 
@@ -48,6 +51,7 @@ def attention(q, k, v, num_heads, causal=False):
     return _merge_heads(y).astype(q.dtype, copy=False), (q, k, v, num_heads, causal)
 
 
+@np.errstate(under="ignore")
 def attention_backward(dy, cache):
     """dy (B,N,C) -> dq (B,N,C), dk (B,M,C), dv (B,M,C).
 

@@ -3,6 +3,8 @@
 Each backward takes dloss, the gradient of what the loss becomes part of. The loss of float16 arrays
 is float32, being a sum.
 """
+import numpy as np
+
 from ..backend import get_xp, widen
 
 
@@ -54,6 +56,7 @@ def kl_normal_backward(dloss, cache):
     return (mean * scale).astype(mean.dtype, copy=False), dlogvar.astype(logvar.dtype, copy=False)
 
 
+@np.errstate(under="ignore")            # the share of a small logit is 0
 def cross_entropy(logits, labels):
     """Minus the log of the right class's share, mean over the rows.
 
@@ -68,6 +71,7 @@ def cross_entropy(logits, labels):
     return (log_sum - shifted[rows, labels]).mean(), (logits, labels)
 
 
+@np.errstate(under="ignore")
 def cross_entropy_backward(dloss, cache):
     """-> dlogits (R,V) = (softmax(logits) - onehot(labels)) / R."""
     logits, labels = cache

@@ -14,7 +14,7 @@ import operator
 
 import numpy as np
 
-from ..backend import array_library, get_xp, keep_freed_memory
+from ..backend import array_library, free_scratch, get_xp, keep_freed_memory
 from ..diffusion.samplers import default_sampler, get_sampler
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError
@@ -235,7 +235,10 @@ class StableDiffusion:
         z = self._array(latents) / self.vae.scaling_factor
         z = z.astype(self.vae.post_quant_conv.bias.data.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
+        if self.low_memory:
+            free_scratch()                              # what the UNet used
         images = [decode(z[i:i + 1]) for i in range(len(z))]
+        free_scratch()
         for i, image in enumerate(images):
             if not is_finite(image):
                 culprit = first_bad_layer(self.vae, lambda i=i: decode(z[i:i + 1]))

@@ -11,7 +11,7 @@ import tinyldm
 from tests.support import small_pipelines, strict
 from tests.support.addons import WORD, vectors, write
 from tests.support.drawing import STEPS, Reference, assert_same_pictures
-from tests.support.reference import assert_close
+from tests.support.tolerance import assert_close
 from tinyldm.checkpoints import add_word, load_model, save_model
 from tinyldm.errors import TinyldmError
 from tinyldm.models import CLIPTextModel, CLIPTextModelWithProjection

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...backend import is_finite
 from ...errors import TinyldmError
-from ...kernels.half import is_finite
 
 # bfloat16 is the upper half of a float32; NumPy has no such type, so it is read as bare bits.
 DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"),
@@ -50,7 +50,7 @@ class StoredTensor(NamedTuple):
         with np.errstate(over="ignore"):                # what overflows is reported below
             array = np.require(values, dtype, ["ALIGNED", *["C_CONTIGUOUS"] * contiguous])
         mapped = np.may_share_memory(array, view)
-        if not is_finite(np.ascontiguousarray(view if mapped else array)):
+        if not is_finite(view if mapped else array):
             raise TinyldmError(f"{self.path}: the tensor {self.name} holds NaN, infinity or "
                                f"numbers too large for {array.dtype}: use another file")
         if not mapped:
