@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from tests.support import extra, strict, tolerance
+from tinyldm import backend
 from tinyldm.kernels import blocks
 from tinyldm.pipelines.stable_diffusion import load
 
@@ -57,6 +58,16 @@ def block_size(request, monkeypatch):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """The caller and one worker, whatever this machine has."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(backend, "_workers", None)
+    yield
+    if backend._workers is not None:
+        backend._workers.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,6 @@ from tinyldm import backend
 
 # ---- worker threads -------------------------------------------------------------------------
 
-@pytest.fixture
-def two_threads(monkeypatch):
-    """The caller and one worker, whatever this machine has."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setattr(backend, "_workers", None)
-    yield
-    if backend._workers is not None:
-        backend._workers.shutdown()
-
-
 def blas_threads():
     pools = threadpoolctl.threadpool_info()
     return [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]

@@ -29,7 +29,7 @@ from tinyldm.layers import Tape
 from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from tinyldm.pipelines.stable_diffusion import load
 from tinyldm.training.objectives import diffusion_loss, vae_loss
-from tinyldm.training.optim import AdamW, initialise, modules
+from tinyldm.training.optim import AdamW, initialise
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def results(model, config, library, dtype):
     tape = Tape()
     outputs, gradients = run(tape)
     gradients |= {name: parameter.grad for name, parameter in module.named_parameters()}
-    assert len(tape) == 0
+    assert not tape.entries
     for name, x in (outputs | gradients).items():
         assert isinstance(x, library.ndarray) and x.dtype == kind, f"{name} is {x.dtype}"
     return [{name: backend.to_host(x).astype(np.float32) for name, x in group.items()}
@@ -191,7 +191,7 @@ def test_the_models_use_every_layer():
     rng = np.random.default_rng(0)
     used = {type(part) for model, config in ((unet, UNETS["as SD 1"]), (vae, VAES["two levels"]),
                                              (clip, CLIPS["as SD 1"]))
-            for part in modules(model(config, np.asarray, rng)[0])}
+            for _, part in layers.named_modules(model(config, np.asarray, rng)[0])}
     assert used >= {layer for layer in vars(layers).values()
                     if isinstance(layer, type) and issubclass(layer, layers.Module)
                     and layer is not layers.Module and not layer.__name__.startswith("_")}

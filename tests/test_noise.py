@@ -1,4 +1,4 @@
-"""Normal numbers against torch's CPU generator, bit for bit; a GPU's against published ones."""
+"""Normal numbers: bit for bit those of torch on the CPU; those of a GPU as far as published."""
 import math
 from fractions import Fraction
 
@@ -36,7 +36,7 @@ def test_shapes(shape):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_successive_draws_equal_torch(seed):
-    """Mixed sizes on one generator: the kept number of the scalar path outlives a block draw."""
+    """Mixed sizes on one generator: the kept number of a pair survives a draw of blocks."""
     ours, theirs = noise.Generator(seed), torch.Generator().manual_seed(seed)
     for size in [3, 16, 1, 5, 100, 0, 1, 4096, 15, 17, 2, 1, 33, 15, 36864, 1, 20]:
         assert_same_bits(ours.randn(size), torch.randn(size, generator=theirs))
@@ -60,13 +60,13 @@ def test_a_radius_of_zero():
 
 
 def test_many_numbers():
-    """Two million, so that rare roundings come up too."""
+    """Two million, so that rare roundings occur, too."""
     expected = torch.randn(2_000_000, generator=torch.Generator().manual_seed(11))
     assert_same_bits(noise.randn(2_000_000, 11), expected)
 
 
 def rounded_once(a, b, c):
-    """The float32 number nearest to a * b + c, which is no tie, in exact fractions."""
+    """The float32 number nearest to a * b + c (no tie), computed with exact fractions."""
     exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
     near = np.float32(float(exact))
     around = [np.nextafter(near, np.float32(-np.inf)), near,
@@ -75,14 +75,14 @@ def rounded_once(a, b, c):
 
 
 def test_fma_rounds_once():
-    """Sums that lie 2**-64 beside the middle of two float32 numbers: rounding twice goes wrong."""
+    """Sums 2**-64 away from the middle of two float32 numbers: rounding twice is wrong there."""
     big, small = np.float32((1 + 2**-20) * 2**-12), np.float32((1 - 2**-20) * 2**-12)
     a = np.array([big, -big, big, -big] * 2)
     b = np.full(8, small)
     c = np.float32([1, 1, -1, -1] * 2) + np.float32([0] * 4 + [2**-23, 2**-23, -2**-23, -2**-23])
     expected = np.array([rounded_once(*abc) for abc in zip(a, b, c)])
     naive = (a.astype(np.float64) * b + c).astype(np.float32)
-    assert (naive != expected).any()                                # the cases do bite
+    assert (naive != expected).any()                                # the cases matter
     np.testing.assert_array_equal(noise.fma(a, b, c), expected)
 
 
@@ -105,7 +105,7 @@ def test_seeds_torch_does_not_take(seed, kind):
         kind(seed)
 
 
-# ---- as a GPU draws -------------------------------------------------------------------------
+# ---- as on a GPU ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("counter, key, expected", [
     ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
@@ -113,7 +113,7 @@ def test_seeds_torch_does_not_take(seed, kind):
     ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], (0xA4093822, 0x299F31D0),
      [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1])])
 def test_philox_known_answers(counter, key, expected):
-    """Those of Random123, the paper's library: kat_vectors, philox4x32 with 10 rounds."""
+    """From Random123, the paper's library: kat_vectors, philox4x32 with 10 rounds."""
     words = noise.philox(np.array(counter, np.uint64)[:, None], key)
     assert words[:, 0].tolist() == expected
 
@@ -135,9 +135,9 @@ def test_published_cuda_numbers():
     (9, [0.8888, -0.5659, 0.5834, -0.7469, 1.1912, -0.3923, 1.1241, -0.4424]),
     (3, [-0.5649, 0.2402, -0.5518, 0.1248, 1.1328, -0.2443, -0.0325, -1.0078])])
 def test_noise_that_a_gpu_drew(seed, published):
-    """Given pure noise (t = 1000), Stable Diffusion 1.4's UNet answers about that noise.
+    """Given pure noise (t = 1000), Stable Diffusion 1.4's UNet predicts about that noise.
 
-    So these answers, from diffusers' test_models_unet_2d_condition.py, show what noise a GPU drew.
+    So these outputs, from diffusers' test_models_unet_2d_condition.py, show the noise of a GPU.
     """
     drawn = noise.CudaGenerator(seed).randn((4, 4, 64, 64))[-1, -2:, -2:, :2].reshape(-1)
     assert np.corrcoef(drawn, published)[0, 1] > 0.999
@@ -145,7 +145,7 @@ def test_noise_that_a_gpu_drew(seed, published):
 
 
 def one_cuda_number(seed, i, threads, calls=0):
-    """Number i of a draw after so many calls, alone and in float64."""
+    """Number i of a draw after `calls` calls, computed alone and in float64."""
     turn, place = divmod(i, 4 * threads)
     which, thread = divmod(place, threads)
     counter = np.array([[calls + turn], [0], [thread], [0]], np.uint64)
@@ -157,7 +157,7 @@ def one_cuda_number(seed, i, threads, calls=0):
 @pytest.mark.parametrize("threads", [1, 8, 200])
 @pytest.mark.parametrize("seed", [0, 2**32 + 5, 2**64 - 1])
 def test_the_places_of_a_threads_numbers(threads, seed):
-    """Draws below, at and far above what the threads give in one call; one after the other."""
+    """Successive draws of fewer, as many and far more numbers than the threads give per call."""
     generator, calls = noise.CudaGenerator(seed, threads), 0
     for shape in [(3,), (), (8, 4), (0,), (2, 3, 37), (1,)]:
         ours = generator.randn(shape).reshape(-1)
@@ -179,10 +179,10 @@ def test_a_million_cuda_numbers_are_normal():
     assert abs((normals ** 4).mean() - 3) < 0.03 and np.isfinite(normals).all()
 
 
-# ---- as NumPy draws -------------------------------------------------------------------------
+# ---- as in NumPy ----------------------------------------------------------------------------
 
 def test_numpy_numbers():
-    """Its last numbers of 10,000 are published in apple/ml-stable-diffusion's test of its RNG."""
+    """apple/ml-stable-diffusion's test of its RNG gives the last five of 10,000 numbers."""
     ours, theirs = noise.NumpyGenerator(12345), np.random.RandomState(12345)
     normals = ours.randn(10000)
     assert_allclose(normals[-5:], [-0.86285345, 2.15229409, -0.00670556, -1.21472309,

@@ -3,7 +3,7 @@
     pipe = tinyldm.load()                       # the bundled model, a folder, or a name on the hub
     pipe("a red circle on a blue background")[0].save("out.png")
 
-Public names only. Each is imported when it is first asked for, so that `import tinyldm` is instant.
+Public names only. Each is imported when it is first used, so that `import tinyldm` is instant.
 """
 import importlib
 

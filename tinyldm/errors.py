@@ -1,4 +1,4 @@
-"""What users are told: the one exception for bad input, and notes, which are warnings."""
+"""Messages for users: the one exception for bad input, and notes, which are warnings."""
 import sys
 import warnings
 

@@ -1,7 +1,4 @@
-"""Small files of every part: JSON read strictly, and writing that leaves a file whole or untouched.
-
-Used by whatever reads a config or writes a result; it knows nothing of what is in them.
-"""
+"""Files for every part: strict reading of JSON, and writing that leaves no half-written file."""
 import json
 import os
 import shutil
@@ -12,7 +9,7 @@ from .errors import TinyldmError
 
 
 def read_json(path):
-    """The object in a JSON file. Raises TinyldmError for a missing, malformed or other file."""
+    """The object in a JSON file. Raises TinyldmError for a missing or malformed file."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -26,7 +23,7 @@ def read_json(path):
 
 
 def write_json(path, content, indent=2):
-    """Write an object as a JSON file, whole or not at all, in a folder made where it is missing."""
+    """Write an object as a JSON file, whole or not at all; its folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
@@ -34,21 +31,21 @@ def write_json(path, content, indent=2):
 
 @contextmanager
 def temporary_beside(path):
-    """A name in the folder of `path`, which is free again afterwards.
+    """A temporary name in the folder of `path`; a file of that name is deleted at the end.
 
-    Raises TinyldmError where nothing can be written there.
+    Raises TinyldmError if nothing can be written there.
     """
     with _free_name(Path(path)) as temporary:
         try:
             yield temporary
         finally:
-            with suppress(OSError):                     # moved away, or never made
+            with suppress(OSError):                     # moved away, or never written
                 temporary.unlink()
 
 
 @contextmanager
 def _free_name(path):
-    """A name beside path; what the system has against writing there is a TinyldmError."""
+    """A name beside path; the system's errors in writing there become TinyldmErrors."""
     try:
         yield path.with_name(f".{path.name}.{os.getpid()}.tmp")
     except OSError as error:
@@ -60,7 +57,7 @@ def _free_name(path):
 def replacing(path):
     """A temporary name beside `path`, moved there at the end: `path` is whole or untouched.
 
-    Raises TinyldmError where the file cannot be written.
+    Raises TinyldmError if the file cannot be written.
     """
     with temporary_beside(path) as temporary:
         yield temporary
@@ -71,7 +68,7 @@ def replacing(path):
 def new_folder(path):
     """A temporary folder beside `path`, moved there at the end: `path` is whole or not there.
 
-    Raises TinyldmError for a path with something in it, and where nothing can be written.
+    Raises TinyldmError if `path` is not empty, or if nothing can be written there.
     """
     path = Path(os.path.abspath(path))
     with _free_name(path) as temporary:
@@ -81,7 +78,7 @@ def new_folder(path):
             temporary.mkdir(parents=True)
             yield temporary
             if path.exists():
-                path.rmdir()                            # not every system replaces a folder
+                path.rmdir()                            # some systems do not replace a folder
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)    # moved away, or left half-written

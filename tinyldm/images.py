@@ -1,7 +1,6 @@
-"""Pictures in and out: files <-> PIL images <-> the arrays in [-1, 1] of the VAE.
+"""Pictures in and out: files <-> PIL images <-> the VAE's arrays in [-1, 1].
 
-Beside pipeline.py and __main__.py, which call it at both ends; the conversions are those of
-diffusers' image processor. What a person's file may have wrong ends here in a TinyldmError.
+The conversions are those of diffusers' image processor. A bad file ends in a TinyldmError.
 """
 import os
 
@@ -14,26 +13,23 @@ from .files import replacing, temporary_beside
 # ---- files ----------------------------------------------------------------------------------
 
 def open_image(path, mode="RGB"):
-    """The picture in a file, upright, as a PIL image of a mode ("RGB", or "L" for a mask).
+    """Read a file -> an upright PIL image of this mode ("RGB", or "L" for a mask).
 
-    Raises TinyldmError for a file that is not there or not a picture.
+    Raises TinyldmError for a file that is missing or not a picture.
     """
     from PIL import Image, ImageOps  # takes long to import
 
     try:
         with Image.open(path) as image:
             return _converted(ImageOps.exif_transpose(image), mode)
-    except Exception as error:          # Pillow's plugins raise all kinds for a damaged file
+    except Exception as error:          # Pillow raises many types for damaged files
         reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
         raise TinyldmError(f"cannot read {path} as a picture{reason}: give a PNG, a JPEG or "
                            "another file that Pillow reads") from None
 
 
 def check_output(path):
-    """Find out before the long drawing whether a picture can be saved there: write a small one.
-
-    Raises TinyldmError.
-    """
+    """Before a long drawing, write a small picture. Raises TinyldmError if that fails."""
     from PIL import Image
 
     if not os.path.isdir(path.parent):
@@ -43,7 +39,7 @@ def check_output(path):
 
 
 def save(image, path, text, **options):
-    """Write under a temporary name, then move into place: the file is whole or not there."""
+    """Save a picture under a temporary name, then move it: the file is whole or not there."""
     with replacing(path) as temporary:
         write(image, path, temporary, text, **options)
 
@@ -53,18 +49,18 @@ def write(image, path, temporary, text, **options):
     from PIL import Image, PngImagePlugin
 
     suffix = path.suffix.lower()
-    Image.preinit()                                     # the usual formats; all take 0.2 s more
+    Image.preinit()                                     # the usual formats; loading all takes 0.2 s
     image_format = Image.EXTENSION.get(suffix) or Image.registered_extensions().get(suffix)
     if image_format not in Image.SAVE:
         known = sorted(end for end, name in Image.EXTENSION.items() if name in Image.SAVE)
-        raise TinyldmError(f"{path} must end as a picture format does that Pillow writes: "
+        raise TinyldmError(f"{path} must end as a picture format that Pillow writes: "
                            f"{' '.join(known)}")
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("parameters", text)
     options |= {"PNG": {"pnginfo": chunks}, "JPEG": {"quality": 95}}.get(image_format, {})
     try:
         image.save(temporary, image_format, **options)
-    except (KeyError, ValueError) as error:             # what plugins say of a mode or a size
+    except (KeyError, ValueError) as error:             # from plugins, for a mode or a size
         raise TinyldmError(f"cannot write {path}: {image_format} does not take this picture "
                            f"({error}): choose another format") from None
 
@@ -72,7 +68,7 @@ def write(image, path, temporary, text, **options):
 # ---- arrays ---------------------------------------------------------------------------------
 
 def check_image(name, image):
-    """Raise TinyldmError for what is not a PIL image."""
+    """Raise TinyldmError for anything but a PIL image."""
     from PIL import Image
 
     if not isinstance(image, Image.Image):
@@ -81,23 +77,21 @@ def check_image(name, image):
 
 
 def from_pil(image, size):
-    """A PIL image -> (1,H,W,3) float32 in [-1, 1], resized to size = (W, H)."""
+    """Resize a PIL image to size = (W, H) -> (1,H,W,3) float32 in [-1, 1]."""
     pixels = np.asarray(_resized(_converted(image, "RGB"), size), np.float32)
     return (pixels / 255 * 2 - 1)[None]
 
 
 def mask_from_pil(mask, size):
-    """A PIL image -> (1,H,W,1) float32, resized: 1 where it is at least half white, else 0."""
+    """Resize a PIL image to size = (W, H) -> (1,H,W,1) float32: 1 if at least half white, else 0.
+    """
     pixels = np.asarray(_converted(_resized(mask, size), "L"), np.float32)
     return (pixels / 255 >= 0.5).astype(np.float32)[None, :, :, None]
 
 
 def _converted(image, mode):
-    """A PIL image in another mode: what is transparent lies on white, as pages show it.
-
-    Of 16 bits Pillow's own convert leaves 255 of all above 255.
-    """
-    if image.mode.startswith("I;16"):
+    """Convert a PIL image to a mode, with white behind transparent parts, as web pages show it."""
+    if image.mode.startswith("I;16"):                   # Pillow's convert would clip at 255
         image = image.convert("I").point(lambda value: value / 257)
     if "A" in image.getbands() or "transparency" in image.info:
         from PIL import Image
@@ -114,7 +108,7 @@ def _resized(image, size):
 
 
 def check_mask_size(mask, image):
-    """Warn of a mask that is not of its picture's size."""
+    """A note on a mask that is not of its image's size."""
     if mask.size != image.size:
         note(f"the mask is {mask.width}x{mask.height} pixels and the image "
              f"{image.width}x{image.height}: the mask is resized")

@@ -1,18 +1,25 @@
-"""Layers: ops with parameters, and the tape that lies between a forward and its backward.
+"""Layers: ops with parameters, and the tape that links a forward to its backward.
 
-A layer's forward leaves on the tape what its backward needs; the backward is the forward read from
-the bottom up. Models (models/) are layers made of layers.
+A layer's forward saves on the tape what its backward needs; the backward is the forward read from
+the bottom up. Models (models/) are layers made of layers. In every signature `tape` comes right
+after the required inputs; whatever is optional follows it and is passed by keyword.
 """
+import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
+import numpy as np
+
 from . import ops
+from .backend import get_xp
+
+_hooks = ContextVar("forward hooks", default=())        # {layer: hook}, one per forward_hooks
 
 
 class _NoTape:
-    """Inference: what a layer saves is dropped at once, so nothing is kept."""
+    """For inference: nothing is saved, so every cache is freed at once."""
 
     def save(self, layer, cache):
         pass
@@ -22,16 +29,13 @@ NO_TAPE = _NoTape()
 
 
 class Tape:
-    """The stack of what forward saved.
+    """A stack of what the forward saved: `entries`, (layer, cache) each, the last one on top.
 
-    Backward runs in the opposite order, so each layer finds its own on top.
+    Backward runs in the opposite order, so each layer finds its own cache on top.
     """
 
     def __init__(self):
         self.entries = []
-
-    def __len__(self):
-        return len(self.entries)
 
     def save(self, layer, cache):
         self.entries.append((layer, cache))
@@ -44,28 +48,31 @@ class Tape:
         return cache
 
 
-# The number of the shard that this thread works on, where several threads share a batch.
+# The number of the shard of a batch that this thread works on.
 SHARD = ContextVar("shard", default=0)
 
 
 class Parameter:
-    """An array to train: data of a known shape (None until loaded), and the gradient so far.
+    """An array to train: its shape, its data (None until loaded) and the sum of its gradients.
 
-    Threads that share a model each gather the gradient of their own shard. `grad` adds these up in
-    the order of the shards, so that the sum does not depend on which thread was first.
+    Each shard of a batch has a sum of its own. `grad` adds these up in the order of the shards, so
+    that the result does not depend on which worker thread was first.
     """
+
+    _lock = threading.Lock()                            # threads may also share a shard
 
     def __init__(self, *shape):
         self.shape, self.data, self._grads = shape, None, {}
 
     def add_grad(self, grad):
         assert grad.shape == self.shape, f"gradient {grad.shape} for a parameter {self.shape}"
-        before = self._grads.get(SHARD.get())
-        self._grads[SHARD.get()] = grad if before is None else before + grad
+        with self._lock:
+            before = self._grads.get(SHARD.get())
+            self._grads[SHARD.get()] = grad if before is None else before + grad
 
     @property
     def grad(self):
-        """The sum of all gradients added since it was last set to None, or None."""
+        """The sum of all gradients since it was last set to None; None if there are none."""
         grads = [self._grads[shard] for shard in sorted(self._grads)]
         return reduce(add, grads) if grads else None
 
@@ -77,60 +84,71 @@ class Parameter:
 class Module:
     """Something with parameters, a forward and a backward.
 
-    Attributes are named as in the public weight files.
+    Its attributes have the names of the public weight files.
     """
 
     def __call__(self, *inputs, **options):
-        return self.forward(*inputs, **options)
+        forward = self.forward
+        for hooks in _hooks.get():                      # usually none
+            if self in hooks:
+                forward = partial(hooks[self], forward)
+        return forward(*inputs, **options)
+
+    @property
+    def dtype(self):
+        """The dtype of activations: the widest of all parameters.
+
+        Large weights may be stored in a narrower one; they are widened when they are used.
+        """
+        return np.result_type(*{parameter.data.dtype for parameter in self.parameters()})
+
+    @property
+    def xp(self):
+        """The library of the parameters' arrays: numpy or cupy."""
+        return get_xp(next(self.named_parameters())[1].data)
 
     def named_parameters(self, prefix=""):
-        """Every (name, Parameter), names joined by dots; a list's items are named by number."""
-        for name, value in vars(self).items():
-            yield from _named(value, prefix + name)
+        """Every (name, Parameter); dots join names, and an item of a list is named by its index."""
+        return ((name, item) for name, item in _walk(self, prefix) if isinstance(item, Parameter))
 
     def parameters(self):
         return [parameter for _, parameter in self.named_parameters()]
 
 
-def _named(value, name):
-    if isinstance(value, Parameter):
-        yield name, value
-    elif isinstance(value, Module):
-        yield from value.named_parameters(name + ".")
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _named(item, f"{name}.{i}")
-
-
 def named_modules(owner, prefix=""):
-    """Every (name, Module) inside a module, or inside what holds some; an outer one comes first."""
+    """Every (name, Module) inside a module or another object; an outer module comes first."""
+    return ((name, item) for name, item in _walk(owner, prefix) if isinstance(item, Module))
+
+
+def _walk(owner, prefix):
+    """Every (name, Module or Parameter) in owner's attributes and in lists, at any depth."""
     for name, value in vars(owner).items():
-        items = [(name, value)]
-        if isinstance(value, list):
-            items = [(f"{name}.{i}", item) for i, item in enumerate(value)]
-        for path, item in items:
+        for path, item in _flat(prefix + name, value):
+            if isinstance(item, (Module, Parameter)):
+                yield path, item
             if isinstance(item, Module):
-                yield prefix + path, item
-                yield from named_modules(item, f"{prefix}{path}.")
+                yield from _walk(item, path + ".")
+
+
+def _flat(name, value):
+    if not isinstance(value, list):
+        return [(name, value)]
+    return [pair for i, item in enumerate(value) for pair in _flat(f"{name}.{i}", item)]
 
 
 @contextmanager
-def forward_hooks(layers, watch):
-    """Within it every one of the (name, layer) runs watch(name, layer, its forward) as its forward.
+def forward_hooks(hooks):
+    """Inside the `with`, a call of a layer in {layer: hook} is hook(layer.forward, *inputs).
 
-    An attribute of the layer hides its class's forward, so what is not watched pays nothing. One
-    `with` inside another watches the watched forward.
+    The hook runs the forward it gets and returns the output. Several sets of hooks may be active;
+    the set entered last is the outermost. They apply in this thread and in the workers it starts
+    (`backend.parallel`), never in another thread that uses the same layers.
     """
-    before = [(layer, vars(layer).get("forward")) for _, layer in layers]
+    _hooks.set((*_hooks.get(), hooks))
     try:
-        for name, layer in layers:
-            layer.forward = watch(name, layer, layer.forward)
         yield
-    finally:
-        for layer, forward in before:
-            vars(layer).pop("forward", None)
-            if forward is not None:
-                layer.forward = forward
+    finally:                                            # perhaps not the last: find it by identity
+        _hooks.set(tuple(other for other in _hooks.get() if other is not hooks))
 
 
 def _data(parameter):
@@ -158,7 +176,7 @@ class Linear(Module):
 
 
 class Conv2d(Module):
-    """A convolution with bias. weight (K,K,C,O), in files (O,C,K,K); padding = (before, after)."""
+    """A convolution with bias. weight (K,K,C,O), in files (O,C,K,K). padding = (before, after)."""
 
     def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=None):
         self.weight = Parameter(kernel_size, kernel_size, in_channels, out_channels)
@@ -179,7 +197,7 @@ class Conv2d(Module):
 
 
 class _Norm(Module):
-    """What the three norms share: weight and bias of one number a channel, and the walk back."""
+    """Shared by the three norms: one weight and one bias per channel, forward and backward."""
 
     def __init__(self, channels, *options):
         self.weight, self.bias = Parameter(channels), Parameter(channels)
@@ -204,7 +222,7 @@ class GroupNorm(_Norm):
 
 
 class GroupNormSiLU(_Norm):
-    """GroupNormSiLU(channels, num_groups, eps): the norm with the activation behind it."""
+    """GroupNormSiLU(channels, num_groups, eps): GroupNorm, then SiLU."""
 
     op, op_backward = staticmethod(ops.group_norm_silu), staticmethod(ops.group_norm_silu_backward)
 
@@ -216,7 +234,7 @@ class LayerNorm(_Norm):
 
 
 class Embedding(Module):
-    """A table of rows. weight (V,C)."""
+    """A table with one row per id. weight (V,C)."""
 
     def __init__(self, num_embeddings, channels):
         self.weight = Parameter(num_embeddings, channels)
@@ -246,9 +264,9 @@ class Activation(Module):
 
 
 class Upsample(Module):
-    """Nearest ×2, or to a size, and no parameters."""
+    """Nearest-neighbour upsampling, ×2 or to size = (height, width). No parameters."""
 
-    def forward(self, x, size=None, tape=NO_TAPE):      # (B,H,W,C) -> (B,2H,2W,C)
+    def forward(self, x, tape=NO_TAPE, *, size=None):   # (B,H,W,C) -> (B,2H,2W,C)
         y, cache = ops.upsample_nearest(x, size)
         tape.save(self, cache)
         return y

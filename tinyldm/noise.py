@@ -1,35 +1,27 @@
-"""Normal numbers from a seed, the same ones as elsewhere: torch's on the CPU or a GPU, or NumPy's.
+"""Normal numbers from a seed, equal to those of torch on the CPU or on a GPU, or of NumPy.
 
-Where it stands: seed -> latents x_T, and the fresh noise of the stochastic samplers. A picture of
-another implementation can be drawn again here only if both start from the same numbers, so this
-file retraces how they are made: a class a kind, all with a method randn, by name in GENERATORS.
+The latents x_T and the fresh noise of stochastic samplers come from here. To draw a picture of
+another implementation again, both must start from the same numbers. So each class in GENERATORS
+follows, step by step, how one library makes its numbers. Explained: docs/noise.md
 
-"torch-cpu", Generator, equals torch on the CPU bit for bit:
+"torch-cpu", Generator, equals torch on the CPU bit for bit. The Mersenne Twister MT19937 (NumPy's
+is the same) gives 32-bit words; the low 24 bits of a word are a uniform number; the Box-Muller
+transform turns two uniform numbers into two normal ones. torch computes 16 numbers at a time with
+vector instructions: logarithm, sine and cosine are short float32 polynomials from the Cephes
+library, and a*b + c is rounded once, not twice (fused multiply-add). Both affect the last bits, so
+both are done here too. For fewer than 16 numbers, torch computes one at a time in float64.
 
-1. The Mersenne Twister MT19937 gives 32-bit words. NumPy has the same engine, seeded the same way.
-2. The low 24 bits of a word are a uniform number in [0, 1) that float32 holds exactly.
-3. Box and Muller turn two uniform numbers into two normal ones: a radius sqrt(-2 ln u1) and an
-   angle 2 pi u2 are the polar coordinates of a point whose x and y are independent and normal.
-4. torch does that to 16 numbers at a time with vector instructions: logarithm, sine and cosine
-   are short polynomials in float32 (from the Cephes library), and a*b + c is rounded once, not
-   twice (a fused multiply-add). Both decide the last bits, so both are done here as well.
-   Below 16 numbers it takes another road: one at a time, in float64, with the C library.
+"torch-cuda", CudaGenerator, follows torch on an NVIDIA GPU, but runs on the CPU. A word of the
+twister depends on all words before it, so threads would have to wait for each other. Philox has no
+state: it is a function of a counter and a key that scrambles four words. The key is the seed; the
+counter holds the number t of the thread and the number of its call. Thread t of T writes its four
+normal numbers to the places t, t + T, t + 2T and t + 3T, and those of its next call 4T further on.
+A GPU starts one thread per number, up to the T that fit on it, so GPUs differ only for more than T
+numbers. (A T4, a small GPU, has T = 40,960; a picture of 512x512 pixels needs 16,384 numbers.)
+A GPU's sine and cosine are approximations, so the numbers agree to about 1e-6. This was
+compared with the few numbers that are published.
 
-"torch-cuda", CudaGenerator, follows torch on an NVIDIA GPU, without one:
-
-1. A twister's word depends on all words before it, and a GPU's threads cannot wait for each other.
-   Philox has no state to hand on: it is a function of a counter and a key, which scrambles four
-   words in ten rounds of multiplications so that they pass for random. The key is the seed; the
-   counter says which thread asks (t) and which of its calls this is.
-2. A call gives a thread four words, and Box and Muller turn them into four normal numbers.
-3. Thread t of T writes its four to the places t, t + T, t + 2T and t + 3T, its next call's to
-   4T more. A GPU starts one thread a number, up to as many as it can hold at once: only beyond that
-   (40,960 on a T4, a small one; a picture of 512x512 pixels asks for 16,384 numbers) does a thread
-   use more than the first of its four, and do GPUs differ.
-4. A GPU's own sine and cosine are approximate, so the numbers agree to about a millionth: with the
-   few that are published, and no closer was looked.
-
-"numpy", NumpyGenerator, is np.random.RandomState, which many public tests draw their latents from.
+"numpy", NumpyGenerator, is np.random.RandomState, from which many public tests draw latents.
 
 Sources: Matsumoto & Nishimura 1998, "Mersenne Twister"; Box & Muller 1958, "A note on the
 generation of random normal deviates"; Moshier's Cephes library (logf, sinf, cosf); PyTorch 2.13,
@@ -46,8 +38,8 @@ import numpy as np
 from .errors import TinyldmError
 
 F32 = np.float32
-BLOCK = 16                  # torch's vector path: 8 radii and 8 angles make 16 normal numbers
-A100_THREADS = 221184       # what one can hold: 108 multiprocessors with 2048 threads each
+BLOCK = 16                  # torch's vector code: 8 radii and 8 angles give 16 normal numbers
+A100_THREADS = 221184       # that fit on one: 108 multiprocessors with 2048 threads each
 
 
 def randn(shape, seed):
@@ -59,16 +51,16 @@ def randn(shape, seed):
 
 
 class Generator:
-    """A stream of random numbers: its successive draws equal those of one torch.Generator.
+    """A stream of random numbers: successive draws equal those of one torch.Generator.
 
-    seed: a whole number from -2**63 to 2**64 - 1. As in torch only its low 32 bits matter, so
-    2**32 + 5 draws what 5 draws. Raises TinyldmError for anything else.
+    seed: a whole number from -2**63 to 2**64 - 1. As in torch only its low 32 bits count: 2**32 + 5
+    gives the same numbers as 5. Raises TinyldmError for any other seed.
     """
 
     def __init__(self, seed):
         seed = _checked(seed, -2**63, 2**64)
         self._words = np.random.RandomState(seed & 0xFFFFFFFF)
-        self._spare = None              # the scalar path makes two numbers and keeps the second
+        self._spare = None              # the second number of a pair, for the next call
 
     def randn(self, shape):
         """Draw standard normal numbers: torch.randn(shape) -> float32 array."""
@@ -80,7 +72,7 @@ class Generator:
         whole = flat.size - flat.size % BLOCK
         uniforms = self.uniform(flat.size)
         flat[:whole] = box_muller(uniforms[:whole])
-        if whole < flat.size:           # the last 16 are drawn anew and overlap the block before
+        if whole < flat.size:           # torch draws the last 16 again, over the block before
             flat[-BLOCK:] = box_muller(self.uniform(BLOCK))
         return normals
 
@@ -90,7 +82,7 @@ class Generator:
         return (words & 0xFFFFFF).astype(F32) * F32(2**-24)
 
     def _one_normal(self):
-        """The path below 16 numbers: a pair in float64, of which the second waits for its turn."""
+        """The way for fewer than 16 numbers: a pair in float64, of which the second is kept."""
         if self._spare is not None:
             normal, self._spare = self._spare, None
             return normal
@@ -100,16 +92,16 @@ class Generator:
         return radius * math.cos(theta)
 
     def _uniform64(self):
-        """A float64 in [0, 1) from the low 53 bits of two words, the first being the high one."""
+        """A float64 in [0, 1) from the low 53 bits of two words, the high word first."""
         high, low = (int(word) for word in self._words.randint(0, 2**32, 2, np.uint32))
         return ((high << 32 | low) & (2**53 - 1)) * 2**-53
 
 
 class CudaGenerator:
-    """The same for torch.Generator("cuda"): equal to its draws but for about a millionth.
+    """The same for torch.Generator("cuda"): equal to its draws up to about 1e-6.
 
-    seed: as for Generator, but all of its 64 bits matter. threads: T of the GPU that is followed,
-    its multiprocessors times the threads each holds. Raises TinyldmError: see Generator.
+    seed: as for Generator, but all of its 64 bits count. threads: T of the GPU, which is its number
+    of multiprocessors times the threads of each. Raises TinyldmError as Generator does.
     """
 
     def __init__(self, seed, threads=A100_THREADS):
@@ -128,7 +120,7 @@ class CudaGenerator:
         return normals
 
     def _fours(self, threads):
-        """A call's numbers, four a thread: all first ones, all second ones ... -> (4 threads,)."""
+        """One call of each thread -> (4 * threads,): all first numbers, all second ones ..."""
         counter = np.zeros((4, threads), np.uint64)
         counter[0], counter[1] = self._calls & 0xFFFFFFFF, self._calls >> 32
         counter[2] = np.arange(threads)
@@ -152,7 +144,7 @@ class NumpyGenerator:
         self._state = np.random.RandomState(_checked(seed, 0, 2**32))
 
     def randn(self, shape):
-        """Draw standard normal numbers -> float32 array; they are made in float64 and rounded."""
+        """Draw standard normal numbers -> float32 array, rounded from float64."""
         return np.asarray(self._state.standard_normal(shape), F32)
 
 
@@ -160,14 +152,14 @@ GENERATORS = {"torch-cpu": Generator, "torch-cuda": CudaGenerator, "numpy": Nump
 
 
 def get_generator(name):
-    """The class of a name in GENERATORS. Raises TinyldmError, listing the names, for any other."""
+    """The class with a name in GENERATORS. Raises TinyldmError, with the names, for any other."""
     if name not in GENERATORS:
         raise TinyldmError(f"unknown noise {name!r}; known: {', '.join(GENERATORS)}")
     return GENERATORS[name]
 
 
 def _checked(seed, low, high):
-    """The seed as a python int in [low, high), or a TinyldmError that says what it must be."""
+    """The seed as a Python int. Raises TinyldmError unless it is in [low, high)."""
     try:
         number = operator.index(seed)
     except TypeError:
@@ -180,14 +172,14 @@ def _checked(seed, low, high):
 
 
 def philox(counter, key):
-    """Philox 4x32-10: four scrambled words for every counter.
+    """Philox 4x32-10: four scrambled words for each counter.
 
-    counter (4, n) uint64 of numbers below 2**32, key a pair of such -> (4, n) uint64, likewise.
+    counter (4, n) uint64 below 2**32, key: two integers below 2**32 -> (4, n) uint64 below 2**32.
 
-    A round multiplies two of the four words by constants. The product's high half is the scrambled
-    one: it is mixed (exclusive or) with a word that was not multiplied and with the key, which
-    changes from round to round; the low half, from which the word could be had back, stays beside
-    it. So a round can be undone, and different counters never meet.
+    A round multiplies two of the four words by constants. The high half of a product is combined
+    (exclusive or) with a word that was not multiplied and with the key, which changes each round.
+    The low half is kept as it is; it determines the word that was multiplied. So a round can be
+    undone, and different counters give different results.
 
         (c0, c1, c2, c3) -> (high(M1 c2) ^ c1 ^ k0, low(M1 c2), high(M0 c0) ^ c3 ^ k1, low(M0 c0))
 
@@ -205,29 +197,29 @@ def philox(counter, key):
 
 
 def box_muller(uniforms):
-    """Turn uniform numbers in [0, 1) into normal ones, 16 by 16.
+    """Turn uniform numbers in [0, 1) into normal ones, in blocks of 16.
 
     uniforms (n,) float32, n a multiple of 16 -> (n,) float32.
 
         x = sqrt(-2 ln u1) cos(2 pi u2),    y = sqrt(-2 ln u1) sin(2 pi u2)
 
-    Of each 16, the first 8 give u1 and then receive x, the last 8 give u2 and then receive y.
+    In a block the first 8 numbers are u1 and become x, the last 8 are u2 and become y.
     """
     pairs = uniforms.reshape(-1, 2, BLOCK // 2)                     # (n) -> (blocks, 2, 8)
-    u1 = 1 - pairs[:, 0]                # in (0, 1]: ln 0 is not asked for
+    u1 = 1 - pairs[:, 0]                # in (0, 1]: avoids ln 0
     radius = np.sqrt(-2 * log(u1))
     sin, cos = sin_cos(F32(2 * math.pi) * pairs[:, 1])
     points = np.stack([radius * cos, radius * sin], axis=1)
-    return points.reshape(-1) + F32(0)  # times 1 plus 0 in torch: turns -0 into +0
+    return points.reshape(-1) + F32(0)  # torch multiplies by 1 and adds 0, which turns -0 into +0
 
 
 def fma(a, b, c):
-    """a * b + c, rounded to float32 once: what the processor's fused multiply-add gives.
+    """a * b + c, rounded to float32 once, like the processor's fused multiply-add.
 
-    In float64 the product of two float32 numbers is exact, so only the sum is rounded before the
-    rounding to float32. Rounding twice goes wrong in one case: the first lands exactly half-way
-    between two float32 numbers. There what the first rounding lost decides, so one step is taken
-    towards it. The loss is found exactly by Knuth's TwoSum.
+    In float64 the product of two float32 numbers is exact. The sum is rounded to float64, then to
+    float32. Rounding twice is wrong in one case: if the float64 sum lies exactly half-way between
+    two float32 numbers, the part that the first rounding lost decides the direction. So the sum is
+    moved one step in the direction of that part, which Knuth's TwoSum finds exactly.
     """
     product = np.multiply(a, b, dtype=np.float64)
     total = product + c
@@ -241,7 +233,7 @@ def fma(a, b, c):
 
 
 def polynomial(x, coefficients):
-    """c[0] x^n + ... + c[n] by Horner's rule, every step one fma."""
+    """c[0] x^n + ... + c[n] by Horner's rule, with one fma per step."""
     y = F32(coefficients[0])
     for coefficient in coefficients[1:]:
         y = fma(y, x, F32(coefficient))
@@ -249,7 +241,7 @@ def polynomial(x, coefficients):
 
 
 def log(x):
-    """Natural logarithm of float32 x in (0, 1], as Cephes' logf.
+    """Natural logarithm of float32 x in (0, 1], as in Cephes' logf.
 
     x = m 2^e with m in [sqrt(1/2), sqrt(2)), so ln x = ln(1 + f) + e ln 2 with f = m - 1 small:
 
@@ -261,21 +253,21 @@ def log(x):
     e = (e - below).astype(F32)
     f2 = f * f
     y = polynomial(f, LOG) * f
-    y = fma(y, f2, e * F32(-2.12194440e-4))     # e ln 2 in two parts: the small one goes in early
+    y = fma(y, f2, e * F32(-2.12194440e-4))     # e ln 2 in two parts, the small one first
     y = fma(f2, F32(-0.5), y)
     return fma(e, F32(0.693359375), f + y)
 
 
 def sin_cos(x):
-    """Sine and cosine of float32 x >= 0, as Cephes' sinf and cosf.
+    """Sine and cosine of float32 x >= 0, as in Cephes' sinf and cosf.
 
-    x = k pi/4 + r with k even and |r| <= pi/4: polynomials serve for sin r and cos r, and k says
-    which of the two is wanted (every quarter turn exchanges them) and with which sign.
+    x = k pi/4 + r with k even and |r| <= pi/4. Polynomials give sin r and cos r. Each quarter turn
+    exchanges the two, so k decides which one is the sine, and both signs.
     """
     k = (x * F32(4 / math.pi)).astype(np.int32)
-    k = k + (k & 1)                                                 # odd: up to the next even one
+    k = k + (k & 1)                                                 # if odd, the next even number
     r = x
-    for part in PI_QUARTER:                     # pi/4 in three parts, to subtract it without loss
+    for part in PI_QUARTER:                     # pi/4 in three parts: subtracted without loss
         r = fma(k.astype(F32), F32(-part), r)
     r2 = r * r
     cosine = polynomial(r2, COS) * r2

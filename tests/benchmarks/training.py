@@ -66,7 +66,7 @@ def our_step(batch):
     def shard(rows, _, share):
         x_t, timesteps, context, target = (array[rows] for array in batch)
         tape = Tape()
-        prediction = unet.forward(x_t, timesteps, context, tape)
+        prediction = unet(x_t, timesteps, context, tape)
         loss, cache = ops.mse(prediction, target)
         dprediction, _ = ops.mse_backward(np.float32(share), cache)
         unet.backward(dprediction, tape)

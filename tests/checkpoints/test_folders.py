@@ -1,4 +1,4 @@
-"""checkpoints/, folders: what diffusers and transformers save loads here, and ours loads there."""
+"""Folders: tinyldm loads what diffusers and transformers save, and they load what tinyldm saves."""
 import json
 import os
 import pickle
@@ -63,7 +63,7 @@ def test_the_reference_loads_what_is_saved(make, dtype, tmp_path):
     reference = make()
     reference.save_pretrained(tmp_path / "theirs")
     model = load_model(tmp_path / "theirs")
-    model.config.pop("dtype", None)                     # older transformers wrote none
+    model.config.pop("dtype", None)                     # older transformers did not write it
     save_model(model, tmp_path / "ours", dtype)
     loaded, info = type(reference).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
@@ -138,7 +138,7 @@ def test_no_weights_and_a_pickle_that_is_none(folder_copy):
 
 
 def test_half_a_download(folder_copy):
-    """What browsers and the hub's client call a file that is not whole yet is named."""
+    """The message names an incomplete file, as browsers and the hub's client call it."""
     weights = folder_copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name(f"{weights.name}.incomplete"))
     with pytest.raises(TinyldmError, match=r"expected weights in .*vae .*found none \(it holds 2: "

@@ -1,6 +1,6 @@
-"""Weights from the hub: from a server on this machine, through huggingface_hub as it is installed.
+"""Weights from the hub: the installed huggingface_hub downloads from a server on this machine.
 
-What was fetched is read from the server's log; what came is compared with the folder it serves.
+The server's log tells which files were downloaded; they are compared with the folder it serves.
 """
 import os
 import re
@@ -13,12 +13,13 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-import safetensors.torch
+import safetensors.numpy
 from huggingface_hub import constants, file_download
 
 import tinyldm
+from tests.support.extra import diffusers
 from tests.support.hub_server import serving
-from tests.support.small_pipelines import change_json, make_unet, smallest
+from tests.support.small_pipelines import change_json, smallest
 from tinyldm.checkpoints import hub as downloads
 from tinyldm.checkpoints import load_model, resolve
 from tinyldm.checkpoints.components import find_weights
@@ -27,7 +28,7 @@ from tinyldm.errors import TinyldmError
 ROOT = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 WEIGHTS = [UNET, "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
-# Beside the weights of a published folder, and never read.
+# Other files in a published folder, which are never read.
 CLUTTER = ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors",
            "unet/diffusion_pytorch_model.non_ema.safetensors", "unet/diffusion_flax_model.msgpack",
            "unet/model.onnx", "unet/openvino_model.xml", "text_encoder/pytorch_model.bin",
@@ -40,7 +41,7 @@ CLUTTER = ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp1
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A small pipeline among all that a published repository holds."""
+    """A small pipeline together with the other files of a published repository."""
     folder = smallest(tmp_path_factory.mktemp("published"))
     put(folder, *CLUTTER)
     change_json(folder / "model_index.json", text_encoder_2=[None, None],
@@ -49,7 +50,7 @@ def weights(tmp_path_factory):
 
 
 def put(folder, *files):
-    """Files without a meaning."""
+    """Write files with arbitrary content."""
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(file)
@@ -57,7 +58,7 @@ def put(folder, *files):
 
 @pytest.fixture
 def hub(weights, tmp_path, monkeypatch):
-    """The server, which this process takes for the hub, and an empty cache."""
+    """The server that this process uses as the hub, and an empty cache."""
     with serving({"owner/small": weights}) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
@@ -69,7 +70,7 @@ def hub(weights, tmp_path, monkeypatch):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """A function that takes the hub away."""
+    """A function that makes the hub unreachable."""
     def leave(way):
         if way == "HF_HUB_OFFLINE":
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -101,7 +102,7 @@ def test_a_pipeline_is_its_folder_and_is_fetched_once(hub, weights, offline, way
         "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
         "unet/config.json", "vae/config.json", *tokenizer, *WEIGHTS])
     again = tinyldm.load("owner/small")
-    assert hub.asked and hub.fetched() == []            # it only asks whether there is news
+    assert hub.asked and hub.fetched() == []            # it only asks for changes
     offline(way)
     cached = tinyldm.load("owner/small")
     assert hub.asked == []
@@ -137,7 +138,8 @@ def test_parts_are_those_that_the_index_names(hub, tmp_path):
     put(tmp_path / "xl", *files, "vae/config.json", "vae/diffusion_pytorch_model.safetensors")
     hub.repositories["owner/xl"] = tmp_path / "xl"
     index = {file.split("/")[0]: ["library", "Class"] for file in files} | {"vae": [None, None]}
-    downloads.download_parts("owner/xl", downloads.download_index("owner/xl"), index)
+    folder = downloads.download_file("owner/xl", downloads.INDEX).parent
+    downloads.download_parts("owner/xl", folder, index)
     assert hub.fetched() == sorted(files)
 
 
@@ -203,29 +205,29 @@ def test_the_device_decides_where_no_dtype_is_given(device, dtype, expected, mon
 
 
 def test_float16_files_are_the_ones_read(hub, weights, tmp_path):
-    """Other numbers than in the precise ones tell which were loaded."""
+    """The float16 files hold other numbers, so the numbers show which files were loaded."""
     folder = Path(shutil.copytree(weights, tmp_path / "both"))
-    stored = safetensors.torch.load_file(folder / UNET)
-    safetensors.torch.save_file({name: (tensor + 1).half() for name, tensor in stored.items()},
-                                folder / "unet" / f"{STEM}.fp16.safetensors")
+    stored = safetensors.numpy.load_file(folder / UNET)
+    other = {name: (tensor + 1).astype(np.float16) for name, tensor in stored.items()}
+    safetensors.numpy.save_file(other, folder / "unet" / f"{STEM}.fp16.safetensors")
     shutil.copy(folder / "text_encoder/model.safetensors",
                 folder / "text_encoder/model.fp16.safetensors")
     hub.repositories["owner/both"] = folder
     for place in (folder, "owner/both"):
         for dtype, added in [("float32", 0), ("float16", 1)]:
             bias = tinyldm.load(place, dtype=dtype).unet.conv_in.bias.data
-            expected = (stored["conv_in.bias"] + added).numpy().astype(dtype)
+            expected = (stored["conv_in.bias"] + added).astype(dtype)
             assert bias.dtype == dtype and np.array_equal(bias, expected)
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("safe", [True, False])
 def test_shards(variant, safe, hub, weights, tmp_path):
-    """As diffusers names them, index included; other files of weights are left where they are."""
+    """Named as by diffusers, with an index; other files of weights are not downloaded."""
     folder = Path(shutil.copytree(weights, tmp_path / "shards"))
+    unet = diffusers.UNet2DConditionModel.from_pretrained(weights / "unet")
     for file in (folder / "unet").iterdir():
         file.unlink()
-    unet = make_unet((8, 8), 8, "yn", attention_head_dim=2, sample_size=4, norm_num_groups=4)
     unet.save_pretrained(folder / "unet", max_shard_size="20KB", variant=variant,
                          safe_serialization=safe)
     needed = [path.relative_to(folder).as_posix() for path in (folder / "unet").iterdir()]
@@ -309,7 +311,7 @@ def test_a_name_that_the_hub_would_not_give(hub):
     ("HF_HUB_OFFLINE", "HF_HUB_OFFLINE is set, and not all of it is in the cache: unset it"),
     ("no network", r"no answer \(ConnectError: .*\), and not all of it is in the cache: check")])
 def test_offline_with_half_a_cache(way, said, hub, offline):
-    hub.cut[UNET] = [0] * 99                            # the connection breaks, again and again
+    hub.cut[UNET] = [0] * 99                            # the connection breaks every time
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(file_download.time, "sleep", lambda seconds: None)
         with pytest.raises(TinyldmError, match=r"the download broke off \(\w+: .*\): run the same"):
@@ -323,8 +325,8 @@ def test_offline_with_half_a_cache(way, said, hub, offline):
 
 
 def test_what_broke_off_goes_on_where_it_broke(hub, weights, monkeypatch):
-    """Within one call, by a Range; the installed library keeps no part of a file for the next."""
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)         # what is lost at most
+    """Within one call, with a Range; the library keeps no part of a file for later calls."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)         # at most this much is lost
     monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
     size = (weights / UNET).stat().st_size
     hub.cut[UNET] = [size // 2]
@@ -338,7 +340,7 @@ def test_what_broke_off_goes_on_where_it_broke(hub, weights, monkeypatch):
 
 def test_after_a_download_that_broke_off_only_the_rest_is_fetched(hub, weights, monkeypatch):
     monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
-    hub.cut[UNET] = [100] * 6                           # as often as the library tries
+    hub.cut[UNET] = [100] * 6                           # as many times as the library tries
     with pytest.raises(TinyldmError, match="the download broke off"):
         tinyldm.load("owner/small")
     first = hub.fetched()
@@ -381,12 +383,12 @@ def test_progress_is_shown_in_a_terminal(weights, tmp_path):
         try:
             while piece := os.read(ours, 10000):
                 said += piece
-        except OSError:                                 # how Linux tells that the other side closed
+        except OSError:                                 # Linux: the other side closed
             pass
         assert process.communicate()[0] == b"out.png\n", said
     assert re.search(rb"Fetching \d\d files: 100%", said), said
 
 
 def test_what_these_tests_replace_is_there():
-    """Another library's layout would leave them talking to the real hub."""
+    """If the library moved its classes, these tests would talk to the real hub."""
     assert huggingface_hub.hf_hub_url("a/b", "c").startswith(constants.ENDPOINT)

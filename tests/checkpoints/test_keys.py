@@ -1,8 +1,8 @@
 """Our models have exactly the parameters of the published weight files, by name and shape.
 
-The lists are of Stable Diffusion 1.5's, 2.1's and XL's files; the models made from these have the
-same weights, or differ in one. A parameter is only a shape until it is loaded, so building the real
-models costs nothing.
+The lists are from the files of Stable Diffusion 1.5, 2.1 and XL. The models that were made from
+these have the same weights, or differ in one. A parameter is only a shape until it is loaded, so
+building the real models costs nothing.
 """
 import math
 
@@ -29,7 +29,7 @@ TOTALS = {
     SDXL: {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480,
            "text_encoder_2": 694_659_840},
 }
-# Their UNets: of which of those they are made, what they have besides, and how many numbers.
+# UNets made from one of those: which one, the weights that differ, the number of parameters.
 MADE_OF = {
     "stable-diffusion-inpainting (v1-5)": (SD15, {"conv_in.weight": (320, 9, 3, 3)}, 859_535_364),
     "LCM_Dreamshaper_v7": (SD15, {"time_embedding.cond_proj.weight": (320, 256)}, 859_602_884),

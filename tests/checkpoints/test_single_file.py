@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
+import safetensors.numpy
 
 import tinyldm
 from tests.support import single_files
 from tests.support.drawing import Reference, assert_same_drawing, ours
+from tests.support.extra import torch
 from tests.support.keys import MODELS, REFERENCE, with_lists
 from tests.support.small_pipelines import change_json
 from tests.support.tolerance import assert_close
@@ -20,16 +20,18 @@ from tinyldm.checkpoints import folders, load_pipeline_parts
 from tinyldm.checkpoints.formats.stored import StoredTensor, row_major
 from tinyldm.checkpoints.layout import file_shape, fitted
 from tinyldm.checkpoints.single_file import kinds
-from tinyldm.checkpoints.single_file import names as ldm
+from tinyldm.checkpoints.single_file.names import by_part
 from tinyldm.errors import TinyldmError
 
+FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
+FIRST_KEYS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 KINDS = {"sd1": kinds.SD1, "sd2": kinds.SD2, "sdxl": kinds.SDXL}
 
 
 # ---- the names of real checkpoints ----------------------------------------------------------
 
 def rows(kind):
-    """(part, original name, its shape, public name, its shape, what is done to it), each row."""
+    """Rows of (part, original name, its shape, public name, its shape, operation)."""
     for line in (REFERENCE / f"keys_map_ldm_{kind}.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             part, theirs, their_shape, public, shape, operation = line.split("\t")
@@ -38,14 +40,14 @@ def rows(kind):
 
 
 def dropped(kind):
-    """The names that the lists' headers give as dropped, with shapes that say nothing."""
+    """The names of dropped tensors, from the headers of the lists, which omit their shapes."""
     for line in (REFERENCE / f"keys_map_ldm_{kind}.txt").read_text().splitlines():
         if line.startswith("#") and "dropped LDM tensors: [" in line:
             yield from json.loads("[" + line.rpartition("[")[2].replace("'", '"'))
 
 
 def stored_tensors(kind):
-    """Every tensor of a real checkpoint, one after another in a file that need not be there."""
+    """Each tensor of a real checkpoint, one after another in a file that does not exist."""
     tensors, place = {}, 0
     shapes = {theirs: shape for _, theirs, shape, *_ in rows(kind)}
     shapes |= {name: (2,) for name in dropped(kind)}
@@ -58,7 +60,7 @@ def stored_tensors(kind):
 
 
 def expected_place(tensor, operation):
-    """Start and strides of what a row makes of a tensor."""
+    """Start and strides of a tensor after a row's operation."""
     if operation.startswith("rows"):
         first = int(operation[5:].partition(":")[0])
         return tensor.start + first * tensor.strides[0], tensor.strides
@@ -71,7 +73,7 @@ def expected_place(tensor, operation):
 @pytest.mark.parametrize("kind, layers", [("sd1", 12), ("sd2", 23), ("sdxl", None)])
 def test_every_name_of_the_real_checkpoint_maps_one_to_one(kind, layers):
     stored = stored_tensors(kind)
-    found, rest = ldm.parts(stored, layers)
+    found, rest = by_part(stored, layers)
     assert not rest
     table = list(rows(kind))
     assert found.keys() == {part for part, *_ in table}
@@ -91,7 +93,7 @@ def test_every_name_of_the_real_checkpoint_maps_one_to_one(kind, layers):
 def test_a_real_checkpoint_has_every_parameter_of_the_models_and_nothing_else(kind):
     stored = stored_tensors(kind)
     known = KINDS[kind]
-    found, rest = ldm.parts(stored, known.text_encoder["num_hidden_layers"])
+    found, rest = by_part(stored, known.text_encoder["num_hidden_layers"])
     assert not rest
     assert found.keys() == {part for part in MODELS if getattr(known, part)}
     for part in found:
@@ -129,9 +131,9 @@ def test_the_small_files_of_these_tests_are_named_like_the_real_ones(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_checkpoint_is_recognised_by_its_names_and_shapes(kind, channels):
     stored = stored_tensors(kind)
-    first = stored[kinds.FIRST_CONVOLUTION]
-    stored[kinds.FIRST_CONVOLUTION] = first._replace(shape=(320, channels, 3, 3))
-    stored.pop(kinds.LAST_NORM, None)                   # whose numbers would be read
+    first = stored[FIRST_CONVOLUTION]
+    stored[FIRST_CONVOLUTION] = first._replace(shape=(320, channels, 3, 3))
+    stored.pop(kinds.LAST_NORM, None)                   # its numbers would be read
     known = {"sd1": (kinds.SD1, kinds.SD1_INPAINTING), "sdxl": (kinds.SDXL, kinds.SDXL_INPAINTING),
              "sd2": (kinds.SD2_BASE, kinds.SD2_INPAINTING)}[kind]
     if channels == 8:
@@ -155,7 +157,7 @@ def test_the_refiner_of_stable_diffusion_xl_is_named():
     ("stable-diffusion-inpainting (v1-5)", kinds.SD1_INPAINTING, {}),
     ("stable-diffusion-2-inpainting", kinds.SD2_INPAINTING, {}),
     ("stable-diffusion-xl-base-1.0", kinds.SDXL, {}),
-    # Its folder has a VAE made for float16; which one a single file has is not known.
+    # Its folder has a VAE made for float16; it is not known which VAE a single file has.
     ("stable-diffusion-xl-1.0-inpainting-0.1", kinds.SDXL_INPAINTING,
      {"sample_size": 512, "force_upcast": False})])
 def test_the_built_in_configs_are_the_published_ones(name, kind, other):
@@ -169,7 +171,7 @@ def test_the_built_in_configs_are_the_published_ones(name, kind, other):
             assert expected == (other.get(key, value) if part == "vae" else value), (part, key)
 
 
-DEFAULTS = {"scaling_factor": 0.18215, "prediction_type": "epsilon"}   # of what a file leaves out
+DEFAULTS = {"scaling_factor": 0.18215, "prediction_type": "epsilon"}   # if a file omits them
 
 
 # ---- small files ----------------------------------------------------------------------------
@@ -185,15 +187,16 @@ def sd1_folder(tmp_path_factory):
 
 
 def as_file(folder, path, monkeypatch, **more):
-    """The folder's weights as a single file, and the built-in configs as small as they are."""
+    """Write the folder's weights as a single file, and shrink the built-in configs to fit them."""
     words = json.loads((folder / "tokenizer" / "vocab.json").read_text())
     single_files.shrink(monkeypatch, len(words), words["<|endoftext|>"])
     monkeypatch.setenv(folders.TOKENIZER_VARIABLE, str(folder / "tokenizer"))
     tensors = single_files.original(folder) | more
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
-        safetensors.torch.save_file(tensors, path)
+        safetensors.numpy.save_file(tensors, path)
     else:
+        tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
         torch.save({"state_dict": tensors, "global_step": 1}, path)
     return path
 
@@ -224,7 +227,7 @@ def test_a_single_file_draws_what_its_folder_draws(folder, suffix, tmp_path, mon
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 def test_a_single_file_saved_as_a_folder(kind, tmp_path, monkeypatch):
-    """With the padding that its prompts want, of a vocabulary that says nothing of it."""
+    """The padding token is saved, although the folder of the vocabulary does not name it."""
     source = getattr(single_files, kind)(tmp_path / kind)
     file = as_file(source, tmp_path / "model.safetensors", monkeypatch)
     words = shutil.copytree(source / "tokenizer", tmp_path / "words",
@@ -248,12 +251,12 @@ def test_a_single_file_for_inpainting(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_half_precision_keeps_a_vae_that_overflows_in_single(tmp_path, monkeypatch):
-    """Stable Diffusion XL's: from its folder and from its file, in pictures that are not black."""
+    """Stable Diffusion XL's VAE, from its folder and from its file: pictures are not black."""
     folder = single_files.sdxl(tmp_path / "sdxl")
     weights, = (folder / "vae").glob("*.safetensors")
-    tensors = safetensors.torch.load_file(weights)
-    tensors["decoder.conv_in.weight"] *= 3e4            # the norms behind it take that back
-    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    tensors = safetensors.numpy.load_file(weights)
+    tensors["decoder.conv_in.weight"] *= 3e4            # the following norms undo that
+    safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
     file = as_file(folder, tmp_path / "model.safetensors", monkeypatch)
     latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4), np.float32)
     for weights in (folder, file):
@@ -269,13 +272,14 @@ def test_half_precision_keeps_a_vae_that_overflows_in_single(tmp_path, monkeypat
 
 def test_half_precision_and_memory_options(sd1_folder, tmp_path, monkeypatch):
     file = as_file(sd1_folder, tmp_path / "model.ckpt", monkeypatch)
-    whole = safetensors.torch.load_file(as_file(sd1_folder, tmp_path / "model.safetensors",
+    whole = safetensors.numpy.load_file(as_file(sd1_folder, tmp_path / "model.safetensors",
                                                 monkeypatch))
-    torch.save({name: tensor.half() if tensor.is_floating_point() else tensor
+    torch.save({name: torch.from_numpy(tensor.astype(np.float16) if tensor.dtype == np.float32
+                                       else tensor)
                 for name, tensor in whole.items()}, file)           # without "state_dict"
     parts = load_pipeline_parts(file, np.float16, low_memory=True)
     weight = dict(parts.unet.named_parameters())["conv_out.weight"].data
-    theirs = whole["model.diffusion_model.out.2.weight"].half().numpy().transpose(2, 3, 1, 0)
+    theirs = whole["model.diffusion_model.out.2.weight"].astype(np.float16).transpose(2, 3, 1, 0)
     assert weight.dtype == np.float16 and np.array_equal(weight, theirs)
 
 
@@ -305,18 +309,18 @@ def test_leftovers_are_ignored_and_averages_are_taken_if_asked_for(
 
 def test_other_prefixes(sd1_folder, tmp_path, monkeypatch):
     """Text encoders without text_model., the VAE as `vae.`, and Stable Diffusion 2's text encoder
-    as SD-Turbo's file has it."""
+    as in SD-Turbo's file."""
     file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
-    tensors = safetensors.torch.load_file(file)
+    tensors = safetensors.numpy.load_file(file)
     for word, other in [("transformer.text_model.", "transformer."),
                         ("first_stage_model.", "vae.")]:
         tensors = {name.replace(word, other): tensor for name, tensor in tensors.items()}
-        safetensors.torch.save_file(tensors, file)
+        safetensors.numpy.save_file(tensors, file)
         assert_same_weights(tinyldm.load(file), tinyldm.load(sd1_folder))
     folder = single_files.sd2_base(tmp_path / "sd2")
     file = as_file(folder, tmp_path / "model.safetensors", monkeypatch)
-    tensors = safetensors.torch.load_file(file)
-    safetensors.torch.save_file({
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({
         name.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): tensor
         for name, tensor in tensors.items()}, file)
     assert_same_weights(tinyldm.load(file), tinyldm.load(folder))
@@ -324,13 +328,13 @@ def test_other_prefixes(sd1_folder, tmp_path, monkeypatch):
 
 def test_three_lists(sd1_folder, tmp_path, monkeypatch):
     file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
-    tensors = safetensors.torch.load_file(file)
-    tensors["model.diffusion_model.out.3.weight"] = torch.zeros(1)
-    tensors["scribble"] = torch.zeros(1)
-    tensors["conditioner.embedders.1.model.ln_final.bias"] = torch.zeros(1)   # a part too many
-    tensors["first_stage_model.encoder.mid.attn_1.q.bias"] = torch.zeros(3)
+    tensors = safetensors.numpy.load_file(file)
+    tensors["model.diffusion_model.out.3.weight"] = np.zeros(1, np.float32)
+    tensors["scribble"] = np.zeros(1, np.float32)
+    tensors["conditioner.embedders.1.model.ln_final.bias"] = np.zeros(1)      # SD 1 lacks it
+    tensors["first_stage_model.encoder.mid.attn_1.q.bias"] = np.zeros(3, np.float32)
     del tensors["cond_stage_model.transformer.text_model.final_layer_norm.bias"]
-    safetensors.torch.save_file(tensors, file)
+    safetensors.numpy.save_file(tensors, file)
     with pytest.raises(TinyldmError) as error:
         tinyldm.load(file)
     first, missing, unexpected, wrong = str(error.value).splitlines()
@@ -370,12 +374,12 @@ def test_two_names_of_one_weight(sd1_folder, tmp_path, monkeypatch):
 ])
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 def test_other_models_are_named(names, expected, suffix, tmp_path):
-    tensors = {name: torch.zeros(3, 4) for name in names}
+    tensors = {name: np.zeros((3, 4), np.float32) for name in names}
     file = tmp_path / f"model.{suffix}"
     if suffix == "ckpt":
-        torch.save(tensors, file)
+        torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, file)
     else:
-        safetensors.torch.save_file(tensors, file)
+        safetensors.numpy.save_file(tensors, file)
     with pytest.raises(TinyldmError, match=expected) as error:
         tinyldm.load(file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
@@ -387,8 +391,8 @@ def test_other_models_are_named(names, expected, suffix, tmp_path):
     (4, 512, r"width 512\), supported are 768 \(Stable Diffusion 1\), 1024 \(Stable Diffusion ")])
 def test_other_shapes_are_named(channels, width, expected, tmp_path):
     file = tmp_path / "model.safetensors"
-    safetensors.torch.save_file({kinds.FIRST_CONVOLUTION: torch.zeros(2, channels, 3, 3),
-                                 kinds.FIRST_KEYS: torch.zeros(2, width)}, file)
+    safetensors.numpy.save_file({FIRST_CONVOLUTION: np.zeros((2, channels, 3, 3), np.float32),
+                                 FIRST_KEYS: np.zeros((2, width), np.float32)}, file)
     with pytest.raises(TinyldmError, match=expected):
         tinyldm.load(file)
 
@@ -419,8 +423,8 @@ def test_the_tokenizer_is_downloaded_unless_a_folder_is_named(sd1_folder, tmp_pa
 
 def test_offline_the_tokenizer_is_one_sentence(tmp_path):
     file = tmp_path / "model.safetensors"
-    safetensors.torch.save_file({kinds.FIRST_CONVOLUTION: torch.zeros(2, 4, 3, 3),
-                                 kinds.FIRST_KEYS: torch.zeros(2, 768)}, file)
+    safetensors.numpy.save_file({FIRST_CONVOLUTION: np.zeros((2, 4, 3, 3), np.float32),
+                                 FIRST_KEYS: np.zeros((2, 768), np.float32)}, file)
     run = subprocess.run([sys.executable, "-m", "tinyldm", "a cat", "--weights", str(file),
                           "--output", str(tmp_path / "out.png")], capture_output=True, text=True,
                          cwd=Path(__file__).parents[2],

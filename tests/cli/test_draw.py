@@ -1,4 +1,4 @@
-"""python -m tinyldm, run as a person does: what it draws, writes, says, and makes of bad input."""
+"""python -m tinyldm, run as a user runs it: pictures, files, messages, and bad input."""
 import os
 import re
 import shutil
@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
+import safetensors.numpy
 from PIL import Image
 
 from tests.support.command import ROOT, command, environment, run
@@ -70,11 +69,11 @@ def test_a_lora_and_an_embedding(weights, out, tmp_path):
     files = [tmp_path / "in:k, style.safetensors", tmp_path / "dots.safetensors",
              tmp_path / "xq-toy.safetensors"]
     for i, file in enumerate(files[:2]):
-        generator = torch.Generator().manual_seed(i)
-        safetensors.torch.save_file({
-            f"{layer}.lora_{way}.weight": torch.randn(shape, generator=generator)
+        rng = np.random.default_rng(i)
+        safetensors.numpy.save_file({
+            f"{layer}.lora_{way}.weight": rng.standard_normal(shape, np.float32)
             for way, shape in [("down", (2, 8)), ("up", (8, 2))]}, file)
-    safetensors.torch.save_file({"emb_params": torch.randn(3, 8)}, files[2])
+    safetensors.numpy.save_file({"emb_params": rng.standard_normal((3, 8), np.float32)}, files[2])
     prompt = "a red (xq-toy:1.2)"
     process = run(prompt, "--weights", weights, "--steps", 2, "--lora", f"{files[0]}:-0.75",
                   "--lora", files[1], "--embedding", files[2], folder=out)
@@ -206,7 +205,7 @@ def test_variations(weights, out):
         ("a cat", {"seed": Between(5, seed, 0.25)}) for seed in (6, 7)])
 
 
-def test_on_a_way(weights, out, files):
+def test_interpolation(weights, out, files):
     one, other, _ = files
     pictures, said = draw(weights, out, "a cat", "a dog", "--count", 3, "--to-prompt", "red, cat",
                           "--to-seed", 8, "--image", one, "--to-image", other, "--strength", 1,
@@ -239,7 +238,7 @@ def test_a_note_on_what_looks_like_a_turbo_model(bad_weights, out, capsys, chang
     assert note not in capsys.readouterr().err
 
 
-def test_eight_pictures_on_a_way_unless_told(weights, out):
+def test_eight_interpolated_pictures_by_default(weights, out):
     pictures, said = draw(weights, out, "a cat", "--to-seed", 8)
     assert len(pictures) == 8 and "Variation seed strength: 0.142857" in said[1]
 
@@ -263,7 +262,7 @@ def test_formats(weights, out, suffix, image_format):
     assert list(out.iterdir()) == [path]
 
 
-def test_a_long_prompt_is_said_to_be_in_pieces_in_one_line(weights, out):
+def test_a_long_prompt_is_said_to_be_in_chunks_in_one_line(weights, out):
     prompt = "cat " * 75 + "\\(dog:abc)"
     process = run(prompt, "--weights", weights, "--steps", 1, "--count", 2, folder=out)
     assert process.returncode == 0, process.stderr
@@ -271,7 +270,7 @@ def test_a_long_prompt_is_said_to_be_in_pieces_in_one_line(weights, out):
     assert notes == [                                   # each a line of its own
         f"note: unbalanced ) in the prompt {prompt!r:.60}: taken literally",
         f"note: ':abc' in the prompt {prompt!r:.60} is no weight: taken literally",
-        f"note: the prompt {prompt!r:.60} is read in 2 pieces of at most 75 tokens, joined"]
+        f"note: the prompt {prompt!r:.60} is read in 2 chunks of at most 75 tokens, joined"]
 
 
 def test_help_names_every_sampler():

@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 import tinyldm
-from tinyldm.cli import preview as watch
 from tinyldm.cli.draw import main
 from tinyldm.cli.preview import Preview, half_blocks
 
@@ -35,7 +34,7 @@ def test_a_large_preview_is_nearly_it(pipe, monkeypatch):
     """A linear map of the latents has the picture's colours, and a star's edges only roughly."""
     *_, state = pipe.stream(PROMPT)
     exact = np.asarray(Preview(pipe)(state.latents), float)
-    monkeypatch.setattr(watch, "DECODED", 0)
+    monkeypatch.setattr("tinyldm.cli.preview.DECODED", 0)
     preview = Preview(pipe)
     close = np.asarray(preview(state.latents), float)
     assert close.shape == exact.shape

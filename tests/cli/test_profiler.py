@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.extra import library, torch
 from tests.support.models import CLIPS, UNETS, VAES
 from tests.support.pairs import clip_pair, unet_pair, vae_pair
 from tests.support.reference import nchw
 from tests.support.small_pipelines import smallest
+from tinyldm import layers
 from tinyldm.cli import profiler as profiling
 from tinyldm.cli.draw import main
 from tinyldm.cli.profiler import Profiler
@@ -101,7 +100,7 @@ def test_a_pipeline(pipe):
     for table in (stages, blocks, ops):
         assert sum(row.seconds for row in table.values()) == pytest.approx(profile.seconds)
         assert sum(row.flop for row in table.values()) == sum(row.flop for row in ops.values())
-    assert "forward" not in vars(pipe.unet.conv_in)
+    assert not layers._hooks.get()
 
 
 # ---- arithmetic -----------------------------------------------------------------------------
@@ -109,7 +108,9 @@ def test_a_pipeline(pipe):
 def theirs(run):
     """{op: flop}, {module's path: flop} of a run of the reference, as torch counts them."""
     # The kernel that torch takes for attention on a CPU is the one it forgets to count.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    attention = library("torch.nn.attention")
+    counter = library("torch.utils.flop_counter").FlopCounterMode(display=False)
+    with torch.no_grad(), attention.sdpa_kernel(attention.SDPBackend.MATH), counter:
         run()
     counts = counter.get_flop_counts()
     ops = {str(op).removeprefix("aten."): flop for op, flop in counts.pop("Global").items()}
@@ -259,14 +260,13 @@ def test_layers_are_restored_after_an_error(pipe):
     def fails():
         raise ValueError("stop")
 
+    pipe.unet.mid_block.resnets[0].conv1.forward = lambda *inputs: fails()
     with pytest.raises(ValueError, match="stop"), Profiler(pipe) as profile:
-        pipe.unet.mid_block.resnets[0].conv1.forward = lambda *inputs: fails()
         pipe("a cat", num_inference_steps=2)
     assert profile.tables["by block"]["unet.mid_block"].calls == 1
     assert sum(row.seconds for row in profile.tables["by op"].values()) == pytest.approx(
         profile.seconds)
-    assert not any("forward" in vars(layer)
-                   for _, layer in profiling.named_modules(pipe))
+    assert not layers._hooks.get()
     assert not tracemalloc.is_tracing()
 
 
@@ -276,14 +276,14 @@ def test_blame_and_another_profiler_inside(pipe):
     bias.data = bias.data * np.nan
     with Profiler(pipe) as outer:
         with pytest.raises(TinyldmError, match="is mid_block.resnets.0.conv1"):
-            pipe("a cat", num_inference_steps=1)        # which watches the layers for itself
+            pipe("a cat", num_inference_steps=1)        # which hooks the layers itself
         with Profiler(pipe) as inner:
             pipe.encode_prompt("a cat")
         pipe.encode_prompt("a cat")
     assert outer.tables["by stage"]["unet"].calls == 2
     assert outer.tables["by stage"]["text_encoder"].calls == 4
     assert inner.tables["by stage"]["text_encoder"].calls == 1
-    assert not any("forward" in vars(layer) for _, layer in profiling.named_modules(pipe))
+    assert not layers._hooks.get()
 
 
 def test_other_threads_are_not_counted(pipe):

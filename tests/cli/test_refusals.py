@@ -3,9 +3,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-import safetensors.torch
-import torch
+import safetensors.numpy
 
 from tests.support.command import ROOT, assert_refused, run
 from tests.support.small_pipelines import change_json
@@ -46,13 +46,13 @@ IN = ROOT / "weights" / "shapes" / "samples.png"
     (["--image", __file__], r"cannot read .*test_refusals.py as a picture: give a PNG, a JPEG"),
     (["--mask", IN, "--image", __file__], "cannot read .*test_refusals.py as a picture"),
     (["--mask", __file__, "--image", IN], "cannot read .*test_refusals.py as a picture"),
-    (["--mask", IN], "a mask and a strength go with an image: give one"),
-    (["--strength", 0.5], "a mask and a strength go with an image: give one"),
+    (["--mask", IN], "a mask or a strength needs an image: give one"),
+    (["--strength", 0.5], "a mask or a strength needs an image: give one"),
     (["--image", IN, "--strength", 1.5], "strength must be from 0 to 1, not 1.5"),
     (["--image", IN, "--strength", 0.01, "--steps", 9], "0.01 leaves none of 9 steps: take at "),
-    (["--to-image", IN], "--to-image goes with --image, from which the way leads: give both"),
+    (["--to-image", IN], "--to-image needs an --image to lead from: give both"),
     (["--to-seed", 5, "--count", 1], "--count must be at least 2, not 1"),
-    (["--to-seed", 5, "--variation", 0.5], "--variation stays with one seed's picture"),
+    (["--to-seed", 5, "--variation", 0.5], "--variation and --to-... exclude each other"),
     (["--variation", 1.5], "--variation must be from 0 to 1, not 1.5"),
     (["--variation", "nan"], "--variation must be from 0 to 1, not nan"),
 ])
@@ -129,10 +129,10 @@ def corrupt(folder):
 def change(**changes):
     """Weights with some tensors replaced; None takes one away."""
     def spoil(folder):
-        tensors = safetensors.torch.load_file(folder / UNET)
+        tensors = safetensors.numpy.load_file(folder / UNET)
         tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        safetensors.torch.save_file(kept, folder / UNET)
+        safetensors.numpy.save_file(kept, folder / UNET)
     return spoil
 
 
@@ -148,11 +148,11 @@ def remove(name):
     (lambda folder: shutil.rmtree(folder / "tokenizer"), "expected a folder .*tokenizer"),
     (truncate, f"{UNET} is missing, truncated or corrupt"),
     (corrupt, f"{UNET} is missing, truncated or corrupt"),
-    (change(conv_in__bias=torch.zeros(9)),
+    (change(conv_in__bias=np.zeros(9, np.float32)),
      r"wrong shape: 1: conv_in.bias \(expected \(8,\), found \(9,\)\)"),
     (change(conv_in__bias=None), "missing: 1: conv_in.bias\n"),
-    (change(extra__bias=torch.zeros(1)), "unexpected: 1: extra.bias\n"),
-    (change(conv_in__bias=torch.full((8,), torch.nan)), "conv_in.bias holds NaN"),
+    (change(extra__bias=np.zeros(1, np.float32)), "unexpected: 1: extra.bias\n"),
+    (change(conv_in__bias=np.full(8, np.nan, np.float32)), "conv_in.bias holds NaN"),
     (lambda folder: (folder / "unet" / "config.json").write_text('{"in_channels": 4,'),
      "unet/config.json is not readable JSON"),
     (lambda folder: change_json(folder / "unet" / "config.json", _class_name="UNet3D"),

@@ -23,7 +23,7 @@ def test_clip_gradients(name):
     dy = read_only(np.random.default_rng(2).standard_normal(ours.shape))
     theirs.backward(torch.from_numpy(dy.copy()))
     module.backward(dy, tape)
-    assert len(tape) == 0
+    assert not tape.entries
     assert_same_gradients(reference, module)
     np.testing.assert_array_equal(ours, module.forward(ids))
 
@@ -52,12 +52,25 @@ def test_clip_with_projection(end):
         assert_close(y, same.detach().numpy(), 1e-8, name)
     torch.autograd.backward(expected, [torch.from_numpy(dy.copy()) for dy in dys])
     module.backward(*dys, tape)
-    assert len(tape) == 0
+    assert not tape.entries
     assert_same_gradients(reference, module)
 
 
+@pytest.mark.parametrize("end", [98, 2])
+def test_a_learned_word_and_the_pooled_token(end):
+    """With eos_token_id 2 the largest id is pooled, a learned word's, here as in transformers."""
+    reference, module, ids = projection_pair(end, torch.float64, vocab_size=101)
+    ids = ids.copy()
+    ids[:, 5] = 100                                     # added by textual inversion
+    theirs = reference(torch.from_numpy(ids)).text_embeds.detach().numpy()
+    assert_close(module(ids)[1], theirs, 1e-8)
+    later = ids.copy()
+    later[:, 7] = 3                                     # seen by the end token, not by the word
+    assert np.array_equal(module(later)[1], module(ids)[1]) == (end == 2)
+
+
 def test_clip_without_the_last_layer():
-    """SDXL's first encoder; the layer left out gets no gradient."""
+    """SDXL's first encoder. The last layer gets no gradient."""
     reference, module = clip_pair(CLIPS["as SD 1"], torch.float64)
     ids = read_only(np.random.default_rng(1).integers(0, 97, (2, 77)))
     theirs = reference(torch.from_numpy(ids.copy()), output_hidden_states=True).hidden_states[-2]
@@ -67,7 +80,7 @@ def test_clip_without_the_last_layer():
     dy = read_only(np.random.default_rng(2).standard_normal(ours.shape))
     theirs.backward(torch.from_numpy(dy.copy()))
     module.backward(dy, tape)
-    assert len(tape) == 0
+    assert not tape.entries
     expected = {name: same.grad for name, same in reference_names(reference)}
     for name, parameter in module.named_parameters():
         assert (parameter.grad is None) == (expected[name] is None), name

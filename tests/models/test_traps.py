@@ -1,8 +1,7 @@
-"""What other implementations of Stable Diffusion got wrong at least once, each trap by its name.
+"""Mistakes that other implementations of Stable Diffusion made at least once, one section for each.
 
-Two more stand where their files are read: the VAE's old attention names and the text encoder's
-position_ids, in checkpoints/test_folders.py. All samplers against diffusers:
-diffusion/test_samplers.py.
+Two more are tested where files are read: the VAE's old attention names and the text encoder's
+position_ids, in checkpoints/test_folders.py. All schedules against diffusers: test_samplers.py.
 """
 import diffusers
 import numpy as np
@@ -16,7 +15,7 @@ from tests.support.tolerance import assert_allclose
 from tinyldm import ops
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
-from tinyldm.layers import Conv2d, GroupNorm, GroupNormSiLU, LayerNorm, Module
+from tinyldm.layers import Conv2d, GroupNorm, GroupNormSiLU, LayerNorm, named_modules
 from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel, unet
 from tinyldm.models.blocks import Attention, Downsample2D, ResnetBlock2D
 
@@ -25,18 +24,8 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
              "skip_prk_steps": True, "clip_sample": False}
 
 
-def modules(module, name=""):
-    """Every (name, module), as torch's named_modules."""
-    yield name, module
-    for key, value in vars(module).items():
-        for i, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if isinstance(item, Module):
-                path = key if i is None else f"{key}.{i}"
-                yield from modules(item, f"{name}.{path}" if name else path)
-
-
 def of_kind(module, kind):
-    return {name: part for name, part in modules(module) if isinstance(part, kind)}
+    return {name: part for name, part in named_modules(module) if isinstance(part, kind)}
 
 
 def epsilons(module):
@@ -83,7 +72,7 @@ def test_the_vae_encoder_pads_right_and_bottom_only():
     assert all(down.conv.padding == (1, 1) for down in of_kind(net, Downsample2D).values())
 
     picture = np.arange(1.0, 37.0).reshape(1, 6, 6, 1)
-    seen = {}                                           # what the window's corners see, per padding
+    seen = {}                                           # what a corner of the kernel sees
     for padding in ((0, 1), (1, 1)):
         for corner in (0, 2):
             conv = Conv2d(1, 1, 3, stride=2, padding=padding)
@@ -96,14 +85,14 @@ def test_the_vae_encoder_pads_right_and_bottom_only():
     assert not seen[(1, 1), 0][0].any() and not seen[(1, 1), 0][:, 0].any()      # top and left
 
 
-# ---- 3: the timestep's waves ----------------------------------------------------------------
+# ---- 3: the timestep embedding --------------------------------------------------------------
 
 def test_timestep_embedding_is_cos_then_sin_over_half():
-    waves, _ = ops.timestep_embedding(np.array([0.0, 1.0]), 320)
-    np.testing.assert_array_equal(waves[0], [1] * 160 + [0] * 160)
+    embedding, _ = ops.timestep_embedding(np.array([0.0, 1.0]), 320)
+    np.testing.assert_array_equal(embedding[0], [1] * 160 + [0] * 160)
     frequencies = 10000.0 ** (-np.arange(160) / 160)    # over 160, not 159: 1/10000 is not reached
-    assert_allclose(waves[1, :160], np.cos(frequencies), rtol=1e-12)
-    assert_allclose(waves[1, 160:], np.sin(frequencies), rtol=1e-12)
+    assert_allclose(embedding[1, :160], np.cos(frequencies), rtol=1e-12)
+    assert_allclose(embedding[1, 160:], np.sin(frequencies), rtol=1e-12)
 
 
 @pytest.mark.parametrize("config", [UNET, {key: value for key, value in UNET.items()
@@ -111,10 +100,10 @@ def test_timestep_embedding_is_cos_then_sin_over_half():
                          ids=["named", "left out"])
 def test_the_unet_asks_for_cos_then_sin(config, monkeypatch):
     class Seen(Exception):
-        """Carries the waves out of the forward pass."""
+        """Carries the sinusoidal embedding out of the forward pass."""
 
-    def stop(self, waves, tape, condition):
-        raise Seen(waves)
+    def stop(self, x, tape, *, condition):
+        raise Seen(x)
     monkeypatch.setattr(unet.TimestepEmbedding, "forward", stop)
     with pytest.raises(Seen) as seen:
         UNet2DConditionModel(config)(np.zeros((1, 8, 8, 4)), np.array([981]), None)
@@ -131,7 +120,7 @@ def test_steps_offset_and_the_final_alpha(name):
     start = np.ones((1, 2, 2, 4), np.float32)
     states = list(SAMPLERS[name](lambda x, t: 0 * x, start, schedule, 50, lambda: 0 * start))
     assert states[0].timestep == 981 and states[-1].timestep == 1
-    # No noise predicted: x_t = sqrt(alpha_bar_t) x_0 all along, from alpha_bar of 981 to that of 0.
+    # Without noise x_t = sqrt(alpha_bar_t) x_start: alpha_bar goes from that of 981 to that of 0.
     kept = np.sqrt(schedule.alphas_cumprod[0] / schedule.alphas_cumprod[981])
     assert_allclose(states[-1].latents, kept * start, rtol=1e-5)
     assert schedule.alphas_cumprod[0] < 0.9992
@@ -159,8 +148,8 @@ def test_attention_head_dim_may_be_a_list_of_head_counts():
         "up_blocks.1": {20}, "up_blocks.2": {10}, "up_blocks.3": {5}}
 
 
-def test_resnets_of_the_unet_know_the_time_and_those_of_the_vae_do_not():
-    with_time = [hasattr(part, "time_emb_proj")
+def test_residual_blocks_of_the_unet_have_a_time_embedding_and_those_of_the_vae_have_none():
+    with_time = [part.time_emb_proj is not None
                  for model in (UNet2DConditionModel(UNET), AutoencoderKL(VAE))
                  for part in of_kind(model, ResnetBlock2D).values()]
     assert with_time == [True] * 22 + [False] * 24

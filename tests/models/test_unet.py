@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from tests.support.arrays import read_only
-from tests.support.models import TOLD, UNETS
-from tests.support.pairs import told_call, told_unet, unet_pair
+from tests.support.models import CONDITIONED, UNETS
+from tests.support.pairs import call_conditioned, conditioned_unet, unet_pair
 from tests.support.reference import assert_same_gradients, copy_weights, nchw, nhwc
 from tests.support.tolerance import assert_close, within
 from tinyldm import backend
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Tape
 from tinyldm.models import UNet2DConditionModel
+from tinyldm.models.blocks import ResnetBlock2D
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)], ids=str)
@@ -27,7 +28,7 @@ def test_unet_gradients(name, size):
     dy = read_only(np.random.default_rng(2).standard_normal(ours.shape))
     theirs.backward(nchw(dy))
     dlatents, dcontext = module.backward(dy, tape)
-    assert len(tape) == 0
+    assert not tape.entries
     assert_same_gradients(reference, module)
     assert_close(dlatents, nhwc(x.grad), 1e-6, "dlatents")
     assert_close(dcontext, c.grad.numpy(), 1e-6, "dcontext")
@@ -45,37 +46,44 @@ def test_unet_float32(name):
         assert_close(module(latents, timesteps, context), theirs, 1e-4, "plain")
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_told_unet_gradients(name):
-    reference, module, latents, timesteps, context, told, tensors = told_unet(name, torch.float64)
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_conditioned_unet_gradients(name):
+    pair, more, tensors = conditioned_unet(name, torch.float64)
+    reference, module, latents, timesteps, context = pair
     x, c = nchw(latents).requires_grad_(), torch.from_numpy(context.copy()).requires_grad_()
-    if "text_embeds" in tensors:
-        tensors["text_embeds"].requires_grad_()
-    theirs = told_call(reference, x, timesteps, c, tensors)
+    for tensor in tensors.values():
+        if tensor.is_floating_point():                  # time_ids are integers
+            tensor.requires_grad_()
+    theirs = call_conditioned(reference, x, timesteps, c, tensors)
     tape = Tape()
-    ours = module.forward(latents, timesteps, context, tape, **told)
+    ours = module.forward(latents, timesteps, context, tape, **more)
     assert_close(ours, nhwc(theirs), 1e-8, "output")
 
     dy = read_only(np.random.default_rng(2).standard_normal(ours.shape))
     theirs.backward(nchw(dy))
     gradients = module.backward(dy, tape)
-    assert len(tape) == 0
+    assert not tape.entries
     assert_same_gradients(reference, module)
-    expected = [nhwc(x.grad), c.grad.numpy()]
-    expected += [tensors["text_embeds"].grad.numpy()] if "text_embeds" in tensors else []
-    for i, (ours, theirs) in enumerate(zip(gradients, expected, strict=True)):
-        assert_close(ours, theirs, 1e-6, f"gradient {i}")
+    dlatents, dcontext = gradients                      # whatever the config
+    assert_close(dlatents, nhwc(x.grad), 1e-6, "dlatents")
+    assert_close(dcontext, c.grad.numpy(), 1e-6, "dcontext")
+    for what in ("timestep_cond", "text_embeds"):
+        if what in tensors:
+            assert_close(getattr(gradients, what), tensors[what].grad.numpy(), 1e-6, what)
+        else:
+            assert getattr(gradients, what) is None
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_told_unet_float32(name):
-    reference, module, latents, timesteps, context, told, tensors = told_unet(name, torch.float32)
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_conditioned_unet_float32(name):
+    pair, more, tensors = conditioned_unet(name, torch.float32)
+    reference, module, latents, timesteps, context = pair
     with torch.no_grad():
-        theirs = nhwc(told_call(reference, nchw(latents), timesteps,
-                                torch.from_numpy(context.copy()), tensors))
-    assert_close(module(latents, timesteps, context, **told), theirs, 1e-3, "fast")
+        theirs = nhwc(call_conditioned(reference, nchw(latents), timesteps,
+                                       torch.from_numpy(context.copy()), tensors))
+    assert_close(module(latents, timesteps, context, **more), theirs, 1e-3, "fast")
     with backend.plain():
-        assert_close(module(latents, timesteps, context, **told), theirs, 1e-4, "plain")
+        assert_close(module(latents, timesteps, context, **more), theirs, 1e-4, "plain")
 
 
 @pytest.mark.parametrize("change, named", [
@@ -91,8 +99,28 @@ def test_unet_refuses_what_it_does_not_build(change, named):
         UNet2DConditionModel(dict(UNETS["attention at the bottom"], **change))
 
 
+def test_text_time_needs_its_two_sizes():
+    config = dict(CONDITIONED["as SDXL"][0], addition_time_embed_dim=None)
+    with pytest.raises(TinyldmError, match=r"which are \(None, 41\)"):
+        UNet2DConditionModel(config)
+
+
+def test_a_residual_block_takes_a_time_embedding_if_it_was_built_for_one():
+    x, temb = np.ones((1, 4, 4, 4)), np.ones((1, 6))
+    for channels, wrong in ((6, None), (None, temb)):
+        block = ResnetBlock2D(4, 4, 2, 1e-5, channels)
+        for parameter in block.parameters():
+            parameter.data = np.ones(parameter.shape)
+        tape = Tape()
+        y = block(x, tape, temb=None if channels is None else temb)
+        dx, dtemb = block.backward(y, tape)
+        assert not tape.entries and (dtemb is None) == (channels is None)
+        with pytest.raises(AssertionError, match="temb"):
+            block(x, temb=wrong)
+
+
 def test_float16_keeps_its_digits():
-    """float16 weights and maps: norms, softmax and the timestep's waves in float32, as on a GPU."""
+    """float16 weights and maps; norms, softmax and sinusoidal embedding in float32, as on a GPU."""
     reference, module, latents, timesteps, context = unet_pair(
         UNETS["as SD 1"], torch.float32, (8, 8))
     latents, context = (x.astype(np.float16).astype(np.float32) for x in (latents, context))

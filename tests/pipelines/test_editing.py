@@ -1,8 +1,6 @@
 """Image to image and inpainting against diffusers' pipelines: same weights, seed and picture."""
-import diffusers
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.support.drawing import (
@@ -13,9 +11,9 @@ from tests.support.drawing import (
     assert_same_pictures,
     ours,
 )
-from tests.support.pairs import widen_guidance
+from tests.support.extra import diffusers, torch
 from tests.support.pictures import SIZE, hole, picture, thin
-from tests.support.reference import float32_noise
+from tests.support.reference import float32_noise, widen_embeddings
 from tests.support.small_pipelines import (
     ddpm,
     dpmpp,
@@ -110,7 +108,7 @@ def test_a_latent_consistency_model_makes_all_steps(few, strength):
     img2img = diffusers.LatentConsistencyModelImg2ImgPipeline(
         **reference.pipe.components, requires_safety_checker=False)
     img2img.set_progress_bar_config(disable=True)
-    widen_guidance(img2img)
+    widen_embeddings(img2img)
     with float32_noise():
         theirs = img2img(PROMPT, image=picture(), strength=strength, num_inference_steps=STEPS,
                          guidance_scale=7.5, generator=torch.Generator().manual_seed(5)).images
@@ -211,7 +209,7 @@ def test_where_the_mask_is_black_the_latents_are_the_pictures(small):
     ({"mask": np.ones((16, 16))}, "mask must be a PIL image, not a ndarray"),
     ({"image": Between(picture(), None, 0.5)}, "image must be a PIL image, not a NoneType"),
     ({"mask": Between(hole(), hole(), 0.5)}, "mask must be a PIL image, not a Between"),
-    ({"image": None}, "a mask and a strength go with an image: give one"),
+    ({"image": None}, "a mask or a strength needs an image: give one"),
     ({"mask": Image.new("L", (16, 16), 127)}, "the mask leaves nothing to paint: make it white"),
     ({"mask": thin(16)}, "in spots of at least 4x4 pixels"),
     ({"image": Image.new("RGB", (3, 16))}, "the image is 3x16 pixels, too small for mul"),

@@ -1,10 +1,9 @@
 """What lies between two prompts, seeds or pictures: each mixed by torch, and drawn by diffusers."""
-import diffusers
 import numpy as np
 import pytest
-import torch
 
 from tests.support.drawing import NEGATIVE, STEPS, Reference, assert_same_pictures
+from tests.support.extra import diffusers, torch
 from tests.support.pictures import SIZE, hole, picture
 from tests.support.reference import float32_noise, nchw
 from tests.support.small_pipelines import sd1, sdxl, smallest
@@ -14,11 +13,11 @@ from tinyldm.images import from_pil
 from tinyldm.noise import get_generator
 from tinyldm.pipelines.interpolation import BetweenGenerator, slerp
 
-FIRST, SECOND = "a photo of an astronaut", "red cat, " * 40     # the second is read in two pieces
+FIRST, SECOND = "a photo of an astronaut", "red cat, " * 40     # the second is read in two chunks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:the prompt .* is read in 2 pieces")]
+    pytest.mark.filterwarnings("ignore:the prompt .* is read in 2 chunks")]
 
 
 @pytest.fixture(scope="module", params=[sd1, sdxl], ids=lambda make: make.__name__)
@@ -114,7 +113,7 @@ def test_the_ends_are_those_between_which_it_lies(small, options):
 
     ends = [last({name: Between(one[name], other[name], weight) for name in one})
             for weight in (0, 1)]
-    # The shorter prompt is filled up to the pieces of the longer, so that its end differs a little.
+    # The shorter prompt is filled up to the chunks of the longer, so that its end differs a little.
     assert_close(ends[1], last(other), 1e-5, "the second")
     one["prompt"] = other["prompt"] = FIRST
     assert_close(last({name: Between(one[name], other[name], 0) for name in one}), last(one),

@@ -1,15 +1,15 @@
 """The kinds of Stable Diffusion besides 1 and 2, each against diffusers' own pipeline for it."""
 import numpy as np
 import pytest
-import torch
 
 from tests.support.drawing import NEGATIVE, PROMPT, Reference, assert_same_drawing, ours
+from tests.support.extra import torch
 from tests.support.models import spoil
 from tests.support.small_pipelines import change_json, lcm, sd_turbo, sdxl, sdxl_turbo
 from tests.support.tolerance import assert_close
 from tinyldm.errors import TinyldmError
 from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
-from tinyldm.text.prompt import weigh
+from tinyldm.text.prompt import apply_weights
 
 
 def both(make, tmp_path_factory):
@@ -65,11 +65,11 @@ def encode(reference, text):
     return context.numpy(), pooled.numpy()
 
 
-def test_pieces_and_weights_of_both_encoders(xl):
+def test_chunks_and_weights_of_both_encoders(xl):
     """Both halves of the context are cut and weighed by themselves; the vector is the first's."""
     pipe, reference = xl
     contexts, vectors = zip(*(encode(reference, text) for text in ("a red cat", "low!", "")))
-    with pytest.warns(UserWarning, match="is read in 2 pieces"):
+    with pytest.warns(UserWarning, match="is read in 2 chunks"):
         negative, positive = told(pipe, "a red cat BREAK low!", "low!")
     assert_close(positive["context"], np.concatenate(contexts[:2], axis=1), 1e-4)
     assert_close(positive["text_embeds"], vectors[0], 1e-4)
@@ -82,7 +82,7 @@ def test_pieces_and_weights_of_both_encoders(xl):
     assert (weights != 1).any()
     halves = np.split(contexts[0], [pipe.text_encoder.config["hidden_size"]], axis=-1)
     assert_close(weighed["context"],
-                 np.concatenate([weigh(half, weights) for half in halves], axis=-1), 1e-4)
+                 np.concatenate([apply_weights(half, weights) for half in halves], axis=-1), 1e-4)
     assert_close(weighed["text_embeds"], vectors[0], 1e-4)
 
 

@@ -1,14 +1,16 @@
 """The pipeline against diffusers' on the same random weights: ids, context, latents, picture."""
-import diffusers
+import inspect
+
 import numpy as np
 import pytest
-import torch
 
 from tests.support.drawing import NEGATIVE, PROMPT, Reference, assert_same_drawing, ours
+from tests.support.extra import diffusers, torch
 from tests.support.reference import nchw, nhwc
 from tests.support.small_pipelines import CONFIGURATIONS, change_json, sd1, smallest
 from tests.support.tolerance import assert_close
 from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 from tinyldm.noise import CudaGenerator
 from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
@@ -34,7 +36,7 @@ def both_sd1(sd1_folder):
 
 # ---- against diffusers ----------------------------------------------------------------------
 
-@pytest.mark.filterwarnings("ignore:the prompt .* is read in . pieces")
+@pytest.mark.filterwarnings("ignore:the prompt .* is read in . chunks")
 def test_every_configuration_draws_the_same(both):
     pipe, reference = both
     for text in (PROMPT, "", "word " * 100):
@@ -190,6 +192,7 @@ BAD = [
     ({"height": 10**9}, "8192 pixels"), ({"width": 16.0}, "whole number of pixels"),
     ({"num_images": 0}, "num_images must be"), ({"num_images": None}, "num_images must be"),
     ({"sampler": "dpm2"}, f"unknown sampler 'dpm2'; known: {', '.join(SAMPLERS)}"),
+    ({"sampler": "lcm", "num_inference_steps": 51}, "lcm takes from 1 to 50 steps .* not 51"),
     ({"latents": np.zeros((2, 4, 4, 4))}, r"shape \(1, 4, 4, 4\) .*, not \(2, 4, 4, 4\)"),
     ({"latents": np.zeros((4, 4))}, "latents must be finite and of shape"),
     ({"latents": np.zeros((1, 4, 4, 4)), "width": 32}, r"shape \(1, 4, 8, 4\)"),
@@ -201,6 +204,27 @@ BAD = [
 def test_bad_arguments_are_refused_before_drawing(small, options, message):
     with pytest.raises(TinyldmError, match=message):
         small.stream(**{"prompt": "cat", **options})
+
+
+def test_a_schedule_that_the_sampler_cannot_take_is_refused_before_drawing(small):
+    small.schedule = Schedule.from_config({"rescale_betas_zero_snr": True})
+    with pytest.raises(TinyldmError, match="pndm divides by alpha_bar"):
+        small.stream("cat", sampler="pndm")
+
+
+def test_options_by_name_and_by_position(small):
+    options = list(inspect.signature(small.stream).parameters)
+    assert options == [
+        "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "width",
+        "height", "num_images", "sampler", "latents", "noise", "guidance_rescale", "image",
+        "strength", "mask"]
+    values = ["cat", "dog", 2, 3.0, 5, 20, 24, 2, "ddim", None, "numpy", 0.5]
+    by_position, by_name = small.stream(*values), small.stream(**dict(zip(options, values)))
+    for one, other in zip(by_position, by_name, strict=True):
+        assert one.latents.shape == (2, 6, 5, 4)
+        np.testing.assert_array_equal(one.latents, other.latents)
+    with pytest.raises(TypeError, match="'colour'"):
+        small.stream("cat", colour="red")
 
 
 def test_bad_latents_for_decode(small):
@@ -231,7 +255,7 @@ def test_the_first_token_beyond_the_text_encoders_table(tmp_path):
     encoder.config = encoder.config | {"vocab_size": largest + 1}
     pipe.encode_prompt("cat")
     encoder.config = encoder.config | {"vocab_size": largest}
-    with pytest.raises(TinyldmError, match=f"token {largest}, the text encoder only {largest} tok"):
+    with pytest.raises(TinyldmError, match=f"token {largest}, but the text encoder only {largest}"):
         pipe.encode_prompt("cat")
 
 
@@ -240,9 +264,11 @@ def test_parts_must_fit_together(small, both_sd1):
     parts = [small.tokenizer, small.text_encoder, small.unet, small.vae, small.scheduler]
     with pytest.raises(TinyldmError, match="cross_attention_dim is 8, but .* 32"):
         StableDiffusion(small.tokenizer, other.text_encoder, *parts[2:])
-    for told, message in [({"addition_embed_type": "text_time"}, "no second text encoder"),
-                          ({"in_channels": 8}, "in_channels is 8, but the VAE's .* 4")]:
-        before, small.unet.config = small.unet.config, small.unet.config | told
+    xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+          "projection_class_embeddings_input_dim": 68}
+    for changes, message in [(xl, "no second text encoder"),
+                             ({"in_channels": 8}, "in_channels is 8, but the VAE's .* 4")]:
+        before, small.unet.config = small.unet.config, small.unet.config | changes
         with pytest.raises(TinyldmError, match=message):
             StableDiffusion(*parts)
         small.unet.config = before

@@ -9,7 +9,7 @@ XL_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2":
 
 
 def make_lora(pipe, layers="", ranks=(3, 4), alphas=(0.5, 1.0, 3.0), seed=0, parts=PARTS):
-    """A pair for every layer whose name has the word `layers`, ranks and alphas taken in turns."""
+    """A pair for each layer whose name contains `layers`; ranks and alphas are used in turn."""
     generator, pairs = torch.Generator().manual_seed(seed), {}
     for part in parts:
         for name, layer in getattr(pipe, part).named_modules():
@@ -23,7 +23,7 @@ def make_lora(pipe, layers="", ranks=(3, 4), alphas=(0.5, 1.0, 3.0), seed=0, par
 
 
 def merge(pipe, pairs, weight):
-    """What a LoRA is, by torch on diffusers' model."""
+    """The definition of a LoRA, computed by torch on diffusers' model."""
     with torch.no_grad():
         for (part, name), (down, up, alpha) in pairs.items():
             W, rank = getattr(pipe, part).get_submodule(name).weight, len(down)

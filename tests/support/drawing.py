@@ -5,12 +5,10 @@ the processor: torch's kernels do. So the reference computes in float64, and onl
 """
 import copy
 
-import diffusers
 import numpy as np
-import torch
 
-from tests.support.pairs import widen_guidance, widen_waves
-from tests.support.reference import float32_noise, nchw, nhwc
+from tests.support.extra import diffusers, torch
+from tests.support.reference import float32_noise, nchw, nhwc, widen_embeddings
 from tests.support.tolerance import assert_close, assert_same_pixels
 
 PROMPT = "a photo of an astronaut riding a horse on mars, red cat"
@@ -23,7 +21,7 @@ LATENTS_TOLERANCE = {np.float32: 1e-4, np.float64: 1e-5}
 
 
 class Reference:
-    """diffusers' pipeline of a folder, in float64, with its output in our layout."""
+    """diffusers' pipeline of a folder, in float64, with its outputs in our layout."""
 
     def __init__(self, folder):
         diffusers.utils.logging.set_verbosity_error()
@@ -32,8 +30,7 @@ class Reference:
         self.pipe = diffusers.DiffusionPipeline.from_pretrained(
             folder, torch_dtype=torch.float64, variant="fp16" if half else None)
         self.pipe.set_progress_bar_config(disable=True)
-        widen_waves(self.pipe.unet)
-        widen_guidance(self.pipe)
+        widen_embeddings(self.pipe)
 
     def __call__(self, seeds=(0,), prompt=PROMPT, **options):
         """-> latents after every step [(B,h,w,4)], pictures (B,H,W,3) uint8."""
@@ -54,7 +51,7 @@ class Reference:
 
 
 def ours(pipe, **options):
-    """The same of ours, by way of stream and by way of a call."""
+    """The same of ours, the latents by stream and the pictures by a call."""
     states = list(pipe.stream(PROMPT, num_inference_steps=STEPS, **options))
     assert [state.step for state in states] == list(range(len(states)))
     images = pipe(PROMPT, num_inference_steps=STEPS, **options)
@@ -87,5 +84,5 @@ class Editing(Reference):
         editing.pipe = getattr(diffusers, f"StableDiffusion{'XL' * xl}{task}Pipeline")(
             **self.pipe.components, **({} if xl else {"requires_safety_checker": False}))
         editing.pipe.set_progress_bar_config(disable=True)
-        widen_guidance(editing.pipe)
+        widen_embeddings(editing.pipe)
         return Reference.__call__(editing, seeds, guidance_scale=7.5, **options)

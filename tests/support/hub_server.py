@@ -1,4 +1,4 @@
-"""The Hugging Face hub on this machine: what its download client asks of it, served from folders.
+"""A stand-in for the Hugging Face hub on this machine: it serves folders to the download client.
 
 Endpoints: /api/models/ID and its revision and tree, /ID/resolve/REVISION/FILE with HEAD and GET.
 Source: the requests that huggingface_hub sends, and https://huggingface.co/docs/hub/api.
@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
-    """repositories: {"owner/name": folder}. What is asked for is noted, what is to fail is told."""
+    """repositories: {"owner/name": folder}. It records requests, and fails where a test says so."""
 
     def __init__(self, repositories):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -34,7 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.asked.clear()
         return sorted(paths)
 
-    def handle_error(self, *_):             # a client that went away is no news
+    def handle_error(self, *_):             # a client that disconnects is no error
         pass
 
 
@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         status, code = self.server.refused.get(name, (200, None))
         if status != 200 and (code != "GatedRepo" or "/resolve/" in path):      # names are public
             return self.answer(status, b"{}", {"X-Error-Code": code} if code else {})
-        if name not in self.server.repositories:        # what the hub says of unknown names
+        if name not in self.server.repositories:        # the hub's reply to unknown names
             return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         folder = self.server.repositories[name]
         if path.startswith("/api/"):
@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206 if start else 200, data[start:], headers, cuts.pop(0) if cuts else None)
 
     def answer(self, status, body, headers=(), sent=None):
-        """sent: how many bytes of the body go out before the connection breaks; None for all."""
+        """sent: how many bytes of the body to send before closing the connection; None for all."""
         self.send_response(status)
         for key, value in {"Content-Length": len(body), "Content-Type": "application/json",
                            **dict(headers)}.items():

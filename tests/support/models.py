@@ -38,7 +38,7 @@ UNETS = {
                                      up_block_types=["CrossAttnUpBlock2D"],
                                      attention_head_dim=1, cross_attention_dim=5),
 }
-TOLD = {                    # UNets that are told more than a timestep: what, and its width
+CONDITIONED = {             # UNets with further conditions: {name: width}
     "as LCM": (dict(SMALL, block_out_channels=[8, 16], layers_per_block=1,
                     down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
                     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],

@@ -8,8 +8,8 @@ from transformers import CLIPTextModel as ReferenceCLIP
 from transformers import CLIPTextModelWithProjection as ReferenceCLIPWithProjection
 
 from tests.support.arrays import read_only
-from tests.support.models import CLIPS, TOLD, vae_config
-from tests.support.reference import copy_weights, randomise
+from tests.support.models import CLIPS, CONDITIONED, vae_config
+from tests.support.reference import copy_weights, randomise, widen_embeddings
 from tinyldm.models import (
     AutoencoderKL,
     CLIPTextModel,
@@ -18,43 +18,12 @@ from tinyldm.models import (
 )
 
 
-class Waves64(torch.nn.Module):
-    """The timestep's waves in float64; diffusers makes them in float32 whatever the model."""
-
-    def __init__(self, dim, flip_sin_to_cos, downscale_freq_shift):
-        super().__init__()
-        self.dim, self.flip, self.shift = dim, flip_sin_to_cos, downscale_freq_shift
-
-    def forward(self, timesteps):
-        half = self.dim // 2
-        frequencies = 10000.0 ** -(torch.arange(half).double() / (half - self.shift))
-        angles = timesteps.double()[:, None] * frequencies
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, sin] if self.flip else [sin, cos], 1)
-
-
-def widen_waves(unet):
-    for name in ("time_proj", "add_time_proj"):
-        if waves := getattr(unet, name, None):
-            setattr(unet, name, Waves64(waves.num_channels, waves.flip_sin_to_cos,
-                                        waves.downscale_freq_shift))
-
-
-def widen_guidance(pipe):
-    """The same for the guidance of a Latent Consistency Model."""
-    def waves(w, embedding_dim):
-        return Waves64(embedding_dim, False, 1)(1000 * w)
-
-    if hasattr(pipe, "get_guidance_scale_embedding"):
-        pipe.get_guidance_scale_embedding = waves
-
-
 def unet_pair(config, dtype, size, batch=2, tokens=7):
     torch.manual_seed(0)
     reference = randomise(ReferenceUNet(**config).to(dtype)).eval()
     module = copy_weights(reference, UNet2DConditionModel(config))
     if dtype == torch.float64:
-        widen_waves(reference)
+        widen_embeddings(reference)
     rng = np.random.default_rng(1)
     kind = np.float64 if dtype == torch.float64 else np.float32
     latents = read_only(rng.standard_normal((batch, *size, config["in_channels"])).astype(kind))
@@ -64,20 +33,20 @@ def unet_pair(config, dtype, size, batch=2, tokens=7):
     return reference, module, latents, timesteps, context
 
 
-def told_unet(name, dtype):
-    """As unet_pair, and what both are told: ours {name: array}, theirs as leaf tensors."""
-    config, widths = TOLD[name]
+def conditioned_unet(name, dtype):
+    """-> unet_pair's, and the further conditions: ours {name: array}, theirs as leaf tensors."""
+    config, widths = CONDITIONED[name]
     pair = unet_pair(config, dtype, (8, 6))
     rng, kind = np.random.default_rng(3), pair[2].dtype
-    told = {what: read_only(rng.standard_normal((2, width)).astype(kind))
+    more = {what: read_only(rng.standard_normal((2, width)).astype(kind))
             for what, width in widths.items()}
-    if "time_ids" in told:
-        told["time_ids"] = read_only(np.array([[64, 48, 0, 0, 64, 48], [32, 32, 4, 8, 16, 16]]))
-    tensors = {what: torch.from_numpy(x.copy()) for what, x in told.items()}
-    return *pair, told, tensors
+    if "time_ids" in more:
+        more["time_ids"] = read_only(np.array([[64, 48, 0, 0, 64, 48], [32, 32, 4, 8, 16, 16]]))
+    tensors = {what: torch.from_numpy(x.copy()) for what, x in more.items()}
+    return pair, more, tensors
 
 
-def told_call(reference, latents, timesteps, context, tensors):
+def call_conditioned(reference, latents, timesteps, context, tensors):
     added = {what: tensor for what, tensor in tensors.items() if what != "timestep_cond"}
     return reference(latents, torch.from_numpy(timesteps.copy()), context, added_cond_kwargs=added,
                      timestep_cond=tensors.get("timestep_cond")).sample
@@ -94,9 +63,9 @@ def clip_pair(config, dtype):
     return reference, copy_weights(reference, CLIPTextModel(config))
 
 
-def projection_pair(end, dtype):
-    """-> reference, module, ids (2,77) with an end token each and one more behind it."""
-    config = dict(CLIPS["as SD 2"], projection_dim=7, eos_token_id=end)
+def projection_pair(end, dtype, **options):
+    """-> reference, module, ids (2,77), each with an end token and another one after it."""
+    config = dict(CLIPS["as SD 2"], projection_dim=7, eos_token_id=end, **options)
     reference = ReferenceCLIPWithProjection(CLIPTextConfig(**config)).to(dtype)
     module = copy_weights(randomise(reference).eval(), CLIPTextModelWithProjection(config))
     ids = np.random.default_rng(1).integers(3, 97, (2, 77))

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5's architecture with random weights, for test_sd15.py and the benchmarks.
 
-The configs are those of single files, which test_single_file.py compares with the published ones.
+The configs are those of single files; test_single_file.py compares them with the published ones.
 """
 import math
 

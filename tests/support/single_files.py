@@ -1,16 +1,15 @@
 """Small random pipelines as single files in the original layout, made of diffusers' folders.
 
-The public names are turned into the original ones by loops over levels and blocks, the other way
-round from tinyldm/checkpoints/single_file/names.py; test_single_file.py compares
+Loops over levels and blocks turn the public names into the original ones, in the other direction
+than tinyldm/checkpoints/single_file/names.py; test_single_file.py compares
 both with the lists of real checkpoints.
 """
 import json
 
-import diffusers
-import safetensors.torch
-import torch
+import numpy as np
+import safetensors.numpy
 
-from tests.support.small_pipelines import SD, make_unet, make_vae, save, save_xl
+from tests.support.small_pipelines import make_unet, make_vae, save, save_xl, scheduler
 from tinyldm.checkpoints.single_file import kinds
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -63,14 +62,14 @@ def vae_prefixes():
 
 
 def renamed(name, prefixes):
-    """The original name of a public one: the longest prefix wins; none leaves it as it is."""
+    """A public name -> the original one, by the longest prefix; unchanged if no prefix fits."""
     found = max((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), key=len,
                 default=None)
     return name if found is None else prefixes[found] + name.removeprefix(found)
 
 
 def open_clip_layer(layer):
-    """{public name in a layer: (its original name, which third of it)}."""
+    """{public name in a layer: (original name, which third of that tensor)}."""
     start = f"transformer.resblocks.{layer}."
     names = {f"{ours}.{kind}": (f"{start}{theirs}.{kind}", None)
              for ours, theirs in OPEN_CLIP.items() for kind in ("weight", "bias")}
@@ -104,11 +103,11 @@ def original(folder):
     text = text_component(folder / "text_encoder")
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     if config["hidden_act"] == "gelu":
-        last = {"text_projection": torch.zeros(2 * [config["hidden_size"]])}
+        last = {"text_projection": np.zeros(2 * [config["hidden_size"]], np.float32)}
         return tensors | open_clip_tensors(text, "cond_stage_model.model.", last, unused_layer=True)
     start = "conditioner.embedders.0" if xl else "cond_stage_model"
     tensors |= {f"{start}.transformer.{name}": tensor for name, tensor in text.items()}
-    tensors[f"{start}.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    tensors[f"{start}.transformer.text_model.embeddings.position_ids"] = np.arange(77)[None]
     if xl:
         text = text_component(folder / "text_encoder_2")
         last = {"text_projection": text.pop("text_projection.weight").T}
@@ -117,7 +116,7 @@ def original(folder):
 
 
 def open_clip_tensors(text, start, last, unused_layer=False):
-    """With a scale, and if asked for a layer, that the model does not use."""
+    """With a scale that the model does not use, and on request such a layer."""
     layers = 1 + max(int(name.split(".")[3]) for name in text if ".layers." in name)
     names = open_clip_names(layers)
     tensors = {}
@@ -127,13 +126,13 @@ def open_clip_tensors(text, start, last, unused_layer=False):
             tensors[theirs] = tensor
         else:
             tensors.setdefault(theirs, [None] * 3)[third] = tensor
-    tensors = {name: torch.cat(tensor) if isinstance(tensor, list) else tensor
+    tensors = {name: np.concatenate(tensor) if isinstance(tensor, list) else tensor
                for name, tensor in tensors.items()}
     if unused_layer:
         last |= {name.replace(f"resblocks.{layers - 1}", f"resblocks.{layers}"):
-                 torch.zeros_like(tensor) for name, tensor in tensors.items()
+                 np.zeros_like(tensor) for name, tensor in tensors.items()
                  if f"resblocks.{layers - 1}." in name}
-    tensors |= last | {"logit_scale": torch.tensor(4.6)}
+    tensors |= last | {"logit_scale": np.float32(4.6)}
     return {start + name: tensor for name, tensor in tensors.items()}
 
 
@@ -144,18 +143,18 @@ def text_component(folder):
 
 def component(folder):
     file, = folder.glob("*.safetensors")
-    return safetensors.torch.load_file(file)
+    return safetensors.numpy.load_file(file)
 
 
 def leftovers(tensors):
-    """What training leaves in a file: tables of the schedule, and the averaged weights, halved."""
+    """Leftovers of training: tables of the schedule, and averaged weights, here halved."""
     ema = {"model_ema." + name.removeprefix("model.").replace(".", ""): tensor / 2
            for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
     tables = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
               "sqrt_recipm1_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_variance",
               "posterior_log_variance_clipped", "posterior_mean_coef1", "logvar")
-    return ema | {name: torch.linspace(0, 1, 1000) for name in tables} | {
-        "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+    return ema | {name: np.linspace(0, 1, 1000, dtype=np.float32) for name in tables} | {
+        "model_ema.decay": np.float32(0.9999), "model_ema.num_updates": np.int64(7)}
 
 
 # ---- small pipelines of each kind -----------------------------------------------------------
@@ -164,30 +163,28 @@ VAE = {"layers_per_block": 2, "sample_size": 64}
 WIDTHS, VAE_WIDTHS = (16, 24, 32, 32), (4, 8, 16, 16)
 
 
+PNDM = scheduler("PNDM", skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+
+
 def sd1(folder, in_channels=4, **options):
-    scheduler = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1,
-                                        set_alpha_to_one=False)
     return save(folder, make_unet(WIDTHS, 24, "yyyn", attention_head_dim=8, layers_per_block=2,
                                   sample_size=8, in_channels=in_channels),
-                make_vae(VAE_WIDTHS, **VAE), scheduler, 24, **options)
+                make_vae(VAE_WIDTHS, **VAE), PNDM, 24, **options)
 
 
 def sd1_inpainting(folder):
-    return sd1(folder, in_channels=9, pipeline=diffusers.StableDiffusionInpaintPipeline)
+    return sd1(folder, in_channels=9, pipeline="StableDiffusionInpaintPipeline")
 
 
 def sd2(folder, base=False):
     unet = make_unet(WIDTHS, 32, "yyyn", attention_head_dim=(2, 2, 4, 4), layers_per_block=2,
                      sample_size=8, use_linear_projection=True)
-    if not base:
-        scheduler = diffusers.DDIMScheduler(**SD, prediction_type="v_prediction", steps_offset=1,
-                                            set_alpha_to_one=False, clip_sample=False)
-    else:
-        scheduler = diffusers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1,
-                                            set_alpha_to_one=False)
-        with torch.no_grad():                           # what tells it from the other
-            unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias *= 0.1
-    return save(folder, unet, make_vae(VAE_WIDTHS, **VAE), scheduler, 32, padding="!",
+    steps = scheduler("DDIM", prediction_type="v_prediction", steps_offset=1,
+                      set_alpha_to_one=False, clip_sample=False)
+    if base:
+        steps = PNDM                                    # which tells it from the other:
+        unet[2]["up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"] *= np.float32(0.1)
+    return save(folder, unet, make_vae(VAE_WIDTHS, **VAE), steps, 32, padding="!",
                 hidden_act="gelu")
 
 
@@ -200,13 +197,13 @@ def sdxl(folder):
                      sample_size=8, use_linear_projection=True,
                      transformer_layers_per_block=(1, 1, 2), addition_embed_type="text_time",
                      addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8)
-    vae = make_vae(VAE_WIDTHS, **VAE, scaling_factor=0.13025)
-    return save_xl(folder, unet, vae, diffusers.EulerDiscreteScheduler(
-        **SD, timestep_spacing="leading", steps_offset=1), (24, 32), 20)
+    vae = make_vae(VAE_WIDTHS, **VAE, scaling_factor=0.13025, force_upcast=True)
+    return save_xl(folder, unet, vae, scheduler("EulerDiscrete", timestep_spacing="leading",
+                                                steps_offset=1), (24, 32), 20)
 
 
 def shrink(monkeypatch, vocab_size, end):
-    """Let the built-in configs be those of the small pipelines. end: the end token."""
+    """Change the built-in configs to those of the small pipelines. end: the end token's id."""
     text = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": vocab_size}
     unet = {"block_out_channels": list(WIDTHS), "norm_num_groups": 8, "sample_size": 8}
     xl = {"block_out_channels": list(WIDTHS[:3]), "transformer_layers_per_block": [1, 1, 2],

@@ -1,96 +1,130 @@
-"""Whole random pipelines, small, made and saved by diffusers: fixtures of the pipeline's tests."""
-import json
+"""Whole random pipelines, small, in folders as diffusers writes them: the fixtures of most tests.
+
+The configs are data and the weights NumPy's, so neither side makes the files, and no torch is
+needed. test_stable_diffusion.py shows that what diffusers itself writes of them is read as well.
+"""
 import re
-import shutil
-from pathlib import Path
 
-import diffusers
-import safetensors.torch
-import torch
-import transformers
+import numpy as np
+import safetensors.numpy
 
-from tests.support.reference import randomise
-from tests.support.words import VOCABULARY, write_settings, write_toy_vocabulary
+from tests.support.words import write_settings, write_toy_vocabulary
+from tinyldm.checkpoints.layout import file_shape
+from tinyldm.files import read_json, write_json
+from tinyldm.models import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+)
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+FILES = {UNet2DConditionModel: "diffusion_pytorch_model", AutoencoderKL: "diffusion_pytorch_model",
+         CLIPTextModel: "model", CLIPTextModelWithProjection: "model"}
+
+
+# ---- parts ------------------------------------------------------------------------------------
+
+def random_weights(module, seed):
+    """{name in the files: array}, normal numbers: biases and norms too, so that no zero hides."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, parameter in module.named_parameters():
+        noise = rng.standard_normal(file_shape(parameter), np.float32)
+        if noise.ndim == 1:
+            tensors[name] = 0.2 * noise + np.float32("norm" in name and name.endswith("weight"))
+        else:
+            tensors[name] = noise * np.float32(noise[0].size ** -0.5)
+    return tensors
 
 
 def make_unet(widths, context, attention, **config):
-    """attention: one letter a level, from the finest: y or n."""
-    down = tuple(CROSS[0] if letter == "y" else "DownBlock2D" for letter in attention)
-    up = tuple(CROSS[1] if letter == "y" else "UpBlock2D" for letter in reversed(attention))
-    config = {"layers_per_block": 1, "norm_num_groups": 8, "in_channels": 4, **config}
-    return randomise(diffusers.UNet2DConditionModel(
-        out_channels=4, block_out_channels=widths, cross_attention_dim=context,
-        down_block_types=down, up_block_types=up, **config), 1)
+    """-> class, config, weights. attention: one letter a level, from the finest: y or n."""
+    down = [CROSS[0] if letter == "y" else "DownBlock2D" for letter in attention]
+    up = [CROSS[1] if letter == "y" else "UpBlock2D" for letter in reversed(attention)]
+    config = {"_class_name": "UNet2DConditionModel", "layers_per_block": 1, "norm_num_groups": 8,
+              "norm_eps": 1e-5, "in_channels": 4, "out_channels": 4,
+              "block_out_channels": widths, "cross_attention_dim": context,
+              "down_block_types": down, "up_block_types": up,
+              **config}
+    return UNet2DConditionModel, config, random_weights(UNet2DConditionModel(config), 1)
 
 
 def make_vae(widths, **config):
-    vae = randomise(diffusers.AutoencoderKL(
-        block_out_channels=widths, norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths), **config), 2)
-    with torch.no_grad():
-        vae.decoder.conv_out.weight *= 0.7              # greys, not black and white
-    return vae
+    config = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3,
+              "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1,
+              "block_out_channels": widths,
+              "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+              "up_block_types": ["UpDecoderBlock2D"] * len(widths), **config}
+    tensors = random_weights(AutoencoderKL(config), 2)
+    tensors["decoder.conv_out.weight"] *= np.float32(0.7)       # greys, not black and white
+    return AutoencoderKL, config, tensors
 
 
-def make_text_encoder(width, vocab_size, model=transformers.CLIPTextModel, **config):
-    return randomise(model(transformers.CLIPTextConfig(
-        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, vocab_size=vocab_size,
-        num_attention_heads=4, max_position_embeddings=77, **config)), 3)
+def make_text_encoder(width, vocab_size, model=CLIPTextModel, **config):
+    config = {"architectures": [model.__name__], "model_type": "clip_text_model",
+              "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2,
+              "vocab_size": vocab_size, "num_attention_heads": 4, "max_position_embeddings": 77,
+              "hidden_act": "quick_gelu", "eos_token_id": 2, **config}
+    return model, config, random_weights(model(config), 3)
 
 
-def make_words(folder, padding, toy):
-    """A tokenizer's published files. toy: a few words even where CLIP's vocabulary is at hand."""
+def write_component(folder, part, half=False):
+    model, config, tensors = part
     folder.mkdir(parents=True)
-    if toy or not VOCABULARY.exists():
-        write_toy_vocabulary(folder)
-    else:
-        for name in ("vocab.json", "merges.txt"):
-            shutil.copy(VOCABULARY / name, folder / name)
-    write_settings(folder, padding)
-    return transformers.CLIPTokenizer.from_pretrained(folder)
-
-
-def save(folder, unet, vae, scheduler, width, padding="<|endoftext|>", toy=False, half=False,
-         pipeline=diffusers.StableDiffusionPipeline, **text_config):
-    """A pipeline's folder as diffusers writes it, with a text encoder as wide as the context.
-
-    half: weights in float16.
-    """
-    tokenizer = make_words(folder / "words", padding, toy)
-    text_encoder = make_text_encoder(width, len(tokenizer), **text_config)
-    return write(folder, pipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False), half)
-
-
-def save_xl(folder, unet, vae, scheduler, widths, projection, toy=False, half=False,
-            pipeline=diffusers.StableDiffusionXLPipeline, **options):
-    """The same of Stable Diffusion XL, whose two text encoders have these widths."""
-    words = [make_words(folder / f"words{end}", padding, toy)
-             for end, padding in (("", "<|endoftext|>"), ("_2", "!"))]
-    end = words[1].eos_token_id
-    encoders = [make_text_encoder(widths[0], len(words[0])),
-                make_text_encoder(widths[1], len(words[1]),
-                                  transformers.CLIPTextModelWithProjection, hidden_act="gelu",
-                                  projection_dim=projection, eos_token_id=end)]
-    return write(folder, pipeline(
-        vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1], tokenizer=words[0],
-        tokenizer_2=words[1], unet=unet, scheduler=scheduler, add_watermarker=False, **options),
-        half)
-
-
-def write(folder, pipeline, half):
+    write_json(folder / "config.json", config)
     if half:
-        pipeline.to(torch.float16)
-    pipeline.save_pretrained(folder, variant="fp16" if half else None)
-    for words in folder.glob("words*"):                 # as published; newer writers leave them out
-        for file in words.iterdir():
-            shutil.copy(file, folder / words.name.replace("words", "tokenizer") / file.name)
-        shutil.rmtree(words)
+        tensors = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
+    file = folder / f"{FILES[model]}{'.fp16' if half else ''}.safetensors"
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def write_words(folder, padding):
+    """A tokenizer's published files -> the vocabulary's size."""
+    folder.mkdir(parents=True)
+    write_toy_vocabulary(folder)
+    write_settings(folder, padding)
+    return len(read_json(folder / "vocab.json"))
+
+
+# ---- folders ----------------------------------------------------------------------------------
+
+def save(folder, unet, vae, scheduler, width, padding="<|endoftext|>", half=False,
+         pipeline="StableDiffusionPipeline", **text_config):
+    """A pipeline's folder, with a text encoder as wide as the context. half: float16 weights."""
+    words = write_words(folder / "tokenizer", padding)
+    parts = {"unet": unet, "vae": vae,
+             "text_encoder": make_text_encoder(width, words, **text_config)}
+    return write(folder, parts, scheduler, half, _class_name=pipeline, safety_checker=[None, None],
+                 feature_extractor=[None, None], requires_safety_checker=False)
+
+
+def save_xl(folder, unet, vae, scheduler, widths, projection, half=False):
+    """The same of Stable Diffusion XL, whose two text encoders have these widths."""
+    words = [write_words(folder / name, padding)
+             for name, padding in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))]
+    end = read_json(folder / "tokenizer_2" / "vocab.json")["<|endoftext|>"]
+    second = make_text_encoder(widths[1], words[1], CLIPTextModelWithProjection, hidden_act="gelu",
+                               projection_dim=projection, eos_token_id=end)
+    parts = {"unet": unet, "vae": vae, "text_encoder": make_text_encoder(widths[0], words[0]),
+             "text_encoder_2": second}
+    return write(folder, parts, scheduler, half, _class_name="StableDiffusionXLPipeline",
+                 force_zeros_for_empty_prompt=True)
+
+
+def write(folder, parts, scheduler, half, **index):
+    for name, part in parts.items():
+        write_component(folder / name, part, half)
+    kind, config = scheduler
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": kind, **config})
+    for name, (model, *_) in parts.items():
+        index[name] = ["transformers" if "text" in name else "diffusers", model.__name__]
+    for tokenizer in folder.glob("tokenizer*"):
+        index[tokenizer.name] = ["transformers", "CLIPTokenizer"]
+    index |= {"scheduler": ["diffusers", kind], "_diffusers_version": "0.36.0"}
+    write_json(folder / "model_index.json", index)
     return folder
 
 
@@ -98,28 +132,31 @@ def with_old_vae_names(folder):
     """Rename the VAE's attention as files from before diffusers 0.17 have it."""
     file, = (folder / "vae").glob("*.safetensors")
     old = {}
-    for name, tensor in safetensors.torch.load_file(file).items():
+    for name, tensor in safetensors.numpy.load_file(file).items():
         for new, word in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
                           ("to_out.0", "proj_attn")]:
             name = re.sub(rf"(attentions\.0)\.{new}\.", rf"\1.{word}.", name)
         old[name] = tensor
     assert any("proj_attn" in name for name in old)
-    safetensors.torch.save_file(old, file, metadata={"format": "pt"})
+    safetensors.numpy.save_file(old, file, metadata={"format": "pt"})
     return folder
 
 
 def change_json(path, **changes):
-    path.write_text(json.dumps(json.loads(Path(path).read_text()) | changes))
+    write_json(path, read_json(path) | changes)
 
 
 # ---- the configurations ---------------------------------------------------------------------
+
+def scheduler(kind, **config):
+    return f"{kind}Scheduler", SD | config
+
 
 def sd1(folder):
     """Stable Diffusion 1: PNDM, one number of heads, convolutions around the transformers."""
     return save(folder, make_unet((16, 32, 32), 32, "yyn", attention_head_dim=4, sample_size=8),
                 make_vae((8, 8, 16, 16), layers_per_block=1, sample_size=64),
-                diffusers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1,
-                                        set_alpha_to_one=False), 32)
+                scheduler("PNDM", skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False), 32)
 
 
 def sd2(folder):
@@ -130,7 +167,7 @@ def sd2(folder):
     save(folder, make_unet((16, 32), 24, "yy", attention_head_dim=(2, 4), layers_per_block=2,
                            use_linear_projection=True, sample_size=8),
          make_vae((8, 16, 16), layers_per_block=2, scaling_factor=0.7),
-         diffusers.DDIMScheduler(**SD, prediction_type="v_prediction", set_alpha_to_one=False), 24,
+         scheduler("DDIM", prediction_type="v_prediction", set_alpha_to_one=False), 24,
          padding="!", hidden_act="gelu")
     change_json(folder / "scheduler" / "scheduler_config.json", steps_offset=0, clip_sample=True)
     return folder
@@ -138,31 +175,30 @@ def sd2(folder):
 
 def euler(folder):
     """Euler, old attention names in the VAE, a size that is not square."""
-    scheduler = diffusers.EulerDiscreteScheduler(**SD, timestep_spacing="leading", steps_offset=1)
     return with_old_vae_names(save(
         folder, make_unet((16, 24), 16, "ny", attention_head_dim=3, sample_size=(6, 10)),
-        make_vae((8, 8, 8, 16)), scheduler, 16))
+        make_vae((8, 8, 8, 16)),
+        scheduler("EulerDiscrete", timestep_spacing="leading", steps_offset=1), 16))
 
 
 def euler_ancestral(folder):
     """Euler ancestral, trailing, weights in float16, transformers at every level."""
     return save(folder, make_unet((16, 16), 32, "yy", attention_head_dim=2, sample_size=16),
-                make_vae((8, 16)), diffusers.EulerAncestralDiscreteScheduler(
-                    **SD, timestep_spacing="trailing"), 32, half=True)
+                make_vae((8, 16)), scheduler("EulerAncestralDiscrete", timestep_spacing="trailing"),
+                32, half=True)
 
 
 def dpmpp(folder):
     """DPM-Solver++(2M) on Karras' sigmas, different numbers of layers a level."""
     return save(folder, make_unet((16, 24, 32), 20, "nyy", attention_head_dim=4, sample_size=8,
                                   layers_per_block=(1, 2, 1)),
-                make_vae((8, 16, 16)), diffusers.DPMSolverMultistepScheduler(
-                    **SD, use_karras_sigmas=True), 20)
+                make_vae((8, 16, 16)), scheduler("DPMSolverMultistep", use_karras_sigmas=True), 20)
 
 
 def ddpm(folder):
     """DDPM: fresh noise at every step."""
     return save(folder, make_unet((16, 32), 16, "yn", attention_head_dim=8, sample_size=8),
-                make_vae((8, 16, 16)), diffusers.DDPMScheduler(**SD), 16)
+                make_vae((8, 16, 16)), scheduler("DDPM"), 16)
 
 
 CONFIGURATIONS = [sd1, sd2, euler, euler_ancestral, dpmpp, ddpm]
@@ -183,53 +219,49 @@ def vae_xl():
 
 def sdxl(folder):
     """Stable Diffusion XL: Euler, leading, two text encoders, sizes."""
-    return save_xl(folder, unet_xl(), vae_xl(), diffusers.EulerDiscreteScheduler(
-        **SD, timestep_spacing="leading", steps_offset=1), (16, 24), 20)
+    return save_xl(folder, unet_xl(), vae_xl(), scheduler(
+        "EulerDiscrete", timestep_spacing="leading", steps_offset=1), (16, 24), 20)
 
 
 def sdxl_turbo(folder):
     """SDXL-Turbo: Euler ancestral, trailing."""
-    return save_xl(folder, unet_xl(), vae_xl(), diffusers.EulerAncestralDiscreteScheduler(
-        **SD, timestep_spacing="trailing", steps_offset=1), (16, 24), 20)
+    return save_xl(folder, unet_xl(), vae_xl(), scheduler(
+        "EulerAncestralDiscrete", timestep_spacing="trailing", steps_offset=1), (16, 24), 20)
 
 
 def sd_turbo(folder):
     """SD-Turbo: Stable Diffusion 2 that predicts the noise; Euler, trailing."""
     return save(folder, make_unet((16, 32), 24, "yy", attention_head_dim=(2, 4), sample_size=8,
                                   use_linear_projection=True), make_vae((8, 16, 16)),
-                diffusers.EulerDiscreteScheduler(**SD, timestep_spacing="trailing",
-                                                 steps_offset=1), 24, padding="!",
-                hidden_act="gelu")
+                scheduler("EulerDiscrete", timestep_spacing="trailing", steps_offset=1), 24,
+                padding="!", hidden_act="gelu")
 
 
 def lcm(folder):
-    """A Latent Consistency Model that is told the guidance, with clipping in its scheduler."""
+    """A Latent Consistency Model, conditioned on the guidance; its scheduler clips."""
     return save(folder, make_unet((16, 32), 32, "yn", attention_head_dim=4, sample_size=8,
                                   time_cond_proj_dim=64), make_vae((8, 16, 16)),
-                diffusers.LCMScheduler(**SD, clip_sample=True), 32,
-                pipeline=diffusers.LatentConsistencyModelPipeline)
+                scheduler("LCM", clip_sample=True), 32,
+                pipeline="LatentConsistencyModelPipeline")
 
 
 def inpainting(folder):
     """Stable Diffusion 1 that paints into a picture: nine channels in."""
     return save(folder, make_unet((16, 32), 32, "yn", attention_head_dim=4, sample_size=8,
                                   in_channels=9), make_vae((8, 16, 16)),
-                diffusers.DDIMScheduler(**SD, steps_offset=1, set_alpha_to_one=False,
-                                        clip_sample=False), 32,
-                pipeline=diffusers.StableDiffusionInpaintPipeline)
-
+                scheduler("DDIM", steps_offset=1, set_alpha_to_one=False, clip_sample=False), 32,
+                pipeline="StableDiffusionInpaintPipeline")
 
 
 def toy(folder, half=False):
-    """Like Stable Diffusion 1, of a toy vocabulary, which is read in a moment."""
+    """Like Stable Diffusion 1, with two levels."""
     return save(folder, make_unet((16, 32), 32, "yn", attention_head_dim=4, sample_size=8),
                 make_vae((8, 16, 16), sample_size=32),
-                diffusers.DDIMScheduler(**SD, steps_offset=1, clip_sample=False), 32, toy=True,
-                half=half)
+                scheduler("DDIM", steps_offset=1, clip_sample=False), 32, half=half)
 
 
 def smallest(folder):
-    """For the command line, which only needs what draws: 16x16 pixels, a toy vocabulary."""
+    """For the command line, which only needs what draws: 16x16 pixels."""
     return save(folder, make_unet((8, 8), 8, "yn", attention_head_dim=2, sample_size=4,
                                   norm_num_groups=4), make_vae((4, 8, 8)),
-                diffusers.DDIMScheduler(**SD, steps_offset=1, clip_sample=False), 8, toy=True)
+                scheduler("DDIM", steps_offset=1, clip_sample=False), 8)

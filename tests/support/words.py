@@ -23,7 +23,7 @@ def write_settings(folder, padding):
 
 
 def write_toy_vocabulary(folder):
-    """32 signs, alone and ending a word; seven merges; the special tokens in the middle."""
+    """32 characters, each also with </w>; seven merges; the special tokens in the middle."""
     merges = ["l o", "lo w</w>", "e r</w>", "c a", "ca t</w>", "r e", "re d</w>"]
     signs = [*"abcdefghijklmnopqrstuvwxyz!?.,'|"]
     tokens = [*signs, START, END, *(sign + "</w>" for sign in signs),

@@ -1,25 +1,25 @@
-"""Weights and pieces of a prompt: published examples, and contexts made by transformers."""
+"""Weights and chunks of a prompt: published examples, and contexts made by transformers."""
 import re
 import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from tests.support.checks import FLOAT16
 from tests.support.drawing import STEPS, Reference, assert_same_drawing
+from tests.support.extra import torch
 from tests.support.small_pipelines import sd1, sd2, smallest
 from tests.support.tolerance import assert_allclose, assert_close
 from tinyldm.errors import TinyldmError
 from tinyldm.images import to_pil
 from tinyldm.pipelines.stable_diffusion import load
-from tinyldm.text.prompt import parse, rows, split, weigh
+from tinyldm.text.prompt import apply_weights, parse, split_into_chunks, to_arrays
 
 # ---- weights --------------------------------------------------------------------------------
 
 HOUSE = "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky)))."
-# The doctests of stable-diffusion-webui's prompt parser, but for its brackets without a partner.
+# The doctests of stable-diffusion-webui's prompt parser, except those of unbalanced brackets.
 PUBLISHED = {
     "normal text": [("normal text", 1.0)],
     "an (important) word": [("an ", 1.0), ("important", 1.1), (" word", 1.0)],
@@ -51,7 +51,7 @@ def test_fragments_and_their_weights(text, fragments):
     assert parse(text) == fragments
 
 
-# There they act up to the prompt's end; here, as issues ask for, they are what they look like.
+# There they act until the end of the prompt; here they are literal, as users there ask for.
 @pytest.mark.parametrize("text, brackets, fragments", [
     ("(unbalanced", "(", [("(unbalanced", 1.0)]),
     (HOUSE, "(", [("a (", 1.0), ("house", 1.3 * 1.1), (" ", 1.0), ("on", 1 / 1.1), (" a ", 1.0),
@@ -101,10 +101,10 @@ def test_a_long_and_deep_prompt_takes_no_time():
         assert len(parse("([: 1" * 5_000 + "1" * 50_000 + " :" * 50_000)[0][0]) == 175_000
 
 
-# ---- pieces ---------------------------------------------------------------------------------
+# ---- chunks ---------------------------------------------------------------------------------
 
 def letters(length=77):
-    """A tokenizer with a token for every character but the space."""
+    """A tokenizer with one token per character, except spaces."""
     return SimpleNamespace(model_max_length=length, comma=ord(","), check=lambda text: None,
                            ids=lambda text: [ord(sign) for sign in text if sign != " "])
 
@@ -112,10 +112,10 @@ def letters(length=77):
 def lengths(text, length=77):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pieces = split(text, letters(length))
-    assert "".join(chr(number) for piece in pieces for number, _ in piece) == (
+        chunks = split_into_chunks(text, letters(length))
+    assert "".join(chr(number) for chunk in chunks for number, _ in chunk) == (
         text.replace(" ", "").replace("BREAK", ""))
-    return [len(piece) for piece in pieces]
+    return [len(chunk) for chunk in chunks]
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -124,7 +124,7 @@ def lengths(text, length=77):
     ("x" * 54 + "," + "x" * 21, [75, 1]),               # 21 is not
     ("x" * 55 + "," + "x" * 19, [75]),                  # and what fits is not cut
     ("x" * 74 + "," + "x", [75, 1]), ("x" * 75 + ",", [75, 1]),
-    ("x" * 60 + "," + "x" * 14 + "," + "x" * 5, [75, 6]),       # a comma begins the next piece
+    ("x" * 60 + "," + "x" * 14 + "," + "x" * 5, [75, 6]),       # a comma begins the next chunk
     ("x" * 60 + "," + "x" * 5 + "," + "x" * 100, [67, 75, 25]),
     ("x" * 70 + ",x BREAK " + "x" * 80, [72, 75, 5]),
     ("BREAK", [0]), ("BREAK BREAK", [0, 0]), ("BREAK x", [0, 1]), ("x BREAK", [1]),
@@ -140,10 +140,10 @@ def test_the_shortest_rows():
 
 def test_rows_carry_the_weights(tokenizer):
     text = "a (red:1.5) cat BREAK [cat]"
-    with pytest.warns(UserWarning, match=f"^the prompt '{re.escape(text)}' is read in 2 pieces of "
+    with pytest.warns(UserWarning, match=f"^the prompt '{re.escape(text)}' is read in 2 chunks of "
                                          "at most 75 tokens, joined$"):
-        pieces = split(text, tokenizer)
-    ids, weights = rows(pieces, tokenizer)
+        chunks = split_into_chunks(text, tokenizer)
+    ids, weights = to_arrays(chunks, tokenizer)
     assert ids.shape == weights.shape == (2, 77) and ids.dtype == np.int64
     assert np.array_equal(ids[:1], tokenizer("a red cat"))
     assert np.array_equal(ids[1:], tokenizer("cat"))
@@ -153,7 +153,7 @@ def test_rows_carry_the_weights(tokenizer):
 
 @pytest.mark.parametrize("text", ["()", "BREAK", "([ ])", "(:1.3)"])
 def test_a_prompt_without_words_is_the_empty_one_and_said(small, text):
-    message = f"^the prompt '{re.escape(text)}' has no words: drawn is an empty one$"
+    message = f"^the prompt '{re.escape(text)}' has no words: it is read as an empty one$"
     with pytest.warns(UserWarning, match=message) as said:
         context = small.encode_prompt(text)
     assert len(said) == 1 and np.array_equal(context, small.encode_prompt(""))
@@ -171,19 +171,19 @@ def tokenizer(small):
     return small.tokenizer
 
 
-class Pieces(Reference):
-    """diffusers' pipeline of a folder, and contexts of prompts that a test took apart by hand.
+class Chunks(Reference):
+    """diffusers' pipeline of a folder, and contexts of prompts that a test parsed by hand.
 
     In float64: the mean is a thousandth of the standard deviation, so that float32 sums of
     different orders give quotients of means that differ by 1e-4.
     """
 
-    def context(self, *pieces):
-        """Every piece a list of (text, weight) -> (1,77n,D)."""
-        return torch.cat([self.piece(piece) for piece in pieces], dim=1)
+    def context(self, *chunks):
+        """n chunks, each a list of (text, weight) -> (1,77n,D)."""
+        return torch.cat([self.chunk(chunk) for chunk in chunks], dim=1)
 
     @torch.no_grad()
-    def piece(self, fragments):
+    def chunk(self, fragments):
         tokenizer = self.pipe.tokenizer
         ids, weights = [tokenizer.bos_token_id], [1.0]
         for text, weight in fragments:
@@ -200,11 +200,11 @@ class Pieces(Reference):
 @pytest.fixture(scope="module", params=[sd1, sd2], ids=["SD1", "SD2"])
 def both(request, tmp_path_factory):
     folder = request.param(tmp_path_factory.mktemp(request.param.__name__))
-    return load(folder), Pieces(folder)
+    return load(folder), Chunks(folder)
 
 
 LONG = "red " * 60 + ", " + "cat " * 138 + "!"          # 200 tokens
-LONG_PIECES = [[("red " * 60 + ",", 1)], [("cat " * 75, 1)], [("cat " * 63 + "!", 1)]]
+LONG_CHUNKS = [[("red " * 60 + ",", 1)], [("cat " * 75, 1)], [("cat " * 63 + "!", 1)]]
 PROMPTS = {
     "a cat": [[("a cat", 1)]],
     "a (red:1.4) cat, [lower] ((low)).": [[
@@ -213,8 +213,8 @@ PROMPTS = {
     r"a cat \(red\) (low\):1.3)": [[("a cat (red)", 1), ("low)", 1.3)]],
     "(a cat BREAK red:1.2) low": [[("a cat", 1.2)], [("red", 1.2), ("low", 1)]],
     "BREAK a cat BREAK BREAK low": [[], [("a cat", 1)], [], [("low", 1)]],
-    LONG: LONG_PIECES,
-    f"({LONG}:1.2)": [[(text, 1.2) for text, _ in piece] for piece in LONG_PIECES],
+    LONG: LONG_CHUNKS,
+    f"({LONG}:1.2)": [[(text, 1.2) for text, _ in chunk] for chunk in LONG_CHUNKS],
 }
 
 
@@ -234,26 +234,26 @@ def test_a_plain_prompt_and_weights_of_1_change_nothing(both):
 
 
 @pytest.mark.filterwarnings("ignore:the prompt .* is read in")
-@pytest.mark.parametrize("text, pieces, negative, negative_pieces", [
-    (LONG, LONG_PIECES, "", [[], [], []]),
+@pytest.mark.parametrize("text, chunks, negative, negative_chunks", [
+    (LONG, LONG_CHUNKS, "", [[], [], []]),
     ("(red:1.3) cat", [[("red", 1.3), ("cat", 1)], []], "low BREAK [cat]",
      [[("low", 1)], [("cat", 1 / 1.1)]])], ids=["long", "long negative"])
-def test_pictures_of_several_pieces_equal_those_of_diffusers(both, text, pieces, negative,
-                                                             negative_pieces):
+def test_pictures_of_several_chunks_equal_those_of_diffusers(both, text, chunks, negative,
+                                                             negative_chunks):
     pipe, reference = both
     states = [state.latents for state in pipe.stream(
         text, negative, num_inference_steps=STEPS, seed=7, num_images=2)]
     images = np.stack([np.asarray(image) for image in to_pil(pipe.decode(states[-1]))])
-    contexts = [reference.context(*pieces) for pieces in (pieces, negative_pieces)]
+    contexts = [reference.context(*chunks) for chunks in (chunks, negative_chunks)]
     assert_same_drawing((states, images), reference(
         [7, 8], None, prompt_embeds=contexts[0], negative_prompt_embeds=contexts[1]))
 
 
-def test_what_a_prompt_of_pieces_says(small):
+def test_what_a_prompt_of_chunks_says(small):
     with pytest.warns(UserWarning) as said:
         states = small.stream(LONG, "(low", num_inference_steps=2)
     assert [str(warning.message) for warning in said] == [
-        f"the prompt {LONG!r:.60} is read in 3 pieces of at most 75 tokens, joined",
+        f"the prompt {LONG!r:.60} is read in 3 chunks of at most 75 tokens, joined",
         "unbalanced ( in the prompt '(low': taken literally"]
     assert all(warning.filename == __file__ for warning in said)
     assert len(list(states)) == 2
@@ -266,9 +266,9 @@ def test_what_a_prompt_of_pieces_says(small):
 def test_float16_features_are_weighed_in_float32():
     z = np.random.default_rng(0).standard_normal((2, 77, 16)) + 0.5
     weights = np.random.default_rng(1).uniform(0.5, 2, (2, 77))
-    exact = weigh(z, weights)
+    exact = apply_weights(z, weights)
     assert_allclose(exact.mean(axis=(1, 2)), z.mean(axis=(1, 2)), rtol=1e-12)
-    half = weigh(z.astype(np.float16), weights)
+    half = apply_weights(z.astype(np.float16), weights)
     assert half.dtype == np.float16
     assert_allclose(half, exact, rtol=FLOAT16, atol=2**-23)     # z is rounded, and the result
 

@@ -75,13 +75,13 @@ def test_clip_vocabulary_equals_transformers(clip_folder):
 
 
 def test_tokenizer_json_equals_transformers(clip_folder, tmp_path):
-    """The folder as newer versions of transformers write it: tokenizer.json only."""
+    """The folder as newer versions of transformers write it: only tokenizer.json."""
     CLIPTokenizer.from_pretrained(clip_folder).save_pretrained(tmp_path)
     assert not (tmp_path / "vocab.json").exists()
     assert_equals_transformers(tmp_path, TEXTS + random_texts(50), reference=clip_folder)
 
 
-PUBLISHED = {                               # rows in the tests and notebooks of other projects
+PUBLISHED = {                               # in the tests and notebooks of other projects
     "a photo of an astronaut riding a horse on mars":
         [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407],
     "Apple CoreML developer tools on a Macbook Air are fast":
@@ -97,7 +97,7 @@ def test_published_rows(clip_folder):
     padding = {END: 49407, "!": 0}[special_tokens_map["pad_token"]]
     for text, ids in PUBLISHED.items():
         assert tokenizer(text)[0].tolist() == ids + [padding] * (77 - len(ids))
-    exclamation = 256 if padding else 0        # a typed "!" is the padding token where that is "!"
+    exclamation = 256 if padding else 0        # if padding is "!", a typed "!" is that token
     assert tokenizer("Hello World!")[0, :5].tolist() == [49406, 3306, 1002, exclamation, 49407]
 
 
@@ -135,7 +135,7 @@ def test_a_length_that_says_no_limit_is_77(toy):
 
 
 def test_limits_inside_tokenizer_json_are_not_applied(toy):
-    """The row is cut and padded here, once, whatever the file asks the library to do."""
+    """We truncate and pad, whatever truncation or padding the file sets for the library."""
     CLIPTokenizer.from_pretrained(toy).save_pretrained(toy)
     content = json.loads((toy / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst",
@@ -148,7 +148,7 @@ def test_limits_inside_tokenizer_json_are_not_applied(toy):
 
 
 def test_tokens_declared_in_the_settings(toy):
-    """added_tokens_decoder: flags of known tokens, and new tokens behind the vocabulary."""
+    """added_tokens_decoder: flags of known tokens, and new tokens after the vocabulary."""
     vocabulary = json.loads((toy / "vocab.json").read_text())
     size = len(vocabulary)
     declared = {vocabulary[START]: {"content": START, **FLAGS, "special": True},

@@ -1,19 +1,13 @@
-"""Weight files in and out: the one place that knows formats, public names and file layouts.
+"""Weight files <-> models: the only place that handles file formats, public names and layouts.
 
-    stored.py             a tensor in a file, not read yet
-    safetensors_file.py   one file of tensors, read lazily and written atomically
-    torch_file.py         one file as torch.save writes it, read lazily by unpickle.py
-    unpickle.py           a pickle read as data: nothing in it is executed
-    reading.py            a file of either kind
-    layout.py             what a file calls and how it orders a weight, against what a model does
-    components.py         one component folder (config.json and weights) <-> one model, strictly
-    ldm.py                the original names, of single files, against the public ones
-    kinds.py              what a file of weights is, and the configs of a single file's model
-    hub.py                what is needed of the Hugging Face hub, and its download
-    folders.py            a whole pipeline: a folder or a file, by path, hub name, or bundled
-    saving.py             a whole pipeline written as a folder
-    lora.py               a small file that changes a loaded model's weights
-    embedding.py          a small file that teaches a loaded model a word
+    folders.py      a whole pipeline, read from a folder or a file: by path, hub name, or bundled
+    saving.py       a whole pipeline, written as a folder
+    components.py   one component's folder (config.json and weights) <-> one model, strictly
+    layout.py       the names and axes of weights in public files, and in the models
+    hub.py          downloads from the Hugging Face hub
+    formats/        tensors in files: safetensors, torch files, pickles read as data
+    single_file/    files in the original layout: which model they hold, and their names
+    addons/         LoRAs and textual inversions, small files that change a loaded model
 """
 from .addons.lora import merge_lora
 from .addons.textual_inversion import add_word

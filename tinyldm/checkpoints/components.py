@@ -1,7 +1,7 @@
 """One component of a pipeline: a folder of config.json and weights <-> one model, strictly.
 
-Stands between the files (reading.py, layout.py) and the models; folders.py puts
-components together. Everything a user's folder can get wrong ends here in a TinyldmError.
+Whatever is wrong in such a folder becomes a TinyldmError here. folders.py puts the components of a
+pipeline together.
 """
 import math
 from pathlib import Path
@@ -20,19 +20,18 @@ from .formats.reading import read_tensors
 from .formats.safetensors_file import write_safetensors
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
-# As diffusers and transformers call them, what is no pickle first. The float16 variant of name.end
-# is name.fp16.end; an index of shards is name.end.index.json, or name.end.index.fp16.json.
+# The names that diffusers and transformers give, pickles last. The float16 variant of name.end is
+# name.fp16.end; an index of shards is name.end.index.json, or name.end.index.fp16.json.
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors",
                 "diffusion_pytorch_model.bin", "pytorch_model.bin")
-LARGE = 1 << 20                                         # numbers in a weight that may stay float16
-NAMES_SHOWN = 8                                         # of a list of keys in an error
+LARGE = 1 << 20                     # a weight of at least so many numbers may stay float16
+NAMES_SHOWN = 8                     # of a list of names in an error
 
 
 def read_config(folder):
     """folder/config.json -> (the model class it names, its dict).
 
-    diffusers writes the class as _class_name, transformers as architectures or only a model_type.
-    Raises TinyldmError for a class that is not supported, naming it.
+    Raises TinyldmError, naming the class, if it is not supported.
     """
     path = Path(folder) / "config.json"
     config = read_json(path)
@@ -46,7 +45,8 @@ def read_config(folder):
 
 
 def class_name(config):
-    """What a config.json calls its model: diffusers' word or transformers'."""
+    """The class that a config.json names: diffusers writes it as _class_name, transformers as
+    architectures or only a model_type."""
     name = config.get("_class_name") or config.get("architectures") or config.get("model_type")
     return name[0] if isinstance(name, list) else name
 
@@ -54,10 +54,9 @@ def class_name(config):
 def find_weights(folder, dtype=None, names=None):
     """The weight files of a component folder: one, or the shards that an index lists.
 
-    For dtype float16 the variant in float16 comes first, else the one without a variant, which is
-    the precise one; of each, pickles are the last choice. names: of the files that the folder
-    will have, if it does not have them yet, but for an index.
-    Raises TinyldmError where there is none, and for shards that are missing.
+    For dtype float16 the float16 variant is preferred, else the full one; pickles come last in
+    both. names: the files that the folder will have, where only an index is there already.
+    Raises TinyldmError if there are none, or if shards are missing.
     """
     folder = Path(folder)
     names = {path.name for path in folder.glob("*")} if names is None else set(names)
@@ -76,7 +75,8 @@ def find_weights(folder, dtype=None, names=None):
 def _shards(folder, index, names):
     shards = read_json(folder / index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise TinyldmError(f"{folder / index} must list files under weight_map, but does not")
+        raise TinyldmError(f"{folder / index} must list files under weight_map, but does not: get "
+                           "it again")
     shards = sorted(set(map(str, shards.values())))
     if missing := [shard for shard in shards if shard not in names]:
         raise TinyldmError(f"{folder / index} lists {len(shards)} files of weights, of which the "
@@ -85,10 +85,7 @@ def _shards(folder, index, names):
 
 
 def load_weights(module, files, dtype=np.float32, low_memory=False):
-    """Fill every parameter of `module` from weight files, strictly in both directions.
-
-    files: one path or a list. Options and errors: see fill.
-    """
+    """Fill every parameter of `module` from weight files, one path or a list; see fill."""
     files = [files] if isinstance(files, (str, Path)) else files
     tensors = layout.fitted(read_files(files), dict(module.named_parameters()))
     misfit = f"{', '.join(map(str, files))} does not fit the {type(module).__name__} of its config"
@@ -96,7 +93,7 @@ def load_weights(module, files, dtype=np.float32, low_memory=False):
 
 
 def read_files(files):
-    """{name: StoredTensor} of all files together, as shards have them."""
+    """{name: StoredTensor} of several files (shards) together."""
     stored = {}
     for file in files:
         stored |= read_tensors(file)
@@ -106,18 +103,17 @@ def read_files(files):
 def fill(module, tensors, misfit, dtype=np.float32, low_memory=False):
     """Fill every parameter of `module` from {its name: StoredTensor}, strictly in both directions.
 
-    One tensor is read at a time; where file and parameter agree in dtype and layout the parameter
-    is a view of the memory-mapped file. dtype: float16, 32 or 64; None is float32, but for large
-    weights that the file has in float16: they stay so. low_memory: convolutions too are left in
-    the map, in the file's layout. Reading them at every use then takes a fifth of a call of
-    SD 1.5's UNet at 256x256 pixels, little at 512x512.
-    Raises TinyldmError, a sentence `misfit` with three lists (missing, unexpected, wrong shape),
-    before anything is filled, or naming the first weight that is not finite.
+    If the file has a parameter's dtype and layout, the parameter is a view of the memory-mapped
+    file. dtype: float16, 32 or 64. None means float32, except that large weights which are float16
+    in the file stay float16. low_memory: convolutions, too, stay in the map, in the file's layout.
+    Reading them at every use takes a fifth of the time of SD 1.5's UNet at 256x256 pixels, and
+    little at 512x512.
+    Raises TinyldmError before anything is filled, see check_fit; and for a weight not finite.
     """
     dtype = float_type(dtype)
     parameters = dict(module.named_parameters())
     matrices = {layer.weight for _, layer in named_modules(module)
-                if isinstance(layer, (Linear, Conv2d))}  # the layers whose kernels take float16
+                if isinstance(layer, (Linear, Conv2d))}     # their kernels accept float16
     check_fit(misfit, parameters, tensors)
 
     def read(name):
@@ -131,10 +127,10 @@ def fill(module, tensors, misfit, dtype=np.float32, low_memory=False):
 
 
 def float_type(dtype):
-    """None, or the np.dtype of a user's word. Raises TinyldmError for any but float16, 32, 64."""
+    """A user's dtype -> np.dtype, or None. Raises TinyldmError unless it is float16, 32 or 64."""
     try:
         known = dtype is None or np.dtype(dtype) in (np.float16, np.float32, np.float64)
-    except TypeError:                                   # NumPy does not know the word
+    except TypeError:                                   # not a dtype for NumPy
         known = False
     if not known:
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}")
@@ -142,18 +138,18 @@ def float_type(dtype):
 
 
 def misfits(parameters, tensors):
-    """What keeps renamed tensors from filling parameters -> names missing, unexpected, wrong."""
+    """Why {name: tensor} does not fill {name: parameter}: names that are missing, names that are
+    unexpected, wrong shapes. Three lists, empty if everything fits."""
     missing = [name for name in parameters if name not in tensors]
     unexpected = [name for name in tensors if name not in parameters]
-    shapes = {name: (layout.file_shape(parameters[name]), tensors[name].shape)
-              for name in parameters if name in tensors}
-    wrong = [f"{name} (expected {ours}, found {theirs})"
-             for name, (ours, theirs) in shapes.items() if ours != theirs]
+    wrong = [f"{name} (expected {expected}, found {tensors[name].shape})"
+             for name, expected in zip(parameters, map(layout.file_shape, parameters.values()))
+             if name in tensors and tensors[name].shape != expected]
     return missing, unexpected, wrong
 
 
 def check_fit(misfit, parameters, tensors):
-    """Raise TinyldmError, the sentence `misfit` and three lists, where tensors do not fit."""
+    """Raise TinyldmError, the sentence `misfit` and three lists, if tensors do not fit."""
     missing, unexpected, wrong = misfits(parameters, tensors)
     if missing or unexpected or wrong:
         raise TinyldmError(
@@ -164,7 +160,7 @@ def check_fit(misfit, parameters, tensors):
 
 
 def shorten(names):
-    """Their number and the first few, or "none"."""
+    """How many names there are, and the first few; or "none"."""
     if not names:
         return "none"
     rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
@@ -172,12 +168,10 @@ def shorten(names):
 
 
 def load_model(folder, dtype=np.float32, low_memory=False):
-    """The model that folder/config.json names, with the folder's weights in `dtype`.
+    """The model that folder/config.json names, one of MODELS, with the folder's weights.
 
-    dtype, low_memory: see fill; of a folder with two variants, find_weights chooses by dtype.
-
-    Returns one of MODELS.
-    Raises TinyldmError: see build_model, find_weights and load_weights.
+    dtype, low_memory: see fill; dtype also selects the variant, see find_weights.
+    Raises TinyldmError as build_model, find_weights and fill do.
     """
     module = build_model(folder)
     load_weights(module, find_weights(folder, dtype), dtype, low_memory)
@@ -185,14 +179,14 @@ def load_model(folder, dtype=np.float32, low_memory=False):
 
 
 def build_model(folder):
-    """The model that folder/config.json names, its parameters no more than shapes.
+    """The model that folder/config.json names, without weights: its parameters have only shapes.
 
-    Raises TinyldmError: see read_config; and for a config that its class cannot follow.
+    Raises TinyldmError as read_config does, and for a config that the class does not support.
     """
     model, config = read_config(folder)
     try:
         return model(config)
-    except Exception as error:                          # a constructor only follows the config
+    except Exception as error:                          # whatever fails, the config is the cause
         reason = error if isinstance(error, TinyldmError) else f"{type(error).__name__}: {error}"
         raise TinyldmError(f"{Path(folder) / 'config.json'} does not describe a {model.__name__} "
                            f"that is supported ({reason})") from error
@@ -201,8 +195,8 @@ def build_model(folder):
 def save_model(module, folder, dtype=np.float16):
     """Write a model as config.json and safetensors weights that diffusers and transformers load.
 
-    Each file is whole or untouched. dtype: of the weights in the file; None for the narrowest
-    floating-point type that holds all of them exactly.
+    Each file is written whole or not at all. dtype: of the weights in the file; None means the
+    narrowest floating-point type that holds all of them exactly.
     Raises TinyldmError for a folder that cannot be written, and for weights that are not finite.
     """
     folder, name = Path(folder), type(module).__name__
@@ -210,12 +204,13 @@ def save_model(module, folder, dtype=np.float16):
                for key, parameter in module.named_parameters()}
     dtype = narrowest(tensors.values()) if dtype is None else np.dtype(dtype)
     for key, tensor in tensors.items():
-        with np.errstate(over="ignore"):                # what overflows is reported below
+        with np.errstate(over="ignore"):                # an overflow is reported below
             tensors[key] = np.ascontiguousarray(tensor, dtype)
         if not np.isfinite(tensors[key]).all():
-            raise TinyldmError(f"{key} is not finite in {dtype}: nothing is written")
+            raise TinyldmError(f"{key} is not finite in {dtype}, so nothing is written: use a "
+                               "wider dtype, or correct the weight")
     if name.startswith("CLIPText"):
-        # dtype: what transformers computes in; its default is the file's, diffusers' is float32.
+        # transformers computes in this dtype, by default in the file's; diffusers in float32.
         identity = {"architectures": [name], "model_type": "clip_text_model", "dtype": "float32"}
         weights = "model.safetensors"
     else:
@@ -229,7 +224,7 @@ def save_model(module, folder, dtype=np.float16):
 
 
 def narrowest(arrays):
-    """The first of float16, 32 and 64 that holds every number of some arrays."""
+    """The first of float16, 32 and 64 that holds every number of the arrays."""
     for dtype in (np.float16, np.float32):
         with np.errstate(over="ignore"):
             if all(np.can_cast(array.dtype, dtype) or (array.astype(dtype) == array).all()

@@ -1,9 +1,8 @@
-"""A whole pipeline, a folder in the public diffusers layout or one file: finding and reading it.
+"""Find and read a whole pipeline: a folder in the public diffusers layout, or a single file.
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
-A single file in the original layout has the weights of the models alone (ldm.py, kinds.py).
-Called by pipeline.py; the models come from components.py, what is not here from hub.py.
+A single file in the original layout holds only the weights of the models; see single_file/.
 """
 import os
 import re
@@ -14,7 +13,6 @@ import numpy as np
 
 from ..errors import TinyldmError, note
 from ..files import read_json
-from ..layers import Module
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
@@ -22,16 +20,16 @@ from . import hub
 from .components import check_fit, fill, find_weights, load_model, read_config
 from .formats.reading import read_tensors
 from .layout import fitted
-from .single_file import names as ldm
 from .single_file.kinds import recognise
+from .single_file.names import by_part, with_ema_weights
 
-COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
-SECOND = {"text_encoder_2": CLIPTextModelWithProjection}                # of Stable Diffusion XL
+COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL,
+              "text_encoder_2": CLIPTextModelWithProjection}            # only Stable Diffusion XL
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
              "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline",
              "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline",
              "StableDiffusionXLInpaintPipeline")
-# Every Stable Diffusion reads prompts with CLIP's vocabulary, which single files do not have.
+# Every Stable Diffusion uses CLIP's vocabulary. Single files do not contain it.
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
 TOKENIZER_VARIABLE = "TINYLDM_TOKENIZER"
@@ -40,14 +38,14 @@ HUB_FILE = re.compile(rf"({HUB_NAME.pattern})/(.+\.(?:safetensors|ckpt))")
 
 
 class PipelineParts(NamedTuple):
-    """What load_pipeline_parts reads."""
+    """A pipeline as read from its files."""
 
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     scheduler: dict                                     # of scheduler_config.json
-    tokenizer: Path                                     # the folder with its files
-    padding: str | None                                 # the token, None for what the folder says
+    tokenizer: Path                                     # the folder of its files
+    padding: str | None                                 # the token; None: the folder's own
     index: dict                                         # of model_index.json, {} for a single file
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: Path | None = None
@@ -55,12 +53,13 @@ class PipelineParts(NamedTuple):
 
 
 def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
-    """Read the models (dtype, low_memory: see fill) of a pipeline, and its scheduler's config.
+    """Read the models of a pipeline and its scheduler's config -> PipelineParts.
 
-    path: a folder, or a single file. ema: of a file that holds the UNet's weights twice take those
-    averaged over the training. In float16, a VAE whose config says `force_upcast` is in float32.
-    Raises TinyldmError for another pipeline than PIPELINES, and for whatever is missing or wrong in
-    a component; what costs nothing to check is checked before any weight.
+    path: a folder, or a single file. dtype, low_memory: see fill; with float16, a VAE whose config
+    says `force_upcast` is float32. ema: if a single file also holds the UNet's weights averaged
+    over the training, take these.
+    Raises TinyldmError for a pipeline not in PIPELINES, and for anything missing or wrong in a
+    component. All cheap checks come before the first weight.
     """
     if Path(path).is_file():
         return _load_file(Path(path), dtype, low_memory, ema)
@@ -72,9 +71,9 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
 
 def _load_folder(folder, dtype, low_memory):
     index = _read_index(folder)
-    components, tokenizers = COMPONENTS, ["tokenizer"]
-    if "XL" in index["_class_name"]:
-        components, tokenizers = COMPONENTS | SECOND, ["tokenizer", "tokenizer_2"]
+    xl = "XL" in index["_class_name"]
+    components = {part: model for part, model in COMPONENTS.items() if xl or "_2" not in part}
+    tokenizers = ["tokenizer", "tokenizer_2"][:1 + xl]
     for part in (*components, *tokenizers, "scheduler"):
         if not (folder / part).is_dir():
             raise TinyldmError(f"expected a folder {folder / part}, found none: "
@@ -85,7 +84,7 @@ def _load_folder(folder, dtype, low_memory):
         model, config = read_config(folder / part)
         if model is not expected:
             raise TinyldmError(f"{folder / part / 'config.json'} must name a {expected.__name__}, "
-                               f"not a {model.__name__}")
+                               f"not a {model.__name__}: get it again")
         dtypes[part] = _dtype(config, dtype)
         find_weights(folder / part, dtypes[part])
     models = {part: load_model(folder / part, dtypes[part], low_memory) for part in components}
@@ -102,51 +101,43 @@ def _read_index(folder):
                            f"are {', '.join(PIPELINES)}")
     if index.get("requires_aesthetics_score"):
         raise TinyldmError(f"{folder} holds the refiner of Stable Diffusion XL, which is not "
-                           "supported: take the base model")
+                           "supported: use the base model")
     return index
 
 
 def _dtype(config, dtype):
-    """float32 in the place of float16, which the numbers inside some VAEs are too large for."""
+    """float32 in place of float16, in which the activations of some VAEs overflow."""
     return np.float32 if dtype == np.float16 and config.get("force_upcast") else dtype
-
-
-class Models(Module):
-    """The models of a single file, whose parameters are named `part.name`."""
-
-    def __init__(self, kind):
-        self.text_encoder = CLIPTextModel(kind.text_encoder)
-        self.unet = UNet2DConditionModel(kind.unet)
-        self.vae = AutoencoderKL(kind.vae)
-        if kind.text_encoder_2:
-            self.text_encoder_2 = CLIPTextModelWithProjection(kind.text_encoder_2)
 
 
 def _load_file(path, dtype, low_memory, ema):
     stored = read_tensors(path)
     kind = recognise(stored, path)
     if ema:
-        stored = ldm.with_averages(stored, path)
+        stored = with_ema_weights(stored, path)
     tokenizer = _tokenizer_folder()
-    found, tensors = ldm.parts(stored, kind.text_encoder["num_hidden_layers"])
-    models = Models(kind)
-    for part, model in vars(models).items():
-        wanted = dict(model.named_parameters())
-        for name, tensor in fitted(found.pop(part, {}), wanted).items():
-            tensors[f"{part}.{name}" if name in wanted else tensor.name] = tensor
+    found, tensors = by_part(stored, kind.text_encoder["num_hidden_layers"])
+    models = {part: model(getattr(kind, part)) for part, model in COMPONENTS.items()
+              if getattr(kind, part)}
+    parameters = {}                                     # of all models together, as part.name
+    for part, model in models.items():
+        own = dict(model.named_parameters())
+        parameters |= {f"{part}.{name}": parameter for name, parameter in own.items()}
+        for name, tensor in fitted(found.pop(part, {}), own).items():
+            tensors[f"{part}.{name}" if name in own else tensor.name] = tensor
     tensors |= {tensor.name: tensor for other in found.values() for tensor in other.values()}
     misfit = f"{path} does not fit {kind.name}"
-    check_fit(misfit, dict(models.named_parameters()), tensors)
-    for part, model in vars(models).items():
+    check_fit(misfit, parameters, tensors)
+    for part, model in models.items():
         own = {name: tensors[f"{part}.{name}"] for name, _ in model.named_parameters()}
         fill(model, own, misfit, _dtype(model.config, dtype), low_memory)
-    return PipelineParts(**vars(models), scheduler=kind.scheduler, tokenizer=tokenizer,
+    return PipelineParts(**models, scheduler=kind.scheduler, tokenizer=tokenizer,
                          padding=kind.padding, index={}, padding_2=kind.padding_2,
                          tokenizer_2=tokenizer if kind.padding_2 else None)
 
 
 def _tokenizer_folder():
-    """A folder with CLIP's vocabulary: the one that TINYLDM_TOKENIZER names, or of the hub."""
+    """A folder with CLIP's vocabulary: the one in TINYLDM_TOKENIZER, else from the hub."""
     if folder := os.environ.get(TOKENIZER_VARIABLE):
         if not Path(folder).is_dir():
             raise TinyldmError(f"{TOKENIZER_VARIABLE} must name a folder with vocab.json and "
@@ -162,12 +153,12 @@ def _tokenizer_folder():
 
 
 def resolve(weights=None, dtype=None):
-    """The pipeline's folder, or its single file, that a user's word means.
+    """What a user calls weights -> the path of a pipeline's folder, or of a single file.
 
-    weights: None for the bundled model; a folder; a file; or what is downloaded once, a hub name
-    `owner/name` or a single file there, `owner/name/file.safetensors`. dtype: which variant of the
-    weights to download, see find_weights.
-    Raises TinyldmError for what is none of these, and for a failed download.
+    weights: None for the bundled model, a folder, a file, a hub name `owner/name`, or a single file
+    on the hub, `owner/name/file.safetensors`. What comes from the hub is downloaded only once.
+    dtype: which variant of the weights to download, see find_weights.
+    Raises TinyldmError for anything else, and for a failed download.
     """
     if weights is None:
         return _bundled()
@@ -178,12 +169,13 @@ def resolve(weights=None, dtype=None):
     if (match := HUB_FILE.fullmatch(name)) and not path.parent.is_dir():
         return hub.download_file(match[1], match[2])
     if path.suffix in hub.CHECKPOINTS:
-        raise TinyldmError(f"expected a file of weights, but there is no file {path}")
+        raise TinyldmError(f"expected a file of weights, but there is no file {path}: check the "
+                           "path")
     if HUB_NAME.fullmatch(name):
-        folder = hub.download_index(name)
+        folder = hub.download_file(name, hub.INDEX).parent
         return hub.download_parts(name, folder, _read_index(folder), dtype)
     raise TinyldmError(f"expected weights to be a folder, a file or a hub name (owner/name), but "
-                       f"there is no folder {weights}")
+                       f"there is no folder {weights}: check the path")
 
 
 def _bundled():

@@ -1,11 +1,11 @@
-"""Weights from the Hugging Face hub: which files of a repository are needed, and getting them.
+"""Download weights from the Hugging Face hub, and only the files that are needed.
 
-    a pipeline, owner/name          model_index.json, then the parts it names that are read here,
-                                    each part's weights once
+    owner/name                      model_index.json, then the files of the pipeline's parts: of
+                                    each part one set of weights
     owner/name/file.safetensors     that file
 
-huggingface_hub does the transport: it shows the bars, keeps every whole file in its cache, goes on
-where a connection broke, and without network takes what the cache has. Called by folders.py.
+The library huggingface_hub downloads: it shows progress bars, keeps complete files in its cache,
+resumes after a broken connection, and without a network uses the files in the cache.
 Source: https://huggingface.co/docs/huggingface_hub, "Download files from the Hub".
 """
 import glob
@@ -21,31 +21,27 @@ SETTINGS = {"config.json", "scheduler_config.json", "vocab.json", "merges.txt", 
 CHECKPOINTS = (".safetensors", ".ckpt")
 
 
-def download_index(name):
-    """The folder with the model_index.json of the pipeline `name`.
-
-    Raises TinyldmError for a repository without one, listing the single files to name instead.
-    """
-    folder = fetch(name, [INDEX])
-    if not (folder / INDEX).is_file():
-        raise _not_there(name, INDEX, folder)
-    return folder
-
-
 def download_file(name, file):
-    """The path of a single file of the repository `name`. Raises TinyldmError where it has none."""
+    """The local path of one file of the repository `name`.
+
+    Raises TinyldmError if there is none; the message lists the single files to choose from.
+    """
     folder = fetch(name, [file])
-    if not (folder / file).is_file():
-        raise _not_there(name, file, folder)
-    return folder / file
+    if (folder / file).is_file():
+        return folder / file
+    found = [file for file in _ask(name) or _present(folder) if file.endswith(CHECKPOINTS)]
+    found.sort(key=lambda file: (file.count("/"), file))
+    hint = f"name one as {name}/{found[0]}" if found else "choose another"
+    raise TinyldmError(f"{name} on the Hugging Face hub has no {file}; of single files "
+                       f"({', '.join(CHECKPOINTS)}) it has {shorten(found)}: {hint}")
 
 
 def download_parts(name, folder, index, dtype=None):
-    """The folder with all that is read of the pipeline `name`.
+    """The local folder with all files of the pipeline `name` that are read here.
 
-    folder: of download_index; index: the dict in its model_index.json. dtype: chooses between
-    variants of weights, see find_weights.
-    Raises TinyldmError for a failed download, and for a part without weights in a known form.
+    folder: where its model_index.json is already. index: the dict in that file. dtype: selects the
+    variant of the weights, see find_weights.
+    Raises TinyldmError for a failed download, and for a part without weights in a known format.
     """
     listed = _ask(name)
     parts = {part: set() for part in PARTS if index.get(part) not in (None, [None, None])}
@@ -54,7 +50,7 @@ def download_parts(name, folder, index, dtype=None):
         if part in parts:
             parts[part].add(inner)
     if indexes := _paths(parts, lambda file: ".index." in file):
-        folder = fetch(name, indexes)                   # they say which files are the weights
+        folder = fetch(name, indexes)                   # they list the files of the weights
     try:
         if empty := [part for part, files in parts.items() if not files]:
             raise TinyldmError(f"it has nothing of {', '.join(empty)}")
@@ -72,12 +68,12 @@ def _paths(parts, wanted):
 
 
 def _ask(name):
-    """The names of all files of a repository; none where the hub does not answer."""
+    """The names of all files of a repository; [] if the hub cannot be reached."""
     import huggingface_hub
 
     try:
         return [file.rfilename for file in huggingface_hub.HfApi().model_info(name).siblings]
-    except Exception:                                   # fetch says what is wrong, if it matters
+    except Exception:                                   # fetch reports the reason, if it matters
         return []
 
 
@@ -85,38 +81,29 @@ def _present(folder):
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _not_there(name, file, folder):
-    """The TinyldmError about a file that a repository lacks, with the single files it has."""
-    found = [file for file in _ask(name) or _present(folder) if file.endswith(CHECKPOINTS)]
-    found.sort(key=lambda file: (file.count("/"), file))
-    hint = f"name one as {name}/{found[0]}" if found else "choose another"
-    return TinyldmError(f"{name} on the Hugging Face hub has no {file}; of single files "
-                        f"({', '.join(CHECKPOINTS)}) it has {shorten(found)}: {hint}")
-
-
 # ---- transport ------------------------------------------------------------------------------
 
 def fetch(name, files):
-    """The folder with the local copy of those files of the hub's `name` that it has.
+    """The local folder with those of the files that the repository `name` has.
 
-    Raises TinyldmError, one sentence, for whatever keeps one of them from being here whole.
+    Raises TinyldmError, one sentence, if one of them cannot be downloaded completely.
     """
-    import huggingface_hub  # here: it takes long to import and is seldom needed
+    import huggingface_hub  # here, because it is slow to import and seldom needed
 
-    patterns = [glob.escape(file) for file in files]    # to the library names are patterns
+    patterns = [glob.escape(file) for file in files]    # the library takes patterns, not names
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:                          # its and the network's share no base
+    except Exception as error:                          # the library's and the network's errors
         raise TinyldmError(f"{name} is not here and could not be downloaded from the Hugging Face "
                            f"hub: {_reason(name, error)}") from None
 
 
 def _reason(name, error):
-    """Why a download failed, and what to do."""
+    """Why a download failed, and what to do next."""
     from huggingface_hub import errors
 
     unanswered = isinstance(error, errors.LocalEntryNotFoundError)
-    if unanswered and error.__cause__:                  # why it looked for a local entry
+    if unanswered and error.__cause__:                  # the reason for looking in the cache
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -133,5 +120,5 @@ def _reason(name, error):
         return "HF_HUB_OFFLINE is set, and not all of it is in the cache: unset it"
     if unanswered:
         return f"no answer ({said}), and not all of it is in the cache: check the network"
-    return (f"the download broke off ({said}): run the same again, files that came whole are not "
-            "fetched twice")
+    return (f"the download broke off ({said}): run the same again, complete files are not "
+            "downloaded twice")

@@ -1,16 +1,16 @@
-"""What public weight files call and how they order a weight, against what a model's parameter does.
+"""The names and axes of weights in public files, and in the models here.
 
-Models use today's public names, so most names are equal. Three older habits are met in published
-files: VAE attention named query/key/value/proj_attn, text encoders without the `text_model.`
-prefix, and a stored list of positions, which says nothing. Pure functions of names and shapes.
+The models use today's public names, so most names are equal. Published files have three older
+habits: VAE attention is named query/key/value/proj_attn, text encoders lack the `text_model.`
+prefix, and the constant list of positions 0 to 76 is stored too.
 """
 import re
 
 FILE_AXES = (3, 2, 0, 1)                                # (K,K,C,O) -> (O,C,K,K)
 OUR_AXES = (2, 3, 1, 0)                                 # (O,C,K,K) -> (K,K,C,O)
 
-POSITION_IDS = "text_model.embeddings.position_ids"     # 0 to 76, stored by transformers < 4.31
-# diffusers before 0.17 -> after
+POSITION_IDS = "text_model.embeddings.position_ids"     # stored by transformers < 4.31
+# diffusers before 0.17 -> since then
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_NAME = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 # The same matrices were 1x1 convolutions in the original latent diffusion code.
@@ -19,37 +19,33 @@ VAE_ATTENTION_WEIGHT = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\
 
 
 def file_shape(parameter):
-    """The shape a parameter has in a public file: convolutions (O,C,K,K), all others as here."""
+    """A parameter's shape in a public file: convolutions (O,C,K,K), all others as here."""
     shape = parameter.shape
     return tuple(shape[axis] for axis in FILE_AXES) if len(shape) == 4 else tuple(shape)
 
 
 def to_file(array):
-    """An array of a parameter in the file's layout: (K,K,C,O) -> (O,C,K,K), others as they are."""
+    """A parameter's array in the file's layout: (K,K,C,O) -> (O,C,K,K), others unchanged."""
     return array.transpose(FILE_AXES) if array.ndim == 4 else array
 
 
 def fitted(stored, wanted):
-    """{name in the file: StoredTensor} -> {name in the model: StoredTensor as the model has it}."""
-    tensors = public_names(stored, wanted)
-    return {name: squeezed(name, tensor) for name, tensor in tensors.items()}
+    """{name in the file: StoredTensor} -> {name in the model: StoredTensor in the model's shape}.
 
-
-def public_names(stored, wanted):
-    """{name in the file: tensor} -> {name in the model: tensor}, for a model with names `wanted`.
-
-    A name that no rule turns into a wanted one is kept, and so is one whose place is taken already:
-    strict loading then reports it as unexpected.
+    wanted: the names of the model's parameters. A name that no rule turns into one of these is
+    kept, and so is a second name of the same weight; strict loading reports both as unexpected.
     """
-    names = {}
+    tensors = {}
     for name, tensor in stored.items():
         public = _public_name(name, wanted)
         if public is not None:
-            names[name if public in stored and public != name else public] = tensor
-    return names
+            public = name if public in stored else public
+            tensors[public] = _squeezed(public, tensor)
+    return tensors
 
 
 def _public_name(name, wanted):
+    """The public name for any name in a file; None for the list of positions."""
     if name in wanted:
         return name
     prefixed = name if name.startswith("text_model.") else f"text_model.{name}"
@@ -63,8 +59,8 @@ def _public_name(name, wanted):
     return name
 
 
-def squeezed(name, tensor):
-    """A VAE attention matrix stored as 1x1 convolution (O,C,1,1) -> (O,C); others as they are."""
+def _squeezed(name, tensor):
+    """A VAE attention matrix stored as a 1x1 convolution (O,C,1,1) -> (O,C); others unchanged."""
     if VAE_ATTENTION_WEIGHT.fullmatch(name) and tensor.shape[2:] == (1, 1):
         return tensor._replace(shape=tensor.shape[:2], strides=tensor.strides[:2])
     return tensor

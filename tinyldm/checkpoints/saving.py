@@ -1,7 +1,4 @@
-"""A whole pipeline -> a folder in the public diffusers layout: what folders.py reads, written.
-
-Called by users as tinyldm.save, and by training/export.py; the models go through components.py.
-"""
+"""Write a whole pipeline as a folder in the public diffusers layout, which folders.py reads."""
 from pathlib import Path
 
 from ..files import new_folder, write_json
@@ -9,13 +6,13 @@ from .components import class_name, float_type, save_model
 
 
 def save(pipe, folder, dtype=None):
-    """Write a pipeline as a folder that tinyldm and diffusers load, and draw the same pictures of.
+    """Write a pipeline as a folder from which tinyldm and diffusers draw the same pictures.
 
-    pipe: a StableDiffusion of any kind, from wherever its weights came. folder: a new one, or
-    empty; it is there when it is whole. dtype: float16, 32 or 64, of the weights in the files; None
-    for the narrowest that loses nothing, a model at a time: so float16 files stay such.
-    Raises TinyldmError for a folder that has something in it or cannot be written, and for weights
-    that are not finite in dtype; nothing is left then.
+    pipe: a StableDiffusion of any kind. folder: a new or an empty one; it appears only when it is
+    complete. dtype: float16, 32 or 64, of the weights in the files. None means, for each model, the
+    narrowest that loses nothing, so what came from float16 files stays float16.
+    Raises TinyldmError for a folder that is not empty or cannot be written, and for weights that
+    are not finite in dtype; nothing is left behind then.
     """
     dtype = float_type(dtype)
     tokenizers = {"tokenizer": pipe.tokenizer.save}
@@ -28,11 +25,11 @@ def save(pipe, folder, dtype=None):
 
 
 def write_pipeline(folder, models, tokenizers, scheduler, settings, dtype):
-    """Write the parts of a pipeline into a folder, and last what makes it one, model_index.json.
+    """Write the parts of a pipeline into a folder, and last its model_index.json.
 
-    models: {part: model}; tokenizers: {part: what writes one into a given folder}; scheduler: the
-    dict of scheduler_config.json; settings: what else model_index.json is to say. dtype: see
-    save_model.
+    models: {part: model}. tokenizers: {part: function that writes one into a given folder}.
+    scheduler: the dict of scheduler_config.json. settings: further entries of model_index.json.
+    dtype: see save_model.
     """
     for part, model in models.items():
         save_model(model, folder / part, dtype)
@@ -54,9 +51,9 @@ def write_pipeline(folder, models, tokenizers, scheduler, settings, dtype):
 
 
 def pipeline_name(models):
-    """What diffusers calls the pipeline that draws with these {part: model}."""
-    unet, xl = models["unet"].config, "text_encoder_2" in models
-    inpainting = unet["in_channels"] != unet["out_channels"]
-    if unet.get("time_cond_proj_dim") and not xl and not inpainting:
+    """The diffusers class of the pipeline with these {part: model}."""
+    unet, xl = models["unet"].settings, "text_encoder_2" in models
+    inpainting = unet.in_channels != unet.out_channels
+    if unet.time_cond_proj_dim and not xl and not inpainting:
         return "LatentConsistencyModelPipeline"
     return f"StableDiffusion{'XL' * xl}{'Inpaint' * inpainting}Pipeline"

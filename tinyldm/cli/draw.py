@@ -1,7 +1,7 @@
-"""python -m tinyldm "a prompt": the command line over pipeline.py.
+"""python -m tinyldm "a prompt": draw pictures with a pipeline and save them.
 
-What a person may get wrong ends in one line, `error: ...`, and exit status 2; Ctrl-C in exit
-status 130, a closed pipe in 141. Pictures are drawn and saved one by one, each whole or not there.
+Wrong input ends in one line, `error: ...`, and exit status 2; Ctrl-C in exit status 130, a closed
+pipe in 141. Pictures are drawn and saved one by one, and a file is either whole or not there.
 """
 import json
 import math
@@ -14,25 +14,25 @@ from pathlib import Path
 
 from ..errors import TinyldmError, note
 from ..pipelines.interpolation import ends
-from .options import jobs, on_a_way, parse
+from .options import interpolates, jobs, parse
 
 BUNDLED = "shapes"
 ANIMATED = (".gif", ".webp")
-LARGE = 4                   # times the weights' own number of pixels
-# The time a step takes; tqdm's own format switches to steps a second where they are quick.
+LARGE = 4                   # times the weights' own number of pixels: worth a note
+# Seconds per step; tqdm's own format switches to steps per second for fast steps.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_inv_fmt}]"
 CLOCK = "{desc}: {elapsed_s:.1f} s"
 
 
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
-    said = set()
+    shown = set()
 
-    def show_warning(message, *_):                      # as one line, once, without its source
-        if str(message) not in said:
-            from tqdm import tqdm  # which knows what bars stand in the way
+    def show_warning(message, *_):                      # in one line, once, without the source
+        if str(message) not in shown:
+            from tqdm import tqdm  # which prints above its own progress bars
             tqdm.write(f"note: {message}", file=sys.stderr)
-        said.add(str(message))
+        shown.add(str(message))
 
     def run():
         try:
@@ -41,32 +41,32 @@ def main(arguments=None):
                 warnings.showwarning = show_warning
                 draw(parse(arguments))
         except MemoryError:
-            raise TinyldmError("not enough memory: take --low-memory, or a smaller --width and "
+            raise TinyldmError("not enough memory: use --low-memory, or a smaller --width and "
                                "--height") from None
     return status(run)
 
 
 def status(run):
-    """Run a command -> its exit status, whatever came of it; standard error says in a line what."""
+    """Run a command -> exit status; what stops it is said in one line on standard error."""
     try:
         try:
             run()
         finally:
-            sys.stdout.flush()                          # or it fails at the exit, past all hands
+            sys.stdout.flush()                          # here, where an error can still be handled
     except TinyldmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:                             # who read the output, such as head, left
+    except BrokenPipeError:                             # the output's reader, such as head, left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141                                      # 128 + SIGPIPE, as shells have it
+        return 141                                      # 128 + SIGPIPE, as in shells
     return 0
 
 
 def draw(args):
-    """Draw, save and print the path of every picture asked for; then the profile, if asked for."""
+    """Draw and save every picture and print its path; then print the profile, if asked for."""
     from ..images import check_output
 
     todo = jobs(args)
@@ -82,8 +82,8 @@ def draw(args):
         if args.animate.suffix.lower() not in ANIMATED:
             raise TinyldmError(f"--animate must name a {' or '.join(ANIMATED)} file, "
                                f"not {args.animate}")
-        # One a prompt of the pictures on its way, or one a picture of its steps.
-        films = output_paths(args.animate, len(args.prompt) if on_a_way(args) else len(todo))
+        # One film per prompt of its pictures, or one per picture of its steps.
+        films = output_paths(args.animate, len(args.prompt) if interpolates(args) else len(todo))
         check_output(films[0])
         if same := {*paths} & {*films}:
             raise TinyldmError(f"--animate and --output both name {min(same)}: name two files")
@@ -96,8 +96,9 @@ def draw(args):
 
 
 def draw_pictures(args, todo, paths, films, profile=None):
-    part = profile.stage if profile else nullcontext
-    with part("loading"), stage("loading"):
+    """Draw and save the pictures of the jobs `todo` under `paths`, and the animations `films`."""
+    timed = profile.stage if profile else nullcontext
+    with timed("loading"), stage("loading"):
         from ..images import save, to_pil
         from ..pipelines.stable_diffusion import load
         from .preview import Preview, half_blocks, save_film
@@ -109,13 +110,13 @@ def draw_pictures(args, todo, paths, films, profile=None):
         if args.steps is None:
             advise(pipe)
     if profile:
-        profile.watch(pipe)
+        profile.add(pipe)
     sampler = pipe.sampler(args.sampler)
     steps = pipe.num_inference_steps if args.steps is None else args.steps
-    preview, frames, walks = Preview(pipe), [], on_a_way(args)
+    preview, frames, step_film = Preview(pipe), [], films and not interpolates(args)
     for job, path in zip(todo, paths):
         reading = "reading the prompt" + " and the picture" * (job.image is not None)
-        with part(reading), stage(reading):
+        with timed(reading), stage(reading):
             size = pipe.size(args.width, args.height, job.image)
             states = pipe.stream(job.prompt, args.negative, steps, args.guidance, job.seed, *size,
                                  sampler=sampler, noise=args.noise, image=job.image, mask=job.mask,
@@ -124,23 +125,23 @@ def draw_pictures(args, todo, paths, films, profile=None):
                 advise_on_size(pipe, size)
             edit = pipe.edit(job.image, args.strength, job.mask, sampler)
             text = parameters(args, job, steps, sampler, size, edit)
-        with part("drawing"):
+        with timed("drawing"):
             for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
                 step = state.step + 1
                 wanted = args.preview and step % args.preview == 0
-                early = preview(state.pred_x0) if wanted or films and not walks else None
-                if films and not walks:
+                early = preview(state.pred_x0) if wanted or step_film else None
+                if step_film:
                     frames.append(early)
                 if wanted:
                     save(early, path.with_name(f"{path.stem}-step{step}{path.suffix}"), text)
         with stage("decoding"):
-            with part("decoding"):
+            with timed("decoding"):
                 image, = to_pil(pipe.decode(state.latents))
-            with part("saving"):
+            with timed("saving"):
                 save(image, path, text)
-                if films:                               # the last step's frame is the picture
-                    frames = [*(frames if walks else frames[:-1]), image]
-                    if not walks or job.way() == 1:
+                if films:                               # the picture replaces the last step's frame
+                    frames = [*(frames[:-1] if step_film else frames), image]
+                    if step_film or job.weight == 1:
                         save_film(frames, films.pop(0), text)
                         frames = []
         if args.show:
@@ -149,19 +150,19 @@ def draw_pictures(args, todo, paths, films, profile=None):
 
 
 def advise(pipe):
-    """A note where steps are not asked for and the scheduler is that of a model for few of them."""
+    """A note if the number of steps is a default, but the scheduler is one for few steps."""
     from ..pipelines.stable_diffusion import STEPS
 
-    told = pipe.scheduler.get
-    if (pipe.num_inference_steps == STEPS and told("timestep_spacing") == "trailing"
-            and not told("rescale_betas_zero_snr")):
+    config = pipe.scheduler
+    if (pipe.num_inference_steps == STEPS and config.get("timestep_spacing") == "trailing"
+            and not config.get("rescale_betas_zero_snr")):
         note("the scheduler is that of a model made for few steps, such as Turbo: if it is one, "
              f"--steps 1 --guidance 0 does better than {STEPS} steps")
 
 
 def advise_on_size(pipe, size):
-    """A note on a photograph that would take minutes a step."""
-    if pipe.unet.config.get("sample_size"):
+    """A note on a photograph that would take minutes per step."""
+    if pipe.unet.settings.sample_size:
         own = pipe.size()
         times = math.prod(size) / math.prod(own)
         if times > LARGE:
@@ -171,9 +172,10 @@ def advise_on_size(pipe, size):
 
 
 def with_progress(states, steps, left_out, sampler):
-    """Pass on a stream's states, with a progress bar of the steps that are not left out."""
+    """Pass on a stream's states, with a progress bar of the steps that are made."""
     made = steps - left_out
-    # PNDM makes its first step twice, Heun all but its last; diffusers counts them once as well.
+    # PNDM calls the model twice in its first step, Heun in all steps except the last: count once,
+    # as diffusers does.
     again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}.get(sampler, ())
     with progress("drawing", BAR, made) as bar:
         for state in states:
@@ -182,26 +184,26 @@ def with_progress(states, steps, left_out, sampler):
 
 
 def progress(name, bar_format, total):
-    from tqdm import tqdm  # after the arguments are read: a wrong one is answered at once
+    from tqdm import tqdm  # here, so that a wrong argument is reported at once
     return tqdm(desc=name, total=total, unit="step", bar_format=bar_format, file=sys.stderr)
 
 
 @contextmanager
 def stage(name):
-    """Say what is being done, and afterwards how long it took."""
+    """Print the name of what is done inside, and afterwards how long it took."""
     with progress(name, CLOCK, 1) as bar:
         yield
         bar.update()
 
 
 def parameters(args, job, steps, sampler, size, edit):
-    """How a picture was made, as the text that web interfaces store in PNG files and read back."""
+    """How a picture was made, in the format that web interfaces store in PNG files and read."""
     lines = [str(ends(job.prompt)[0])]
     if args.negative:
         lines.append(f"Negative prompt: {args.negative}")
     loras = ", ".join(f"{Path(file).stem}:{weight:g}" for file, weight in args.lora)
     seed, *other_seed = ends(job.seed)
-    said = {
+    values = {
         "Steps": steps,
         "Sampler": sampler,
         "CFG scale": f"{args.guidance:g}",
@@ -219,21 +221,21 @@ def parameters(args, job, steps, sampler, size, edit):
         "Denoising strength": f"{edit.strength:g}" if args.image else None,
         "To prompt": quoted(args.to_prompt),
         "To image": args.to_image and quoted(args.to_image.name),
-        "On the way": f"{job.way():g}" if on_a_way(args) else None,
+        "On the way": f"{job.weight:g}" if interpolates(args) else None,
     }
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in said.items()
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items()
                                         if value is not None)])
 
 
 def quoted(text):
-    """A text in which a comma ends nothing."""
+    """In quotes, so that a comma does not end it; None stays None."""
     return None if text is None else json.dumps(text, ensure_ascii=False)
 
 
 # ---- files ----------------------------------------------------------------------------------
 
 def output_paths(output, count):
-    """One path a picture: out.png, or for several out-0.png, out-1.png, ..."""
+    """One path per picture: out.png, or for several out-0.png, out-1.png, ..."""
     paths = [output]
     if count > 1 and not os.path.isdir(output):
         paths = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]

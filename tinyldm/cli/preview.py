@@ -1,24 +1,23 @@
-"""What a person sees while a picture is drawn: previews, an animation, the terminal.
+"""Previews while a picture is drawn, animations, and pictures in the terminal.
 
-Beside pipeline.py, for __main__.py: a sampler's state already holds the clean latents as predicted
-so far (State.pred_x0); here they become something to look at.
+Every state of a sampler has a prediction of the clean latents, State.pred_x0; a preview shows it.
 """
 import numpy as np
 
 from ..backend import to_host
 from ..images import save, to_pil
 
-DECODED = 256 * 256         # pixels: up to this size a preview is worth the VAE's time
-PATCHES = 8                 # a side, of one colour each, from which the linear map is fitted
+DECODED = 256 * 256         # pixels: up to this size the VAE is fast enough for previews
+PATCHES = 8                 # per side, of one colour each, to which the linear map is fitted
 FRAME, LAST_FRAME = 120, 2000   # milliseconds
 
 
 class Preview:
-    """Pictures of predicted latents, quickly: by the VAE if they are small, else by a linear map.
+    """Pictures of predicted latents: by the VAE if they are small, else by a fast linear map.
 
-    Colours are nearly a linear function of a latent's channels. The map is fitted to the pipeline's
-    own VAE, by least squares, when it is first needed: to patches of random latents and the mean
-    colours they are decoded to.
+    Colours are nearly a linear function of a latent's channels. When the map is first needed, it is
+    fitted to the pipeline's own VAE: least squares between patches of random latents and the mean
+    colours of the decoded patches.
     """
 
     def __init__(self, pipe):
@@ -44,14 +43,14 @@ class Preview:
 
 
 def with_ones(x):
-    """x (...,C) -> (...,C+1): a last column for the map's constant."""
+    """x (...,C) -> (...,C+1): a column of ones for the map's constant."""
     return np.concatenate([x, np.ones_like(x[..., :1])], axis=-1)
 
 
 def half_blocks(image, columns, rows):
-    """A PIL image as lines of text for a terminal of 24-bit colours, two pixels a character.
+    """A PIL image as text for a terminal with 24-bit colours, two pixels per character.
 
-    A character's upper half has the foreground's colour, the lower half the background's.
+    A character's upper half has the foreground colour, the lower half the background colour.
     """
     scale = min(columns / image.width, 2 * rows / image.height, 1)
     width, height = max(1, int(image.width * scale)), max(2, int(image.height * scale) // 2 * 2)

@@ -1,12 +1,12 @@
-"""Where a run's time and memory go: by stage, by block and by op.
+"""The profiler: where a run's time and memory go, by stage, by block and by op.
 
     with Profiler(pipe) as profile:                     # or of one model: Profiler(pipe.unet)
         pipe("a red circle on a blue background")
     print(profile)
 
-A run is cut into pieces wherever a layer begins or ends. Each piece, with the arithmetic done in
-it, belongs to one stage, one block and one op, so each of the three tables adds up to the whole.
-Beside pipeline.py, which knows nothing of it; `python -m tinyldm "..." --profile` prints it.
+A run is cut into pieces wherever a layer begins or ends. Each piece, with its arithmetic, belongs
+to one stage, one block and one op, so each of the three tables adds up to the whole run.
+`python -m tinyldm "..." --profile` prints them.
 """
 import threading
 import time
@@ -17,7 +17,6 @@ from math import prod
 
 import numpy as np
 
-from ..backend import get_xp
 from ..errors import TinyldmError
 from ..layers import Conv2d, Linear, Module, forward_hooks, named_modules
 from ..models import AutoencoderKL, UNet2DConditionModel
@@ -31,28 +30,28 @@ ATTENTION = Attention, CLIPAttention
 MADE_OF_BLOCKS = UNet2DConditionModel, AutoencoderKL, Encoder, Decoder
 
 NOTE = """\
-MB: 1e6 bytes of arrays and other objects. peak: the most held at a time. added: the most above what
-was held at the beginning. Weights used straight from their file's memory map do not count.
-GFLOP: 1e9 multiplications and additions of the matrix products. A convolution counts as defined;
-Winograd's needs fewer, so it may show more GFLOP/s than the machine can do.
+MB: 1e6 bytes of arrays and other objects. peak: the most in use at a time. added: the most above
+what was in use at the beginning. Weights read from their file's memory map do not count.
+GFLOP: 1e9 multiplications and additions of the matrix products. A convolution counts by its
+definition; Winograd's needs fewer, so it may show more GFLOP/s than the machine can do.
 of best: a share of the {:.0f} GFLOP/s that a product of 2048x2048 matrices reached just now."""
 
 
 class Row:
-    """A line of a table: calls, seconds, floating-point operations, bytes of memory."""
+    """A row of a table: calls, seconds, floating-point operations, bytes of memory."""
 
     def __init__(self):
         self.calls = self.seconds = self.flop = self.peak = self.added = 0
 
 
 class Profiler:
-    """Counts, inside a `with`, what the layers of its owners do: models, or what holds some.
+    """Inside a `with`, count what the layers of `owners` do: models, or objects that have some.
 
-    tables: {"by stage": {name: Row}, "by block": …, "by op": …}, memory in bytes. Counted are the
-    forwards that run in the thread that entered. Memory is the whole process's, all threads.
-    Tracing it costs large layers 5 % and small ones half their time, so it is done where a model
-    runs for the first time, not where one runs again; all else costs 5 us a layer. On a GPU memory
-    is what the pool holds between layers, each of which is waited for.
+    tables: {"by stage": {name: Row}, "by block": …, "by op": …}, memory in bytes. Only the forwards
+    in the thread that entered the `with` are counted; memory is that of all threads. Tracing memory
+    makes large layers 5 % and small ones 50 % slower, so it is on only while a model runs
+    for the first time; the rest costs 5 us per layer. On a GPU, memory is what the pool has in use
+    between layers, and every layer is waited for.
     """
 
     def __init__(self, *owners):
@@ -65,38 +64,37 @@ class Profiler:
         with ExitStack() as exits:
             self.memory = Memory()
             exits.callback(self.memory.trace, False)
-            self.frame = [(Row(), 0)] * len(self.tables)            # forgotten: time before the run
+            self.frame = [(Row(), 0)] * len(self.tables)    # for the time before, in no table
             self.held, self.now = 0, time.perf_counter()
             outer = self._begin(REST, OUTSIDE, OUTSIDE)
             exits.callback(self._end, outer)
             self.exits = exits
             for owner in self.owners:
-                self.watch(owner)
+                self.add(owner)
             self.exits = exits.pop_all()
         return self
 
     def __exit__(self, *exc):
         self.exits.close()
 
-    def watch(self, owner):
+    def add(self, owner):
         """From here on count the layers in owner, too."""
         model = type(owner).__name__ if isinstance(owner, Module) else None
         layers = [(model, owner)] * bool(model) + list(named_modules(owner))
         if not layers:
             raise TinyldmError(f"Profiler expects models or a pipeline, not {owner!r:.60}")
-        arrays = (parameter.data for _, layer in layers for parameter in layer.parameters())
-        if (array := next(arrays, None)) is not None:
-            self.xp, self.dtype = get_xp(array), array.dtype
+        if first := next((layer for _, layer in layers if layer.parameters()), None):
+            self.xp, self.dtype = first.xp, first.dtype
         blocks = block_names(layers)
 
-        def watch(name, layer, forward):
+        def count(name, layer):
             names = model or name.partition(".")[0], blocks[layer], op_name(layer)
 
-            def counted(*inputs, **options):
+            def counted(forward, *inputs, **options):
                 if threading.get_ident() != self.thread:
                     return forward(*inputs, **options)
                 if not self.depth:
-                    self._cut()                         # or the piece before loses its peak
+                    self._cut()                         # first: switching tracing loses the peak
                     self.memory.trace(self.xp is np and not self.ran[layer])
                 outer, flop = self._begin(self.stage_name or names[0], *names[1:]), 0
                 self.depth += 1
@@ -110,15 +108,15 @@ class Profiler:
                     self._end(outer, flop)
             return counted
 
-        # Each once. The VAE as a whole has no forward, only its encoder and its decoder have.
+        # Each layer once. The VAE as a whole has no forward, only its encoder and decoder.
         new = {layer: name for name, layer in layers
                if layer not in self.ran and hasattr(layer, "forward")}
         self.ran |= dict.fromkeys(new, False)
-        self.exits.enter_context(forward_hooks([(new[layer], layer) for layer in new], watch))
+        self.exits.enter_context(forward_hooks({layer: count(new[layer], layer) for layer in new}))
 
     @contextmanager
     def stage(self, name):
-        """What runs inside is a stage of this name. Outside of all, a model's run is one."""
+        """What runs inside is a stage of this name. Outside of any, each model is a stage."""
         before, self.stage_name = self.stage_name, name
         outer = self._begin(name, OUTSIDE, OUTSIDE)
         try:
@@ -130,9 +128,9 @@ class Profiler:
     # ---- the pieces -------------------------------------------------------------------------
 
     def _begin(self, *names):
-        """The pieces from here on belong to these rows, one of each table -> the frame before."""
+        """From here on pieces belong to these rows, one per table -> the frame before."""
         self._cut()
-        outer, self.frame = self.frame, []              # a frame: (row, bytes held at its start)
+        outer, self.frame = self.frame, []              # a frame: (row, bytes in use at its start)
         for table, name, (current, held) in zip(self.tables.values(), names, outer):
             row = table[name]
             row.calls += row is not current
@@ -144,10 +142,10 @@ class Profiler:
         for row, _ in self.frame:
             row.flop += flop
         self.frame = outer
-        outer[-1] = outer[-1][0], self.held             # what a layer left is not the outer op's
+        outer[-1] = outer[-1][0], self.held             # what a layer leaves is not the outer op's
 
     def _cut(self):
-        """Count the piece that ends here to the rows of its frame."""
+        """End a piece here and add it to the rows of its frame."""
         (held, peak), now = self.memory.read(self.xp), time.perf_counter()
         for row, before in self.frame:
             row.seconds += now - self.now
@@ -159,7 +157,7 @@ class Profiler:
 
     @property
     def seconds(self):
-        """Of the whole run."""
+        """The time of the whole run."""
         return sum(row.seconds for row in self.tables["by stage"].values())
 
     def __str__(self):
@@ -186,14 +184,14 @@ class Profiler:
 
 
 class Memory:
-    """How many bytes this process's arrays and other objects hold, or a GPU's arrays."""
+    """The bytes that this process's arrays and other objects use, or a GPU's arrays."""
 
     def __init__(self):
-        self.before, self.ours = 0, not tracemalloc.is_tracing()    # held when tracing last ended
+        self.before, self.ours = 0, not tracemalloc.is_tracing()    # in use when tracing last ended
         self.trace(True)
 
     def trace(self, wanted):
-        """Switch tracing on or off, but leave it on if it was on before us."""
+        """Switch tracing on or off; leave it on if it was on before the profiler."""
         if wanted and not tracemalloc.is_tracing():
             tracemalloc.start()
         elif not wanted and self.ours and tracemalloc.is_tracing():
@@ -201,9 +199,9 @@ class Memory:
             tracemalloc.stop()
 
     def read(self, xp):
-        """(held, peak): bytes held now, and the most since the last time."""
+        """(held, peak): bytes in use now, and the most since the last call."""
         if xp is not np:
-            xp.cuda.get_current_stream().synchronize()  # so that the clock is read after the work
+            xp.cuda.get_current_stream().synchronize()  # the clock is to be read after the work
             return (xp.get_default_memory_pool().used_bytes(),) * 2
         held, peak = tracemalloc.get_traced_memory()    # 0, 0 while off
         tracemalloc.reset_peak()
@@ -211,7 +209,7 @@ class Memory:
 
 
 def block_names(layers):
-    """{layer: the name of its block}, of (name, layer), an outer layer before those inside it.
+    """[(name, layer)], an outer layer before those inside it -> {layer: the name of its block}.
 
     A block is an outermost layer that is not itself made of blocks.
     """
@@ -226,7 +224,7 @@ def block_names(layers):
 
 
 def op_name(layer):
-    """The op that a layer is made of, or what it does besides the layers inside it."""
+    """The op of a layer, or what it does besides calling the layers inside it."""
     if isinstance(layer, Conv2d):
         K = layer.weight.shape[0]
         return f"conv {K}x{K}" + (f" /{layer.stride}" if layer.stride > 1 else "")
@@ -240,8 +238,8 @@ def op_name(layer):
 
 
 def flops(layer, inputs, output):
-    """Multiplications and additions of the matrix products in a layer itself."""
-    if isinstance(layer, (Linear, Conv2d)):             # every weight meets every row of y once
+    """Multiplications and additions of a layer's own matrix products."""
+    if isinstance(layer, (Linear, Conv2d)):             # one of each per weight and row of y
         return 2 * prod(layer.weight.shape) * prod(output.shape[:-1])
     if isinstance(layer, ATTENTION):                    # q @ k.T and its product with v
         context = [x for x in inputs if hasattr(x, "shape")][-1]        # (B,M,D) or (B,H,W,C)
@@ -250,12 +248,11 @@ def flops(layer, inputs, output):
 
 
 def product_rate(xp, dtype):
-    """Floating-point operations a second of a 2048x2048 matrix product, the best of half a second.
-    """
+    """Floating-point operations per second of a 2048x2048 matrix product: the best in 0.5 s."""
     a = xp.ones((2048, 2048), np.float32 if xp is np else dtype)    # NumPy has no fast float16
     best, stop = float("inf"), time.perf_counter() + 0.5
     while time.perf_counter() < stop:
         start = time.perf_counter()
-        (a @ a)[0, 0].item()                            # which waits for a GPU
+        (a @ a)[0, 0].item()                            # waits for a GPU
         best = min(best, time.perf_counter() - start)
     return 2 * 2048**3 / best

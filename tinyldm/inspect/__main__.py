@@ -5,8 +5,8 @@
     a pipeline's folder     the same of every component
     a PNG from tinyldm      what it recorded: prompt, steps, sampler, seed ...
 
-Only headers are read, no weights, so it takes a moment whatever the size. What cannot be inspected
-ends in one line, `error: ...`, and exit status 2.
+It reads headers, not weights, so it is fast for files of any size. Anything else ends in one line,
+`error: ...`, and exit status 2.
 """
 import math
 import os
@@ -35,20 +35,20 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
-    parser = Parser("python -m tinyldm.inspect", description="Tell what a checkpoint is, or how a "
-                    "picture was made.")
+    parser = Parser("python -m tinyldm.inspect", description="Print what a checkpoint is, or how "
+                    "a picture was made.")
     parser.add_argument("file", type=Path, help="a file of weights, the folder of a pipeline or "
-                        "of one component, or a PNG made by tinyldm")
+                        "of one component, or a PNG written by tinyldm")
 
     def run():
         for line in describe(parser.parse_args(arguments).file):
-            # A file's text is not to steer a terminal.
+            # Text from a file must not control the terminal.
             print("".join(char if char.isprintable() else "?" for char in line))
     return status(run)
 
 
 def describe(path):
-    """What a file or folder is -> lines of text. Raises TinyldmError for what is not known."""
+    """What a file or folder is -> lines of text. Raises TinyldmError for anything unknown."""
     path = Path(path)
     if os.path.isfile(path / "model_index.json"):
         return describe_pipeline(path)
@@ -84,7 +84,7 @@ def describe_pipeline(folder):
     for config in sorted(folder.glob("*/config.json")):
         try:
             lines += ["", *describe_component(config.parent)]
-        except TinyldmError as error:                   # the others are told all the same
+        except TinyldmError as error:                   # go on with the others
             lines += [f"{config.parent}", f"  not read: {error}"]
     return lines
 
@@ -101,7 +101,7 @@ def describe_component(folder):
 
 
 def compare(folder, stored):
-    """Lines on what a component's weights lack, or have too much, for its config's model."""
+    """Lines on how a component's weights differ from its config's model."""
     try:
         parameters = dict(build_model(folder).named_parameters())
     except TinyldmError as error:
@@ -138,7 +138,7 @@ def table(tensors):
 
 
 def module_of(name):
-    """The module that a table counts a key to: its first two words; of kohya's LoRAs the model."""
+    """The module of a key: its first two words, or of kohya's LoRAs the model."""
     if name.startswith("lora_"):
         return "_".join(name.split("_")[:2])
     return ".".join(name.split(".")[:-1][:2]) or name
@@ -147,7 +147,7 @@ def module_of(name):
 # ---- pictures -------------------------------------------------------------------------------
 
 def describe_picture(path):
-    """Lines on a PNG: what __main__.py recorded in it. Raises TinyldmError where there is none."""
+    """Lines on a PNG: what tinyldm recorded in it. Raises TinyldmError if there is nothing."""
     from PIL import Image  # takes long to import
 
     try:

@@ -1,26 +1,42 @@
-"""What the UNet and the VAE are both built of: residual block, attention, halving, doubling.
+"""What the models share: reading a config.json, residual block, attention, down- and upsampling."""
+from dataclasses import MISSING, fields
 
-Also the reading of their configs: an architecture that is not built here is refused by name.
-"""
 from .. import ops
 from ..backend import add_up
 from ..errors import TinyldmError
 from ..layers import NO_TAPE, Activation, Conv2d, GroupNormSiLU, Linear, Module, Upsample
 
 
-def require(config, **allowed):
-    """Refuse a config that asks for what is not built: keys are absent or hold an allowed value."""
-    for key, values in allowed.items():
-        if key in config and config[key] not in values:
-            raise TinyldmError(f"{config.get('_class_name', 'config.json')}: {key} = "
-                               f"{config[key]!r} is not supported, "
-                               f"only {' or '.join(map(repr, values))}")
+class Config:
+    """A config.json as a frozen dataclass: one field for each key that this package reads."""
+
+    @staticmethod
+    def allowed(config):
+        """{key: values} of keys that change the architecture: only these values are built here.
+
+        An absent key is fine. What is neither here nor a field is ignored.
+        """
+        return {}
+
+    @classmethod
+    def read(cls, config):
+        """Raises TinyldmError for what is not built, and for a missing key without a default."""
+        name = config.get("_class_name", "config.json")
+        for key, values in cls.allowed(config).items():
+            if key in config and config[key] not in values:
+                raise TinyldmError(f"{name}: {key} = {config[key]!r} is not supported, "
+                                   f"only {' or '.join(map(repr, values))}")
+        given = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        if missing := [field.name for field in fields(cls)
+                       if field.default is MISSING and field.name not in given]:
+            raise TinyldmError(f"{name} lacks {', '.join(missing)}: get the whole file again")
+        return cls(**given)
 
 
 class ResnetBlock2D(Module):
-    """norm → SiLU → conv, twice, around which the input is carried unchanged.
+    """Norm → SiLU → convolution, twice; the input is added to the output.
 
-    The time embedding joins between the two.
+    temb (B,E): the time embedding, added between the two. The VAE has no timesteps and gives none.
     Source: He et al. 2016, arXiv:1603.05027, fig. 4e; with time: Ho et al. 2020, arXiv:2006.11239,
     appendix B.
     """
@@ -28,21 +44,21 @@ class ResnetBlock2D(Module):
     def __init__(self, in_channels, out_channels, num_groups, eps, temb_channels=None):
         self.norm1 = GroupNormSiLU(in_channels, num_groups, eps)
         self.conv1 = Conv2d(in_channels, out_channels)
-        if temb_channels:
-            self.nonlinearity = Activation("silu")
-            self.time_emb_proj = Linear(temb_channels, out_channels)
+        self.nonlinearity = Activation("silu") if temb_channels else None
+        self.time_emb_proj = Linear(temb_channels, out_channels) if temb_channels else None
         self.norm2 = GroupNormSiLU(out_channels, num_groups, eps)
         self.conv2 = Conv2d(out_channels, out_channels)
         changes = in_channels != out_channels
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if changes else None
 
-    def forward(self, x, temb=None, tape=NO_TAPE):      # (B,H,W,C), (B,E) -> (B,H,W,O)
+    def forward(self, x, tape=NO_TAPE, *, temb=None):   # (B,H,W,C), (B,E) -> (B,H,W,O)
+        assert (temb is None) == (self.time_emb_proj is None), "temb: in the UNet only"
         h = self.norm1(x, tape)
         h = self.conv1(h, tape)
-        if temb is not None:
+        if self.time_emb_proj:
             e = self.nonlinearity(temb, tape)
             e = self.time_emb_proj(e, tape)             # (B,O)
-            h += e[:, None, None, :]                    # in place: the output is nobody else's
+            h += e[:, None, None, :]                    # in place: nothing else uses conv1's output
         h = self.norm2(h, tape)
         h = self.conv2(h, tape)
         h += self.conv_shortcut(x, tape) if self.conv_shortcut else x
@@ -53,7 +69,7 @@ class ResnetBlock2D(Module):
         dh = self.conv2.backward(dy, tape)
         dh = self.norm2.backward(dh, tape)
         dtemb = None
-        if hasattr(self, "time_emb_proj"):
+        if self.time_emb_proj:
             de = add_up(dh, axis=(1, 2))                # undoes the broadcast over H, W
             de = self.time_emb_proj.backward(de, tape)
             dtemb = self.nonlinearity.backward(de, tape)
@@ -62,7 +78,7 @@ class ResnetBlock2D(Module):
 
 
 class Attention(Module):
-    """Queries from x; keys and values from the context, which for self-attention is x itself.
+    """Queries from x; keys and values from the context. For self-attention the context is x.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Rombach et al. 2022,
     arXiv:2112.10752, section 3.3.
@@ -92,7 +108,7 @@ class Attention(Module):
 
 
 class Downsample2D(Module):
-    """Half the height and width by a convolution of stride 2. padding = (before, after)."""
+    """Halve height and width by a convolution with stride 2. padding = (before, after)."""
 
     def __init__(self, channels, padding):
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
@@ -105,14 +121,14 @@ class Downsample2D(Module):
 
 
 class Upsample2D(Module):
-    """Twice the height and width: every pixel shown four times, a convolution smooths the steps."""
+    """Double height and width: repeat every pixel, then smooth with a convolution."""
 
     def __init__(self, channels):
         self.nearest = Upsample()
         self.conv = Conv2d(channels, channels)
 
-    def forward(self, x, size=None, tape=NO_TAPE):      # (B,H,W,C) -> (B,2H,2W,C), or cut to size
-        h = self.nearest(x, size, tape)
+    def forward(self, x, tape=NO_TAPE, *, size=None):   # (B,H,W,C) -> (B,2H,2W,C), or cut to size
+        h = self.nearest(x, tape, size=size)
         return self.conv(h, tape)
 
     def backward(self, dy, tape):

@@ -1,59 +1,89 @@
-"""CLIP's text transformer: token ids -> one vector a token, the context the UNet looks at.
+"""CLIP's text transformer: token ids -> one vector per token, the context that the UNet attends to.
 
-Between the tokenizer and the UNet. A causal transformer: token n has seen tokens 0..n only, so the
-end token and the padding behind it have seen the whole prompt.
+Between the tokenizer and the UNet. The transformer is causal: token n sees tokens 0..n only, so the
+end token and the padding after it see the whole prompt.
 Source: Radford et al. 2021, "Learning Transferable Visual Models", arXiv:2103.00020, section 2.4.
 """
+from dataclasses import dataclass
+
 from .. import ops
 from ..backend import add_up, get_xp
 from ..layers import NO_TAPE, Activation, Embedding, LayerNorm, Linear, Module
-from .blocks import require
+from .blocks import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig(Config):
+    """The public text_encoder/config.json. Defaults are those of transformers."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 77                   # the prompt length CLIP was trained with
+    hidden_act: str = "quick_gelu"                      # OpenAI's models; OpenCLIP's say "gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 2                               # written by mistake in the early configs
+
+    @staticmethod
+    def allowed(config):
+        return {"hidden_act": ("quick_gelu", "gelu")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextProjectionConfig(CLIPTextConfig):
+    projection_dim: int
 
 
 class CLIPTextModel(Module):
-    """config: the dict of the public text_encoder/config.json. Names as published: `text_model.…`.
+    """config: the dict of the public text_encoder/config.json; settings: as a CLIPTextConfig.
 
     forward: ids (B,M) integers in [0, vocab_size), M <= max_position_embeddings -> context (B,M,D),
-    the last hidden state after the final layer norm; or, as Stable Diffusion XL wants it, the one
-    that `skip` layers less give, without the norm.
-    Raises TinyldmError for a config it does not build.
+    the last hidden state after the final layer norm. With skip=1, as Stable Diffusion XL needs it:
+    the state before the last layer, without the norm.
+    Raises TinyldmError for a config that is not supported.
     """
 
-    def __init__(self, config):
-        require(config, hidden_act=("quick_gelu", "gelu"))
-        self.config = config
-        self.text_model = CLIPTextTransformer(config)
+    settings = property(lambda self: CLIPTextConfig.read(self.config))
 
-    def forward(self, ids, tape=NO_TAPE, skip=0):
-        return self.text_model(ids, tape, skip)
+    def __init__(self, config):
+        self.config = config
+        self.text_model = CLIPTextTransformer(self.settings)
+
+    def forward(self, ids, tape=NO_TAPE, *, skip=0):
+        return self.text_model(ids, tape, skip=skip)
 
     def backward(self, dcontext, tape):
         self.text_model.backward(dcontext, tape)
 
 
 class CLIPTextModelWithProjection(Module):
-    """Stable Diffusion XL's second encoder: the tokens' vectors, and one of the whole prompt.
+    """Stable Diffusion XL's second text encoder: one vector per token, and one for the prompt.
 
-    forward: ids (B,M), each with an end token -> context (B,M,D), the hidden state before the last
-    layer, and text_embeds (B,P): the state of the first end token, which alone has seen the whole
-    prompt, after the last layer and its norm, projected.
+    forward: ids (B,M) -> context (B,M,D), the hidden state before the last layer, and text_embeds
+    (B,P): the state of the end token after the last layer and its norm, projected. The first end
+    token counts. With eos_token_id 2, as in Stable Diffusion XL's config, it is the largest id
+    instead. That is CLIP's end token, but a word added by textual inversion has a larger id, and
+    then its state is taken. transformers does the same, so pictures stay equal.
     backward: dcontext (B,M,D), dtext_embeds (B,P).
-    Raises TinyldmError for a config it does not build.
+    Raises TinyldmError for a config that is not supported.
     """
 
+    settings = property(lambda self: CLIPTextProjectionConfig.read(self.config))
+
     def __init__(self, config):
-        require(config, hidden_act=("quick_gelu", "gelu"))
         self.config = config
-        self.text_model = CLIPTextTransformer(config)
-        self.text_projection = Linear(config["hidden_size"], config["projection_dim"], bias=False)
+        settings = self.settings
+        self.text_model = CLIPTextTransformer(settings)
+        self.text_projection = Linear(settings.hidden_size, settings.projection_dim, bias=False)
+        self.end = settings.eos_token_id
 
     def forward(self, ids, tape=NO_TAPE):
         context = self.text_model(ids, tape, skip=1)
         h = self.text_model.encoder.layers[-1](context, tape)
         h = self.text_model.final_layer_norm(h, tape)
-        end = self.config.get("eos_token_id", 2)
-        # Old configs say 2 and mean the largest number, which CLIP's end token has.
-        places = (ids if end == 2 else ids == end).argmax(axis=1)
+        places = (ids if self.end == 2 else ids == self.end).argmax(axis=1)
         rows = get_xp(ids).arange(len(ids)), places
         tape.save(self, (h, rows))
         return context, self.text_projection(h[rows], tape)
@@ -65,19 +95,19 @@ class CLIPTextModelWithProjection(Module):
         dh[rows] = dpooled
         dh = self.text_model.final_layer_norm.backward(dh, tape)
         dh = self.text_model.encoder.layers[-1].backward(dh, tape)
-        self.text_model.backward(dcontext + dh, tape)   # context went out, and on: add
+        self.text_model.backward(dcontext + dh, tape)   # context was used twice: add
 
 
 class CLIPTextTransformer(Module):
     def __init__(self, config):
-        D, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
+        D, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = CLIPTextEmbeddings(config)
         self.encoder = CLIPEncoder(config)
         self.final_layer_norm = LayerNorm(D, eps)
 
-    def forward(self, ids, tape=NO_TAPE, skip=0):       # (B,M) -> (B,M,D)
+    def forward(self, ids, tape=NO_TAPE, *, skip=0):    # (B,M) -> (B,M,D)
         h = self.embeddings(ids, tape)
-        h = self.encoder(h, tape, skip)
+        h = self.encoder(h, tape, skip=skip)
         if skip == 0:
             h = self.final_layer_norm(h, tape)
         tape.save(self, skip)
@@ -92,31 +122,30 @@ class CLIPTextTransformer(Module):
 
 
 class CLIPTextEmbeddings(Module):
-    """What the token is, plus where it stands."""
+    """The embedding of the token plus that of its position."""
 
     def __init__(self, config):
-        D = config["hidden_size"]
-        self.token_embedding = Embedding(config["vocab_size"], D)
-        self.position_embedding = Embedding(config.get("max_position_embeddings", 77), D)
+        D = config.hidden_size
+        self.token_embedding = Embedding(config.vocab_size, D)
+        self.position_embedding = Embedding(config.max_position_embeddings, D)
 
     def forward(self, ids, tape=NO_TAPE):               # (B,M) -> (B,M,D)
         limit = self.position_embedding.weight.shape[0]
-        assert ids.shape[1] <= limit, f"{ids.shape[1]} tokens, but positions end at {limit}"
+        assert ids.shape[1] <= limit, f"{ids.shape[1]} tokens for {limit} positions"
         h = self.token_embedding(ids, tape)
         positions = get_xp(ids).arange(ids.shape[1])
         return h + self.position_embedding(positions, tape)     # (B,M,D) + (M,D)
 
     def backward(self, dy, tape):
-        # The same positions served the whole batch: sum.
-        self.position_embedding.backward(add_up(dy, axis=0), tape)
+        self.position_embedding.backward(add_up(dy, axis=0), tape)      # undoes the broadcast
         self.token_embedding.backward(dy, tape)
 
 
 class CLIPEncoder(Module):
     def __init__(self, config):
-        self.layers = [CLIPEncoderLayer(config) for _ in range(config["num_hidden_layers"])]
+        self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
 
-    def forward(self, h, tape=NO_TAPE, skip=0):         # (B,M,D) -> (B,M,D)
+    def forward(self, h, tape=NO_TAPE, *, skip=0):      # (B,M,D) -> (B,M,D)
         layers = self.layers[:len(self.layers) - skip]
         for layer in layers:
             h = layer(h, tape)
@@ -130,14 +159,14 @@ class CLIPEncoder(Module):
 
 
 class CLIPEncoderLayer(Module):
-    """Attention, then a two-layer perceptron, each behind a norm; x is carried around both."""
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, config):
-        D, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
+        D, eps = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = LayerNorm(D, eps)
-        self.self_attn = CLIPAttention(D, config["num_attention_heads"])
+        self.self_attn = CLIPAttention(D, config.num_attention_heads)
         self.layer_norm2 = LayerNorm(D, eps)
-        self.mlp = CLIPMLP(D, config["intermediate_size"], config.get("hidden_act", "quick_gelu"))
+        self.mlp = CLIPMLP(D, config.intermediate_size, config.hidden_act)
 
     def forward(self, x, tape=NO_TAPE):                 # (B,M,D) -> (B,M,D)
         h = self.layer_norm1(x, tape)

@@ -1,11 +1,11 @@
 """The UNet: noisy latents, a timestep and the context -> the noise that is in the latents.
 
-The heart of the flow: the sampler calls it once a step. Down through levels of half the size, a
-middle, and up again, each level of the way up reading what the way down left behind (the skips).
+The sampler calls it at every step. The way down halves the map at each level. After a middle block
+the way up doubles it again, and also reads the skips: the way down's outputs of the same size.
 Source: Rombach et al. 2022, arXiv:2112.10752, section 3.3 and appendix E.2.1; Ho et al. 2020,
 arXiv:2006.11239, appendix B; Ronneberger et al. 2015, arXiv:1505.04597.
 
-For Stable Diffusion 1.x at 64×64 latents (rows: what the skips hold, C channels on H×H):
+Stable Diffusion 1.x with latents of 64×64 (on the right the skips, channels on size):
 
     conv_in                              320 on 64
     down_blocks.0  2 × (resnet, attention), halve   320 on 64,   320 on 64,   320 on 32
@@ -13,8 +13,12 @@ For Stable Diffusion 1.x at 64×64 latents (rows: what the skips hold, C channel
     down_blocks.2  2 × (resnet, attention), halve  1280 on 16,  1280 on 16,  1280 on  8
     down_blocks.3  2 × resnet                      1280 on  8,  1280 on  8
     mid_block      resnet, attention, resnet       1280 on  8
-    up_blocks.0…3  3 × (skip joined, resnet[, attention]), doubled between: the same table, upwards
+    up_blocks.0…3  3 × (concat skip, resnet[, attention]), doubled between: the table upwards
 """
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import NamedTuple
+
 from .. import ops
 from ..backend import wide
 from ..errors import TinyldmError
@@ -28,39 +32,123 @@ from ..layers import (
     Linear,
     Module,
 )
-from .blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D, require
+from .blocks import Attention, Config, Downsample2D, ResnetBlock2D, Upsample2D
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}      # name -> has attention
 UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
+class Level(NamedTuple):
+    """One resolution of the UNet. context_width: D of the context (B,M,D)."""
+
+    width: int
+    layers: int
+    attention: bool
+    num_heads: int
+    transformer_layers: int
+    context_width: int
+    linear_projection: bool
+
+
+@dataclass(frozen=True)
+class UNetConfig(Config):
+    """The public unet/config.json. Defaults are those of diffusers. Lists: one item per level."""
+
+    in_channels: int
+    out_channels: int
+    block_out_channels: list
+    down_block_types: list
+    up_block_types: list
+    cross_attention_dim: int | list
+    norm_num_groups: int
+    norm_eps: float
+    layers_per_block: int | list = 2
+    attention_head_dim: int | list = 8                  # the number of heads, despite its name
+    num_attention_heads: int | list | None = None       # the same, in newer files
+    transformer_layers_per_block: int | list = 1        # Stable Diffusion XL has more
+    use_linear_projection: bool = False                 # True from Stable Diffusion 2 on
+    flip_sin_to_cos: bool = True                        # cosines first; Ho et al.: sines
+    freq_shift: int = 0                                 # Ho et al.: 1
+    sample_size: int | list | None = None               # of latents; a number or [height, width]
+    time_cond_proj_dim: int | None = None               # Latent Consistency Models only
+    addition_embed_type: str | None = None              # "text_time" in Stable Diffusion XL only
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    @staticmethod
+    def allowed(config):
+        absent = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type",
+                  "time_embedding_dim", "cross_attention_norm", "timestep_post_act",
+                  "time_embedding_act_fn")
+        return dict.fromkeys(absent, (None,)) | dict(
+            act_fn=("silu",), center_input_sample=(False,), downsample_padding=(1,),
+            mid_block_scale_factor=(1,), mid_block_type=("UNetMidBlock2DCrossAttn",),
+            resnet_time_scale_shift=("default",), time_embedding_type=("positional",),
+            dual_cross_attention=(False,), only_cross_attention=(False,),
+            addition_embed_type=(None, "text_time"), conv_in_kernel=(3,), conv_out_kernel=(3,),
+            attention_type=("default",), dropout=(0,), class_embeddings_concat=(False,),
+            resnet_out_scale_factor=(1,), resnet_skip_time_act=(False,))
+
+    def __post_init__(self):
+        widths, down, up = self.block_out_channels, self.down_block_types, self.up_block_types
+        for names, known in ((down, DOWN_BLOCKS), (up, UP_BLOCKS)):
+            for name in names:
+                if name not in known:
+                    raise TinyldmError(f"UNet block {name!r} is not supported, "
+                                       f"only {', '.join(known)}")
+        if not len(widths) == len(down) == len(up):
+            raise TinyldmError("block_out_channels, down_block_types and up_block_types have "
+                               f"{len(widths)}, {len(down)} and {len(up)} entries: "
+                               "expected as many of each")
+        if [DOWN_BLOCKS[name] for name in down] != [UP_BLOCKS[name] for name in reversed(up)]:
+            raise TinyldmError(f"up_block_types {up} do not mirror down_block_types {down}")
+        sizes = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if self.addition_embed_type and None in sizes:
+            raise TinyldmError("addition_embed_type needs addition_time_embed_dim and "
+                               f"projection_class_embeddings_input_dim, which are {sizes}")
+
+    @property
+    def levels(self):
+        """[Level], the largest map first."""
+        columns = (self.block_out_channels, self.layers_per_block,
+                   [DOWN_BLOCKS[name] for name in self.down_block_types],
+                   self.num_attention_heads or self.attention_head_dim,
+                   self.transformer_layers_per_block, self.cross_attention_dim,
+                   self.use_linear_projection)
+        columns = [column if isinstance(column, (list, tuple)) else [column] * len(columns[0])
+                   for column in columns]
+        return [Level(*row) for row in zip(*columns, strict=True)]
+
+
 class UNet2DConditionModel(Module):
-    """config: the dict of the public unet/config.json.
+    """config: the dict of the public unet/config.json; settings: the same as a UNetConfig.
 
-    forward: latents (B,H,W,4), timesteps (B,) in [0, 1000), context (B,M,D) -> noise_pred
-    (B,H,W,4).
-    backward: dy (B,H,W,4) -> dlatents (B,H,W,4), dcontext (B,M,D).
+    forward: latents (B,H,W,4), timesteps (B,) in [0, 1000), context (B,M,D) -> model_output
+    (B,H,W,4), the noise, or what else the model was trained to predict.
+    backward: dy (B,H,W,4) -> UNetGradients: dlatents (B,H,W,4), dcontext (B,M,D).
 
-    What else some models are told changes the time embedding: Latent Consistency Models the
-    guidance they imitate, timestep_cond (B,256), its waves (Luo et al. 2023, arXiv:2310.04378,
-    section 4.3); Stable Diffusion XL the prompt as one vector, text_embeds (B,P), and sizes and
-    crop in pixels, time_ids (B,6) (Podell et al. 2023, arXiv:2307.01952, section 2.2). Its backward
-    gives dtext_embeds (B,P) as well.
-    Raises TinyldmError for a config it does not build.
+    Some models take more conditions, which change the time embedding. Latent Consistency Models:
+    timestep_cond (B,256), a sinusoidal embedding of the guidance scale (Luo et al. 2023,
+    arXiv:2310.04378, section 4.3). Stable Diffusion XL: text_embeds (B,P), one vector for the
+    prompt, and time_ids (B,6), sizes and crop in pixels (Podell et al. 2023, arXiv:2307.01952,
+    section 2.2).
+    Raises TinyldmError for a config that is not supported.
     """
+
+    settings = property(lambda self: UNetConfig.read(self.config))
 
     def __init__(self, config):
         self.config = config
-        levels = _levels(config)
-        widths = config["block_out_channels"]
-        groups, eps = config["norm_num_groups"], config["norm_eps"]
+        settings = self.settings
+        levels, widths = settings.levels, settings.block_out_channels
+        groups, eps = settings.norm_num_groups, settings.norm_eps
         E = 4 * widths[0]
-        self.conv_in = Conv2d(config["in_channels"], widths[0])
-        self.time_embedding = TimestepEmbedding(widths[0], E, config.get("time_cond_proj_dim"))
+        self.conv_in = Conv2d(settings.in_channels, widths[0])
+        self.time_embedding = TimestepEmbedding(widths[0], E, settings.time_cond_proj_dim)
         self.add_embedding = None
-        if config.get("addition_embed_type"):
-            self.add_embedding = TimestepEmbedding(
-                config["projection_class_embeddings_input_dim"], E)
+        if settings.addition_embed_type:
+            C = settings.projection_class_embeddings_input_dim          # P + 6F
+            self.add_embedding = TimestepEmbedding(C, E)
         self.down_blocks, self.up_blocks = [], []
 
         skips, C = [widths[0]], widths[0]               # the channels of what forward will push
@@ -77,18 +165,18 @@ class UNet2DConditionModel(Module):
             C = level.width
 
         self.conv_norm_out = GroupNormSiLU(C, groups, eps)
-        self.conv_out = Conv2d(C, config["out_channels"])
+        self.conv_out = Conv2d(C, settings.out_channels)
 
-    def forward(self, latents, timesteps, context, tape=NO_TAPE, timestep_cond=None,
+    def forward(self, latents, timesteps, context, tape=NO_TAPE, *, timestep_cond=None,
                 text_embeds=None, time_ids=None):
-        waves = self._waves(timesteps, self.config["block_out_channels"][0], latents.dtype)
-        temb = self.time_embedding(waves, tape, timestep_cond)                      # (B,E)
-        if self.add_embedding is not None:
-            waves = self._waves(time_ids.reshape(-1), self.config["addition_time_embed_dim"],
-                                latents.dtype).reshape(len(latents), -1)
-            told, cache = ops.concat(text_embeds, waves)
+        settings, dtype = self.settings, latents.dtype
+        t = _sinusoidal(timesteps, settings.block_out_channels[0], settings, dtype)
+        temb = self.time_embedding(t, tape, condition=timestep_cond)                # (B,E)
+        if self.add_embedding:
+            sizes = _sinusoidal(time_ids, settings.addition_time_embed_dim, settings, dtype)
+            added, cache = ops.concat(text_embeds, sizes.reshape(len(latents), -1))     # (B,P+6F)
             tape.save(self, cache)
-            temb = temb + self.add_embedding(told, tape)
+            temb = temb + self.add_embedding(added, tape)
         h = self.conv_in(latents, tape)
         skips = [h]
         for block in self.down_blocks:
@@ -111,80 +199,42 @@ class UNet2DConditionModel(Module):
             dh = block.backward(dh, grads, tape)
         dh = dh + grads.skips.pop()                     # conv_in's output was the first skip: add
         assert not grads.skips, f"{len(grads.skips)} skip gradients were not used"
-        dlatents = self.conv_in.backward(dh, tape)
-        dtext_embeds = []
-        if self.add_embedding is not None:              # temb was a sum: to both
-            dtold = self.add_embedding.backward(grads.temb, tape)
-            dtext_embeds = ops.concat_backward(dtold, tape.load(self))[:1]
-        self.time_embedding.backward(grads.temb, tape)
-        return dlatents, grads.context, *dtext_embeds
+        result = UNetGradients(self.conv_in.backward(dh, tape), grads.context)
+        if self.add_embedding:
+            dadded, _ = self.add_embedding.backward(grads.temb, tape)
+            result.text_embeds, _ = ops.concat_backward(dadded, tape.load(self))
+        _, result.timestep_cond = self.time_embedding.backward(grads.temb, tape)
+        return result
 
-    def _waves(self, timesteps, dim, dtype):
-        """(n,) -> (n,dim). Not in float16, in which 981 times a frequency has no digits left."""
-        waves, _ = ops.timestep_embedding(
-            timesteps.astype(wide(dtype)), dim, self.config.get("flip_sin_to_cos", True),
-            self.config.get("freq_shift", 0))
-        return waves.astype(dtype, copy=False)
+
+def _sinusoidal(numbers, dim, settings, dtype):
+    """(B,) or (B,n) -> (B*n,dim). In float32 at least: float16 is too coarse for angles of 981."""
+    embedding, _ = ops.timestep_embedding(numbers.reshape(-1).astype(wide(dtype)), dim,
+                                          settings.flip_sin_to_cos, settings.freq_shift)
+    return embedding.astype(dtype, copy=False)
+
+
+class UNetGradients(namedtuple("UNetGradients", "latents context")):
+    """What the UNet's backward returns, whatever its config: dlatents, dcontext = gradients.
+
+    Attributes for the conditions that only some models take, else None: timestep_cond, text_embeds.
+    """
+
+    timestep_cond = text_embeds = None
 
 
 class Gradients:
-    """What gathers while backward walks the blocks: of skips a stack, of temb and context a sum."""
+    """What backward gathers in the blocks: a stack for the skips, sums for temb and context."""
 
     def __init__(self):
         self.skips, self.temb, self.context = [], 0, 0
 
 
-class Level:
-    """One resolution of the UNet, as the config describes it."""
-
-    def __init__(self, width, layers, attention, num_heads, transformer_layers, context_width,
-                 linear_projection):
-        self.width, self.layers, self.attention = width, layers, attention
-        self.num_heads, self.transformer_layers = num_heads, transformer_layers
-        self.context_width, self.linear_projection = context_width, linear_projection
-
-
-def _per_level(value, levels):
-    return list(value) if isinstance(value, (list, tuple)) else [value] * levels
-
-
-def _levels(config):
-    """The config's parallel lists as one list of levels, refusing what is not built."""
-    require(config, act_fn=("silu",), center_input_sample=(False,), downsample_padding=(1,),
-            mid_block_scale_factor=(1,), mid_block_type=("UNetMidBlock2DCrossAttn",),
-            resnet_time_scale_shift=("default",), time_embedding_type=("positional",),
-            dual_cross_attention=(False,), only_cross_attention=(False,),
-            class_embed_type=(None,), num_class_embeds=(None,),
-            addition_embed_type=(None, "text_time"), encoder_hid_dim=(None,),
-            encoder_hid_dim_type=(None,),
-            time_embedding_dim=(None,), conv_in_kernel=(3,), conv_out_kernel=(3,),
-            attention_type=("default",), dropout=(0, 0.0), cross_attention_norm=(None,),
-            class_embeddings_concat=(False,),
-            timestep_post_act=(None,), time_embedding_act_fn=(None,),
-            resnet_out_scale_factor=(1.0,), resnet_skip_time_act=(False,))
-    widths = config["block_out_channels"]
-    down, up = config["down_block_types"], config["up_block_types"]
-    for names, known in ((down, DOWN_BLOCKS), (up, UP_BLOCKS)):
-        for name in names:
-            if name not in known:
-                raise TinyldmError(f"UNet block {name!r} is not supported, only {', '.join(known)}")
-    if not len(widths) == len(down) == len(up):
-        raise TinyldmError("block_out_channels, down_block_types and up_block_types have "
-                           f"{len(widths)}, {len(down)} and {len(up)} entries: "
-                           "expected as many of each")
-    if [DOWN_BLOCKS[name] for name in down] != [UP_BLOCKS[name] for name in reversed(up)]:
-        raise TinyldmError(f"up_block_types {up} do not mirror down_block_types {down}")
-    # Stable Diffusion 1.x calls the number of heads "attention_head_dim"; the name stayed.
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    columns = zip(widths, _per_level(config.get("layers_per_block", 2), len(widths)),
-                  (DOWN_BLOCKS[name] for name in down), _per_level(heads, len(widths)),
-                  _per_level(config.get("transformer_layers_per_block", 1), len(widths)),
-                  _per_level(config["cross_attention_dim"], len(widths)))
-    return [Level(*column, config.get("use_linear_projection", False)) for column in columns]
-
-
 class TimestepEmbedding(Module):
-    """The timestep's waves through a small perceptron: (B,C), condition (B,F) or None -> (B,E)."""
+    """A two-layer perceptron on a sinusoidal embedding x: (B,C) -> (B,E).
+
+    condition (B,F): added to x after a projection, where the layer was built with cond_channels.
+    """
 
     def __init__(self, channels, temb_channels, cond_channels=None):
         self.cond_proj = Linear(cond_channels, channels, bias=False) if cond_channels else None
@@ -192,24 +242,22 @@ class TimestepEmbedding(Module):
         self.act = Activation("silu")
         self.linear_2 = Linear(temb_channels, temb_channels)
 
-    def forward(self, waves, tape=NO_TAPE, condition=None):
-        if self.cond_proj is not None:
-            waves = waves + self.cond_proj(condition, tape)
-        h = self.linear_1(waves, tape)
+    def forward(self, x, tape=NO_TAPE, *, condition=None):
+        if self.cond_proj:
+            x = x + self.cond_proj(condition, tape)
+        h = self.linear_1(x, tape)
         h = self.act(h, tape)
         return self.linear_2(h, tape)
 
-    def backward(self, dtemb, tape):
+    def backward(self, dtemb, tape):                    # -> (B,C), (B,F) or None
         dh = self.linear_2.backward(dtemb, tape)
         dh = self.act.backward(dh, tape)
-        dwaves = self.linear_1.backward(dh, tape)
-        if self.cond_proj is not None:
-            self.cond_proj.backward(dwaves, tape)
-        return dwaves
+        dx = self.linear_1.backward(dh, tape)
+        return dx, self.cond_proj.backward(dx, tape) if self.cond_proj else None
 
 
 class DownBlock2D(Module):
-    """One level of the way down, with attention or without. Every output is pushed on the skips."""
+    """One level of the way down, with or without attention. Every output is pushed on the skips."""
 
     def __init__(self, level, in_channels, temb_channels, groups, eps, downsample):
         self.resnets = [ResnetBlock2D(in_channels if i == 0 else level.width, level.width,
@@ -221,7 +269,7 @@ class DownBlock2D(Module):
 
     def forward(self, h, temb, context, skips, tape=NO_TAPE):
         for i, resnet in enumerate(self.resnets):
-            h = resnet(h, temb, tape)
+            h = resnet(h, tape, temb=temb)
             if self.attentions:
                 h = self.attentions[i](h, context, tape)
             skips.append(h)
@@ -232,7 +280,7 @@ class DownBlock2D(Module):
 
     def backward(self, dh, grads, tape):
         for downsampler in self.downsamplers:
-            dh = dh + grads.skips.pop()                 # went on down, and to the way up: add
+            dh = dh + grads.skips.pop()                 # used twice, below and on the way up: add
             dh = downsampler.backward(dh, tape)
         for i, resnet in reversed(list(enumerate(self.resnets))):
             dh = dh + grads.skips.pop()
@@ -245,7 +293,7 @@ class DownBlock2D(Module):
 
 
 class UpBlock2D(Module):
-    """One level of the way up: each residual block reads the state with the next skip behind it."""
+    """One level of the way up: each residual block reads h and the next skip, concatenated."""
 
     def __init__(self, level, in_channels, skip_channels, temb_channels, groups, eps, upsample):
         state_channels = [in_channels] + [level.width] * level.layers
@@ -259,11 +307,11 @@ class UpBlock2D(Module):
         for i, resnet in enumerate(self.resnets):
             h, cache = ops.concat(h, skips.pop())
             tape.save(self, cache)
-            h = resnet(h, temb, tape)
+            h = resnet(h, tape, temb=temb)
             if self.attentions:
                 h = self.attentions[i](h, context, tape)
-        for upsampler in self.upsamplers:               # to the size of the skip it will meet
-            h = upsampler(h, skips[-1].shape[1:3], tape)
+        for upsampler in self.upsamplers:               # to the size of the next skip
+            h = upsampler(h, tape, size=skips[-1].shape[1:3])
         return h
 
     def backward(self, dh, grads, tape):
@@ -287,9 +335,9 @@ class UNetMidBlock2D(Module):
         self.attentions = [Transformer2DModel(level, groups)]
 
     def forward(self, h, temb, context, tape=NO_TAPE):
-        h = self.resnets[0](h, temb, tape)
+        h = self.resnets[0](h, tape, temb=temb)
         h = self.attentions[0](h, context, tape)
-        return self.resnets[1](h, temb, tape)
+        return self.resnets[1](h, tape, temb=temb)
 
     def backward(self, dh, grads, tape):
         dh, dtemb1 = self.resnets[1].backward(dh, tape)
@@ -301,12 +349,12 @@ class UNetMidBlock2D(Module):
 
 
 class Transformer2DModel(Module):
-    """Every position of the map as a token through transformer blocks, added back to the map."""
+    """Transformer blocks with one token per position of the map; x is added to the output."""
 
     def __init__(self, level, groups):
         C = level.width
-        self.norm = GroupNorm(C, groups, 1e-6)          # norm_eps (1e-5) in the residual blocks
-        # On channels-last maps a 1×1 convolution and a linear layer are the same; both are in use.
+        self.norm = GroupNorm(C, groups, 1e-6)          # the residual blocks use norm_eps (1e-5)
+        # The same on channels-last maps, but weight files have one or the other.
         self.proj_in, self.proj_out = (
             Linear(C, C) if level.linear_projection else Conv2d(C, C, 1) for _ in range(2))
         self.transformer_blocks = [BasicTransformerBlock(C, level.context_width, level.num_heads)
@@ -332,9 +380,9 @@ class Transformer2DModel(Module):
 
 
 class BasicTransformerBlock(Module):
-    """Positions look at each other, then at the prompt, then each thinks for itself.
+    """Self-attention, cross-attention to the context, then a feed-forward layer for each token.
 
-    x is carried through all three.
+    Each works on the norm of x, and its output is added to x.
     """
 
     def __init__(self, channels, context_channels, num_heads):
@@ -364,10 +412,10 @@ class BasicTransformerBlock(Module):
 
 
 class FeedForward(Module):
-    """A gated perceptron of inner width 4C."""
+    """A gated perceptron with 4C hidden channels."""
 
     def __init__(self, channels):
-        # Between the two the files count a dropout, which is not built.
+        # In the files number 1 is a dropout, which has no parameters.
         self.net = [GEGLU(channels, 4 * channels), None, Linear(4 * channels, channels)]
 
     def forward(self, x, tape=NO_TAPE):                 # (B,N,C) -> (B,N,C)

@@ -1,52 +1,71 @@
 """The autoencoder: images (B,H,W,3) in [-1, 1] <-> latents (B,H/8,W/8,4), where diffusion happens.
 
-First and last in the flow: the decoder turns the denoised latents into the picture, the encoder
-makes the latents that training and image-to-image start from.
+First and last in the flow of data: the decoder turns the denoised latents into the picture, the
+encoder makes the latents that training and image-to-image start from.
 Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
 arXiv:2112.10752, section 3.1 and appendix G; Kingma & Welling 2013, arXiv:1312.6114, for mean and
 log-variance.
 """
+from dataclasses import dataclass
+
 from .. import ops
 from ..backend import get_xp
 from ..layers import NO_TAPE, Conv2d, GroupNorm, GroupNormSiLU, Module
-from .blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D, require
+from .blocks import Attention, Config, Downsample2D, ResnetBlock2D, Upsample2D
 
 EPS = 1e-6      # every norm of the VAE; the UNet's residual blocks use 1e-5
-OVERLAP = 0.25  # of a tile's side that it shares with the next one
+OVERLAP = 0.25  # the share of a tile's side that it has in common with the next tile
+
+
+@dataclass(frozen=True)
+class VAEConfig(Config):
+    """The public vae/config.json. Defaults are those of diffusers."""
+
+    block_out_channels: list
+    latent_channels: int
+    in_channels: int = 3                                # RGB
+    out_channels: int = 3
+    layers_per_block: int = 1                           # Stable Diffusion says 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215                     # Stable Diffusion 1; its old files lack it
+    sample_size: int | list | None = 32                 # pixels; a number or [height, width]
+
+    @staticmethod
+    def allowed(config):
+        levels = len(config.get("block_out_channels", []))
+        return dict(act_fn=("silu",), mid_block_add_attention=(True,), shift_factor=(None,),
+                    use_quant_conv=(True,), use_post_quant_conv=(True,), norm_type=("group",),
+                    down_block_types=(["DownEncoderBlock2D"] * levels,),
+                    up_block_types=(["UpDecoderBlock2D"] * levels,))
 
 
 class AutoencoderKL(Module):
-    """config: the dict of the public vae/config.json. Latents here are unscaled: the pipeline
-    multiplies by `scaling_factor` so that the UNet sees variance 1.
+    """config: the dict of the public vae/config.json; settings: the same as a VAEConfig.
 
-    encode: images (B,H,W,3) in [-1, 1] -> mean, logvar (B,H/f,W/f,4), f = 2^(levels - 1);
-            H and W multiples of f.
+    Latents here are unscaled. The pipeline multiplies them by `scaling_factor`, so that the UNet
+    sees variance 1.
+
+    encode: images (B,H,W,3) in [-1, 1] -> mean, logvar (B,H/f,W/f,4). f = 2^(levels - 1) is
+            `vae_scale_factor`, pixels per latent in each direction; H and W are multiples of f.
     decode: z (B,h,w,4) -> images (B,f*h,f*w,3), about [-1, 1].
-    encode_tiled, decode_tiled: the same in pieces.
-    Raises TinyldmError for a config it does not build.
+    encode_tiled, decode_tiled: the same, tile by tile.
+    Raises TinyldmError for a config that is not supported.
     """
 
+    settings = property(lambda self: VAEConfig.read(self.config))
+
     def __init__(self, config):
-        levels = len(config["block_out_channels"])
-        require(config, act_fn=("silu",), mid_block_add_attention=(True,), shift_factor=(None,),
-                use_quant_conv=(True,), use_post_quant_conv=(True,), norm_type=("group",),
-                down_block_types=(["DownEncoderBlock2D"] * levels,),
-                up_block_types=(["UpDecoderBlock2D"] * levels,))
         self.config = config
-        C = config["latent_channels"]
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        settings = self.settings
+        C, size = settings.latent_channels, settings.sample_size or 32
+        self.encoder = Encoder(settings)
+        self.decoder = Decoder(settings)
         self.quant_conv = Conv2d(2 * C, 2 * C, 1)
         self.post_quant_conv = Conv2d(C, C, 1)
-
-    @property
-    def scaling_factor(self):
-        return self.config.get("scaling_factor", 0.18215)
-
-    @property
-    def vae_scale_factor(self):
-        """How many pixels a latent stands for in each direction."""
-        return 2 ** (len(self.config["block_out_channels"]) - 1)
+        self.scaling_factor = settings.scaling_factor
+        self.vae_scale_factor = 2 ** (len(settings.block_out_channels) - 1)
+        side = min(size) if isinstance(size, (list, tuple)) else size
+        self.tile = max(1, side // self.vae_scale_factor)               # its side, in latents
 
     def encode(self, images, tape=NO_TAPE):
         return self._distribution(self._moments(images, tape), tape)
@@ -56,13 +75,14 @@ class AutoencoderKL(Module):
         return self.quant_conv(h, tape)
 
     def _distribution(self, moments, tape=NO_TAPE):
-        mean, logvar = ops.split(moments)
-        inside = (logvar > -30) & (logvar < 20)         # the reference clamps; beyond, no gradient
+        (mean, logvar), _ = ops.split(moments)
+        inside = (logvar > -30) & (logvar < 20)         # the limits of the reference
         tape.save(self, inside)
         return mean, logvar.clip(-30, 20)
 
     def encode_backward(self, dmean, dlogvar, tape):    # -> dimages (B,H,W,3)
-        dmoments = ops.split_backward(dmean, dlogvar * tape.load(self))
+        dlogvar = dlogvar * tape.load(self)             # no gradient where it was clipped
+        dmoments = ops.split_backward((dmean, dlogvar), None)
         dh = self.quant_conv.backward(dmoments, tape)
         return self.encoder.backward(dh, tape)
 
@@ -75,40 +95,33 @@ class AutoencoderKL(Module):
         return self.post_quant_conv.backward(dh, tape)
 
     def decode_tiled(self, z):
-        """As decode, a tile at a time: memory stays a tile's, however large the picture.
+        """As decode, tile by tile: a picture of any size then needs no more memory than a tile.
 
-        z (B,h,w,4) -> images (B,f*h,f*w,3). A tile is as large as the pictures the VAE was trained
-        on (`sample_size`); what fits in one is decoded as ever. Larger pictures come out a little
-        different, as norms and attention see a tile only. Neighbours share a quarter of their
-        side, where one fades into the other.
+        z (B,h,w,4) -> images (B,f*h,f*w,3). A tile has the size of the VAE's training pictures
+        (`sample_size`); a picture that fits in one tile is the same as without tiles. Larger ones
+        differ a little, because norms and attention see one tile only. Neighbouring tiles overlap
+        by a quarter of their side, and one fades into the other there.
         Source: diffusers 0.42.1, AutoencoderKL.tiled_decode.
         """
         return in_tiles(self.decode, z, self.tile, 1, self.vae_scale_factor)
 
     def encode_tiled(self, images):
-        """As encode, a tile at a time: see decode_tiled."""
+        """As encode, tile by tile: see decode_tiled."""
         moments = in_tiles(self._moments, images, self.tile, self.vae_scale_factor, 1)
         return self._distribution(moments)
-
-    @property
-    def tile(self):
-        """The side of a tile, in latents."""
-        size = self.config.get("sample_size") or 32     # a number, or (height, width)
-        side = min(size) if isinstance(size, (list, tuple)) else size
-        return max(1, side // self.vae_scale_factor)
 
 
 def in_tiles(function, x, tile, size, factor):
     """function(x), tile by tile, each fading into the next: (B,H,W,C) -> (B,rH,rW,C').
 
-    tile: the side of one in latents, of which each is `size` places of x and `factor` of the
-    result wide.
+    tile: the side of a tile in latents. One latent is `size` positions of x wide and `factor`
+    positions of the result.
     """
     side = tile * size
     if max(x.shape[1:3]) <= side:
         return function(x)
     step = max(1, int(tile * (1 - OVERLAP)))
-    kept, shared = factor * step, factor * (tile - step)    # of a tile: its own, the next one's
+    kept, shared = factor * step, factor * (tile - step)    # a tile's own part, and the overlap
     concatenate = get_xp(x).concatenate
     rows, above = [], []
     for top in range(0, x.shape[1], step * size):
@@ -125,33 +138,32 @@ def in_tiles(function, x, tile, size, factor):
     return concatenate(rows, axis=1)
 
 
-def fade(before, image, shared, axis):
-    """Images (B,H,W,C) that begin as the end of those before them and turn into themselves.
+def fade(before, images, shared, axis):
+    """images (B,H,W,C), their first rows (axis 1) or columns (axis 2) faded in over before's last.
 
-    shared: over how many rows (axis 1) or columns (axis 2), or as many as there are.
+    shared: how many rows or columns, or all where an image has fewer.
     """
-    xp, length = get_xp(image), before.shape[axis]
-    shared = min(shared, length, image.shape[axis])
-    ramp = xp.arange(shared, dtype=image.dtype) / shared                 # 0 to almost 1
+    xp, length = get_xp(images), before.shape[axis]
+    shared = min(shared, length, images.shape[axis])
+    ramp = xp.arange(shared, dtype=images.dtype) / shared                # 0 to almost 1
     ramp = ramp.reshape(-1, *[1] * (3 - axis))                           # (n,1,1) or (n,1)
     _, end = xp.split(before, [length - shared], axis)
-    begin, rest = xp.split(image, [shared], axis)
+    begin, rest = xp.split(images, [shared], axis)
     return xp.concatenate([end * (1 - ramp) + begin * ramp, rest], axis)
 
 
 class Encoder(Module):
-    """conv_in → down blocks → middle → conv_out, which gives mean and log-variance side by side."""
+    """conv_in → down blocks → middle → conv_out; mean and log-variance share the last channels."""
 
     def __init__(self, config):
-        widths, layers = config["block_out_channels"], config.get("layers_per_block", 1)
-        groups, last = config.get("norm_num_groups", 32), len(widths) - 1
-        self.conv_in = Conv2d(config.get("in_channels", 3), widths[0])
-        self.down_blocks = [DownEncoderBlock2D(widths[max(i - 1, 0)], width, layers, groups,
-                                               downsample=i < last)
-                            for i, width in enumerate(widths)]
+        widths, layers = config.block_out_channels, config.layers_per_block
+        groups, last = config.norm_num_groups, len(widths) - 1
+        self.conv_in = Conv2d(config.in_channels, widths[0])
+        self.down_blocks = [ResampleBlock2D(widths[max(i - 1, 0)], width, layers, groups,
+                                            down=i < last) for i, width in enumerate(widths)]
         self.mid_block = MidBlock2D(widths[-1], groups)
         self.conv_norm_out = GroupNormSiLU(widths[-1], groups, EPS)
-        self.conv_out = Conv2d(widths[-1], 2 * config["latent_channels"])
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x, tape=NO_TAPE):                 # (B,H,W,3) -> (B,H/f,W/f,2*4)
         h = self.conv_in(x, tape)
@@ -171,18 +183,17 @@ class Encoder(Module):
 
 
 class Decoder(Module):
-    """The encoder upside down, with one residual block more at each level."""
+    """The encoder in reverse, with one more residual block at each level."""
 
     def __init__(self, config):
-        widths, layers = config["block_out_channels"][::-1], config.get("layers_per_block", 1) + 1
-        groups, last = config.get("norm_num_groups", 32), len(widths) - 1
-        self.conv_in = Conv2d(config["latent_channels"], widths[0])
+        widths, layers = config.block_out_channels[::-1], config.layers_per_block + 1
+        groups, last = config.norm_num_groups, len(widths) - 1
+        self.conv_in = Conv2d(config.latent_channels, widths[0])
         self.mid_block = MidBlock2D(widths[0], groups)
-        self.up_blocks = [UpDecoderBlock2D(widths[max(i - 1, 0)], width, layers, groups,
-                                           upsample=i < last)
-                          for i, width in enumerate(widths)]
+        self.up_blocks = [ResampleBlock2D(widths[max(i - 1, 0)], width, layers, groups,
+                                          up=i < last) for i, width in enumerate(widths)]
         self.conv_norm_out = GroupNormSiLU(widths[-1], groups, EPS)
-        self.conv_out = Conv2d(widths[-1], config.get("out_channels", 3))
+        self.conv_out = Conv2d(widths[-1], config.out_channels)
 
     def forward(self, z, tape=NO_TAPE):                 # (B,h,w,4) -> (B,f*h,f*w,3)
         h = self.conv_in(z, tape)
@@ -201,46 +212,24 @@ class Decoder(Module):
         return self.conv_in.backward(dh, tape)
 
 
-class DownEncoderBlock2D(Module):
-    def __init__(self, in_channels, out_channels, layers, groups, downsample):
-        self.resnets = [ResnetBlock2D(in_channels if i == 0 else out_channels, out_channels,
-                                      groups, EPS)
-                        for i in range(layers)]
-        # Right and bottom only: an image of even size then halves exactly.
-        self.downsamplers = [Downsample2D(out_channels, padding=(0, 1))] if downsample else []
+class ResampleBlock2D(Module):
+    """Residual blocks, then downsampling (in the encoder) or upsampling (in the decoder)."""
 
-    def forward(self, h, tape=NO_TAPE):
-        for resnet in self.resnets:
-            h = resnet(h, tape=tape)
-        for downsampler in self.downsamplers:
-            h = downsampler(h, tape)
+    def __init__(self, in_channels, out_channels, layers, groups, down=False, up=False):
+        self.resnets = [ResnetBlock2D(C, out_channels, groups, EPS)
+                        for C in [in_channels] + [out_channels] * (layers - 1)]
+        # Padded at the right and bottom only: an even size is then halved exactly.
+        self.downsamplers = [Downsample2D(out_channels, padding=(0, 1))] if down else []
+        self.upsamplers = [Upsample2D(out_channels)] if up else []
+
+    def forward(self, h, tape=NO_TAPE):                 # (B,H,W,C) -> (B,H',W',C')
+        for layer in self.resnets + self.downsamplers + self.upsamplers:
+            h = layer(h, tape)
         return h
 
     def backward(self, dh, tape):
-        for downsampler in self.downsamplers:
-            dh = downsampler.backward(dh, tape)
-        for resnet in reversed(self.resnets):
-            dh, _ = resnet.backward(dh, tape)
-        return dh
-
-
-class UpDecoderBlock2D(Module):
-    def __init__(self, in_channels, out_channels, layers, groups, upsample):
-        self.resnets = [ResnetBlock2D(in_channels if i == 0 else out_channels, out_channels,
-                                      groups, EPS)
-                        for i in range(layers)]
-        self.upsamplers = [Upsample2D(out_channels)] if upsample else []
-
-    def forward(self, h, tape=NO_TAPE):
-        for resnet in self.resnets:
-            h = resnet(h, tape=tape)
-        for upsampler in self.upsamplers:
-            h = upsampler(h, tape=tape)
-        return h
-
-    def backward(self, dh, tape):
-        for upsampler in self.upsamplers:
-            dh = upsampler.backward(dh, tape)
+        for layer in self.upsamplers + self.downsamplers:
+            dh = layer.backward(dh, tape)
         for resnet in reversed(self.resnets):
             dh, _ = resnet.backward(dh, tape)
         return dh
@@ -254,9 +243,9 @@ class MidBlock2D(Module):
         self.attentions = [SpatialAttention(channels, groups)]
 
     def forward(self, h, tape=NO_TAPE):                 # (B,H,W,C) -> (B,H,W,C)
-        h = self.resnets[0](h, tape=tape)
+        h = self.resnets[0](h, tape)
         h = self.attentions[0](h, tape)
-        return self.resnets[1](h, tape=tape)
+        return self.resnets[1](h, tape)
 
     def backward(self, dh, tape):
         dh, _ = self.resnets[1].backward(dh, tape)
@@ -266,7 +255,7 @@ class MidBlock2D(Module):
 
 
 class SpatialAttention(Attention):
-    """Self-attention between the positions of a map: one head over all channels, behind a norm."""
+    """Self-attention between the positions of a map, after a norm: one head with all channels."""
 
     def __init__(self, channels, groups):
         super().__init__(channels, channels, num_heads=1, bias=True)

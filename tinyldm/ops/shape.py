@@ -1,9 +1,9 @@
-"""Joining and parting channels: each is the other's derivative."""
+"""Joining and splitting channels. Each is the backward of the other."""
 from ..backend import get_xp
 
 
 def concat(a, b):
-    """Put b's channels behind a's. a (...,C1), b (...,C2) -> y (...,C1+C2)."""
+    """Append b's channels to a's. a (...,C1), b (...,C2) -> y (...,C1+C2)."""
     return get_xp(a).concatenate([a, b], axis=-1), a.shape[-1]
 
 
@@ -13,12 +13,12 @@ def concat_backward(dy, cache):
 
 
 def split(x):
-    """Part the channels in two halves. x (...,2C) -> a (...,C), b (...,C)."""
+    """Split the channels in two halves. x (...,2C) -> y = a (...,C), b (...,C)."""
     C = x.shape[-1] // 2
-    assert x.shape[-1] == 2 * C, f"{x.shape[-1]} channels have no halves"
-    return x[..., :C], x[..., C:]
+    assert x.shape[-1] == 2 * C, f"{x.shape[-1]} channels cannot be split in two halves"
+    return (x[..., :C], x[..., C:]), None
 
 
-def split_backward(da, db):
-    """da (...,C), db (...,C) -> dx (...,2C)."""
-    return get_xp(da).concatenate([da, db], axis=-1)
+def split_backward(dy, cache):
+    """dy = da (...,C), db (...,C) -> dx (...,2C)."""
+    return get_xp(dy[0]).concatenate(dy, axis=-1)

@@ -1,1 +1,1 @@
-"""Whole systems, one a file: from a prompt or a picture to pictures."""
+"""Whole systems, one per file: from a prompt or a picture to pictures."""

@@ -1,127 +1,127 @@
-"""From prompts to what the UNet is told besides latents and timesteps, as its keyword arguments.
+"""From prompts to the conditioning: the UNet's keyword arguments besides latents and timesteps.
 
-    every UNet                  context        a vector a token, from the text encoder
+    every UNet                  context        one vector per token, from the text encoder
     Stable Diffusion XL         context        of two text encoders, side by side
-                                text_embeds    the prompt as one vector
-                                time_ids       the size of the picture, and where it was cut out
-    Latent Consistency Models   timestep_cond  the guidance that the UNet imitates, as waves
+                                text_embeds    the whole prompt as one vector
+                                time_ids       the size of the picture and the place of the crop
+    Latent Consistency Models   timestep_cond  the guidance scale, as a sinusoidal embedding
 
-Where it stands: pipeline.py -> Conditioner -> prompt.py, tokenizer.py, models/clip.py -> Predictor.
+stable_diffusion.py -> Conditioner -> text/, models/clip.py; the result goes to a Predictor.
 """
 import numpy as np
 
 from .. import ops
-from ..backend import get_xp
+from ..backend import get_xp, is_finite
 from ..errors import TinyldmError, note
 from ..models.clip import CLIPTextModelWithProjection
-from ..text.prompt import rows, split, weigh
-from .finite import first_bad_layer, is_finite
+from ..text.prompt import apply_weights, split_into_chunks, to_arrays
+from .finite import first_bad_layer
 from .interpolation import ends, lerp, mixed
 
 
 class Conditioner:
-    """What reads prompts for one UNet.
+    """Reads prompts for one UNet.
 
-    readers: [(tokenizer, text encoder)], one, or the two of Stable Diffusion XL. unet_config: the
-    dict of the UNet's config.json. zeros_if_empty: whether an empty negative prompt is told to
-    Stable Diffusion XL as zeros, not as what the encoders make of it; that is how some of its
-    UNets were trained, and `force_zeros_for_empty_prompt` in model_index.json.
+    readers: [(tokenizer, text encoder)], one, or the two of Stable Diffusion XL. guidance_width: of
+    the embedding of the guidance scale, for a UNet that imitates guidance, or None. zeros_if_empty:
+    in Stable Diffusion XL, an empty negative prompt becomes zeros and not the encoders' output;
+    some of its UNets were trained so (`force_zeros_for_empty_prompt` in model_index.json).
     """
 
-    def __init__(self, readers, unet_config, zeros_if_empty):
+    def __init__(self, readers, guidance_width, zeros_if_empty):
         self.readers, self.zeros_if_empty = readers, zeros_if_empty and len(readers) == 2
-        self.imitated_waves = unet_config.get("time_cond_proj_dim")
+        self.guidance_width = guidance_width
 
     def __call__(self, prompt, negative_prompt, guidance_scale, width, height):
-        """-> the conditions for a Predictor, arrays of one row each: the prompt's, and where
-        guidance wants two predictions the negative prompt's before it.
+        """-> list of {name: array of one row}: the prompt's; with guidance, before it the negative
+        prompt's.
 
         width, height: of the picture, in pixels.
-        Raises TinyldmError as split does, of either prompt, and for what context names.
+        Raises TinyldmError as split_into_chunks does, for either prompt, and as context does.
         """
-        if self.imitated_waves and negative_prompt:
-            note("this model imitates guidance, and knows no negative prompt: it plays no part")
-        guided = guidance_scale > 1 and not self.imitated_waves
-        zeros = self.zeros_if_empty and not negative_prompt
+        if self.guidance_width and negative_prompt:
+            note("this model imitates guidance and has no negative prompt: it plays no part")
+        guided = guidance_scale > 1 and not self.guidance_width
         texts = [*ends(prompt), *ends(negative_prompt)]
-        pieces = {text: self._split(text) for text in texts}
-        if not guided:
-            texts = ends(prompt)
-        longest = max(len(own) for text in texts for own in pieces[text])
+        chunks = {text: self._split(text) for text in texts}            # checks both prompts
+        used = texts if guided else ends(prompt)
+        longest = max(len(own) for text in used for own in chunks[text])
 
-        def read(prompt):                               # a batch needs contexts of one length
-            return mixed(prompt, lambda text: self._encode(text, pieces[text], longest), _lerp_all)
+        def read(prompt):               # to one length, as both predictions are made in one batch
+            return mixed(prompt, lambda text: self._encode(text, chunks[text], longest), _lerp_all)
 
-        conditions = [read(prompt)]
-        if guided and zeros:
-            xp = get_xp(conditions[0]["context"])
-            conditions.insert(0, {name: xp.zeros_like(x) for name, x in conditions[0].items()})
+        conditioning = [read(prompt)]
+        if guided and self.zeros_if_empty and not negative_prompt:
+            xp = get_xp(conditioning[0]["context"])
+            conditioning.insert(0, {name: xp.zeros_like(x) for name, x in conditioning[0].items()})
         elif guided:
-            conditions.insert(0, read(negative_prompt))
-        more = self._besides(conditions[0]["context"], guidance_scale, width, height)
-        return [told | more for told in conditions]
+            conditioning.insert(0, read(negative_prompt))
+        common = self._common(conditioning[0]["context"], guidance_scale, width, height)
+        return [own | common for own in conditioning]
 
     def context(self, text):
-        """Text -> context (1, 77 * pieces, D), the pieces of a long prompt side by side.
+        """Text -> context (1, 77 * chunks, D), the chunks of a long prompt side by side.
 
-        Raises TinyldmError as split does, for a vocabulary that is not the encoder's, and for NaN.
+        Raises TinyldmError as split_into_chunks does, for a vocabulary larger than the encoder's,
+        and for NaN.
         """
-        pieces = self._split(text)
-        return self._encode(text, pieces, max(map(len, pieces)))["context"]
+        chunks = self._split(text)
+        return self._encode(text, chunks, max(map(len, chunks)))["context"]
 
     def _split(self, text):
-        """The pieces of a text for each reader: a tokenizer's padding, too, is a word to it."""
-        return [split(text, tokenizer) for tokenizer, _ in self.readers]
+        """The text's chunks for each tokenizer; they may differ, as their padding tokens do."""
+        return [split_into_chunks(text, tokenizer) for tokenizer, _ in self.readers]
 
-    def _encode(self, text, pieces, length):
-        """A text, its pieces for each reader, how many to make of them -> {"context": (1,77n,D)}.
+    def _encode(self, text, chunks, length):
+        """A text, its chunks for each reader, how many to fill up to -> {"context": (1,77n,D)}.
 
-        And "text_embeds" (1,P) where an encoder projects; of a long prompt that is the first
-        piece's, and weights of words leave it alone: a prompt has one such vector, not one a piece.
+        Also "text_embeds" (1,P) if an encoder has a projection. A prompt has only one such vector:
+        it is that of the first chunk, and the weights of words do not change it.
         """
-        contexts, told = [], {}
-        for (tokenizer, encoder), own in zip(self.readers, pieces, strict=True):
-            ids, weights = rows(own + [[]] * (length - len(own)), tokenizer)
-            known = encoder.config["vocab_size"]
-            if ids.max() >= known:
-                raise TinyldmError(f"the tokenizer knows token {ids.max()}, the text encoder only "
-                                   f"{known} tokens: use parts of one pipeline")
-            ids = get_xp(next(iter(encoder.parameters())).data).asarray(ids)
+        contexts, conditioning = [], {}
+        for (tokenizer, encoder), own in zip(self.readers, chunks, strict=True):
+            ids, weights = to_arrays(own + [[]] * (length - len(own)), tokenizer)
+            vocabulary = encoder.settings.vocab_size
+            if ids.max() >= vocabulary:
+                raise TinyldmError(f"the tokenizer has a token {ids.max()}, but the text encoder "
+                                   f"only {vocabulary} tokens: use parts of one pipeline")
+            ids = encoder.xp.asarray(ids)
             if isinstance(encoder, CLIPTextModelWithProjection):
                 features, text_embeds = encoder(ids)                    # (n,77,D), (n,P)
-                told["text_embeds"] = text_embeds[:1]
+                conditioning["text_embeds"] = text_embeds[:1]
             else:                                       # of two, both leave out the last layer
                 features = encoder(ids, skip=len(self.readers) - 1)     # (n,77,D)
-            context = weigh(features, weights).reshape(1, -1, features.shape[-1])
-            clean = is_finite(features) and all(map(is_finite, told.values()))
-            if not (clean and is_finite(context)):
-                culprit = ("its weights are to blame, take some closer to 1" if clean
-                           else first_bad_layer(
-                               encoder, lambda encoder=encoder, ids=ids: encoder(ids)))
-                raise TinyldmError(f"the text encoder answers NaN or infinity for {text!a:.80}: "
-                                   f"{culprit}")
-            contexts.append(context)
-        return {"context": get_xp(contexts[0]).concatenate(contexts, axis=-1), **told}
+            context = apply_weights(features, weights).reshape(1, -1, features.shape[-1])
+            if not all(map(is_finite, [features, *conditioning.values()])):
+                culprit = first_bad_layer(encoder, lambda encoder=encoder, ids=ids: encoder(ids))
+            elif not is_finite(context):
+                culprit = "its weights are to blame, take some closer to 1"
+            else:
+                contexts.append(context)
+                continue
+            raise TinyldmError("the text encoder's output is NaN or infinite for "
+                               f"{text!a:.80}: {culprit}")
+        return {"context": get_xp(contexts[0]).concatenate(contexts, axis=-1), **conditioning}
 
-    def _besides(self, like, guidance_scale, width, height):
-        """What does not come from the text, arrays where `like` is: {} for most UNets.
+    def _common(self, like, guidance_scale, width, height):
+        """What does not come from the text, as arrays where `like` is; {} for most UNets.
 
         Source: Podell et al. 2023, arXiv:2307.01952, section 2.2: the size before and after
         training's cropping, and the crop's corner; Luo et al. 2023, arXiv:2310.04378, section 4.3,
         whose w is guidance_scale - 1.
         """
-        xp, more = get_xp(like), {}
+        xp, common = get_xp(like), {}
         if len(self.readers) == 2:
-            more["time_ids"] = xp.asarray([[height, width, 0, 0, height, width]], np.float32)
-        if self.imitated_waves:
-            # In float32 the waves of 7500 have three good digits.
+            common["time_ids"] = xp.asarray([[height, width, 0, 0, height, width]], np.float32)
+        if self.guidance_width:
+            # float64: at 7500 float32 sines keep only three digits.
             w = xp.asarray([1000 * (guidance_scale - 1)], np.float64)
-            waves, _ = ops.timestep_embedding(w, self.imitated_waves, flip_sin_to_cos=False,
-                                              freq_shift=1)
-            more["timestep_cond"] = waves.astype(like.dtype)
-        return more
+            embedding, _ = ops.timestep_embedding(w, self.guidance_width, flip_sin_to_cos=False,
+                                                  freq_shift=1)
+            common["timestep_cond"] = embedding.astype(like.dtype)
+        return common
 
 
 def _lerp_all(first, second, weight):
-    """Two conditions of one shape -> one on the line between them."""
+    """Interpolate the arrays of two dicts with the same names."""
     return {name: lerp(first[name], second[name], weight) for name in first}

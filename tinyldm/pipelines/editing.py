@@ -1,6 +1,7 @@
-"""From a picture, and a mask, to where a walk begins that changes it: image to image, inpainting.
+"""Begin from a picture: image to image, and inpainting with a mask.
 
-Where it stands: pipeline.py -> Edit -> walk.Origin, for the sampler, and hints, for the Predictor.
+stable_diffusion.py -> Edit -> Origin, for the sampler, and the extra channels of an inpainting
+UNet, for the Predictor.
 """
 import math
 
@@ -10,26 +11,25 @@ from ..errors import TinyldmError
 from ..images import check_image, check_mask_size, from_pil, mask_from_pil
 from .interpolation import ends, lerp, mixed
 
-STRENGTH = 0.8              # how much is drawn anew where neither a number nor a mask says it
+STRENGTH = 0.8              # without a mask
 
 
 class Edit:
-    """What the arguments image, strength and mask of StableDiffusion.stream ask for.
+    """What the options image, strength and mask of a Request ask for.
 
-    strength: from 0 to 1, or None. inpaints: whether the model is made for inpainting, whose UNet
-    reads the mask and the latents of what is left of the picture beside those it cleans. spread:
-    make all steps, within the strength's share of the timesteps, in place of leaving some out; so
-    few-step models change pictures, where there is no mask.
+    strength: from 0 to 1, or None. inpaints: whether the model is made for inpainting; its UNet
+    also reads the mask and the latents of the masked picture. spread: make all steps, over the
+    strength's share of the timesteps, and leave none out; few-step models change pictures so, if
+    there is no mask.
     Raises TinyldmError for arguments that are wrong or do not go together.
     """
 
     def __init__(self, image, strength, mask, inpaints, spread=False):
         self.image, self.mask, self.inpaints = image, mask, inpaints
-        self.spread = spread and mask is None
         for end in [] if image is None else ends(image):
             check_image("image", end)
         if image is None and (mask is not None or strength is not None):
-            raise TinyldmError("a mask and a strength go with an image: give one")
+            raise TinyldmError("a mask or a strength needs an image: give one")
         if inpaints and mask is None:
             raise TinyldmError("this model paints into a picture: give an image and a mask, white "
                                "where to paint")
@@ -39,9 +39,11 @@ class Edit:
         if strength is None:
             strength = STRENGTH if mask is None else 1.0
         self.strength = strength
+        self.spread = bool(spread) and image is not None and mask is None
+        self.reach = strength if self.spread else 1.0
 
     def steps_left_out(self, steps):
-        """How many of a walk's first steps are not made. Raises TinyldmError if none remains."""
+        """How many of the first steps are not made. Raises TinyldmError if none would be made."""
         if self.image is None or self.spread:
             return 0
         made = int(steps * self.strength)
@@ -50,17 +52,17 @@ class Edit:
                                f"least {math.ceil(1000 / steps) / 1000:g}, or more steps")
         return steps - made
 
-    def prepare(self, encode, steps, size, latents, draw_noise):
-        """-> the noise of the walk (B,h,w,C), its walk.Origin, hints for the UNet or None.
+    def prepare(self, encode, first, size, latents, draw_noise):
+        """-> the noise to start from (B,h,w,C), an Origin, the UNet's extra channels or None.
 
-        encode: images (1,H,W,3), noise (B,h,w,C) -> latents (B,h,w,C). size: (W, H) in pixels.
-        latents: given noise (B,h,w,C), or None. draw_noise() -> (B,h,w,C). The order of the draws
-        is that of diffusers, on which depends what picture a seed gives.
+        encode: images (1,H,W,3), noise (B,h,w,C) -> latents (B,h,w,C). first: steps_left_out.
+        size: (W, H) in pixels. latents: given noise (B,h,w,C), or None. draw_noise() -> (B,h,w,C);
+        the order of the draws is that of diffusers, so that a seed gives the same picture.
         Raises TinyldmError for a mask with nothing to paint.
         """
         if self.image is None:
             return draw_noise() if latents is None else latents, NO_PICTURE, None
-        first, holes, picture = self.steps_left_out(steps), 0, None
+        holes, picture = 0, None
         if self.mask is not None:
             holes = mask_from_pil(self.mask, size)                      # (1,H,W,1)
 
@@ -73,15 +75,16 @@ class Edit:
             picture = encoded(draw_noise())
         latents = draw_noise() if latents is None else latents
         if self.mask is None:
-            return latents, Origin(picture, first, reach=self.strength if self.spread else 1), None
-        noise = draw_noise()                            # drawn by diffusers even if it is not used
+            return latents, Origin(picture, first, reach=self.reach), None
+        noise = draw_noise()                            # diffusers draws it even if unused
         factor = size[0] // latents.shape[2]
         xp = get_xp(latents)
-        cells = xp.asarray(holes[:, ::factor, ::factor], latents.dtype)     # (1,h,w,1)
-        if not cells.any():
+        mask = xp.asarray(holes[:, ::factor, ::factor], latents.dtype)      # (1,h,w,1)
+        if not mask.any():
             raise TinyldmError("the mask leaves nothing to paint: make it white where the picture "
                                f"is to change, in spots of at least {factor}x{factor} pixels")
         if not self.inpaints:
-            return latents, Origin(picture, first, cells, noise_only), None
-        hints = [cells.repeat(len(latents), axis=0), encoded(noise, 1 - holes)]
-        return latents, Origin(picture, first, None, noise_only), xp.concatenate(hints, axis=-1)
+            return latents, Origin(picture, first, mask, noise_only), None
+        extra_channels = xp.concatenate([mask.repeat(len(latents), axis=0),
+                                         encoded(noise, 1 - holes)], axis=-1)
+        return latents, Origin(picture, first, None, noise_only), extra_channels

@@ -1,4 +1,4 @@
-"""Where NaN and infinity began: the finite check of the latents, and the first layer to blame.
+"""The finite check: where NaN or infinity began, as the step and the first layer to produce it.
 
 Used by the pipeline on what it encodes, samples and decodes.
 """
@@ -8,7 +8,7 @@ from ..layers import forward_hooks, named_modules
 
 
 def finite_states(states, predict):
-    """Pass on a sampler's states while their latents are finite; else say where that ended."""
+    """Pass on a sampler's states; raise TinyldmError once their latents are not finite."""
     for state in states:
         if not is_finite(state.latents):
             culprit = first_bad_layer(predict.unet, lambda: predict.unet(**predict.inputs))
@@ -18,22 +18,22 @@ def finite_states(states, predict):
 
 
 def first_bad_layer(module, run):
-    """Run a module again with every layer watched -> a phrase naming the first that goes wrong.
+    """Run a module again with a hook on every layer -> a phrase that names the first bad one.
 
-    That is the innermost one which is given finite numbers and answers others.
+    That is the innermost layer whose inputs are finite and whose output is not.
     """
     culprits = []
 
-    def watch(name, layer, forward):
-        def watched_forward(*inputs, **options):
+    def check(name):
+        def checked(forward, *inputs, **options):
             clean = _all_finite([*inputs, *options.values()])
             output = forward(*inputs, **options)
             if clean and not culprits and not is_finite(output):
                 culprits.append(name)
             return output
-        return watched_forward
+        return checked
 
-    with forward_hooks(list(named_modules(module)), watch):
+    with forward_hooks({layer: check(name) for name, layer in named_modules(module)}):
         run()
     if not culprits:
         return "no layer is to blame, so lower guidance_scale or take another sampler"
@@ -42,6 +42,6 @@ def first_bad_layer(module, run):
 
 
 def _all_finite(values):
-    """Of arrays, also in lists such as the UNet's skips; anything else passes."""
+    """Check arrays, also in lists such as the UNet's skips; other values pass."""
     return all(_all_finite(value) if isinstance(value, (list, tuple))
                else is_finite(value) if hasattr(value, "dtype") else True for value in values)

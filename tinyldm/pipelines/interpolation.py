@@ -1,12 +1,12 @@
-"""A point on the way from one prompt, seed or image to another, to be given in place of one.
+"""Between two prompts, seeds or images: a point to give in place of one of them.
 
-    pipe(Between("a cat", "a dog", 0.3))        contexts, mixed in a straight line
-    pipe("a cat", seed=Between(1, 2, 0.3))      noise, along the arc between both, where it is noise
+    pipe(Between("a cat", "a dog", 0.3))        contexts, mixed linearly
+    pipe("a cat", seed=Between(1, 2, 0.3))      noise, along the arc between both
     pipe("a cat", image=Between(a, b, 0.3))     latents of two pictures, before noise is added
 
-With the same noise for both pictures, the last is the interpolation of Ho et al. 2020, "Denoising
-Diffusion Probabilistic Models", arXiv:2006.11239, section 4.3 and figure 8: noise is added to two
-pictures, the results are mixed, and what they have in common is drawn from there.
+The last one, with the same noise for both pictures, is the interpolation of Ho et al. 2020,
+"Denoising Diffusion Probabilistic Models", arXiv:2006.11239, section 4.3 and figure 8: noise is
+added to two pictures, the results are mixed, and sampling goes on from there.
 """
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from ..errors import TinyldmError
 
 
 class Between(NamedTuple):
-    """first and second, and how far from the one to the other: 0 is the first, 1 the second."""
+    """A point between first and second; weight 0 is the first, 1 the second."""
 
     first: Any
     second: Any
@@ -22,7 +22,7 @@ class Between(NamedTuple):
 
 
 def ends(value):
-    """What a value is made of: [first, second] of a Between, else itself alone."""
+    """[first, second] of a Between; [value] of anything else."""
     return [value.first, value.second] if isinstance(value, Between) else [value]
 
 
@@ -43,17 +43,17 @@ def mixed(value, function, mix):
 
 
 def lerp(a, b, weight):
-    """Arrays of one shape -> that shape, on the straight line from a to b."""
+    """Interpolate two arrays of one shape linearly."""
     return (1 - weight) * a + weight * b
 
 
 def slerp(a, b, weight):
-    """Arrays of one shape -> that shape, on the arc from a to b.
+    """Interpolate two arrays of one shape along the arc between them.
 
         (sin((1 - w) angle) a + sin(w angle) b) / sin(angle)
 
-    Normal numbers stay as far from 0 as they are expected to be, and so remain what a model takes
-    for noise; on a straight line their deviation would sink to 0.7 half-way.
+    So standard normal numbers keep a standard deviation of 1, which the model expects of noise; on
+    a straight line it would fall to 0.7 half-way.
     Source: Shoemake 1985, "Animating rotation with quaternion curves", section 3.3.
     """
     import numpy as np  # here, so that the command line's --help need not wait for it
@@ -61,7 +61,7 @@ def slerp(a, b, weight):
     a, b = (np.asarray(array, np.float64) for array in (a, b))
     cosine = (a * b).sum() / np.sqrt((a ** 2).sum() * (b ** 2).sum())
     angle = np.arccos(cosine.clip(-1, 1))
-    if np.sin(angle) < 1e-6:                            # one direction: no arc to speak of
+    if np.sin(angle) < 1e-6:                            # (nearly) parallel: there is no arc
         return lerp(a, b, weight)
     return (np.sin((1 - weight) * angle) * a + np.sin(weight * angle) * b) / np.sin(angle)
 

@@ -1,1 +1,1 @@
-"""From text to token ids: weights and pieces of a prompt, and CLIP's tokenizer."""
+"""From text to token ids: the weights and chunks of a prompt, and CLIP's tokenizer."""

@@ -1,13 +1,11 @@
-"""CLIP's tokenizer: a prompt becomes the row of numbers that the text transformer reads.
+"""CLIP's tokenizer: a prompt becomes the row of token ids that the text encoder reads.
 
-Where it stands: prompt -> prompt.py -> Tokenizer -> ids (1, 77) -> models/clip.py.
-
-Byte-pair encoding: the text is put in lower case and cut into words. Every word is spelled in its
-bytes, a sign each, the last one carrying "</w>" for the end of the word; then the neighbours that
-stand first in merges.txt are joined, again and again, until no pair of the list is left.
-vocab.json numbers the results. A start token goes before, an end token behind, then padding up to
-a fixed length.
-The `tokenizers` library does the joining; here is what makes it CLIP's.
+Byte-pair encoding: the text is put in lower case and cut into words. Each word is written as its
+bytes, one letter per byte, and the last letter gets the suffix "</w>". Then the pair of neighbours
+that comes first in merges.txt is joined, again and again, until no pair of the list is left.
+vocab.json gives the ids of the results. A start token goes before them, an end token and padding
+after them, up to a fixed length.
+The `tokenizers` library joins the pairs; this file configures it like CLIP.
 
 Sources: Sennrich et al. 2016, "Neural machine translation of rare words with subword units",
 arXiv:1508.07909; Radford et al. 2021 (CLIP), arXiv:2103.00020; the file format is that of the
@@ -23,25 +21,25 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from ..errors import TinyldmError
 from ..files import read_json, write_json
 
-# What Stable Diffusion 1 uses, for folders that do not say. The order matters: where two of them
-# are the same token, the later entry says how it is recognised in a text.
+# Stable Diffusion 1's, for folders that do not name them. The order matters: if two entries are the
+# same token, the later one decides how it is recognised in a text.
 SPECIAL_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
                   "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 MAX_LENGTH = 77
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 FILES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json", *SETTINGS)
-NO_LIMIT = 10**6            # folders written without a length say 10**30
+NO_LIMIT = 10**6            # folders written without a length have 10**30
 
-# Special tokens, English endings, words, single digits, runs of anything else but spaces.
-PIECES = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-          r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+# Special tokens, English endings, words, single digits, runs of anything else except spaces.
+WORDS = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+         r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 class Tokenizer:
-    """Turns a prompt into ids.
+    """Turns a prompt into token ids.
 
-    backend: a tokenizers.Tokenizer that knows the special tokens; bos_token, eos_token, pad_token:
-    names of the start, end and padding token; model_max_length: how long a row of ids is.
+    backend: a tokenizers.Tokenizer with the special tokens. bos_token, eos_token, pad_token: the
+    start, end and padding token. model_max_length: the length of a row of ids.
     """
 
     def __init__(self, backend, bos_token, eos_token, pad_token, model_max_length=MAX_LENGTH):
@@ -51,22 +49,21 @@ class Tokenizer:
             backend.token_to_id(token) for token in (bos_token, eos_token, pad_token))
         self.comma = backend.token_to_id(",</w>")       # None where the vocabulary has none
         self.learned = {}                               # a word's id -> the ids of its vectors
-        self.folder = None                              # with its files
+        self.folder = None                              # from which it was read
 
     @classmethod
     def from_folder(cls, path, padding=None):
         """Read a tokenizer folder: tokenizer.json, or vocab.json and merges.txt.
 
-        tokenizer_config.json and special_tokens_map.json may be there. The latter wins: Stable
-        Diffusion 2 says only there that its padding is "!". padding: a token in the place of what
-        the folder says. Raises TinyldmError, naming the file, for a missing or malformed one and
-        for a special token that the vocabulary lacks.
+        tokenizer_config.json and special_tokens_map.json are optional. If they disagree, the latter
+        decides: only there does Stable Diffusion 2 say that its padding token is "!". padding: a
+        padding token to use instead. Raises TinyldmError, naming the file, if it is missing or
+        malformed, and for a special token that the vocabulary lacks.
         """
         folder = Path(path)
-        config_file = folder / "tokenizer_config.json"
-        config = read_json(config_file) if config_file.exists() else {}
-        map_file = folder / "special_tokens_map.json"
-        special = read_json(map_file) if map_file.exists() else {}
+        config_file, map_file = (folder / name for name in SETTINGS)
+        config, special = (read_json(file) if file.exists() else {}
+                           for file in (config_file, map_file))
         special = {name: special.get(name) or config.get(name) or default
                    for name, default in SPECIAL_TOKENS.items()}
         special["pad_token"] = padding or special["pad_token"]
@@ -87,15 +84,16 @@ class Tokenizer:
         return tokenizer
 
     def save(self, path):
-        """Copy the files that from_folder read into a new folder, made to say padding and length.
+        """Copy the files that from_folder read into a new folder, with the padding token and the
+        length added.
 
-        Raises TinyldmError where they are gone, or cannot be written, and for a tokenizer that has
-        learnt words: the format has no place for a word of several vectors.
+        Raises TinyldmError if the files are gone or cannot be written, and for a tokenizer with new
+        words: the format has no place for a word of several vectors.
         """
         if self.learned:
             words = ", ".join(map(self.backend.id_to_token, self.learned))
             raise TinyldmError(f"textual inversions cannot be saved with a pipeline ({words}): "
-                               "save it without them, and load them anew")
+                               "save it without them, and load them again")
         if self.folder is None:
             raise TinyldmError("this tokenizer was not read from a folder, so it has no files to "
                                "save: make it with Tokenizer.from_folder")
@@ -124,13 +122,13 @@ class Tokenizer:
     def __call__(self, text):
         """text -> ids (1, model_max_length) int64: start, the text's tokens, end, padding.
 
-        A long text loses its last tokens, never the end token; prompt.py cuts it in pieces instead.
+        A long text loses its last tokens, but not the end token; prompt.py keeps all, in chunks.
         Raises TinyldmError for what is not a string of valid Unicode.
         """
         return self.row(self.ids(text)[:self.model_max_length - 2])
 
     def ids(self, text):
-        """text -> the list of its tokens' ids, of any length, without start and end."""
+        """text -> the list of its token ids, of any length, without start and end token."""
         self.check(text)
         found = self.backend.encode(text, add_special_tokens=False).ids
         return [number for first in found for number in self.learned.get(first, [first])]
@@ -141,12 +139,13 @@ class Tokenizer:
     def new_tokens(self, word, count):
         """The names of a new word's `count` tokens: word, word_1, word_2 ...
 
-        Raises TinyldmError for a word that is no text or blank, and for a name that is taken; of
-        added tokens in any case, as they are found in lower-case text.
+        Raises TinyldmError for a word that is not a text or is blank, and for a name that is taken.
+        Case does not distinguish added tokens, because they are found in lower-case text.
         """
         self.check(word)
         if not word.strip():
-            raise TinyldmError(f"a new word must have a letter or sign, got {word!r:.40}: name it")
+            raise TinyldmError(f"a new word must have a letter or sign, got {word!r:.40}: give it "
+                               "another name")
         names = [word, *(f"{word}_{i}" for i in range(1, count))]
         added = self.backend.get_added_tokens_decoder().values()
         added = {token.content.lower() for token in added}
@@ -158,21 +157,21 @@ class Tokenizer:
         return names
 
     def learn(self, names):
-        """Take in new_tokens' names, which stand in a prompt as the first of them -> their ids."""
+        """Add the names that new_tokens gave -> their ids. In a prompt, the first one means all."""
         self.backend.add_tokens(names)
         ids = [self.backend.token_to_id(name) for name in names]
         self.learned[ids[0]] = ids
         return ids
 
     def row(self, ids):
-        """At most model_max_length - 2 ids -> (1, model_max_length) int64, as __call__ has them."""
+        """At most model_max_length - 2 ids -> what __call__ returns."""
         ids = [self.start, *ids, self.end]
         ids += [self.padding] * (self.model_max_length - len(ids))
         return np.array([ids], np.int64)
 
     @staticmethod
     def check(text):
-        """Raise TinyldmError for what is no string, and for one with a lone surrogate."""
+        """Raise TinyldmError for what is not a string, or has a lone surrogate."""
         try:
             text.encode()
         except (AttributeError, UnicodeEncodeError):
@@ -181,13 +180,13 @@ class Tokenizer:
 
 
 def read_backend(folder, unk_token):
-    """The byte-pair encoder of a folder: a tokenizers.Tokenizer that neither cuts nor pads."""
+    """A folder's byte-pair encoder: a tokenizers.Tokenizer that neither truncates nor pads."""
     file = folder / "tokenizer.json"
     if not file.exists():
         return build_backend(folder / "vocab.json", folder / "merges.txt", unk_token)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:                          # the library raises nothing narrower
+    except Exception as error:                          # the library has no class of its own
         raise TinyldmError(f"{file} is not a tokenizer ({error}): get it again") from None
     backend.no_truncation()
     backend.no_padding()
@@ -195,7 +194,7 @@ def read_backend(folder, unk_token):
 
 
 def build_backend(vocab_file, merges_file, unk_token):
-    """CLIP's pipeline around a vocabulary: clean, cut into pieces, spell in bytes, join pairs."""
+    """CLIP's steps with a given vocabulary: clean, cut into words, write as bytes, join pairs."""
     vocab = read_json(vocab_file)
     if not all(type(number) is int and 0 <= number < 2**32 for number in vocab.values()):
         raise TinyldmError(f"{vocab_file} must give every token a whole number: get it again")
@@ -205,20 +204,20 @@ def build_backend(vocab_file, merges_file, unk_token):
     try:
         model = models.BPE.from_file(str(vocab_file), str(merges_file), unk_token=unk_token,
                                      continuing_subword_prefix="", end_of_word_suffix="</w>")
-    except Exception as error:                          # not vocab.json, which was just read
+    except Exception as error:                          # vocab.json is fine: it was just read
         raise TinyldmError(f"{merges_file} is not a list of merges for vocab.json ({error}): "
                            "get both again") from None
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.Sequence([
         normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),   # keeps the pieces
+        pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),    # keeps the words
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return backend
 
 
 def add_declared_tokens(backend, declared, file):
-    """Add the tokens that tokenizer_config.json lists under their ids, as newer folders do."""
+    """Add the tokens that newer folders list by id in tokenizer_config.json."""
     if not isinstance(declared, dict) or not all(number.isdecimal() for number in declared):
         raise TinyldmError(f"{file}: added_tokens_decoder must map ids to tokens: get it again")
     for number in sorted(declared, key=int):
@@ -231,10 +230,10 @@ def add_declared_tokens(backend, declared, file):
 
 
 def add_special_tokens(backend, tokens, folder):
-    """Have the special tokens recognised in a text, like the published tokenizers.
+    """Recognise the special tokens in a text, as the published tokenizers do.
 
-    So an end token typed into a prompt is the end token, and "!" is the padding token in Stable
-    Diffusion 2. What tokenizer.json or added_tokens_decoder say of a token stays.
+    An end token typed into a prompt is the end token, and "!" is Stable Diffusion 2's padding
+    token. The flags that tokenizer.json or added_tokens_decoder give a token stay.
     """
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for token in tokens:
@@ -246,13 +245,12 @@ def add_special_tokens(backend, tokens, folder):
 
 
 def added_token(entry, special, place):
-    """A token as the files write it: its name, or a dict with "content" and flags."""
+    """An AddedToken from what a file gives: its name, or a dict with "content" and flags."""
     if isinstance(entry, str):
         entry = {"content": entry, "normalized": False}
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
         raise TinyldmError(f"{place}: a special token must be a string or have a \"content\", "
-                           f"got {entry!r:.80}: correct tokenizer_config.json or "
-                           "special_tokens_map.json")
+                           f"got {entry!r:.80}: correct {' or '.join(SETTINGS)}")
     flags = {flag: bool(entry[flag]) for flag in ("normalized", "lstrip", "rstrip", "single_word")
              if flag in entry}
     return AddedToken(entry["content"], special=bool(special), **flags)

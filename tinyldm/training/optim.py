@@ -9,6 +9,7 @@ import numpy as np
 
 from ..backend import asarray, get_xp, is_finite, parallel, to_host
 from ..errors import TinyldmError
+from ..layers import named_modules
 from ..models.blocks import Attention, ResnetBlock2D
 from ..models.clip import CLIPMLP, CLIPAttention
 from ..models.unet import Transformer2DModel
@@ -31,18 +32,9 @@ def initialise(module, rng):
             fan_in = math.prod(shape[:-1]) if len(shape) == 4 else shape[-1]
             std = 0.5 if name.endswith("embedding.weight") else fan_in ** -0.5
             parameter.data = rng.normal(0, std, shape).astype(np.float32)
-    for part in modules(module):
+    for _, part in [("", module), *named_modules(module)]:
         for last in _last_layers(part):
             last.weight.data[...] = 0
-
-
-def modules(module):
-    """A module and every module in it."""
-    yield module
-    for value in vars(module).values():
-        for item in value if isinstance(value, list) else [value]:
-            if hasattr(item, "named_parameters"):
-                yield from modules(item)
 
 
 def _last_layers(part):

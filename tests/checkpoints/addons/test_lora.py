@@ -1,4 +1,4 @@
-"""LoRA files: the names of real ones, and pictures against diffusers and against torch's sums."""
+"""LoRA files: the names of real ones; pictures against diffusers, and sums against torch."""
 import copy
 import json
 import math
@@ -17,7 +17,7 @@ from tests.support.drawing import Reference, assert_same_drawing, ours
 from tests.support.reference import to_ours
 from tests.support.tolerance import assert_allclose
 from tinyldm.checkpoints import components
-from tinyldm.checkpoints.addons.lora import place_of, spelled_layers
+from tinyldm.checkpoints.addons.lora import layers_by_spelling, target_of
 from tinyldm.checkpoints.layout import file_shape
 from tinyldm.errors import TinyldmError
 from tinyldm.models import CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
@@ -54,7 +54,7 @@ def diffusers_oldest(pairs):
 
 NO_ALPHAS = {"alphas": (None,)}
 LAYOUTS = {
-    # layout: (what writes it, what make_lora is to make for it)
+    # layout: (the function that names the tensors, options of make_lora)
     "kohya": (kohya, {}), "kohya without alphas": (kohya, NO_ALPHAS), "peft": (peft, NO_ALPHAS),
     "diffusers, newer": (diffusers_newer, NO_ALPHAS | {"layers": "attn"}),
     "diffusers, oldest": (diffusers_oldest, NO_ALPHAS | {"layers": "attn"}),
@@ -75,7 +75,7 @@ def original(folder):
 
 @pytest.fixture
 def reference(original):
-    """diffusers' pipeline, to be changed."""
+    """A copy of diffusers' pipeline, which a test may change."""
     return copy.deepcopy(original)
 
 
@@ -95,7 +95,7 @@ def weights(pipe):
 
 
 def assert_same_weights(pipe, reference):
-    """Of our pipeline and of diffusers', up to the rounding of sums."""
+    """Our pipeline and diffusers' have the same weights, except for the rounding of sums."""
     compared = 0
     for part in PARTS:
         theirs = {public(part, name): tensor
@@ -123,7 +123,7 @@ def test_every_layout_draws_as_torch_merges(layout, folder, original, reference,
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_draws_as_diffusers(layout, folder, reference, tmp_path):
     names, options = LAYOUTS[layout]
-    if "alphas" not in options:                         # of several it does not find the layers
+    if "alphas" not in options:                         # with several, diffusers misses layers
         options = options | {"ranks": (4,), "alphas": (3.0,)}
     file = write(names(make_lora(reference.pipe, **options)), tmp_path / "style.safetensors")
     pipe = load(folder)
@@ -136,7 +136,7 @@ def test_every_layout_draws_as_diffusers(layout, folder, reference, tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("names", [kohya, peft])
 def test_stable_diffusion_xl(names, tmp_path):
-    """Both text encoders too; and a LoRA of the other kind is refused by name."""
+    """With both of its text encoders."""
     folder = small_pipelines.sdxl(tmp_path / "xl")
     reference, pipe = Reference(folder), load(folder)
     pairs = make_lora(reference.pipe, "attn", alphas=(None,), parts=XL_PARTS)
@@ -151,7 +151,7 @@ SETTINGS = [
 
 
 def alpha_of(settings, name, rank):
-    """By hand: the pattern's attn2.to_q comes before its to_q."""
+    """Computed by hand: the pattern's attn2.to_q comes before its to_q."""
     pattern = settings["alpha_pattern"]
     alpha = settings["lora_alpha"]
     if pattern and name.endswith(("to_q", "q_proj")):
@@ -285,7 +285,7 @@ def test_on_a_device(dtype, small_folder, tmp_path):
 # ---- the names of real files ----------------------------------------------------------------
 
 def real_model(name):
-    """{part: our model of a published config}, no weights in it."""
+    """{part: our model of a published config}, without weights."""
     configs = json.loads((REFERENCE / "configs.json").read_text())[name]
     classes = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel,
                "text_encoder_2": CLIPTextModelWithProjection}
@@ -299,21 +299,21 @@ def rows(file):
 
 
 def is_trained(part, name, shape):
-    """What kohya's trainer makes pairs for unless it is asked for convolutions too."""
+    """Whether kohya's trainer makes a pair for it, if convolutions are not asked for."""
     return len(shape) > 1 and name.endswith(".weight") and (
         ".attentions." in name if part == "unet" else ".self_attn." in name or ".mlp." in name)
 
 
 def assert_found(places, layers, name, shape):
     """A file's name finds our weight of the public name and shape."""
-    found, parameter = layers[place_of(places)]
+    found, parameter = layers[target_of(places)]
     assert found == name.removesuffix(".weight")
     assert list(file_shape(parameter)) == shape
 
 
 @with_lists
 def test_every_name_of_a_kohya_file_for_sd15_finds_its_weight():
-    layers, counts = spelled_layers(real_model("stable-diffusion-v1-5")), Counter()
+    layers, counts = layers_by_spelling(real_model("stable-diffusion-v1-5")), Counter()
     for part, name, shape in rows("keys_diffusers_sd15.txt"):
         if part in PARTS and is_trained(part, name, json.loads(shape)):
             counts[part] += 1
@@ -324,8 +324,8 @@ def test_every_name_of_a_kohya_file_for_sd15_finds_its_weight():
 
 @with_lists
 def test_every_name_of_a_kohya_file_for_sdxl_finds_its_weight():
-    """Its UNet has the original names; every weight is asked for, with the convolutions'."""
-    layers, counts = spelled_layers(real_model("stable-diffusion-xl-base-1.0")), Counter()
+    """Its UNet has the original names; all weights are tried, also those of convolutions."""
+    layers, counts = layers_by_spelling(real_model("stable-diffusion-xl-base-1.0")), Counter()
     start = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     for part, theirs, _, name, shape, _ in rows("keys_map_ldm_sdxl.txt"):
         shape = json.loads(shape)
@@ -342,7 +342,7 @@ def test_every_name_of_a_kohya_file_for_sdxl_finds_its_weight():
 FAR = torch.zeros(2, 8)
 UP, DOWN = "lora_unet_conv_in.lora_up.weight", "lora_unet_conv_in.lora_down.weight"
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-LATE = "lora_unet_time_embedding_linear_1"                  # behind the query in a file
+LATE = "lora_unet_time_embedding_linear_1"                  # after the query in a file
 KEY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 
 
@@ -375,7 +375,7 @@ BAD = [
     ({f"{QUERY}_{i}.lora_up.weight": FAR for i in range(10)}, "nothing here are 10: .* and 2 more"),
     ({"scribble": FAR}, "match nothing here are 1: scribble"),
     (peft({("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"): (FAR, FAR.T)}),
-     r"nothing here are 2: unet.mid_block.*to_q.lora_A.weight"),            # the same place twice
+     r"nothing here are 2: unet.mid_block.*to_q.lora_A.weight"),            # one weight twice
     ({UP: torch.zeros(8, 2, 1, 1)}, f"only a part for 1: {UP}"),
     ({DOWN: torch.zeros(2, 4, 3, 3)}, f"only a part for 1: {DOWN}"),
     ({"lora_unet_conv_in.alpha": torch.ones(())}, "a part for 1: lora_unet_conv_in.alpha"),
@@ -394,7 +394,7 @@ BAD = [
 @pytest.mark.parametrize("tensors, message", BAD)
 def test_what_does_not_fit_is_refused_and_changes_nothing(tensors, message, small, tmp_path):
     if "is no LoRA" not in message:
-        tensors = GOOD | tensors                        # what fits is not merged either
+        tensors = GOOD | tensors                        # nothing is merged, not even what fits
     before = weights(small)
     file = write(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(TinyldmError, match=message) as error:

@@ -72,7 +72,7 @@ def test_prompts_are_read_as_by_diffusers(kind, pipe, reference, tmp_path):
         pipe.text_encoder.text_model.embeddings.token_embedding.weight.data, table)
     for text in TEXTS:
         converted = reference.pipe.maybe_convert_prompt(text, reference.pipe.tokenizer)
-        if WORD in text or "one vector" in kind:        # theirs expands no word with capitals
+        if WORD in text or "one vector" in kind:        # diffusers expands no word with capitals
             ids = reference.pipe.tokenizer(converted, add_special_tokens=False).input_ids
             assert pipe.tokenizer.ids(text) == ids, text
     context, _ = reference.pipe.encode_prompt(TEXTS[0], "cpu", 1, False)
@@ -140,19 +140,19 @@ def test_capitals_make_no_difference(pipe, tmp_path):
         assert pipe.tokenizer.ids(text) == [first, first + 1, first + 2]
 
 
-def test_weights_and_pieces_count_every_vector(pipe, tmp_path):
+def test_weights_and_chunks_count_every_vector(pipe, tmp_path):
     first = len(pipe.tokenizer)
     pipe.load_textual_inversion(write({WORD: vectors()}, tmp_path / "a.safetensors"))
-    (piece,) = prompt.split(f"a ({WORD}:1.2) [{WORD}]", pipe.tokenizer)
+    chunk, = prompt.split_into_chunks(f"a ({WORD}:1.2) [{WORD}]", pipe.tokenizer)
     ids = [first, first + 1, first + 2]
-    assert piece[1:] == [*((i, 1.2) for i in ids), *((i, 1 / 1.1) for i in ids)]
-    with pytest.warns(UserWarning, match="is read in 2 pieces"):
+    assert chunk[1:] == [*((i, 1.2) for i in ids), *((i, 1 / 1.1) for i in ids)]
+    with pytest.warns(UserWarning, match="is read in 2 chunks"):
         context = pipe.encode_prompt(f"({WORD}:1.1)" * 26)
     assert context.shape == (1, 154, 32) and np.isfinite(context).all()
 
 
 def test_a_table_that_is_larger_than_the_vocabulary(pipe, folder, tmp_path):
-    """The words take the rows that no token has; the table grows when they are used up."""
+    """Words use the rows that belong to no token; when none is left, the table grows."""
     model, first = pipe.text_encoder, len(pipe.tokenizer)
     table = model.text_model.embeddings.token_embedding.weight
     spare = np.zeros((4, 32), np.float32)

@@ -1,4 +1,4 @@
-"""checkpoints/, one file: every dtype torch writes, strict names and shapes, damage, memory."""
+"""safetensors files: each dtype that torch writes, strict names and shapes, damage, memory."""
 import json
 import os
 import re
@@ -20,7 +20,7 @@ from tinyldm.errors import TinyldmError
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
 def test_every_stored_dtype_loads_into_every_dtype(stored, dtype, tmp_path):
     tensors = toy_tensors(stored)
-    if stored is torch.bfloat16:                        # one that float16 cannot hold included
+    if stored is torch.bfloat16:                        # includes one that float16 cannot hold
         tensors["proj.bias"] = torch.tensor([1.1, -2.5, 3e-30, 0.0]).bfloat16()
     safetensors.torch.save_file(tensors, tmp_path / "toy.safetensors")
     toy = Toy()
@@ -78,7 +78,7 @@ def test_truncated_files_are_named(tmp_path):
 
 
 def test_every_flipped_bit_of_the_header_is_an_error_or_harmless(tmp_path):
-    """Never a traceback and never other weights: only the metadata may change unnoticed."""
+    """Never a traceback, never wrong weights; only changes of the metadata go unnoticed."""
     file = tmp_path / "toy.safetensors"
     tensors = toy_tensors()
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
@@ -111,7 +111,7 @@ def test_weights_that_are_not_finite_are_named(value, stored, tmp_path):
 
 def test_numbers_too_large_for_float16_are_named_and_large_float32_load(tmp_path):
     tensors = toy_tensors()
-    tensors["proj.weight"].fill_(3e38)                  # their sum overflows, they do not
+    tensors["proj.weight"].fill_(3e38)                  # only their sum overflows
     safetensors.torch.save_file(tensors, tmp_path / "toy.safetensors")
     load_weights(Toy(), tmp_path / "toy.safetensors")
     with pytest.raises(TinyldmError, match="proj.weight .*float16"):
@@ -187,7 +187,7 @@ def memory(word):
     return next(int(line.split()[1]) for line in status if line.startswith(word)) / 1024
 
 model = Big()
-from threadpoolctl import ThreadpoolController                  # what worker threads import
+from threadpoolctl import ThreadpoolController                  # imported by worker threads
 before = memory("VmRSS")
 load_weights(model, sys.argv[1])
 print(memory("VmHWM") - before)
@@ -208,7 +208,7 @@ def test_loading_holds_no_second_copy(stored, tmp_path):
     file = tmp_path / "big.safetensors"
     safetensors.torch.save_file({name: tensor.to(stored) for name, tensor in tensors.items()}, file)
     run = subprocess.run([sys.executable, "-c", PEAK, str(file)], cwd=Path(__file__).parents[3],
-                         env=os.environ | {"OMP_NUM_THREADS": "2"},     # a tensor a thread
+                         env=os.environ | {"OMP_NUM_THREADS": "2"},     # one tensor per thread
                          capture_output=True, text=True, check=True)
     print(f"{stored}: peak {float(run.stdout):.1f} MiB for {size:.1f} MiB of weights")
     assert float(run.stdout) < 1.2 * size

@@ -1,6 +1,7 @@
-"""checkpoints/, files of torch.save: what torch writes is read, what a pickle could do is not done.
+"""Files of torch.save: tinyldm reads what torch writes, and executes nothing of any pickle.
 
-Every payload of the hostile pickles makes a file, and does so when Python's own pickle reads it.
+The payload of each hostile pickle would make a file. As a control, Python's own pickle reads it,
+and the file is made.
 """
 import collections
 import io
@@ -80,7 +81,7 @@ def test_whole_numbers_are_read_as_what_they_are_and_never_as_weights(tmp_path):
 
 
 class Callback:
-    """Of a training script: its state would be set, and make a file."""
+    """An object of a training script. If its state were set, that would make a file."""
 
     def __init__(self, path):
         self.path = path
@@ -113,7 +114,7 @@ def test_what_lightning_keeps_beside_the_weights_is_dropped(tmp_path):
     load_weights(toy, tmp_path / "last.ckpt")
     assert_holds(toy, tensors)
     assert not (tmp_path / "made").exists()
-    with open(tmp_path / "last.ckpt", "rb") as file:    # the control: torch's own does it
+    with open(tmp_path / "last.ckpt", "rb") as file:    # the control: torch does it
         torch.load(file, weights_only=False)
     assert (tmp_path / "made").exists()
 
@@ -129,7 +130,7 @@ def test_every_protocol_of_python_3(protocol, tmp_path):
 
 
 def test_archives_beyond_four_gigabytes(tmp_path):
-    """As float32 checkpoints are: places of 64 bits. The file has a hole, so it takes no room."""
+    """Some float32 checkpoints need 64-bit offsets. This file has a hole, so it takes no space."""
     path = tmp_path / "large.ckpt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("large/data.pkl", dump({"w": tensor()}))
@@ -208,12 +209,12 @@ class Call:
     def __reduce__(self):
         return self.word
 
-    def __call__(self):                                 # so that its result can be called as well
+    def __call__(self):                                 # so that its result can be called, too
         raise AssertionError
 
 
 class Outside:
-    """Pickled as something that lies outside of the pickle."""
+    """Pickled as a reference to something outside of the pickle."""
 
     def __init__(self, *word):
         self.word = word
@@ -237,7 +238,7 @@ def tensor(key="0", count=6, shape=(2, 3), strides=(3, 1), offset=0, kind=torch.
 
 
 def write(path, data, storages=None, compression=zipfile.ZIP_STORED, **more):
-    """An archive as torch.save makes one, of a pickle's bytes and {key: bytes}."""
+    """Write an archive like torch.save: a pickle's bytes, and storages {key: bytes}."""
     storages = {"0": np.arange(6, dtype=np.float32).tobytes()} if storages is None else storages
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", data)
@@ -249,7 +250,7 @@ def write(path, data, storages=None, compression=zipfile.ZIP_STORED, **more):
 
 
 def refused(path, match):
-    """Reading the file is an error, on one line, that makes nothing large."""
+    """Reading the file gives an error of one line, and needs little memory."""
     tracemalloc.start()
     try:
         with pytest.raises(TinyldmError, match=match) as error:
@@ -270,7 +271,7 @@ def test_the_archives_of_these_tests_are_as_torch_makes_them(tmp_path):
 
 
 def payloads(made):
-    """{what is called: an object whose pickle makes the file `made`}."""
+    """{the name of the called function: an object whose pickle makes the file `made`}."""
     touch, source = f"touch {made}", f"open({str(made)!r}, 'w')"
     return {
         "os.system|posix.system|nt.system": Call(os.system, touch),
@@ -293,7 +294,7 @@ def test_nothing_that_a_pickle_calls_runs(number, protocol, tmp_path):
     name = name.replace(".", r"\.")
     with_weights = {"w": tensor(), "state_dict": {"w": tensor(), "x": payload}}
     refused(write(tmp_path / "x.ckpt", dump(with_weights, protocol)), f"calls '({name})'")
-    # As a key, inside another call's arguments, as a state, as a part of what lies outside.
+    # As a key, an argument of another call, a state, a part of a reference to the outside.
     for nested in ({payload: 1}, Call(collections.OrderedDict, payload),
                    Call(collections.OrderedDict, state={"x": payload}), [[(payload,)]],
                    Call(torch._utils._rebuild_parameter, payload, False, {}),
@@ -336,7 +337,7 @@ def test_what_is_made_without_a_call_is_inert(tmp_path):
     made = str(tmp_path / "made").encode()
     start = b"\x80\x02}X\x01\x00\x00\x00wc" + __name__.encode() + b"\nCallback\n)\x81"
     state = b"}X\x04\x00\x00\x00pathX" + len(made).to_bytes(4, "little") + made + b"sb"
-    items = b"(X\x01\x00\x00\x00aK\x01u(K\x01e"         # items and more of them, set and appended
+    items = b"(X\x01\x00\x00\x00aK\x01u(K\x01e"         # items that are set and appended
     assert read_tensors(write(tmp_path / "x.pt", start + state + items + b"s.")) == {}
     assert not (tmp_path / "made").exists()
     pickle.loads(start + state + b"s.")
@@ -360,7 +361,7 @@ def test_tensors_that_do_not_fit_their_storage(change, tmp_path):
 
 
 def doubled(depth, make):
-    """b"" of instructions for an object that holds one twice, which holds one twice, ..."""
+    """Instructions for an object that holds another twice, which holds another twice, ..."""
     return make + b"q\x00" + b"".join(
         b"0(h\x00h\x00" + kind + b"q\x00" for kind in [b"l" if make == b"]" else b"t"] * depth)
 
@@ -390,7 +391,7 @@ def doubled(depth, make):
     (b"}(K\x01u.", "damaged"), (b"\x80\x02K", "damaged"),
 ])
 def test_pickles_that_are_small_and_would_be_huge(data, match, tmp_path):
-    if match == "0x1":                                  # a key that takes for ever to hash: dropped
+    if match == "0x1":                                  # a key that takes forever to hash
         assert read_tensors(write(tmp_path / "x.bin", data)) == {}
     else:
         refused(write(tmp_path / "x.bin", data), match)
@@ -428,7 +429,7 @@ def test_zip_bombs(tmp_path):
         archive.writestr("archive/data.pkl", dump({"w": tensor(count=16 * MEGABYTE)}))
         archive.writestr("archive/data/0", bytes(64 * MEGABYTE), zipfile.ZIP_DEFLATED)
     refused(path, "'archive/data/0' is compressed")
-    path = tmp_path / "c.pt"                            # never looked at, refused all the same
+    path = tmp_path / "c.pt"                            # refused, although it would not be read
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", dump({}))
         archive.writestr("archive/other", bytes(16 * MEGABYTE), zipfile.ZIP_LZMA)
@@ -436,7 +437,7 @@ def test_zip_bombs(tmp_path):
 
 
 def directory(data, name):
-    """Where the archive's directory describes the entry `name`."""
+    """The place in the archive's directory that describes the entry `name`."""
     return data.rindex(name.encode(), 0, len(data)) - 46
 
 
@@ -471,7 +472,7 @@ def test_entries_without_a_header_of_their_own(tmp_path):
 
 
 def test_entries_on_top_of_each_other(tmp_path):
-    """A thousand storages, all the same megabyte."""
+    """Many storages, all at the same megabyte of the file."""
     path = tmp_path / "x.pt"
     tensors = {f"w{i}": tensor(str(i), MEGABYTE, (MEGABYTE,), (1,), kind=torch.ByteStorage)
                for i in range(10)}
@@ -512,7 +513,7 @@ def test_truncated_files(tmp_path):
 
 
 def test_changed_bytes_are_an_error_or_other_numbers(tmp_path):
-    """Never a traceback. The names of the archive and its directory are not checked by a sum."""
+    """Never a traceback. No checksum covers the archive's names and its directory."""
     path = tmp_path / "x.ckpt"
     torch.save(toy_tensors(), path)
     whole, draw = path.read_bytes(), random.Random(0)
@@ -527,7 +528,7 @@ def test_changed_bytes_are_an_error_or_other_numbers(tmp_path):
 
 
 def test_changed_pickles_are_an_error_or_other_tensors(tmp_path):
-    """With their sums right again: never a traceback, never anything outside of the storage."""
+    """With correct checksums: never a traceback, never numbers from outside of the storage."""
     data, draw = dump({"w": tensor(), "v": tensor(shape=(6,), strides=(1,))}), random.Random(0)
     for _ in range(3000):
         damaged = bytearray(data)
@@ -548,7 +549,7 @@ def test_changed_pickles_are_an_error_or_other_tensors(tmp_path):
 def test_files_of_another_kind(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save(toy_tensors(), path, _use_new_zipfile_serialization=False)
-    refused(path, "written by torch before 1.6.*save it anew")
+    refused(path, "written by a torch older than 1.6.*save it again")
     made = tmp_path / "made"
     for protocol in (2, 4, 5):
         path.write_bytes(dump({"x": Call(os.system, f"touch {made}")}, protocol))

@@ -1,18 +1,17 @@
-"""A LoRA, a small file that changes a model: read, checked, and merged into the weights.
+"""LoRA, a small file that changes a model: read, checked, and merged into the weights.
 
     W += weight * alpha / rank * up @ down
 
-What it trained are two thin matrices a layer, down (rank, in) and up (out, rank), in the place of a
-change of the whole W (out, in); of a convolution, down is one to `rank` channels and up one of 1x1.
-Every trainer names them in its own way:
+For each layer a LoRA trains two thin matrices, down (rank, in) and up (out, rank), in place of a
+change of the whole W (out, in). For a convolution, down is a convolution to `rank` channels and up
+a 1x1 convolution. Every trainer has its own names:
 
     lora_unet_mid_block_attentions_0_proj_in.lora_down.weight, .alpha       kohya
-    lora_unet_middle_block_1_proj_in.lora_down.weight, .alpha               kohya, of SDXL
+    lora_unet_middle_block_1_proj_in.lora_down.weight, .alpha               kohya, SDXL
     unet.mid_block.attentions.0.proj_in.lora_A.weight                       peft
-    unet.mid_block.attentions.0.[...].processor.to_q_lora.down.weight       diffusers, the oldest
+    unet.mid_block.attentions.0.[...].processor.to_q_lora.down.weight       diffusers, oldest
     text_encoder.[...].q_proj.lora_linear_layer.down.weight                 diffusers, later
 
-Called by pipeline.py on a loaded pipeline.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
 section 4.1; names: kohya-ss/sd-scripts (networks/lora.py), diffusers 0.42 (loaders), peft 0.21.
 """
@@ -32,18 +31,18 @@ from ..formats.reading import read_tensors
 from ..formats.safetensors_file import read_metadata
 from ..formats.stored import StoredTensor
 from ..layout import OUR_AXES, file_shape
-from ..single_file.kinds import context_width
+from ..single_file.kinds import model_of_width
 from ..single_file.names import unet_name
 
 KEY = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up|A|B)\.weight|\.(alpha))")
 ROLES = {"A": "down", "B": "up"}
-# What a name begins with, and the part of the pipeline it speaks of; files without are the UNet's.
+# The beginning of a name -> the part of the pipeline; names without a known one are the UNet's.
 PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
             "lora_te2_": "text_encoder_2", "unet.": "unet", "text_encoder.": "text_encoder",
             "text_encoder_2.": "text_encoder_2", "": "unet"}
 OLD_WORDS = {"to_out.0": "to_out", "q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v",
              "out_proj": "to_out"}
-BY_NUMBER = re.compile(r"_(?=\d)|(?<=\d)_")             # where an original name surely had a dot
+AROUND_NUMBERS = re.compile(r"_(?=\d)|(?<=\d)_")        # in an original name, these were dots
 CONTEXT_LAYER = re.compile(r".*attn2_to_[kv]")
 # Relatives of LoRA that change the weights by another formula.
 RELATIVES = {r"\.lora_mid\.": "a LoCon in Tucker's form (lora_mid)", r"\.hada_": "a LoHa (hada_)",
@@ -54,7 +53,7 @@ ADAPTER = "lora_adapter_metadata"                       # in the header, written
 
 
 class Change(NamedTuple):
-    """What a LoRA does to one weight."""
+    """The change of one weight."""
 
     parameter: Parameter
     down: StoredTensor
@@ -65,17 +64,17 @@ class Change(NamedTuple):
 def merge_lora(parts, path, weight, dtype):
     """Add a LoRA to the weights of models: W += weight * alpha / rank * up @ down.
 
-    parts: {"unet": UNet2DConditionModel, "text_encoder": ..., "text_encoder_2": ...}, without those
-    that the pipeline lacks; others are left alone. path: a .safetensors file, or one that
-    torch.save wrote. Sums are made in float32 or wider; a changed weight is a new array of `dtype`.
-    Raises TinyldmError, before anything is changed, for a file that is no LoRA, or one of another
-    model or formula, or with names that match nothing, halves of a pair, numbers not finite.
+    parts: {"unet": UNet2DConditionModel, "text_encoder": ..., "text_encoder_2": ...}, those that
+    the pipeline has. path: a .safetensors file, or one that torch.save wrote. The sum is computed
+    in float32 or wider; a changed weight is a new array of `dtype`.
+    Raises TinyldmError, before anything is changed, for a file that is not a LoRA, one for another
+    model or with another formula, names that match nothing, half a pair, and numbers not finite.
     """
     for change in read_lora(parts, Path(path)):
-        change.parameter.data = merged(change, weight, dtype)
+        change.parameter.data = merged_weight(change, weight, dtype)
 
 
-def merged(change, weight, dtype):
+def merged_weight(change, weight, dtype):
     """The new weight, in our layout and of `dtype`."""
     W, shape = change.parameter.data, file_shape(change.parameter)
     xp, sums = get_xp(W), wide(np.promote_types(W.dtype, dtype))
@@ -89,22 +88,22 @@ def merged(change, weight, dtype):
 # ---- reading and checking -------------------------------------------------------------------
 
 def read_lora(parts, path):
-    """A file's changes to the weights of parts -> [Change]. Raises TinyldmError: see merge_lora."""
+    """A file's changes of the weights of parts -> [Change]. Raises TinyldmError: see merge_lora."""
     stored = read_tensors(path)
     for pattern, relative in RELATIVES.items():
         if any(re.search(pattern, name) for name in stored):
             raise TinyldmError(f"{path} is {relative}, which is not supported: use a plain LoRA")
-    pairs, strangers = sort_out(stored)
+    pairs, unmatched = find_pairs(stored)
     if not any(pair.keys() & {"down", "up"} for pair in pairs.values()):
         raise TinyldmError(f"{path} is no LoRA: expected pairs of names such as *.lora_down.weight "
                            f"and *.lora_up.weight, found {shorten(list(stored))}")
     check_width(path, pairs, parts["unet"])
-    layers = spelled_layers(parts)
-    strangers += [tensor.name for place, pair in pairs.items() if place not in layers
+    layers = layers_by_spelling(parts)
+    unmatched += [tensor.name for target, pair in pairs.items() if target not in layers
                   for tensor in pair.values()]
-    if strangers:
+    if unmatched:
         raise TinyldmError(f"{path} was made for another model: names that match nothing here are "
-                           f"{shorten(strangers)}")
+                           f"{shorten(unmatched)}")
     halves = [tensor.name for pair in pairs.values() if not {"down", "up"} <= pair.keys()
               for tensor in pair.values()]
     if halves:
@@ -112,12 +111,12 @@ def read_lora(parts, path):
                            f"only a part for {shorten(halves)}: get it again")
     settings = adapter_settings(path)
     changes, wrong = [], []
-    for place, pair in pairs.items():
-        layer, parameter = layers[place]
+    for target, pair in pairs.items():
+        layer, parameter = layers[target]
         rank = fitting_rank(parameter, **pair)
         if rank:
-            alpha = (number(pair["alpha"]) if "alpha" in pair
-                     else adapter_alpha(settings, place[0], layer, rank, path))
+            alpha = (float(pair["alpha"].read(np.float64).reshape(-1)[0]) if "alpha" in pair
+                     else adapter_alpha(settings, target[0], layer, rank, path))
             changes.append(Change(parameter, pair["down"], pair["up"], alpha / rank))
         else:
             wrong.append(f"{layer} (expected {file_shape(parameter)}, found up "
@@ -127,45 +126,45 @@ def read_lora(parts, path):
                            f"{shorten(wrong)}")
     for change in changes:
         for tensor in (change.down, change.up):
-            tensor.read(np.float32)                     # for its check of the numbers
+            tensor.read(np.float32)                     # raises if a number is not finite
     return changes
 
 
-def sort_out(stored):
-    """{name: StoredTensor} -> {place: {"down", "up", "alpha": StoredTensor}}, names of no LoRA.
+def find_pairs(stored):
+    """{name: StoredTensor} -> {target: {"down", "up", "alpha": StoredTensor}}, unmatched names.
 
-    A name whose place is taken is counted to the latter.
+    Unmatched are names that are not a LoRA's, and second names for the same tensor.
     """
-    pairs, strangers = {}, []
+    pairs, unmatched = {}, []
     for name, tensor in stored.items():
         match = KEY.fullmatch(name)
         if not match:
-            strangers.append(name)
+            unmatched.append(name)
             continue
         role = ROLES.get(match[2], match[2] or match[3])
-        if pairs.setdefault(place_of(match[1]), {}).setdefault(role, tensor) is not tensor:
-            strangers.append(name)
-    return pairs, strangers
+        if pairs.setdefault(target_of(match[1]), {}).setdefault(role, tensor) is not tensor:
+            unmatched.append(name)
+    return pairs, unmatched
 
 
-def place_of(name):
-    """The part and the layer that a file's name speaks of, the layer's dots as underscores."""
+def target_of(name):
+    """A name in the file -> the part and the layer that it changes, underscores for dots."""
     prefix = next(prefix for prefix in PREFIXES if name.startswith(prefix))
     part, layer = PREFIXES[prefix], flat(name.removeprefix(prefix).replace(".processor", ""))
-    if part == "unet":                                  # the public name of what may be an original
-        layer = flat(unet_name(BY_NUMBER.sub(".", layer) + ".weight")).removesuffix("_weight")
+    if part == "unet":                                  # the name may be the original one
+        layer = flat(unet_name(AROUND_NUMBERS.sub(".", layer) + ".weight")).removesuffix("_weight")
     return part, layer
 
 
-def spelled_layers(parts):
-    """{place: (name of the layer, its weight)}, for every way to spell a layer that has one."""
+def layers_by_spelling(parts):
+    """{target: (name of the layer, its weight)}, with every spelling of each layer's name."""
     return {(part, spelling): (name, layer.weight) for part, model in parts.items()
             for name, layer in named_modules(model) if isinstance(layer, (Linear, Conv2d))
             for spelling in spellings(name)}
 
 
 def spellings(name):
-    """A layer's names: our own, without `text_model.`, and with the words of old diffusers."""
+    """A layer's names: the public one, without `text_model.`, and with old diffusers' words."""
     names = [name, name.removeprefix("text_model.")]
     for word, old in OLD_WORDS.items():
         names += [name.replace(word, old) for name in names]
@@ -177,18 +176,22 @@ def flat(name):
 
 
 def check_width(path, pairs, unet):
-    """Refuse a LoRA whose layers read a context of another width than the UNet's."""
-    own = set(np.ravel(unet.config["cross_attention_dim"]).tolist())
+    """Refuse a LoRA whose cross-attention expects a context of another width than the UNet's."""
+    own = set(np.ravel(unet.settings.cross_attention_dim).tolist())
     for (_, layer), pair in pairs.items():
         if "down" in pair and CONTEXT_LAYER.fullmatch(layer) and len(pair["down"].shape) > 1:
             width = pair["down"].shape[1]
             if width not in own:
-                raise TinyldmError(f"{path} was made for {context_width(width)}, but this is "
-                                   f"{context_width(max(own))}: use a LoRA made for it")
+                theirs, ours = (model_of_width("context", size) for size in (width, max(own)))
+                raise TinyldmError(f"{path} was made for {theirs}, but this is {ours}: use a LoRA "
+                                   "made for it")
 
 
 def fitting_rank(parameter, down, up, alpha=None):
-    """The rank of a pair that fits a weight, else 0. 1x1 convolutions may be matrices."""
+    """The rank of a pair that fits a weight, else 0. Matrices may be stored as 1x1 convolutions."""
+    def matrix(shape):
+        return shape[:2] if shape[2:] == (1, 1) else shape
+
     O, *inputs = file_shape(parameter)
     rank = down.shape[0] if down.shape else 0
     fits = (matrix(down.shape) == matrix((rank, *inputs)) and matrix(up.shape) == (O, rank)
@@ -196,18 +199,10 @@ def fitting_rank(parameter, down, up, alpha=None):
     return rank if fits else 0
 
 
-def matrix(shape):
-    return shape[:2] if shape[2:] == (1, 1) else shape
-
-
 # ---- alpha ----------------------------------------------------------------------------------
 
-def number(tensor):
-    return float(tensor.read(np.float64).reshape(-1)[0])
-
-
 def adapter_settings(path):
-    """What diffusers notes of peft's settings in a safetensors header: {"unet.lora_alpha": ...}."""
+    """peft's settings, which diffusers writes into the header: {"unet.lora_alpha": ...}."""
     try:
         settings = json.loads(read_metadata(path).get(ADAPTER, "{}"), parse_int=float)
     except (ValueError, RecursionError):
@@ -218,10 +213,10 @@ def adapter_settings(path):
 
 
 def adapter_alpha(settings, part, layer, rank, path):
-    """The alpha that peft's settings give a layer; without any it is the rank.
+    """The alpha of a layer in peft's settings; the rank if they have none.
 
-    alpha_pattern names layers by their ends. rsLoRA divides by the root of the rank: Kalajdzievski
-    2023, arXiv:2312.03732.
+    alpha_pattern names layers by the ends of their names. rsLoRA divides by the square root of the
+    rank: Kalajdzievski 2023, arXiv:2312.03732.
     """
     alpha = settings.get(f"{part}.lora_alpha", rank)
     pattern = settings.get(f"{part}.alpha_pattern") or {}

@@ -1,11 +1,10 @@
-"""A textual inversion, a new word for prompts: vectors in a file, read and put into a text encoder.
+"""Textual inversion, a new word for prompts: its vectors are added to the text encoder.
 
-The word is trained as rows of the table that turns token ids into vectors; nothing else changes.
-Three kinds of files hold them, (n,D) or (D,): one tensor named after its word, as diffusers writes
-it; `string_to_param` of the web interfaces, which torch_file.py reads as that, and `emb_params`,
-whose word is the file's name; and `clip_l` and `clip_g` for the two text encoders of SDXL.
+A textual inversion trains rows of the table that turns token ids into vectors, and nothing else.
+The vectors (n,D) or (D,) are stored in one of four ways: one tensor named after its word (by
+diffusers); `string_to_param` (by web interfaces; torch_file.py turns it into the first way);
+`emb_params`, where the file's name is the word; `clip_l` and `clip_g`, for SDXL's two encoders.
 
-Called by pipeline.py on a loaded pipeline; the tokenizer learns the word at the same time.
 Source: Gal et al. 2022, "An Image is Worth One Word: Personalizing Text-to-Image Generation using
 Textual Inversion", arXiv:2208.01618; diffusers 0.42 (loaders/textual_inversion.py).
 """
@@ -16,18 +15,18 @@ from ...errors import TinyldmError
 from ..components import shorten
 from ..formats.reading import read_tensors
 from ..formats.torch_file import NAMELESS
-from ..single_file.kinds import FAMILIES
+from ..single_file.kinds import model_of_width
 
 PAIR = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 
 
 def add_word(encoders, path, word=None):
-    """Teach a textual inversion's word to tokenizers and text encoders.
+    """Add a textual inversion's word to the tokenizers, and its vectors to the text encoders.
 
     encoders: {"text_encoder": (Tokenizer, CLIPTextModel)}, with "text_encoder_2" for SDXL. path: a
-    .safetensors file, or one that torch.save wrote. word: in place of the file's own.
-    Raises TinyldmError, before anything is changed, for a file that is no textual inversion or one
-    of another model, and for a word that is in a vocabulary already.
+    .safetensors file, or one that torch.save wrote. word: to use instead of the file's own word.
+    Raises TinyldmError, before anything is changed, for a file that is not a textual inversion,
+    for one of another model, and for a word that a vocabulary has already.
     """
     path = Path(path)
     own, vectors = read_word(path)
@@ -40,8 +39,9 @@ def add_word(encoders, path, word=None):
         table, tensor = model.text_model.embeddings.token_embedding.weight, vectors[part]
         D, width = table.shape[1], tensor.shape[-1]
         if width != D:
-            raise TinyldmError(f"{path} was made for {encoder_width(width)}, but this is "
-                               f"{encoder_width(D)}: use a textual inversion made for it")
+            theirs, ours = (model_of_width("text encoder", size) for size in (width, D))
+            raise TinyldmError(f"{path} was made for {theirs}, but this is {ours}: use a textual "
+                               "inversion made for it")
         if len(tokenizer) > len(table.data):
             raise TinyldmError(f"the tokenizer knows {len(tokenizer)} tokens, the text encoder "
                                f"only {len(table.data)}: use parts of one pipeline")
@@ -53,7 +53,7 @@ def add_word(encoders, path, word=None):
 
 
 def extend(model, ids, rows):
-    """Give new tokens their rows in a text encoder's table, which grows if it has to."""
+    """Write the rows of new tokens into a text encoder's table; the table grows if necessary."""
     table = model.text_model.embeddings.token_embedding.weight
     xp, (V, D) = get_xp(table.data), table.shape
     data = xp.zeros((max(V, ids[-1] + 1), D), table.data.dtype)
@@ -80,7 +80,3 @@ def read_word(path):
         raise TinyldmError(f"{path} is no textual inversion: expected one list of vectors under a "
                            f"word, {NAMELESS}, or clip_l and clip_g, found {shorten(found)}")
     return word, vectors
-
-
-def encoder_width(width):
-    return f"{FAMILIES.get(width, 'a model')} (text encoder of width {width})"

@@ -1,9 +1,9 @@
-"""One safetensors file: tensors by name, read lazily from a memory map, and written atomically.
+"""A safetensors file: tensors by name, read lazily from a memory map, and written atomically.
 
 The format (https://huggingface.co/docs/safetensors): the header's length in 8 little-endian bytes,
 the header in JSON with each tensor's dtype, shape and place, then the raw numbers. The safetensors
-library checks and writes it; the numbers are taken from the map here, because the library's NumPy
-side has no bfloat16 and copies every tensor.
+library checks and writes files. The numbers are read from a memory map here, because the library
+has no bfloat16 for NumPy and copies every tensor.
 """
 import json
 import math
@@ -21,7 +21,7 @@ from .stored import StoredTensor, map_file, row_major
 def read_safetensors(path):
     """{name: StoredTensor} of a file, in the file's order. No number is read yet.
 
-    Raises TinyldmError naming a file that is missing, unreadable, truncated or corrupt.
+    Raises TinyldmError, naming the file, if it is missing, unreadable, truncated or corrupt.
     """
     path = Path(path)
     try:
@@ -45,8 +45,7 @@ def read_safetensors(path):
 
 
 def read_metadata(path):
-    """{name: text} of what a file's header says besides its tensors; {} of a file of another kind.
-    """
+    """{name: text}, the metadata in the header; {} for a file of another format."""
     try:
         with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
@@ -55,14 +54,14 @@ def read_metadata(path):
 
 
 def write_safetensors(tensors, path):
-    """Write {name: array} atomically, marked as PyTorch weights, which diffusers asks for.
+    """Write {name: array} atomically, marked as PyTorch weights, as diffusers requires.
 
-    Raises TinyldmError where the file cannot be written.
+    Raises TinyldmError if the file cannot be written.
     """
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:                # the library's word for a full disk, say
+        except SafetensorError as error:                # for instance when the disk is full
             raise OSError(str(error)) from None
-        temporary.chmod(0o644)                          # the library lets only the owner read
+        temporary.chmod(0o644)                          # the library makes it private

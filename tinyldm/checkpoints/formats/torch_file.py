@@ -1,9 +1,9 @@
-"""One file as torch.save writes it (.ckpt, .bin, .pt): tensors by name, read lazily, nothing run.
+"""A file as torch.save writes it (.ckpt, .bin, .pt): tensors by name, read lazily, nothing run.
 
-A zip archive of stored, not compressed, entries: `<root>/data.pkl`, a pickle that says what there
-is, and `<root>/data/<key>`, the raw numbers of one storage each. A tensor is a view of a storage:
-an offset, a shape and strides, all counted in numbers. What such a file claims is checked against
-the archive before anything is made of it, and the numbers are taken from a memory map of the file.
+The file is a zip archive without compression. `<root>/data.pkl` is a pickle that lists the tensors;
+each `<root>/data/<key>` holds the raw numbers of one storage. A tensor is a view of a storage:
+an offset, a shape and strides, all counted in numbers. Every claim of the pickle is checked against
+the archive first; then the numbers are read from a memory map of the file.
 Source: torch 2.13, torch/serialization.py and torch/_utils.py.
 """
 import math
@@ -16,11 +16,11 @@ from ...errors import TinyldmError
 from .stored import StoredTensor, map_file
 from .unpickle import Global, unpickle
 
-NAMELESS = "emb_params"         # vectors of a textual inversion whose word is the file's name
-LARGEST_PICKLE = 1 << 24        # bytes; a checkpoint has some 200 a tensor
+NAMELESS = "emb_params"         # a textual inversion's vectors, where the file name is the word
+LARGEST_PICKLE = 1 << 24        # bytes; a checkpoint has about 200 per tensor
 MOST_AXES = 8
 ENCRYPTED = 1                   # a bit of a zip entry's flags
-# torch's storages: safetensors' word for the dtype, bytes a number
+# torch's name -> the dtype in safetensors' words, bytes per number
 STORAGES = {"torch.DoubleStorage": ("F64", 8), "torch.FloatStorage": ("F32", 4),
             "torch.HalfStorage": ("F16", 2), "torch.BFloat16Storage": ("BF16", 2),
             "torch.LongStorage": ("I64", 8), "torch.IntStorage": ("I32", 4),
@@ -29,25 +29,26 @@ STORAGES = {"torch.DoubleStorage": ("F64", 8), "torch.FloatStorage": ("F32", 4),
 
 
 class Storage(NamedTuple):
-    """The raw numbers of one or several tensors, inside the file."""
+    """The place of the raw numbers that one or several tensors share."""
 
     format: str
     itemsize: int
-    start: int                                          # in bytes, from the file's first
+    start: int                                          # in bytes, from the file's beginning
     count: int                                          # of numbers
 
 
 def read_torch(path):
     """{name: StoredTensor} of a file's state dict, in the file's order. No number is read yet.
 
-    Lightning keeps the state dict among others' under `state_dict`; what is no tensor is dropped.
-    Web interfaces keep the vectors of a textual inversion under `string_to_param` and its word
-    under `name`: here their name is that word, or else the one that is theirs in safetensors files.
-    Raises TinyldmError naming a file that is damaged, or whose pickle is more than weights.
+    Lightning stores the state dict under `state_dict`; other entries are dropped, and so is what is
+    not a tensor. Web interfaces store the vectors of a textual inversion under `string_to_param`
+    and its word under `name`: that word names the tensor here, or NAMELESS without one, as in
+    safetensors files.
+    Raises TinyldmError, naming the file, if it is damaged or its pickle holds more than weights.
     """
     path = Path(path)
     archive = Archive(path)
-    calls = {"collections.OrderedDict": lambda: {},     # what is in it follows the call
+    calls = {"collections.OrderedDict": lambda: {},     # its items are set after the call
              "torch._utils._rebuild_tensor_v2": archive.tensor,
              "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
     content = unpickle(path, archive.pickle, calls, archive.storage)
@@ -81,18 +82,18 @@ class Archive:
                 order = archive.read(order) if order and order.file_size < 9 else b"little"
         except TinyldmError:
             raise
-        except Exception as error:      # zipfile says in many ways that an archive is damaged
+        except Exception as error:      # zipfile raises many kinds for a damaged archive
             raise self._damaged(error) from None
         if order != b"little":
-            raise TinyldmError(f"{path} was written on a machine of the byte order "
-                               f"{order.decode('ascii', 'replace')!a}, supported is 'little'")
+            raise TinyldmError(f"{path} has the byte order {order.decode('ascii', 'replace')!a}, "
+                               "expected was 'little': save it again on a common processor")
 
     def _check_entries(self):
         for entry in self.entries.values():
             if (entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED
                     or entry.file_size != entry.compress_size):
                 raise TinyldmError(f"{self.path}: its entry {entry.filename!a:.80} is compressed "
-                                   "or encrypted, which torch never does: use another file")
+                                   "or encrypted, but torch writes neither: use another file")
         total = sum(entry.file_size for entry in self.entries.values())
         if total > len(self.mapped):
             raise self._damaged(f"entries of {total} bytes in a file of {len(self.mapped)}")
@@ -104,8 +105,8 @@ class Archive:
             raise TinyldmError(f"expected a zip as torch.save writes it, but {self.path} holds "
                                f"{len(found)} pickles named <folder>/data.pkl: use another file")
         if found[0].file_size > LARGEST_PICKLE:
-            raise TinyldmError(f"{self.path}: its pickle has {found[0].file_size} bytes, "
-                               f"more than the {LARGEST_PICKLE} that any checkpoint needs")
+            raise TinyldmError(f"{self.path}: its pickle has {found[0].file_size} bytes, more than "
+                               f"the {LARGEST_PICKLE} that any checkpoint needs: use another file")
         return found[0]
 
     def _damaged(self, reason):
@@ -114,11 +115,11 @@ class Archive:
 
     # ---- what the pickle refers to ----------------------------------------------------------
 
-    def storage(self, word):
-        """The tuple ("storage", type, key, device, count) of a pickle -> Storage."""
-        kind, storage, key, _, count = word
+    def storage(self, reference):
+        """A pickle's reference ("storage", type, key, device, count) -> Storage."""
+        kind, storage, key, _, count = reference
         if kind != "storage" or not isinstance(storage, Global) or not isinstance(key, str):
-            raise ValueError("what lies outside is no storage")
+            raise ValueError("a reference to something that is not a storage")
         entry = self.entries[f"{self.root}data/{key}"]
         if storage not in STORAGES:
             raise TinyldmError(f"{self.path}: the storage {key!a:.20} is a {storage!a:.80}, "
@@ -129,7 +130,7 @@ class Archive:
         return Storage(format, itemsize, self._start(entry), count)
 
     def _start(self, entry):
-        """Where an entry's bytes begin: behind its local header, whose lengths are its own."""
+        """Where an entry's bytes begin: after its local header, which has a variable length."""
         header = self.mapped[entry.header_offset:entry.header_offset + 30]
         lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         start = entry.header_offset + 30 + lengths
@@ -139,9 +140,11 @@ class Archive:
         return start
 
     def tensor(self, storage, offset, shape, strides, *_):
-        """torch._utils._rebuild_tensor_v2, but for gradients and hooks -> StoredTensor."""
+        """What torch._utils._rebuild_tensor_v2 makes, without gradients and hooks -> StoredTensor.
+        """
         if not isinstance(storage, Storage) or not len(shape) == len(strides) <= MOST_AXES:
-            raise ValueError("a tensor without a storage, or of another shape than strides")
+            raise ValueError("a tensor without a storage, or whose shape and strides differ in "
+                             "length")
         shape, strides = tuple(map(_whole, shape)), tuple(map(_whole, strides))
         size = math.prod(shape)
         last = sum((length - 1) * stride for length, stride in zip(shape, strides)) if size else -1
@@ -154,7 +157,7 @@ class Archive:
 
 
 def _whole(number):
-    """A number of a pickle that counts something, checked."""
+    """Check that a value from a pickle is a whole number of at least 0, and return it."""
     if type(number) is not int or not 0 <= number <= sys.maxsize:
         raise ValueError(f"a {type(number).__name__} that is no count")
     return number

@@ -1,1 +1,1 @@
-"""Single files in the original layout: what they are, and what they call each weight."""
+"""Single files in the original layout: which model they hold, and the names of its weights."""

@@ -1,10 +1,9 @@
-"""What a file of weights is, told by its names and shapes, and the configs of whole models.
+"""Which model a file of weights holds, found by names and shapes; and the models' configs.
 
-A single file has the weights and no config. What the published folders' config.json files say of
-the same models stands here. Source: on the Hugging Face hub stable-diffusion-v1-5,
-stable-diffusion-2-1, stable-diffusion-2-1-base, stable-diffusion-xl-base-1.0, and those made for
-inpainting: stable-diffusion-inpainting, stable-diffusion-2-inpainting,
-stable-diffusion-xl-1.0-inpainting-0.1.
+A single file has weights but no configs. The configs here are those of the same models' published
+folders. Source: on the Hugging Face hub stable-diffusion-v1-5, stable-diffusion-2-1,
+stable-diffusion-2-1-base, stable-diffusion-xl-base-1.0, and for inpainting
+stable-diffusion-inpainting, stable-diffusion-2-inpainting, stable-diffusion-xl-1.0-inpainting-0.1.
 """
 from typing import NamedTuple
 
@@ -12,13 +11,8 @@ import numpy as np
 
 from ...errors import TinyldmError
 
-UNET = "model.diffusion_model."
-FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0.weight"
-# Their second axis is the width of the context. SDXL has no attention at its first level.
-FIRST_KEYS = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-FIRST_KEYS_XL = f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-LAST_NORM = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-V_DEVIATION = 0.09          # of the last norm's bias: above it, the model predicts v
+LAST_NORM = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+LARGEST_STD = 0.09          # of this bias, in a model that predicts noise
 
 SD1_UNET = {
     "in_channels": 4, "out_channels": 4, "sample_size": 64, "act_fn": "silu",
@@ -47,7 +41,7 @@ SCHEDULER = {
 
 
 class Kind(NamedTuple):
-    """A model's name, its configs, and the token that its prompts are padded with."""
+    """A model's name, its configs, and the padding token of its tokenizer."""
 
     name: str
     unet: dict
@@ -55,13 +49,13 @@ class Kind(NamedTuple):
     text_encoder: dict
     scheduler: dict
     padding: str
-    text_encoder_2: dict | None = None                  # and of SDXL's second
+    text_encoder_2: dict | None = None                  # SDXL's second text encoder
     padding_2: str | None = None
 
 
 SD1 = Kind("Stable Diffusion 1", SD1_UNET, SD1_VAE, SD1_TEXT,
            SCHEDULER | {"_class_name": "PNDMScheduler"}, "<|endoftext|>")
-# 768 pixels, v prediction. Of OpenCLIP's 24 layers the last is not used.
+# 768 pixels, v prediction. The last of OpenCLIP's 24 layers is not used.
 SD2 = Kind("Stable Diffusion 2",
            SD1_UNET | {"sample_size": 96, "attention_head_dim": [5, 10, 20, 20],
                        "cross_attention_dim": 1024, "use_linear_projection": True},
@@ -86,7 +80,7 @@ SDXL = Kind("Stable Diffusion XL", SD2.unet | {
             SD1_TEXT | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
                         "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280},
             "!")
-# Noisy latents, a mask, and the latents of the picture with a hole.
+# 4 channels of noisy latents, 1 of the mask, 4 of the masked picture's latents.
 INPAINTING = {"in_channels": 9}
 SD1_INPAINTING = SD1._replace(
     name="Stable Diffusion 1 for inpainting", unet=SD1_UNET | INPAINTING,
@@ -99,59 +93,53 @@ KNOWN = "Stable Diffusion 1, 2 and XL in the original layout (model.diffusion_mo
 
 
 def recognise(stored, path):
-    """The Kind of a single file with these {name: StoredTensor}.
+    """The Kind of a single file, from its {name: StoredTensor}.
 
-    Raises TinyldmError for another model, named where it is known, else with what was found.
+    Raises TinyldmError for any other model: with its name if known, else with what was found.
     """
-    layout, what = layout_of(stored)
-    if what not in (SINGLE_FILE, None):
-        raise TinyldmError(f"{path} holds another kind of weights, {what} in the {layout} layout: "
-                           f"as a single file only {KNOWN} are supported{HINTS.get(what, '')}")
-    first, keys = stored.get(FIRST_CONVOLUTION), stored.get(FIRST_KEYS, stored.get(FIRST_KEYS_XL))
-    if first is None or keys is None or len(first.shape) != 4 or len(keys.shape) != 2:
-        raise _unknown(stored, path)
+    layout, content = layout_of(stored)
+    if content not in (SINGLE_FILE, None):
+        raise TinyldmError(f"{path} holds another kind of weights, {content} in the {layout} "
+                           f"layout: supported single files are {KNOWN}{HINTS.get(content, '')}")
+    width, channels = unet_shape(stored)
+    if content is None or width is None or channels is None:
+        found = [f"{name} {list(tensor.shape)}" for name, tensor in list(stored.items())[:4]]
+        kind = ", ".join(filter(None, ["an unknown kind of model", family(stored)]))
+        raise TinyldmError(f"{path} holds {kind}: found {len(stored)} tensors "
+                           f"({', '.join(found)} ...), known are {KNOWN}")
     kinds = {kind.unet["cross_attention_dim"]: (kind, inpainting) for kind, inpainting in
              ((SD1, SD1_INPAINTING), (SD2, SD2_INPAINTING), (SDXL, SDXL_INPAINTING))}
-    width = keys.shape[1]
     if width not in kinds:
-        raise TinyldmError(f"{path} holds the UNet of {context_width(width)}, supported are "
-                           f"{', '.join(f'{w} ({kind.name})' for w, (kind, _) in kinds.items())}")
-    channels = {kind.unet["in_channels"]: kind for kind in kinds[width]}
-    kind = channels.get(first.shape[1])
-    if kind is None:
-        made = f" (made {MADE_FOR[first.shape[1]]})" if first.shape[1] in MADE_FOR else ""
-        raise TinyldmError(f"{path} holds a {kinds[width][0].name} of {first.shape[1]} input "
-                           f"channels{made}: this is not supported, only "
-                           f"{' and '.join(map(str, channels))}")
-    return SD2_BASE if kind is SD2 and not _predicts_v(stored) else kind
+        known = [f"{size} ({kind.name})" for size, (kind, _) in kinds.items()]
+        raise TinyldmError(f"{path} holds the UNet of {model_of_width('context', width)}, "
+                           f"supported are {', '.join(known)}")
+    for kind in kinds[width]:
+        if kind.unet["in_channels"] == channels:
+            return SD2_BASE if kind is SD2 and not _predicts_v(stored) else kind
+    purpose = f" (made {MADE_FOR[channels]})" if channels in MADE_FOR else ""
+    raise TinyldmError(f"{path} holds a {kinds[width][0].name} of {channels} input channels"
+                       f"{purpose}: this is not supported, only 4 and 9 (for inpainting)")
 
 
-def context_width(width):
-    """What an error says of a model whose context is that wide."""
-    return f"{FAMILIES.get(width, 'a model')} (context of width {width})"
+def model_of_width(what, width):
+    """The words of an error for the model whose context or text encoder has a width."""
+    return f"{FAMILIES.get(width, 'a model')} ({what} of width {width})"
 
 
 def _predicts_v(stored):
-    """Whether a Stable Diffusion 2 was trained to predict v, which nothing in the file states.
+    """Whether a Stable Diffusion 2 predicts v. Nothing in the file says so.
 
-    Told by the deviation of one bias, as ComfyUI does, whose authors are not sure of it either.
-    Source: ComfyUI, comfy/supported_models.py, SD20.
+    ComfyUI, too, decides by the standard deviation of this bias; its authors are not sure why that
+    works. Source: ComfyUI, comfy/supported_models.py, SD20.
     """
-    return LAST_NORM in stored and stored[LAST_NORM].read(np.float32).std() > V_DEVIATION
-
-
-def _unknown(stored, path):
-    found = [f"{name} {list(tensor.shape)}" for name, tensor in list(stored.items())[:4]]
-    kind = ", ".join(filter(None, ["an unknown kind of model", family(stored)]))
-    return TinyldmError(f"{path} holds {kind}: found {len(stored)} tensors "
-                        f"({', '.join(found)} ...), known are {KNOWN}")
+    return LAST_NORM in stored and stored[LAST_NORM].read(np.float32).std() > LARGEST_STD
 
 
 # ---- any file of weights --------------------------------------------------------------------
 
 SINGLE_FILE = "single file"                             # all the models of a pipeline
 HINTS = {"LoRA": "; --lora adds it to one", "textual inversion": "; --embedding adds it to one"}
-# What some key contains -> the layout, and what the file holds. The first line that fits decides.
+# A part of some key -> the layout, and what the file holds. The first line that matches decides.
 LAYOUTS = (
     ("lora_unet_", "kohya", "LoRA"),
     ("lora_te", "kohya", "LoRA"),
@@ -175,30 +163,37 @@ LAYOUTS = (
     ("encoder.layers.", "transformers", "text encoder"),
     ("emb_params", "web interface", "textual inversion"),
 )
-# The width of the context that a UNet attends to, and the channels it takes.
+# By the width of the UNet's context, and by the number of its input channels.
 FAMILIES = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name,
             1280: "Stable Diffusion XL's refiner"}
 MADE_FOR = {8: "for editing", 9: "for inpainting"}
 
 
 def layout_of(names):
-    """What the keys of a file say of it -> (layout, kind): see LAYOUTS; both None if nothing."""
-    for mark, layout, kind in LAYOUTS:
+    """The keys of a file -> (layout, what it holds), see LAYOUTS; (None, None) if unknown."""
+    for mark, layout, content in LAYOUTS:
         if any(mark in name for name in names):
-            return layout, kind
+            return layout, content
     return None, None
 
 
 def family(tensors):
-    """Which Stable Diffusion a UNet in either layout is of, by its shapes; "" without a UNet."""
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    widths = [shape[-1] for name, shape in shapes.items()
-              if name.endswith("attn2.to_k.weight") and shape]
-    if not widths:
+    """The Stable Diffusion to which a UNet in either layout belongs; "" if there is no UNet."""
+    width, channels = unet_shape(tensors)
+    if width is None:
         return ""
-    channels = [shape[1] for name, shape in shapes.items() if len(shape) == 4
-                and (name == "conv_in.weight" or name.endswith("input_blocks.0.0.weight"))]
     return " ".join(filter(None, [
-        FAMILIES.get(widths[0], f"with a context of width {widths[0]}"),
-        MADE_FOR.get(next(iter(channels), None)),
-        "guided as LCM" if "time_embedding.cond_proj.weight" in shapes else None]))
+        FAMILIES.get(width, f"with a context of width {width}"), MADE_FOR.get(channels),
+        "guided as LCM" if "time_embedding.cond_proj.weight" in tensors else None]))
+
+
+def unet_shape(tensors):
+    """The context's width and the number of input channels of a UNet in either layout.
+
+    Each is None if no tensor shows it.
+    """
+    widths = (tensor.shape[-1] for name, tensor in tensors.items()
+              if name.endswith("attn2.to_k.weight") and tensor.shape)
+    channels = (tensor.shape[1] for name, tensor in tensors.items() if len(tensor.shape) == 4
+                and (name == "conv_in.weight" or name.endswith("input_blocks.0.0.weight")))
+    return next(widths, None), next(channels, None)

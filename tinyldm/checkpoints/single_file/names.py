@@ -1,11 +1,10 @@
-"""The original names of Stable Diffusion's weights, as single files have them -> the public ones.
+"""The original names of Stable Diffusion's weights, as in single files -> the public names.
 
-    model.diffusion_model.*     the UNet, its blocks in one list down and one up
-    first_stage_model.*         the VAE, the decoder's levels numbered from the picture
+    model.diffusion_model.*     the UNet, with one list of blocks down and one up
+    first_stage_model.*         the VAE; the decoder's levels are numbered from the picture
     cond_stage_model.*          the text encoder: CLIP with its public names, or OpenCLIP
 
-SDXL has `conditioner.embedders.0.*` and `.1.*` in place of the last. A part's name here is that of
-the diffusers folder. Pure functions of names and of where tensors lie.
+SDXL has `conditioner.embedders.0.*` and `.1.*` in place of the last one.
 Source: CompVis/latent-diffusion and Stability-AI/stablediffusion (openaimodel.py, model.py),
 mlfoundations/open_clip (transformer.py).
 """
@@ -13,10 +12,10 @@ import re
 
 from ...errors import TinyldmError
 
-LAYERS = 2                  # residual blocks a level on the way down, in every Stable Diffusion
+LAYERS = 2                  # residual blocks per level of the encoder, in every Stable Diffusion
 VAE_LEVELS = 4
 
-# Of the training, not of the model: the noise schedule's tables and the averaged weights.
+# Left over from training: the tables of the noise schedule, and the averaged weights.
 LEFTOVER = re.compile(r"(sqrt_\w+|log_one_minus_\w+|posterior_\w+|alphas_cumprod(_prev)?|betas|"
                       r"logvar|denoiser\.sigmas|model_ema\..+)")
 
@@ -42,40 +41,35 @@ OPEN_CLIP_WORDS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "ml
                    "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
 
 
-def parts(stored, text_layers):
+def by_part(stored, text_layers):
     """{name in the file: StoredTensor} -> {part: {public name: StoredTensor}}, {name: the rest}.
 
-    text_layers: how many layers of an only OpenCLIP encoder the model uses, as the next one and
-    what follows it are dropped. Matrices of q, k and v on top of each other become three.
+    A part has the name of its diffusers folder. text_layers: if OpenCLIP is the only text encoder,
+    how many of its layers the model uses; the next layer and what follows it are dropped. A matrix
+    with q, k and v in its rows becomes three.
     """
-    found, rest = {}, {}
+    found = {}
     for name, tensor in stored.items():
         if LEFTOVER.fullmatch(name):
             continue
-        part, renamed = _part(name, tensor, text_layers)
-        place = found.setdefault(part, {}) if part else rest
+        prefix, part, rename = next(row for row in PREFIXES if name.startswith(row[0]))
+        inner, tensors = name.removeprefix(prefix), found.setdefault(part, {})
+        if rename is not open_clip_names:
+            renamed = {rename(inner): tensor}
+        else:
+            dropped = _is_dropped(part, inner, text_layers)
+            renamed = {} if dropped else open_clip_names(inner, tensor)
         for public, piece in renamed.items():
-            place[name if public in place else public] = piece
+            tensors[name if public in tensors else public] = piece
+    rest = found.pop(None, {})
     return found, rest
 
 
-def _part(name, tensor, text_layers):
-    """-> the part a tensor belongs to, {public name: tensor}; None if to no part."""
-    for prefix, part, rename in PREFIXES:
-        if name.startswith(prefix):
-            inner = name.removeprefix(prefix)
-            if rename is open_clip_names:
-                dropped = _dropped(part, inner, text_layers)
-                return part, {} if dropped else open_clip_names(inner, tensor)
-            return part, {rename(inner): tensor}
-    return None, {name: tensor}
+def with_ema_weights(stored, path):
+    """The tensors, with the UNet's EMA (averaged) weights in place of the trained ones.
 
-
-def with_averages(stored, path):
-    """The tensors with the UNet's averaged (EMA) weights in the place of the trained ones.
-
-    They are called model_ema. and the UNet's name without `model.` and without its dots.
-    Raises TinyldmError for a file that does not hold them all.
+    Their names are model_ema. and the UNet's name without `model.` and without its dots.
+    Raises TinyldmError for a file that does not hold all of them.
     """
     unet = [name for name in stored if name.startswith("model.diffusion_model.")]
     averages = {name: f"model_ema.{name.removeprefix('model.').replace('.', '')}" for name in unet}
@@ -89,9 +83,10 @@ def with_averages(stored, path):
 # ---- the UNet and the VAE -------------------------------------------------------------------
 
 def unet_name(name):
-    """input_blocks.n counts conv_in, then for each level its blocks and what halves the map.
+    """A UNet's original name -> the public one.
 
-    output_blocks.n counts the blocks of the way up; what doubles the map is the last module of one.
+    input_blocks.n counts conv_in, then for each level its residual blocks and its downsampler.
+    output_blocks.n counts the residual blocks; an upsampler is the last module of such a block.
     """
     stem, _, kind = name.rpartition(".")
     if stem in UNET_NAMES:
@@ -117,7 +112,10 @@ def unet_name(name):
 
 
 def vae_name(name):
-    """decoder.up.n counts from the picture, the public names from the latents."""
+    """A VAE's original name -> the public one.
+
+    decoder.up.n counts levels from the picture; the public names count from the latents.
+    """
     if match := VAE_MIDDLE.fullmatch(name):
         side, what, number, inner = match[1], match[2], int(match[3]), match[4]
         return (f"{side}.mid_block." +
@@ -140,9 +138,10 @@ def _renamed(name, words):
 # ---- OpenCLIP -------------------------------------------------------------------------------
 
 def open_clip_names(name, tensor):
-    """{public name: tensor}: one, or three of a matrix or bias (3D,...) with q, k, v in its rows.
+    """An OpenCLIP weight -> {public name: tensor}.
 
-    text_projection is stored as x @ weight, in the public files as x @ weight.T.
+    A matrix or bias (3D,...) with q, k, v in its rows becomes three tensors. text_projection is
+    stored for x @ weight, in the public files for x @ weight.T.
     """
     if name in OPEN_CLIP:
         return {OPEN_CLIP[name]: tensor}
@@ -159,20 +158,18 @@ def open_clip_names(name, tensor):
     return {layer + _renamed(inner, OPEN_CLIP_WORDS): tensor}
 
 
-def _dropped(part, name, text_layers):
-    """What the UNet does not see of OpenCLIP: logit_scale, and where it is the only text encoder,
-    as in Stable Diffusion 2, the last layer and the projection behind it."""
-    if name == "logit_scale":
-        return True
-    return part == "text_encoder" and (name == "text_projection" or
-                                       name.startswith(f"transformer.resblocks.{text_layers}."))
+def _is_dropped(part, name, text_layers):
+    """Whether an OpenCLIP weight has no effect on the UNet: logit_scale; and if OpenCLIP is alone
+    (Stable Diffusion 2), its last layer and the projection after it."""
+    return name == "logit_scale" or part == "text_encoder" and (
+        name == "text_projection" or name.startswith(f"transformer.resblocks.{text_layers}."))
 
 
 def _same(name):
     return name
 
 
-# What a name begins with, the part it belongs to, and the rule for the rest of it.
+# The beginning of a name, the part it belongs to, and the rule for the rest of the name.
 PREFIXES = (
     ("model.diffusion_model.", "unet", unet_name),
     ("first_stage_model.", "vae", vae_name),
@@ -182,4 +179,5 @@ PREFIXES = (
     ("conditioner.embedders.0.transformer.", "text_encoder", _same),
     ("conditioner.embedders.0.model.", "text_encoder", open_clip_names),
     ("conditioner.embedders.1.model.", "text_encoder_2", open_clip_names),
+    ("", None, _same),                                  # of no part
 )

@@ -79,11 +79,10 @@ CLASSES = {
 }
 
 
-def get_sampler(name):
-    """The sampler of a public name. Raises TinyldmError for any other, and lists the names."""
+def check_name(name):
+    """Raise TinyldmError for a name that is not in SAMPLERS, and list the names."""
     if name not in SAMPLERS:
         raise TinyldmError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
 
 
 def check_sampler(name, schedule, num_inference_steps, reach=1.0):

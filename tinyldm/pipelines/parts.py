@@ -1,0 +1,36 @@
+"""Do a pipeline's parts fit together? Their configs say so, before anything is computed."""
+import numpy as np
+
+from ..errors import TinyldmError
+
+
+def check_parts(readers, unet, vae):
+    """Raise TinyldmError for parts that do not fit: [(tokenizer, text encoder)], UNet and VAE."""
+    texts, unet = [encoder.settings for _, encoder in readers], unet.settings
+    C, D = vae.settings.latent_channels, sum(text.hidden_size for text in texts)
+    for key, fitting, reason in [
+            ("in_channels", (C, 2 * C + 1), f"VAE's latent_channels is {C}"),
+            ("out_channels", (C,), f"VAE's latent_channels is {C}"),
+            ("cross_attention_dim", (D,), f"text encoder's hidden_size is {D}")]:
+        value = getattr(unet, key)                      # may be a list, one item per level
+        if not np.isin(value, fitting).all():
+            _misfit(f"the UNet's {key} is {value}, but the {reason}")
+    kind = unet.addition_embed_type
+    if (kind is None) != (len(texts) == 1):
+        _misfit(f"the UNet's addition_embed_type is {kind}, but there is "
+                f"{'a' if len(texts) == 2 else 'no'} second text encoder")
+    if len(texts) == 2:
+        width = texts[1].projection_dim + 6 * unet.addition_time_embed_dim
+        expected = unet.projection_class_embeddings_input_dim
+        if expected != width:
+            _misfit(f"the UNet's projection_class_embeddings_input_dim is {expected}, but six "
+                    f"sizes and the second text encoder's projection make {width}")
+    for (tokenizer, _), text in zip(readers, texts):
+        length, limit = tokenizer.model_max_length, text.max_position_embeddings
+        if length > limit:
+            _misfit(f"the tokenizer's model_max_length is {length}, but the text encoder has only "
+                    f"{limit} positions")
+
+
+def _misfit(message):
+    raise TinyldmError(f"{message}: use parts of one pipeline")

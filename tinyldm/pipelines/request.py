@@ -1,0 +1,141 @@
+"""What to draw: the options of StableDiffusion.stream and __call__, checked once.
+
+What depends on the pipeline's models is checked in stable_diffusion.py and editing.py.
+"""
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backend import is_finite
+from ..errors import TinyldmError
+from ..noise import get_generator
+from .interpolation import BetweenGenerator, ends, mixed
+
+LARGEST = 8192              # pixels per side; more is a typing mistake, not a picture
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The options, in the order in which they may be given by position.
+
+    prompt: what to draw, at any length, with weights such as (word:1.3): see text/prompt.py.
+    negative_prompt: what to move away from, in the same form.
+    num_inference_steps: 1 to 1000; more is slower and finer. PNDM makes one model call more, Heun
+        nearly two per step. Default: the weights' own number.
+    guidance_scale: how strongly to follow the prompt. Up to 1 there is no guidance, and the
+        negative prompt plays no part. A model that imitates guidance (LCM) gets this number as an
+        input and ignores the negative prompt.
+    seed: image i is drawn from seed + i, and equals the single image of that seed.
+    width, height: pixels, multiples of the VAE's downsampling factor. Default: the image's size,
+        rounded down, or without an image the weights' own.
+    sampler: a key of diffusion.samplers.SAMPLERS. Default: the weights' own.
+    latents: standard normal numbers to start from in place of the seed's, of shape (num_images,
+        height / factor, width / factor, channels).
+    noise: whose normal numbers a seed stands for, a key of noise.GENERATORS: torch's on the CPU
+        ("torch-cpu") or on a GPU ("torch-cuda"), or NumPy's ("numpy").
+    guidance_rescale: 0 to 1, how much to undo of the over-saturation that guidance causes.
+    image: a PIL image to begin from; it is resized.
+    strength: 0 to 1, how much of the image to draw anew: the share of the steps to make. The noise
+        added to the image is that of the first of them (SDEdit, see Origin). A Latent Consistency
+        Model makes all steps, from as little noise. With a mask, 1 begins from noise alone.
+        Default: 0.8, with a mask 1.
+    mask: a PIL image, white where to paint and black where the image is to stay. A model made for
+        inpainting requires an image and a mask.
+
+    The prompts, the seed and the image may each be an interpolation.Between, which mixes two.
+    Raises TinyldmError for a value that is wrong for every pipeline.
+    """
+
+    prompt: Any
+    negative_prompt: Any = ""
+    num_inference_steps: int | None = None
+    guidance_scale: float = 7.5
+    seed: Any = 0
+    width: int | None = None
+    height: int | None = None
+    num_images: int = 1
+    sampler: str | None = None
+    latents: Any = None
+    noise: str = "torch-cpu"
+    guidance_rescale: float = 0.0
+    image: Any = None
+    strength: float | None = None
+    mask: Any = None
+
+    def __post_init__(self):
+        checked = {"guidance_scale": finite_number("guidance_scale", self.guidance_scale),
+                   "guidance_rescale": fraction("guidance_rescale", self.guidance_rescale)}
+        if self.strength is not None:
+            checked["strength"] = fraction("strength", self.strength)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)       # the dataclass is frozen
+        if not isinstance(self.num_images, (int, np.integer)) or self.num_images < 1:
+            raise TinyldmError(f"num_images must be a whole number from 1, not {self.num_images!r}")
+
+    def generators(self):
+        """One generator of normal numbers per image. Raises TinyldmError for a wrong seed or noise.
+        """
+        generator = get_generator(self.noise)
+        return [mixed(self.seed, lambda seed, i=i: generator(seed + i if i else seed),
+                      BetweenGenerator) for i in range(self.num_images)]
+
+
+def finite_number(name, value):
+    """A number -> python float. Raises TinyldmError for anything else, and for NaN and infinity."""
+    try:
+        if math.isfinite(value):
+            return float(value)
+    except (TypeError, OverflowError):
+        pass
+    raise TinyldmError(f"{name} must be a finite number, not {value!r}")
+
+
+def fraction(name, value):
+    """A number from 0 to 1 -> python float. Raises TinyldmError for anything else."""
+    value = finite_number(name, value)
+    if not 0 <= value <= 1:
+        raise TinyldmError(f"{name} must be from 0 to 1, not {value:g}")
+    return value
+
+
+# ---- sizes ----------------------------------------------------------------------------------
+
+def picture_size(width, height, image, own, factor):
+    """(width, height) in pixels: as given, else the image's, else of own = (height, width) latents.
+
+    factor: the VAE's downsampling factor.
+    Raises TinyldmError for a side that is missing, too large or no multiple of the factor.
+    """
+    if image is not None:
+        image = ends(image)[0]
+        own = image.height // factor, image.width // factor
+        if 0 in own and None in (width, height):
+            raise TinyldmError(f"the image is {image.width}x{image.height} pixels, too small "
+                               f"for multiples of {factor}: give a width and a height")
+    return _side("width", width, own[1], factor), _side("height", height, own[0], factor)
+
+
+def _side(name, pixels, own, factor):
+    if pixels is None and own is None:
+        raise TinyldmError(f"the weights name no size: {name} must be given")
+    try:
+        pixels = operator.index(own * factor if pixels is None else pixels)
+    except TypeError:
+        raise TinyldmError(f"{name} must be a whole number of pixels, not {pixels!r}") from None
+    if not 0 < pixels <= LARGEST:
+        raise TinyldmError(f"{name} must be from {factor} to {LARGEST} pixels, not {pixels}")
+    if pixels % factor:
+        near = [n for n in (pixels // factor * factor, -(-pixels // factor) * factor) if n]
+        raise TinyldmError(f"{name} must be a multiple of {factor}, not {pixels}: "
+                           f"the nearest is {' or '.join(map(str, near))}")
+    return pixels
+
+
+def check_latents(latents, shape, factor):
+    """Raise TinyldmError for given latents that are not finite or not of this shape."""
+    if latents.shape != shape or not is_finite(latents):
+        raise TinyldmError(f"latents must be finite and of shape {shape} (num_images, height / "
+                           f"{factor}, width / {factor}, channels), not {latents.shape}")
