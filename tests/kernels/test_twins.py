@@ -22,7 +22,7 @@ def twins(device):
 
 
 def test_every_twin_has_its_ops_name_and_signature():
-    """Those of the lists above, each compared with its op in the other files here."""
+    """The other files here compare all in these lists with their ops."""
     assert twins("cpu").keys() == CPU and twins("gpu").keys() == GPU
     for device in ("cpu", "gpu"):
         for name, twin in twins(device).items():
