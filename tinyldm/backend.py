@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import inspect
 import math
 import os
 import threading
@@ -122,11 +123,14 @@ def fast_twin(cpu=None, gpu=None):
     support, it returns NotImplemented, and the op itself runs.
     """
     def decorate(op):
+        first, *_ = inspect.signature(op).parameters
+
         @functools.wraps(op)
-        def dispatch(x, *args, **options):
+        def dispatch(*args, **options):
+            x = args[0] if args else options[first]
             twin = cpu if fast(x) else gpu if gpu and fast_on_gpu(x) else None
-            result = twin(x, *args, **options) if twin else NotImplemented
-            return op(x, *args, **options) if result is NotImplemented else result
+            result = twin(*args, **options) if twin else NotImplemented
+            return op(*args, **options) if result is NotImplemented else result
         dispatch.cpu, dispatch.gpu = cpu, gpu
         return dispatch
     return decorate
