@@ -5,7 +5,7 @@ import pytest
 from tests.support.drawing import NEGATIVE, STEPS, Reference, assert_same_pictures
 from tests.support.extra import diffusers, torch
 from tests.support.pictures import SIZE, hole, picture
-from tests.support.reference import nchw
+from tests.support.reference import float32_noise, nchw
 from tests.support.small_pipelines import sd1, sdxl, smallest
 from tests.support.tolerance import assert_close
 from tinyldm import Between, TinyldmError, load
@@ -60,8 +60,9 @@ def test_prompts(both, weight):
     names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
              "negative_pooled_prompt_embeds"][:len(theirs[0])]
     mixed = {name: torch.lerp(one, other, weight) for name, one, other in zip(names, *theirs)}
-    images = reference(**mixed, num_inference_steps=STEPS, guidance_scale=7.5,
-                       generator=generator(3)).images
+    with float32_noise():
+        images = reference(**mixed, num_inference_steps=STEPS, guidance_scale=7.5,
+                           generator=generator(3)).images
     ours = draw(pipe, Between(FIRST, short, weight), negative_prompt=NEGATIVE, seed=3)
     assert_same_pictures(ours, array(images))
 
@@ -69,7 +70,7 @@ def test_prompts(both, weight):
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_seeds(both, weight):
     pipe, reference = both
-    a, b = (torch.randn((1, 4, 8, 8), generator=generator(seed)) for seed in (3, 11))
+    a, b = (torch.randn((1, 4, 8, 8), generator=generator(seed)).double() for seed in (3, 11))
     images = reference(FIRST, latents=on_the_arc(a, b, weight), num_inference_steps=STEPS,
                        guidance_scale=7.5).images
     assert_same_pictures(draw(pipe, FIRST, seed=Between(3, 11, weight)), array(images))
@@ -88,11 +89,12 @@ def test_pictures(both, weight):
     z = torch.randn((1, 4, SIZE[1] // factor, SIZE[0] // factor), generator=draws)
     size = z.shape[3] * factor, z.shape[2] * factor
     with torch.no_grad():
-        latents = [reference.vae.encode(nchw(from_pil(image, size))).latent_dist
+        latents = [reference.vae.encode(nchw(from_pil(image, size)).double()).latent_dist
                    for image in pictures]
     a, b = ((one.mean + one.std * z) * reference.vae.config.scaling_factor for one in latents)
-    images = img2img(FIRST, image=torch.lerp(a, b, weight), strength=0.7, generator=draws,
-                     num_inference_steps=STEPS, guidance_scale=7.5).images
+    with float32_noise():
+        images = img2img(FIRST, image=torch.lerp(a, b, weight), strength=0.7, generator=draws,
+                         num_inference_steps=STEPS, guidance_scale=7.5).images
     ours = draw(pipe, FIRST, image=Between(*pictures, weight), strength=0.7, seed=3)
     assert_same_pictures(ours, array(images))
 

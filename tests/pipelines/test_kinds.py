@@ -120,6 +120,15 @@ def test_sd_turbo(tmp_path_factory):
                             reference([1, 2], **options))
 
 
+@pytest.mark.parametrize("make", [sdxl, sdxl_turbo, sd_turbo, lcm], ids=lambda make: make.__name__)
+def test_in_float64(make, tmp_path):
+    folder, options = make(tmp_path), {"guidance_scale": 7.5}
+    if make is not lcm:
+        options["negative_prompt"] = NEGATIVE
+    assert_same_drawing(ours(load(folder, dtype="float64"), seed=7, **options),
+                        Reference(folder)([7], **options))
+
+
 @pytest.fixture(scope="module")
 def consistent(tmp_path_factory):
     return both(lcm, tmp_path_factory)

@@ -50,6 +50,13 @@ def test_every_configuration_draws_the_same(both):
                         reference([7], negative_prompt=NEGATIVE))
 
 
+def test_every_configuration_draws_the_same_in_float64(both):
+    _, reference = both
+    pipe = load(reference.folder, dtype="float64")
+    assert_same_drawing(ours(pipe, negative_prompt=NEGATIVE, seed=7),
+                        reference([7], negative_prompt=NEGATIVE))
+
+
 def test_images_of_one_call_have_consecutive_seeds(both):
     pipe, reference = both
     assert_same_drawing(ours(pipe, seed=3, num_images=2), reference([3, 4]))
@@ -93,7 +100,7 @@ def test_decode(both_sd1):
     latents = np.random.default_rng(1).standard_normal((2, 3, 5, 4), np.float32)
     images = pipe.decode(latents)
     with torch.no_grad():
-        scaled = nchw(latents) / reference.pipe.vae.config.scaling_factor
+        scaled = nchw(latents).double() / reference.pipe.vae.config.scaling_factor
         theirs = nhwc(reference.pipe.vae.decode(scaled).sample)
     assert_close(images, theirs.clip(-1, 1), 1e-3, "decoded")
     assert images.min() >= -1 and images.max() <= 1
