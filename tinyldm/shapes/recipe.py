@@ -5,6 +5,13 @@ import sys
 from pathlib import Path
 
 from ..errors import TinyldmError
+from ..files import write_json
+from ..pipelines.stable_diffusion import load
+from .autoencoder import train_decoder, train_vae
+from .denoiser import train_unet
+from .evaluation import evaluate, grid
+from .export import export, restore
+from .scenes import held_out_prompts
 
 
 def parse_arguments():
@@ -31,47 +38,28 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def main():
-    arguments = parse_arguments()
-    if arguments.stage == "vae":
-        from .autoencoder import train_vae
-        train_vae(arguments.run, arguments.steps)
-    elif arguments.stage == "unet":
-        from .denoiser import train_unet
-        train_unet(arguments.run, arguments.steps, arguments.batch)
-    elif arguments.stage == "decoder":
-        from .autoencoder import train_decoder
-        train_decoder(arguments.run, arguments.steps)
-    elif arguments.stage == "export":
-        from .export import export
-        export(arguments.run, arguments.output)
-    elif arguments.stage == "restore":
-        from .export import restore
-        restore(arguments.weights, arguments.run)
-    else:
-        measure(arguments)
-
-
-def measure(arguments):
-    from ..pipelines.stable_diffusion import load
-    from .evaluation import evaluate, grid
-    from .scenes import held_out_prompts
-
-    prompts = held_out_prompts(arguments.prompts, seed=0)
-    accuracies, pictures = evaluate(load(arguments.weights), prompts)
+def measure(weights, prompts, output):
+    """Print how well a model draws so many held-out prompts; write the first pictures to output."""
+    prompts = held_out_prompts(prompts, seed=0)
+    accuracies, pictures = evaluate(load(weights), prompts)
     report = {"prompts": len(prompts), **{name: round(a, 4) for name, a in accuracies.items()}}
     print(json.dumps(report, indent=2))
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
-        grid(pictures[:48], columns=12).save(arguments.output / "samples.png")
-        (arguments.output / "samples.txt").write_text("\n".join(prompts[:48]) + "\n")
+    if output:
+        write_json(output / "accuracy.json", report)
+        grid(pictures[:48], columns=12).save(output / "samples.png")
+        (output / "samples.txt").write_text("\n".join(prompts[:48]) + "\n")
+
+
+STAGES = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder, "export": export,
+          "restore": restore, "evaluate": measure}
 
 
 def run():
     """The command: a bad input ends in one line and status 2, Ctrl-C in 130."""
+    options = vars(parse_arguments())
+    stage = STAGES[options.pop("stage")]
     try:
-        main()
+        stage(**options)
     except TinyldmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
