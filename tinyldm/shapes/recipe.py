@@ -1,17 +1,13 @@
 """python -m tinyldm.training STAGE: the recipe of the bundled model, one command per stage."""
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from ..errors import TinyldmError
-from ..files import write_json
-from ..pipelines.stable_diffusion import load
 from .autoencoder import train_decoder, train_vae
 from .denoiser import train_unet
-from .evaluation import evaluate, grid
+from .evaluation import evaluate
 from .export import export, restore
-from .scenes import held_out_prompts
 
 
 def parse_arguments():
@@ -38,26 +34,14 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def measure(weights, prompts, output):
-    """Print how well a model draws so many held-out prompts; write the first pictures to output."""
-    prompts = held_out_prompts(prompts, seed=0)
-    accuracies, pictures = evaluate(load(weights), prompts)
-    report = {"prompts": len(prompts), **{name: round(a, 4) for name, a in accuracies.items()}}
-    print(json.dumps(report, indent=2))
-    if output:
-        write_json(output / "accuracy.json", report)
-        grid(pictures[:48], columns=12).save(output / "samples.png")
-        (output / "samples.txt").write_text("\n".join(prompts[:48]) + "\n")
-
-
-STAGES = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder, "export": export,
-          "restore": restore, "evaluate": measure}
+COMMANDS = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder, "export": export,
+            "restore": restore, "evaluate": evaluate}
 
 
 def run():
     """The command: a bad input ends in one line and status 2, Ctrl-C in 130."""
     options = vars(parse_arguments())
-    stage = STAGES[options.pop("stage")]
+    stage = COMMANDS[options.pop("stage")]
     try:
         stage(**options)
     except TinyldmError as error:
