@@ -1,4 +1,4 @@
-"""Stage 5: how well a model follows prompts that it was never trained on, by the judge's verdicts."""
+"""Stage 5: how well a model follows prompts that it never saw in training, by the judge."""
 import json
 
 import numpy as np
