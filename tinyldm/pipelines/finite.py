@@ -10,11 +10,19 @@ from ..layers import forward_hooks, named_modules
 def finite_states(states, predict):
     """Pass on a sampler's states; raise TinyldmError once their latents are not finite."""
     for state in states:
-        if not is_finite(state.latents):
-            culprit = first_bad_layer(predict.unet, lambda: predict.unet(**predict.inputs))
-            raise TinyldmError(f"the latents became NaN or infinite at step {state.step + 1} "
-                               f"(timestep {state.timestep:g}): {culprit}")
+        check_output(state.latents, f"the latents became NaN or infinite at step {state.step + 1} "
+                     f"(timestep {state.timestep:g})",
+                     predict.unet, lambda: predict.unet(**predict.inputs))
         yield state
+
+
+def check_output(output, message, module, run):
+    """Raise TinyldmError for an output that is not finite: the message, then who is to blame.
+
+    run: runs the module again.
+    """
+    if not is_finite(output):
+        raise TinyldmError(f"{message}: {first_bad_layer(module, run)}")
 
 
 def first_bad_layer(module, run):
