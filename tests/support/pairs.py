@@ -33,15 +33,21 @@ class Sinusoidal64(torch.nn.Module):
         return torch.cat([cos, sin] if self.flip else [sin, cos], 1)
 
 
+def in_float64(reference):
+    """A model of the reference made float64, its sinusoidal embedding too."""
+    for name in ("time_proj", "add_time_proj"):
+        if theirs := getattr(reference, name, None):
+            setattr(reference, name, Sinusoidal64(theirs.num_channels, theirs.flip_sin_to_cos,
+                                                  theirs.downscale_freq_shift))
+    return reference.double().eval()
+
+
 def unet_pair(config, dtype, size, batch=2, tokens=7):
     torch.manual_seed(0)
     reference = randomise(ReferenceUNet(**config).to(dtype)).eval()
     module = copy_weights(reference, UNet2DConditionModel(config))
     if dtype == torch.float64:
-        for name in ("time_proj", "add_time_proj"):
-            if theirs := getattr(reference, name, None):
-                setattr(reference, name, Sinusoidal64(theirs.num_channels, theirs.flip_sin_to_cos,
-                                                      theirs.downscale_freq_shift))
+        in_float64(reference)
     rng = np.random.default_rng(1)
     kind = np.float64 if dtype == torch.float64 else np.float32
     latents = read_only(rng.standard_normal((batch, *size, config["in_channels"])).astype(kind))

@@ -1,6 +1,5 @@
 """The tokenizer against transformers' CLIPTokenizer, with CLIP's vocabulary and with a toy one."""
 import json
-import random
 import shutil
 
 import numpy as np
@@ -11,33 +10,15 @@ from tests.support.words import (
     END,
     FLAGS,
     START,
+    TEXTS,
     VOCABULARY,
+    random_texts,
     write_json,
     write_settings,
     write_toy_vocabulary,
 )
 from tinyldm.errors import TinyldmError
 from tinyldm.text.tokenizer import Tokenizer
-
-TEXTS = [
-    "", " ", " \t\n ", "a photo of an astronaut riding a horse on mars", "Hello World!", "a cat",
-    "  many   spaces\tand\nlines  ", "it's we're I'LL they've he'd don't I'm",
-    "in 1984, 3.14 or ½",
-    "UPPER lower MiXeD", "café cafe\u0301 naïve Ångström", "ΟΔΥΣΣΕΥΣ ςσ", "straße ſ's İstanbul",
-    "中文字 日本語 한국어", "🦊 👩‍👩‍👧 👍🏽", "!!! ?! ... --- a!b",
-    "a\x00b\x1c c\x1f d\u200be\u3000f",
-    "word " * 200, "🦊" * 60, "pneumonoultramicroscopicsilicovolcanoconiosis " * 12,
-    f"{START}a cat{END}", f"{END} {END}!!{END}!! x{START}y",
-    f"a {END.upper()} b <|StartOfText|> c",
-    "<|endoftext| > <|end oftext|>", "'", "' s 'S 'Re", "a" * 500,
-]
-SNIPPETS = [*"abcXYZ 019'!?.,<|>éüßΣσς中日本🦊👍\u0301\n\t\x00\x1c\u200d\u3000",
-            " the ", " cat", "ing", " RED", "'ll", END, START, END.upper(), " two words "]
-
-
-def random_texts(count, seed=0):
-    draw = random.Random(seed)
-    return ["".join(draw.choices(SNIPPETS, k=draw.randrange(80))) for _ in range(count)]
 
 
 @pytest.fixture
