@@ -9,7 +9,7 @@ import tinyldm
 from tests.support import golden, models
 from tests.support.extra import library
 from tests.support.tolerance import assert_close, assert_same_pixels
-from tests.support.words import END, TEXTS, write_settings, write_toy_vocabulary
+from tests.support.words import END, SHAPES, TEXTS, write_settings, write_toy_vocabulary
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.noise import get_generator
@@ -51,9 +51,10 @@ def test_noise(stored):
 def test_token_ids(stored, tmp_path):
     write_toy_vocabulary(tmp_path)
     write_settings(tmp_path, END)
-    tokenizer = Tokenizer.from_folder(tmp_path)
-    for text, row in zip(TEXTS, stored["token_ids"], strict=True):
-        np.testing.assert_array_equal(tokenizer(text)[0], row, repr(text))
+    for folder, rows in zip((tmp_path, SHAPES / "tokenizer"), stored["token_ids"], strict=True):
+        tokenizer = Tokenizer.from_folder(folder)
+        for text, row in zip(TEXTS, rows, strict=True):
+            np.testing.assert_array_equal(tokenizer(text)[0], row, repr(text))
 
 
 def test_picture(stored):

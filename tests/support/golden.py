@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from tests.support import models
-from tests.support.words import END, TEXTS, write_settings, write_toy_vocabulary
+from tests.support.words import END, SHAPES, TEXTS, write_settings, write_toy_vocabulary
 
 FILE = Path(__file__).with_name("golden.npz")
-SHAPES = Path(__file__).parents[2] / "weights" / "shapes"
 SEEDS = (0, 42, 2**32 + 5)
 SIZES = (15, 16, 300)                       # torch draws fewer than 16 numbers in another way
 SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "pndm": "PNDM", "euler": "EulerDiscrete",
@@ -109,15 +108,17 @@ def sampler(name, prediction):
 
 
 def token_ids():
-    """(texts, 77), with the toy vocabulary."""
+    """(2, texts, 77), with the toy vocabulary and with the bundled model's."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
         write_toy_vocabulary(Path(folder))
         write_settings(Path(folder), END)
-        read = transformers.CLIPTokenizer.from_pretrained(folder)
-        return read(TEXTS, padding="max_length", max_length=77, truncation=True,
-                    return_tensors="np")["input_ids"].astype(np.int16)
+        readers = [transformers.CLIPTokenizer.from_pretrained(path)
+                   for path in (folder, SHAPES / "tokenizer")]
+        return np.stack([read(TEXTS, padding="max_length", max_length=77, truncation=True,
+                              return_tensors="np")["input_ids"] for read in readers]
+                        ).astype(np.int16)
 
 
 def picture():
