@@ -110,6 +110,34 @@ def test_blas_is_held_and_let_go_by_any_thread(two_threads):
         assert blas_threads() == before
 
 
+def test_a_limit_of_blas_that_failed_is_tried_again(monkeypatch):
+    one, fails = backend._OneBlasThread(), [True]
+    limit = threadpoolctl.ThreadpoolController.limit
+
+    def failing(self, **options):
+        if fails:
+            raise OSError(fails.pop())
+        return limit(self, **options)
+    monkeypatch.setattr(threadpoolctl.ThreadpoolController, "limit", failing)
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        before = blas_threads()
+        with pytest.raises(OSError), one:
+            pass
+        with one:
+            assert blas_threads() == [1] * len(before)
+        assert blas_threads() == before
+
+
+def test_no_iterator_is_shared_by_the_threads(two_threads, monkeypatch):
+    """Without a GIL, two threads may advance it at once, which a generator never allows."""
+    def slow(items):
+        for pair in zip(range(len(items)), items):
+            time.sleep(0.001)
+            yield pair
+    monkeypatch.setattr(backend, "enumerate", slow, raising=False)
+    assert backend.parallel(lambda item: time.sleep(0.001) or item, range(50)) == list(range(50))
+
+
 def test_num_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert backend.num_threads() == 3

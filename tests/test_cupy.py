@@ -106,10 +106,11 @@ def vae(config, array, rng):
 
     def run(tape):
         mean, logvar = module.encode(images, tape)
-        y = module.decode(mean, tape)
+        z = array(rng.standard_normal(mean.shape))      # not mean, which is rounded already
+        y = module.decode(z, tape)
         dmean = module.decode_backward(array(rng.standard_normal(y.shape)), tape)
         dimages = module.encode_backward(dmean, 0.1 * logvar, tape)
-        tiled = module.decode_tiled(mean)
+        tiled = module.decode_tiled(z)
         return ({"mean": mean, "logvar": logvar, "y": y, "tiled": tiled},
                 {"dmean": dmean, "dimages": dimages})
     return module, run

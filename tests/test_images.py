@@ -20,7 +20,7 @@ def test_a_picture_from_a_file_is_upright(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_grey_picture_of_16_bits(tmp_path, mode):
-    """Pillow's own convert would clip it, so that nearly all of it were white."""
+    """Pillow's own convert would clip at 255, so nearly all pixels would be white."""
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(grey * 257).save(tmp_path / "in.png")
     read = open_image(tmp_path / "in.png", mode)

@@ -1,4 +1,4 @@
-"""The tape, parameters and their names; under the layers worker threads, plain or fast."""
+"""The tape, parameters, modules and their names, forward hooks."""
 import threading
 import time
 import weakref
@@ -40,7 +40,7 @@ def filled(module, dtype=np.float64):
 
 
 class Perceptron(Module):
-    """Layers in attributes, in lists and in lists of lists; a place left out; what is no layer."""
+    """Layers in attributes, in lists and in nested lists; also None, and what is not a layer."""
 
     def __init__(self):
         self.config = {"width": 5}
@@ -100,7 +100,7 @@ def test_an_empty_tape_is_not_false():
 
 
 def test_the_tape_has_the_same_place_in_every_signature():
-    """After the required inputs; what is optional follows and is passed by keyword."""
+    """Right after the required inputs; what is optional follows and is passed by keyword."""
     seen = 0
     for name, function in functions_with_a_tape():
         kinds = {parameter.name: parameter for parameter in signature(function).parameters.values()}
@@ -164,7 +164,7 @@ def outputs(monkeypatch):
     def recording(self, *inputs, **options):
         y = call(self, *inputs, **options)
         owner = y
-        while owner.base is not None:                   # a view: what it shows is what stays
+        while owner.base is not None:                   # a view keeps its base alive
             owner = owner.base
         references.append(weakref.ref(owner))
         return y
@@ -210,7 +210,7 @@ def test_named_parameters():
 
 
 def test_named_modules():
-    """The same walk: a list within a list is found as well."""
+    """Finds what named_parameters finds: also layers in nested lists."""
     module = Perceptron()
     named = dict(named_modules(module))
     assert list(named) == ["norm", "layers.0", "layers.2", "layers.3.0"]
@@ -262,7 +262,7 @@ def test_a_layer_used_twice_adds_its_gradients():
 
 
 class SlowSum(np.ndarray):
-    """Takes so long to add that another thread gets in between, if it can."""
+    """Adds so slowly that another thread can come in between, if nothing prevents it."""
 
     def __add__(self, other):
         time.sleep(0.001)

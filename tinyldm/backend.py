@@ -1,12 +1,13 @@
-"""The machine under the arrays: NumPy or CuPy, worker threads, and the plain/fast switch.
+"""What the arrays run on: NumPy or CuPy, plain ops or fast twins, memory, and worker threads.
 
-Everything above asks an array which library it belongs to (`get_xp`) and never imports CuPy itself,
-so the same code runs on the CPU and on the GPU. Nothing in tinyldm lies below this file.
+All other code asks an array for its library (`get_xp`) and does not import CuPy itself, so the same
+code runs on the CPU and on the GPU. This file imports nothing from tinyldm except the error class.
 """
 import contextlib
 import contextvars
 import ctypes
 import functools
+import inspect
 import math
 import os
 import threading
@@ -23,7 +24,7 @@ _in_worker = contextvars.ContextVar("in_worker", default=False)
 
 
 def get_xp(array):
-    """The library an array belongs to: numpy or cupy."""
+    """The library that an array belongs to: numpy or cupy."""
     if isinstance(array, (np.ndarray, np.generic)):
         return np
     import cupy
@@ -31,28 +32,28 @@ def get_xp(array):
 
 
 def asarray(array, like):
-    """Move an array to the device of `like`; its dtype stays."""
+    """Copy an array to the device of `like`. The dtype does not change."""
     xp = get_xp(like)
     return xp.asarray(array.get() if xp is np and hasattr(array, "get") else array)
 
 
 def to_host(array):
-    """A NumPy array with the same numbers."""
+    """The same numbers as a NumPy array."""
     return array if get_xp(array) is np else array.get()
 
 
 def wide(dtype):
-    """The dtype that numbers of a dtype are added up in: float32 for float16, else the same."""
+    """The dtype in which to add up numbers of a dtype: float32 for float16, otherwise the same."""
     return np.promote_types(dtype, np.float32)
 
 
 def widen(x):
-    """float16 as float32, for sums and exponentials, which want more digits; wider ones as is."""
+    """float16 as float32, because sums and exponentials need more digits; wider types unchanged."""
     return x.astype(wide(x.dtype), copy=False)
 
 
 def add_up(x, axis):
-    """x.sum(axis) in x's dtype, float16 added up in float32, which CuPy does not always do."""
+    """x.sum(axis) in x's dtype. float16 is added up in float32, which CuPy does not always do."""
     return x.sum(axis=axis, dtype=wide(x.dtype)).astype(x.dtype, copy=False)
 
 
@@ -60,8 +61,8 @@ def is_finite(x):
     """Whether x (...) holds neither infinity nor NaN."""
     if get_xp(x) is not np or x.dtype != np.float16:
         return bool(get_xp(x).isfinite(x).all())
-    # NumPy's isfinite takes 25 times as long as this look at float16's bits, all ones in the
-    # exponent of infinity and NaN.
+    # NumPy's isfinite takes 25 times as long as looking at the bits: in infinity and NaN, all bits
+    # of the exponent are 1.
     bits, block = x.reshape(-1).view(np.uint16), 1 << 16
     return all((bits[i:i + block] & 0x7c00).max() < 0x7c00 for i in range(0, bits.size, block))
 
@@ -69,7 +70,7 @@ def is_finite(x):
 def array_library(device):
     """numpy for "cpu", cupy for "cuda".
 
-    Raises TinyldmError for another name, and where CuPy or a GPU is missing.
+    Raises TinyldmError for other names, and if CuPy or a GPU is missing.
     """
     if device == "cpu":
         return np
@@ -81,7 +82,7 @@ def array_library(device):
     except ImportError:
         raise TinyldmError("device cuda needs CuPy, which is not installed: "
                            "pip install 'tinyldm[gpu]', or use --device cpu") from None
-    except Exception as error:                          # CuPy raises its own kinds without a driver
+    except Exception as error:                          # without a driver: CuPy's own kinds
         raise TinyldmError(f"device cuda needs an NVIDIA GPU, and CuPy finds none "
                            f"({str(error).splitlines()[0]}): use --device cpu") from None
     if count == 0:
@@ -93,7 +94,9 @@ def array_library(device):
 
 @contextlib.contextmanager
 def plain(on=True):
-    """In this block every op runs as written in ops/, without its fast twin; with on=False, not so.
+    """Within this block, run every op as written in ops/, without its fast twin from kernels/.
+
+    on=False: use the fast twins again.
     """
     token = _plain.set(on)
     try:
@@ -114,17 +117,20 @@ def fast_on_gpu(x):
 
 
 def fast_twin(cpu=None, gpu=None):
-    """Decorate an op: call its fast twin from kernels/ where there is one for the first argument.
+    """Decorator: run the op's fast twin if there is one for the first argument's library and dtype.
 
-    A twin has the same signature as the op and returns the same. It may return NotImplemented for
-    arguments that it does not support: then the op itself runs.
+    A twin has the same signature and the same results as the op. For arguments that it does not
+    support, it returns NotImplemented, and the op itself runs.
     """
     def decorate(op):
+        first, *_ = inspect.signature(op).parameters
+
         @functools.wraps(op)
-        def dispatch(x, *args, **options):
+        def dispatch(*args, **options):
+            x = args[0] if args else options[first]
             twin = cpu if fast(x) else gpu if gpu and fast_on_gpu(x) else None
-            result = twin(x, *args, **options) if twin else NotImplemented
-            return op(x, *args, **options) if result is NotImplemented else result
+            result = twin(*args, **options) if twin else NotImplemented
+            return op(*args, **options) if result is NotImplemented else result
         dispatch.cpu, dispatch.gpu = cpu, gpu
         return dispatch
     return decorate
@@ -133,19 +139,19 @@ def fast_twin(cpu=None, gpu=None):
 # ---- memory ---------------------------------------------------------------------------------
 
 def keep_freed_memory():
-    """Let the C library keep freed memory, 2 GiB and what is beneath, for the next arrays.
+    """Let the C library keep up to 2 GiB of freed memory for the next arrays.
 
-    A map of some MB is made and dropped at every layer. Given back to the system, its memory comes
-    as new pages, which must be zeroed and lie in no cache: a tenth of the time of SD 1.5's VAE
-    (`python -m tests.benchmarks.leads`). The setting is the whole process's; only glibc has it,
-    elsewhere nothing happens.
+    Every layer makes and drops maps of several MB. If their memory went back to the system, the
+    next maps would get new pages, which the system must fill with zeros and which are in no cache.
+    That costs a tenth of the time of SD 1.5's VAE (`python -m tests.benchmarks.leads`). The setting
+    holds for the whole process. Only glibc has it; with other libraries nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):         # what is larger is not kept
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)             # the most that an older glibc takes
+    if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):         # larger arrays are not kept
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)             # the largest value of older versions
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
@@ -153,10 +159,10 @@ _scratch = {}                           # {(thread, name): numbers}
 
 
 def scratch(name, *shape):
-    """Uninitialised float32 numbers: the same memory for every call of this thread with this name.
+    """Uninitialised float32 numbers, in the same memory for all calls of a thread with one name.
 
-    A kernel must not return it, because the next use of the name writes into it. New memory would
-    cost a page fault every few KiB in the innermost loops.
+    A kernel must not return them, because the next call with the name overwrites them. New memory
+    would cost a page fault every few KiB in the innermost loops.
     """
     key, size = (threading.get_ident(), name), math.prod(shape)
     flat = _scratch.get(key)
@@ -166,14 +172,14 @@ def scratch(name, *shape):
 
 
 def free_scratch():
-    """Give back the scratch memory of all threads; a kernel that is running keeps what it uses."""
+    """Free the scratch memory of all threads. Kernels that are running keep what they use."""
     _scratch.clear()
 
 
 # ---- worker threads -------------------------------------------------------------------------
 
 def num_threads():
-    """How many worker threads: OMP_NUM_THREADS where set, else the cores this process may use."""
+    """The number of threads: OMP_NUM_THREADS if set, otherwise the cores this process may use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
@@ -181,14 +187,14 @@ def num_threads():
 
 
 def free_threads():
-    """Among how many threads work can be shared out here: within a worker there is that one."""
+    """The number of threads that can share work here: inside a worker thread only 1."""
     return 1 if _in_worker.get() else num_threads()
 
 
 class _OneBlasThread:
-    """Holds BLAS to one thread while any caller is inside: the first limits, the last restores.
+    """Limits BLAS to one thread: the first caller sets the limit, the last to leave lifts it.
 
-    The limit belongs to the process, so callers in different threads share one count.
+    The limit holds for the process, so callers in different threads share one count.
     """
 
     def __init__(self):
@@ -202,7 +208,7 @@ class _OneBlasThread:
                     self.controller = ThreadpoolController()
                 self._take_control()
                 self.limit = self.controller.limit(limits=1, user_api="blas")
-            self.inside += 1                            # not where the lines above raised
+            self.inside += 1                            # not if the lines above raised
 
     def __exit__(self, *exc):
         with self.lock:
@@ -212,9 +218,10 @@ class _OneBlasThread:
                 self.limit.restore_original_limits()
 
     def _take_control(self):
-        """Newer threadpoolctl silently ignores every thread but the first that ever set a limit.
+        """Make threadpoolctl accept a limit from this thread.
 
-        The lock and the count above keep callers apart already.
+        Newer versions silently ignore all threads except the first that set a limit. The lock and
+        the count above already keep the callers apart.
         """
         for library in self.controller.lib_controllers:
             if hasattr(library, "clear_controlling_thread"):
@@ -235,17 +242,18 @@ def _pool():
 
 
 def parallel(function, items):
-    """[function(item) for item in items], over worker threads with BLAS held to one thread each.
+    """[function(item) for item in items], shared among worker threads, each with one BLAS thread.
 
-    NumPy releases the interpreter's lock inside its loops and BLAS calls, so threads do run at the
-    same time. The caller works as well. Called from inside a worker it runs serially: the cores are
-    taken already. Where an item raises, no other is begun, and those begun are waited for.
+    NumPy releases the interpreter's lock inside its loops and BLAS calls, so the threads run at the
+    same time. The calling thread works as well. Inside a worker the items run one after another,
+    because the cores are in use already. If an item raises, no new item starts, and parallel waits
+    for the running ones before it raises.
     """
     items = list(items)
     threads = min(free_threads(), len(items))
     if threads < 2:
         return [function(item) for item in items]
-    results, queue = [None] * len(items), deque(enumerate(items))       # safe without a GIL, too
+    results, queue = [None] * len(items), deque(enumerate(items))       # also safe without a GIL
 
     def work():
         _in_worker.set(True)
@@ -257,14 +265,14 @@ def parallel(function, items):
                     return
                 results[i] = function(item)
         except BaseException:
-            queue.clear()                               # nothing is left for the others
+            queue.clear()                               # the others find nothing left
             raise
 
     with _one_blas_thread:
         others = [_pool().submit(contextvars.copy_context().run, work) for _ in range(threads - 1)]
         try:
             contextvars.copy_context().run(work)
-        finally:                                        # those not begun by now would find nothing
+        finally:                                        # those that have not started find nothing
             others = [other for other in others if not other.cancel()]
             wait(others)
     for other in others:

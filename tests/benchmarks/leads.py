@@ -1,4 +1,4 @@
-"""Ideas for speed, each against the other way of doing it: those that were kept and those not.
+"""Ideas for speed, used or not, each timed against the alternative.
 
     python -m tests.benchmarks.leads [--only TEXT] [--rounds 9] [--json PATH]
 
@@ -35,7 +35,7 @@ def normal(*shape, dtype=F32, scale=1.0):
 
 
 def halves(B, H, C):
-    """A batch of guidance's two, and the same as two batches of one."""
+    """A batch of two, as guidance has, and the same as two batches of one."""
     x = normal(B, H, H, C)
     return x, np.split(x, B)
 
@@ -80,7 +80,7 @@ def small_tiles():
 
 
 def weights_kept(H, C, O):
-    """Their transform left out: what keeping it, at four times the memory, could give at best."""
+    """Without the transform: the most that keeping its result, at four times the memory, saves."""
     _, _, ours = convolution(H, C, O)
 
     def kept():
@@ -202,7 +202,7 @@ def column_of_ones():
 
 @case("keys and values of the prompt at every step, not once a picture")
 def context_once():
-    """Of a transformer block at 64x64 the part that attends to the prompt, with and without."""
+    """The part of a transformer block that attends to the prompt, with and without k and v."""
     x, context = normal(2, 4096, 320), normal(2, 77, 768)
     to_q, to_k, to_v, to_out = (normal(320, n, scale=0.05) for n in (320, 768, 768, 320))
     k, v = ops.linear(context, to_k)[0], ops.linear(context, to_v)[0]
@@ -244,7 +244,7 @@ print(time.perf_counter() - start)
 
 @case("freed memory kept, not given back, a picture decoded")
 def kept_memory():
-    """In processes of their own, which print the seconds themselves."""
+    """Each in its own process, which prints the seconds."""
     def run(how):
         command = [sys.executable, "-c", RUN, how]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -252,7 +252,7 @@ def kept_memory():
 
 
 def measure(function):
-    """Seconds, those that the function returns or those it takes."""
+    """The seconds that the function returns, otherwise those that it takes."""
     def both():
         both.result = function()
     seconds = timing.seconds(both)

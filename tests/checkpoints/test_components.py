@@ -12,7 +12,7 @@ from tinyldm.training.optim import AdamW
 
 
 def test_large_float16_weights_stay_and_draw_the_same(monkeypatch):
-    """The bundled model with all but its smallest matrices float16: the numbers are the same."""
+    """The bundled model with all except its smallest matrices in float16 draws the same numbers."""
     wide = tinyldm.load(dtype="float32")
     monkeypatch.setattr(components, "LARGE", 2000)
     pipe = tinyldm.load()

@@ -20,6 +20,6 @@ def bad_weights(weights, tmp_path):
 
 @pytest.fixture
 def out(tmp_path):
-    """The folder that pictures are to be written in."""
+    """The folder to write pictures in."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out"

@@ -23,7 +23,7 @@ from tinyldm.cli.options import parse
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.pipelines.stable_diffusion import load
 
-# ---- what it does ---------------------------------------------------------------------------
+# ---- drawing --------------------------------------------------------------------------------
 
 def test_a_picture_with_its_parameters(weights, out):
     process = run("a red cat", "--weights", weights, "--steps", 3, "--guidance", 4, "--seed", 9,
@@ -109,11 +109,11 @@ def test_count_draws_consecutive_seeds(weights, out, capsys):
     for i, name in enumerate(names):
         picture = Image.open(out / name)
         assert f"Seed: {4 + i}, " in picture.text["parameters"]
-        assert_same_pixels(picture, expected[i])        # there in one batch, here one by one
+        assert_same_pixels(picture, expected[i])        # not drawn in one batch
 
 
 def draw(weights, out, *arguments):
-    """Run the command here -> its pictures and what they record, by name, steps and files apart."""
+    """Run the command, with 2 steps, in this process -> its pictures, and the texts in them."""
     assert main([*map(str, arguments), "--weights", str(weights), "--steps", "2",
                  "--output", str(out / "out.png")]) == 0
     pictures = {path.name: Image.open(path) for path in sorted(out.glob("*.png"))}
@@ -122,7 +122,7 @@ def draw(weights, out, *arguments):
 
 
 def assert_drawn(pictures, pipe, expected):
-    """As if each were drawn by a call with these arguments."""
+    """Each picture equals that of a call with these arguments."""
     assert len(pictures) == len(expected)
     for picture, (prompt, options) in zip(pictures, expected):
         theirs, = pipe(prompt, num_inference_steps=2, **options)
@@ -244,7 +244,7 @@ def test_eight_interpolated_pictures_by_default(weights, out):
 
 
 def test_the_averaged_weights_of_a_folder(weights, out, capsys):
-    """There are none apart: the option is for single files, and does no harm."""
+    """A folder has only one set: the option is for single files and changes nothing."""
     assert_drawn(draw(weights, out, "a cat", "--ema")[0], load(weights), [("a cat", {})])
     assert "has one set of weights: those averaged apart" in capsys.readouterr().err
 
@@ -256,7 +256,7 @@ def test_formats(weights, out, suffix, image_format):
     path = out / f"picture{suffix}"
     path.write_text("an older file, which is replaced")
     arguments = ["", "--weights", str(weights), "--steps", "1", "--output", str(path)]
-    assert main(arguments) == 0                         # and an empty prompt works
+    assert main(arguments) == 0                         # an empty prompt works, too
     with Image.open(path) as picture:
         assert picture.format == image_format and picture.size == (16, 16)
     assert list(out.iterdir()) == [path]
@@ -307,7 +307,7 @@ def test_interrupt(weights, out):
 @pytest.mark.parametrize("module", ["tinyldm", "tinyldm.inspect"])
 @pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
 def test_a_pipe_that_is_closed(module, stderr, weights, out):
-    """As by head: the command ends without a word, and as shells say it does."""
+    """As by head: the command ends without a message, with a shell's exit status."""
     arguments = [weights] if module == "tinyldm.inspect" else [
         "a cat", "--weights", weights, "--steps", "1"]
     reader, writer = os.pipe()

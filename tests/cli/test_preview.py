@@ -31,7 +31,7 @@ def test_a_small_preview_is_the_decoded_picture(pipe):
 
 
 def test_a_large_preview_is_nearly_it(pipe, monkeypatch):
-    """A linear map of the latents has the picture's colours, and a star's edges only roughly."""
+    """A linear map of the latents gives the picture's colours, but a star's edges only roughly."""
     *_, state = pipe.stream(PROMPT)
     exact = np.asarray(Preview(pipe)(state.latents), float)
     monkeypatch.setattr("tinyldm.cli.preview.DECODED", 0)
@@ -48,8 +48,8 @@ def test_a_large_preview_is_nearly_it(pipe, monkeypatch):
     (["--preview", "9"], ["out.png"]),
     (["--preview", "5", "--count", "2"],
      ["out-0-step5.png", "out-0.png", "out-1-step5.png", "out-1.png"]),
-    (["--animate", "{}/walk.gif", "--count", "2"],
-     ["out-0.png", "out-1.png", "walk-0.gif", "walk-1.gif"]),
+    (["--animate", "{}/film.gif", "--count", "2"],
+     ["out-0.png", "out-1.png", "film-0.gif", "film-1.gif"]),
 ])
 def test_files(options, names, tmp_path):
     command = [PROMPT, "--steps", "5", "--output", str(tmp_path / "out.png")]
@@ -70,9 +70,9 @@ def test_the_previews_approach_the_picture(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_an_animation_has_a_frame_a_step_and_ends_in_the_picture(suffix, tmp_path):
-    out, walk = tmp_path / "out.png", tmp_path / f"walk{suffix}"
-    assert main([PROMPT, "--steps", "4", "--output", str(out), "--animate", str(walk)]) == 0
-    with Image.open(walk) as image:
+    out, film = tmp_path / "out.png", tmp_path / f"film{suffix}"
+    assert main([PROMPT, "--steps", "4", "--output", str(out), "--animate", str(film)]) == 0
+    with Image.open(film) as image:
         assert image.n_frames == 4
         image.seek(3)
         last = np.asarray(image.convert("RGB"), int)
@@ -80,18 +80,18 @@ def test_an_animation_has_a_frame_a_step_and_ends_in_the_picture(suffix, tmp_pat
 
 
 def test_the_last_frame_is_the_picture_in_the_place_of_its_preview(tmp_path):
-    """pndm's last preview is another picture: both would be frames, where a double is dropped."""
-    out, walk = tmp_path / "out.png", tmp_path / "walk.gif"
+    """pndm's last preview differs from the picture; the frame must be the picture."""
+    out, film = tmp_path / "out.png", tmp_path / "film.gif"
     assert main([PROMPT, "--steps", "4", "--sampler", "pndm", "--output", str(out),
-                 "--animate", str(walk)]) == 0
-    with Image.open(walk) as image:
-        assert image.n_frames == 5                      # calls of pndm
+                 "--animate", str(film)]) == 0
+    with Image.open(film) as image:
+        assert image.n_frames == 5                      # the calls of pndm
 
 
 @pytest.mark.parametrize("options, message", [
     (["--preview", "0"], "--preview must be at least 1 step, not 0"),
     (["--preview", "two"], "invalid int value"),
-    (["--animate", "{}/walk.png"], "--animate must name a .gif or .webp file, not .*walk.png"),
+    (["--animate", "{}/film.png"], "--animate must name a .gif or .webp file, not .*film.png"),
     (["--animate", "{}/none/walk.gif"], "there is no folder .*none"),
 ])
 def test_bad_input(options, message, tmp_path, capsys):

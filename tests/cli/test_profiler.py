@@ -1,4 +1,4 @@
-"""The account of a run: its times add up, its arithmetic is torch's count, its memory is known."""
+"""The profile of a run: times add up, arithmetic equals torch's count, memory is known."""
 import re
 import threading
 import tracemalloc
@@ -36,14 +36,14 @@ def pipe(weights):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still unless told: clock.now += seconds."""
+    """A clock that stands still until the test says clock.now += seconds."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 
 class Layer(Module):
-    """Calls what it is given, then the layers inside it."""
+    """Calls the function it is given, then the layers inside it."""
 
     def __init__(self, own, *inner):
         self.own, self.inner = own, list(inner)
@@ -106,8 +106,8 @@ def test_a_pipeline(pipe):
 # ---- arithmetic -----------------------------------------------------------------------------
 
 def theirs(run):
-    """{op: flop}, {module's path: flop} of a run of the reference, as torch counts them."""
-    # The kernel that torch takes for attention on a CPU is the one it forgets to count.
+    """{op: flop}, {module's path: flop} of a run of the reference, counted by torch."""
+    # torch does not count the kernel that it uses for attention on a CPU.
     attention = library("torch.nn.attention")
     counter = library("torch.utils.flop_counter").FlopCounterMode(display=False)
     with torch.no_grad(), attention.sdpa_kernel(attention.SDPBackend.MATH), counter:
@@ -249,7 +249,7 @@ def test_memory_is_traced_in_a_models_first_run_only():
         with Profiler(holder):
             holder.model()
             holder.model()
-        assert traced[-1] and tracemalloc.is_tracing()  # on before, so it stays on
+        assert traced[-1] and tracemalloc.is_tracing()  # it was on before, so it stays on
     finally:
         tracemalloc.stop()
 

@@ -84,7 +84,7 @@ def test_a_film_that_would_replace_the_picture(weights, out, count, name, capsys
     (["--count", 2, "--seed", 2 ** 64 - 1], "a seed is a whole number from"),
     (["--to-prompt", "a (dog:1000)"], "the prompt gives 'dog' the weight 1000"),
 ])
-def test_what_is_wrong_of_a_later_picture_is_found_before_the_first(
+def test_a_mistake_in_a_later_picture_is_found_before_the_first(
         arguments, message, weights, out, capsys):
     arguments = ["a cat", *map(str, arguments), "--weights", str(weights)]
     assert main([*arguments, "--output", str(out / "out.png")]) == 2
@@ -100,7 +100,7 @@ def test_no_gpu(weights, out):
         import cupy
         if cupy.cuda.runtime.getDeviceCount():
             pytest.skip("this machine has a GPU")
-    except Exception:                                   # no CuPy, or no driver: what is tested
+    except Exception:                                   # no CuPy, or no driver: run the test
         pass
     process = run("a cat", "--weights", weights, "--device", "cuda", folder=out)
     assert_refused(process, "device cuda needs .*--device cpu", out)

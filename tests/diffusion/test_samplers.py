@@ -1,12 +1,18 @@
 """Every sampler against diffusers' scheduler of the same name, step by step, with the same noise.
 
+In float64, from the float32 tables of both. diffusers computes coefficients in float32, which are
+off by up to 6e-6 where they are small differences, and whose last digits depend on the processor:
+so its tables are widened first, except for samplers that round as ours do (SAME_ROUNDING).
+
 The model is a fixed smooth function of x and t. The tests compare the samplers' arithmetic over
 whole loops, so that a difference at one step grows in the next. All arrays given to a sampler
 (latents, model outputs, noise) are read-only.
 """
 import inspect
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -14,9 +20,10 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_lms_discrete
 
+from tests.support.reference import float32_noise
 from tests.support.schedulers import SD, SD15, SD21, SDXL, TURBO
 from tests.support.tolerance import within
-from tinyldm.diffusion.samplers import SAMPLERS, check_name, check_sampler, default_sampler
+from tinyldm.diffusion.samplers import SAMPLERS, check_sampler, default_sampler
 from tinyldm.diffusion.samplers.shared import NO_PICTURE, Origin
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
@@ -29,6 +36,8 @@ CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMSchedu
            "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
            "dpmpp_2m_sde_karras": "DPMSolverMultistepScheduler",
            "unipc": "UniPCMultistepScheduler", "lcm": "LCMScheduler"}
+SAME_ROUNDING = ("euler", "euler_ancestral", "heun")
+BY_ALPHA_BAR = ("ddpm", "ddim", "pndm", "lcm")
 STEPS = (1, 2, 3, 4, 5, 10, 20, 50)
 SHAPE = (2, 8, 8, 4)
 TOLERANCE = 1e-5                    # of the latents' standard deviation, at every step
@@ -40,25 +49,21 @@ every_prediction = pytest.mark.parametrize("prediction", ["epsilon", "v_predicti
 
 @pytest.fixture(autouse=True)
 def equal_sigmas(request):
-    """For Heun, which magnifies a sigma's last bit, that torch's square root may round wrongly.
-
-    Heun divides x - x_start, rounded to 1e-7, by the next sigma and multiplies by half the step: by
-    250 where one step leads from 14.6 to 0.03. With equal sigmas all states are equal bit by bit.
-    """
+    """For coefficients in float32 that magnify a sigma's last bit, which torch's root may miss."""
     case = getattr(request.node, "callspec", None)
-    if case and case.params.get("name") == "heun":
+    if case and case.params.get("name") in SAME_ROUNDING:
         request.getfixturevalue("exact_sqrt")
 
 
 def stand_in(x, t):
     """(tensor, number) -> tensor: mixes channels, bends, and depends on t."""
-    mix = torch.tensor([[3, -1, 0, 1], [1, 2, -2, 0], [0, 1, 3, -1], [-2, 0, 1, 2]]) * 0.2
+    mix = torch.tensor([[3, -1, 0, 1], [1, 2, -2, 0], [0, 1, 3, -1], [-2, 0, 1, 2]]).to(x) * 0.2
     signs = torch.tensor([1, -1, 1, -1])
     return 0.8 * torch.tanh(x @ mix + math.sin(t / 200) * signs) + 0.3 * x
 
 
 def predict(x, t):
-    assert isinstance(x, np.ndarray) and x.dtype == np.float32, (type(x), x.dtype)
+    assert isinstance(x, np.ndarray), type(x)
     return read_only(stand_in(torch.from_numpy(x.copy()), t))
 
 
@@ -68,15 +73,15 @@ def read_only(tensor):
     return array
 
 
-def start():
-    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+def start(dtype=torch.float32):
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
     return latents, read_only(latents)
 
 
-def noise_source(seed=1):
+def noise_source(dtype=torch.float32, seed=1):
     """draw_noise for ours, drawing what diffusers draws from a torch generator of the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda: read_only(torch.randn(SHAPE, generator=generator))
+    return lambda: read_only(torch.randn(SHAPE, generator=generator).to(dtype))
 
 
 def options_of(name):
@@ -104,19 +109,45 @@ def lms_scheduler(config):
     return scheduling_lms_discrete.LMSDiscreteScheduler.from_config(config)
 
 
+def widen(scheduler):
+    for name, value in vars(scheduler).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "timesteps":
+            setattr(scheduler, name, value.double())
+
+
+@contextmanager
+def float64_latents():
+    """diffusers' schedulers with float32's noise, but without their rounding to float32."""
+    to = torch.Tensor.to
+
+    def kept(x, *args, **options):
+        narrows = x.dtype == torch.float64 and args == (torch.float32,)
+        return x if narrows else to(x, *args, **options)
+
+    with mock.patch.object(torch.Tensor, "to", kept), float32_noise():
+        yield
+
+
 def reference_loop(scheduler, steps, origin=NO_PICTURE):
     """The pipelines' loop: (timestep, latents, x_start or None) after every model call."""
     scheduler.set_timesteps(steps)
+    if type(scheduler).__name__ not in [CLASSES[name] for name in SAME_ROUNDING]:
+        widen(scheduler)
+    with float64_latents():
+        yield from loop(scheduler, origin)
+
+
+def loop(scheduler, origin):
     timesteps = scheduler.timesteps[origin.first * scheduler.order:]
     takes = inspect.signature(scheduler.step).parameters
     options = {"generator": torch.Generator().manual_seed(1)}
     options = {name: value for name, value in options.items() if name in takes}
-    noise, _ = start()
+    noise, _ = start(torch.float64)
     latents = noise * scheduler.init_noise_sigma
     if origin.picture is not None:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(origin.first * scheduler.order)
-        picture = torch.tensor(origin.picture)
+        picture = torch.tensor(origin.picture).double()
         if not origin.noise_only:
             latents = scheduler.add_noise(picture, noise, timesteps[:1])
     for i, t in enumerate(timesteps):
@@ -131,17 +162,19 @@ def reference_loop(scheduler, steps, origin=NO_PICTURE):
         yield t.item(), latents.numpy(), result.get("pred_original_sample", result.get("denoised"))
 
 
-def check(name, config, steps, scheduler=None, **options):
-    """Compare the loops: timesteps, latents and predicted x_start."""
+def check(name, config, steps, scheduler=None, dtype=torch.float64, **options):
+    """Compare the loops: timesteps, latents and predicted x_start. dtype: of ours."""
     scheduler = scheduler or scheduler_of(name, config)
     reference = list(reference_loop(scheduler, steps, **options))
-    states = list(SAMPLERS[name](predict, start()[1], Schedule.from_config(config), steps,
-                                 noise_source(), **options))
+    schedule, latents = Schedule.from_config(config), start(dtype)[1]
+    if dtype == torch.float64 and name in BY_ALPHA_BAR:
+        object.__setattr__(schedule, "alphas_cumprod", schedule.alphas_cumprod.astype(float))
+    states = list(SAMPLERS[name](predict, latents, schedule, steps, noise_source(dtype), **options))
     assert [state.step for state in states] == list(range(len(reference)))
     for state, (t, latents, x_start) in zip(states, reference):
         where = f"{name}, step {state.step} of {steps}, {config}"
         assert state.timestep == t, where
-        assert state.latents.dtype == state.pred_x0.dtype == np.float32
+        assert state.latents.dtype == state.pred_x0.dtype == start(dtype)[1].dtype
         within(abs(state.latents - latents).max(), TOLERANCE * latents.std(), where)
         if x_start is not None:
             within(abs(state.pred_x0 - x_start.numpy()).max(), 2 * TOLERANCE * x_start.std(),
@@ -167,8 +200,8 @@ def test_from_a_picture(name, prediction, masked, final):
     """Image to image and inpainting: fewer steps from a noised picture, parts of it put back."""
     config = {**SD, "prediction_type": prediction, "final_sigmas_type": final}
     random = np.random.default_rng(5)
-    picture = 0.8 * random.standard_normal(SHAPE, np.float32)
-    mask = (random.random((1, *SHAPE[1:3], 1)) < 0.6).astype(np.float32) if masked else None
+    picture = 0.8 * random.standard_normal(SHAPE)
+    mask = (random.random((1, *SHAPE[1:3], 1)) < 0.6).astype(float) if masked else None
     for array in (picture, *([mask] if masked else [])):
         array.flags.writeable = False
     for steps, first in [(1, 0), (2, 1), (5, 0), (5, 1), (5, 2), (5, 3), (5, 4), (10, 7), (20, 4)]:
@@ -177,10 +210,11 @@ def test_from_a_picture(name, prediction, masked, final):
 
 
 @every_sampler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("config", [SD15, SD21, SDXL, TURBO])
-def test_published_configs(name, config):
-    check(name, config, 7)
-    check(name, config, 25)
+def test_published_configs(name, config, dtype):
+    check(name, config, 7, dtype=dtype)
+    check(name, config, 25, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde",
@@ -297,7 +331,7 @@ def test_bad_steps(name, steps):
 
 def test_other_bad_input():
     with pytest.raises(TinyldmError, match="'dpm2'.*ddpm, ddim, pndm, euler, euler_anc.*_karras"):
-        check_name("dpm2")
+        check_sampler("dpm2", Schedule.from_config(SD), 5)
     zero_snr = Schedule.from_config({**SD, "rescale_betas_zero_snr": True})
     refused("pndm", zero_snr, 5, message="another sampler")
     for T, steps in ((1000, 51), (49, 4)):
@@ -357,7 +391,7 @@ def test_euler_is_ddim(prediction, steps, ends):
     The steps divide T, so that DDIM's t - T / steps is the next timestep of the trailing list.
     """
     config = {**SD, "prediction_type": prediction, "timestep_spacing": "trailing", **ends}
-    schedule, noise = Schedule.from_config(config), start()[1]
+    schedule, noise = Schedule.from_config(config), start(torch.float64)[1]
     end = 1.0 if ends["set_alpha_to_one"] else schedule.alphas_cumprod[0]
     sigma = schedule.sigmas[-1]                             # Euler starts at sigma times the noise
     x_t = noise * float(sigma * schedule.alphas_cumprod[-1] ** 0.5)

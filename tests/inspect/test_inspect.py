@@ -1,4 +1,4 @@
-"""python -m tinyldm.inspect: what it says of folders, files and pictures, and of all else."""
+"""python -m tinyldm.inspect: folders, files, pictures, and anything else."""
 import json
 import re
 import shutil
@@ -31,7 +31,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def said(capsys):
-    """What the command prints of a file, its columns a space apart."""
+    """What the command prints for a file, with one space between columns."""
     def run(path):
         assert main([str(path)]) == 0
         return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -39,7 +39,7 @@ def said(capsys):
 
 
 def refused(path, capsys):
-    """The one line about what cannot be inspected."""
+    """The line about something that cannot be inspected."""
     assert main([str(path)]) == 2
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("error: ") and error.count("\n") == 1, error
@@ -47,7 +47,7 @@ def refused(path, capsys):
 
 
 class Shape(NamedTuple):
-    """All that is asked of a tensor in a file."""
+    """Stands in for a tensor in a file."""
 
     shape: tuple
 
@@ -94,7 +94,7 @@ def test_what_does_not_fit_the_config(weights, tmp_path, said):
 
 
 def test_a_pipeline_in_pieces(weights, tmp_path, said):
-    """What is missing or not known is said in its place, and the rest is told all the same."""
+    """A part that is missing or unknown gets a line, and the rest is described."""
     folder = shutil.copytree(weights, tmp_path / "pieces")
     shutil.rmtree(folder / "text_encoder")
     (folder / "vae" / UNET).rename(folder / "vae" / "weights.other")
@@ -163,7 +163,7 @@ def test_published_single_files(table, expected):
 
 
 def test_a_header_as_long_as_a_pickles_first_bytes(tmp_path, said):
-    """A file may begin with any length, 0x280 say; then comes JSON, which no pickle has there."""
+    """A safetensors file begins with any length, such as 0x280, then JSON; a pickle does not."""
     for pad in range(2000):
         header = json.dumps({"__metadata__": {"pad": "x" * pad}}).encode()
         if len(header) == 0x280:
@@ -203,7 +203,7 @@ def test_a_picture_does_not_steer_the_terminal(tmp_path, said):
 
 
 def test_a_damaged_picture(tmp_path, capsys):
-    """Cut anywhere: a line and status 2, or what was recorded where only the end is gone."""
+    """Cut anywhere: one line and status 2, or the record if only the end is missing."""
     write_png(tmp_path / "whole.png", parameters="a cat " * 9)
     data = (tmp_path / "whole.png").read_bytes()
     for size in range(9, len(data)):
@@ -237,7 +237,7 @@ def test_a_folder_of_neither(tmp_path, capsys):
 
 
 def test_a_file_of_torch(tmp_path, said):
-    """A pickle is described as well; it is read as data."""
+    """A pickle is described, too; it is read as data."""
     path = tmp_path / "pytorch_model.bin"
     torch.save({"conv_in.weight": torch.ones(8, 4, 3, 3).half()}, path)
     assert "precision: 1 x F16" in " ".join(said(path))

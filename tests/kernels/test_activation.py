@@ -23,7 +23,7 @@ def test_activations(name, shape):
 
 @pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu"])
 def test_activations_everywhere(name):
-    """Error below 1e-6, relative where the result is large, also far out; NaN stays NaN."""
+    """Error below 1e-6, relative for large results, also for large x. NaN stays NaN."""
     x = np.concatenate([np.linspace(-12, 12, 200001), [-1e30, -1e4, 1e4, 1e30, np.nan]])
     x = x.astype(np.float32)[:, None]
     expected = plain(getattr(ops, name), x.astype(np.float64))
@@ -44,7 +44,7 @@ def test_geglu_backward(shape, scale, rng):
 
 
 def test_geglu_of_large_gates(rng):
-    """No overflow and no NaN: the gate is open or shut, and its slope 1 or 0."""
+    """No overflow and no NaN: gelu'(gate) is 1 or 0."""
     x = np.array([[2, 3, 4, 5, 1e4, -1e4, 20, -20]], np.float32)
     with np.errstate(over="raise", invalid="raise", divide="raise"):
         dx = ops.geglu_backward(np.ones((1, 4), np.float32), x)

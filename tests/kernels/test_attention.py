@@ -21,13 +21,13 @@ def blocked(*args, **options):
 @pytest.mark.parametrize("B, N, M, C, heads", [
     (2, 64, 64, 32, 4), (1, 1, 1, 4, 1), (3, 63, 77, 40, 5), (1, 1, 77, 8, 2), (2, 300, 1, 12, 3),
     (1, 1500, 1100, 16, 2), (1, 77, 77, 48, 12)])
-@pytest.mark.parametrize("scale", [1, 12])          # 12: scores of 1000, softmax nearly a step
+@pytest.mark.parametrize("scale", [1, 12])          # 12: scores of 1000, one weight near 1
 def test_attention(B, N, M, C, heads, scale):
     q, k = normal(B, N, C, scale=scale), normal(B, M, C, seed=1, scale=scale)
     v = normal(B, M, C, seed=2)
     y = blocked(q, k, v, heads)
     exact = plain(ops.attention, *(a.astype(np.float64) for a in (q, k, v)), heads)
-    # Large scores are known to float32's 6e-8 of their size only, in the plain op as well.
+    # Large scores have float32's relative error of 6e-8, in the plain op as well.
     allowed = TOLERANCE if scale == 1 else 2 * max(
         abs(plain(ops.attention, q, k, v, heads) - exact).max() / exact.std(), TOLERANCE)
     assert y.dtype == np.float32
@@ -44,7 +44,7 @@ def test_causal_attention(N, heads, scale):
 
 @pytest.mark.parametrize("size", [0.1, 79.0, 81.0, 5000.0])
 def test_attention_on_both_sides_of_its_bound(size, monkeypatch):
-    """Scores up to `size` powers of 2: below SAFE nothing is taken out. Several items a head."""
+    """Scores up to 2^size: below SAFE, no maximum is subtracted. Several items per head."""
     monkeypatch.setattr(attention, "ITEM", 64)
     q, k, v = normal(1, 300, 8), normal(1, 600, 8, seed=1), normal(1, 600, 8, seed=2)
     q = q * np.float32(size * np.sqrt(8) / np.log2(np.e) /

@@ -42,7 +42,7 @@ def test_convolution_1x1_and_its_backward(shape):
                                    (2, 64, 64, 40, 340)], ids=str)
 @pytest.mark.parametrize("K, stride", [(3, 1), (3, 2), (1, 1)])
 def test_convolution_with_a_float16_weight(shape, K, stride):
-    """Forward and backward are those of the same weight widened beforehand."""
+    """Forward and backward are the same as with the weight widened in advance."""
     B, H, W, C, O = shape
     x, bias = normal(B, H, W, C), normal(O, seed=2)
     weight = normal(K, K, C, O, seed=1, scale=(K * K * C) ** -0.5).astype(np.float16)
@@ -58,7 +58,7 @@ def test_convolution_with_a_float16_weight(shape, K, stride):
 
 # ---- backward -------------------------------------------------------------------------------
 
-# Small maps take im2col, large ones with 32 channels Winograd, long ones several strips.
+# Small maps use im2col, large ones with 32 channels Winograd, long ones several strips.
 CONVOLUTIONS = [((1, 5, 7, 3), 4), ((3, 9, 4, 5), 1), ((2, 3, 11, 1), 7), ((3, 3, 3, 8), 8),
                 ((3, 1, 1, 6), 5), ((2, 17, 19, 33), 35), ((1, 29, 30, 32), 32),
                 ((3, 23, 9, 48), 9),
@@ -81,7 +81,7 @@ def test_conv2d_backward(shape, out, K, padding, stride, rng):
 
 
 def test_conv2d_of_two_blocks_of_strips(rng, monkeypatch):
-    """Strips of a few rows and of a few images, and dweight the sum over them."""
+    """Strips of a few rows or a few images; dweight is the sum over the strips."""
     for size in (1, 3000, 20000):
         monkeypatch.setattr(conv.im2col, "STRIP_BYTES", size)
         inputs = [rng.normal(size=(5, 7, 5, 6)), rng.normal(size=(3, 3, 6, 4)), rng.normal(size=4)]

@@ -7,7 +7,7 @@ from tinyldm.kernels import half
 
 
 def all_halves():
-    """Every float16 there is, but for infinity and NaN: (62, 1024)."""
+    """All float16 numbers except infinity and NaN: (62, 1024)."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     return halves[np.isfinite(halves)].reshape(62, 1024)
 

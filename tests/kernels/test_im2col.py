@@ -12,7 +12,7 @@ from tinyldm.kernels import im2col
 @pytest.mark.parametrize("shape, padding", where_the_kernel_fits([(1, 1), (0, 0), (0, 1)]), ids=str)
 def test_im2col(shape, stride, padding, monkeypatch):
     B, H, W, C, O = shape
-    monkeypatch.setattr(im2col, "STRIP_BYTES", 1 << 16)     # small maps have strips too
+    monkeypatch.setattr(im2col, "STRIP_BYTES", 1 << 16)     # strips for small maps, too
     x, bias = normal(B, H, W, C), normal(O, seed=2)
     weight = normal(3, 3, C, O, seed=1, scale=(9 * C) ** -0.5)
     y = im2col.conv2d(x, weight, bias, stride, padding)

@@ -19,7 +19,7 @@ def test_group_norm(shape, groups, mean):
     x = normal(*shape, mean=mean)
     weight, bias = normal(shape[-1], seed=1, mean=1), normal(shape[-1], seed=2)
     exact = [a.astype(np.float64) for a in (x, weight, bias)]
-    for name in ("group_norm_silu", "group_norm"):      # the cache compared is the last one's
+    for name in ("group_norm_silu", "group_norm"):      # below: the cache of the last
         y, cache = getattr(norm, name)(x, weight, bias, groups, 1e-5)
         assert y.dtype == np.float32
         assert_close(y, plain(getattr(ops, name), *exact, groups, 1e-5), TOLERANCE)
@@ -36,7 +36,7 @@ def test_group_norm_survives_a_mean_a_thousand_deviations_away():
     exact = plain(ops.group_norm, x.astype(np.float64), ones, 0 * ones, 8, 1e-6)
     deviation = x.astype(np.float64).reshape(-1, 8, 4).std(axis=(0, 2))
     assert_allclose(rstd.ravel(), 1 / deviation, rtol=1e-5)
-    assert_close(y, exact, 1e-3)        # x itself is known to 6e-5 of its deviation only
+    assert_close(y, exact, 1e-3)        # x itself has an error of 6e-5 of its std
 
 
 @pytest.mark.usefixtures("block_size")
@@ -79,7 +79,7 @@ def test_group_norm_backward(shape, groups, mean, op, rng):
 
 @pytest.mark.parametrize("op", ["group_norm", "group_norm_silu"])
 def test_group_norm_of_one_number_a_group(op, rng):
-    """Every group is its own mean: y is the bias, and only dbias is not 0."""
+    """Each number equals the mean of its group: y is the bias, and only dbias is not 0."""
     shape = (3, 1, 1, 8)
     inputs = norm_inputs(rng, shape, 0)
     both(getattr(ops, op), getattr(ops, op + "_backward"), inputs, shape, rng,

@@ -22,7 +22,7 @@ def twins(device):
 
 
 def test_every_twin_has_its_ops_name_and_signature():
-    """Those of the lists above, each compared with its op in the other files here."""
+    """The other files here compare all in these lists with their ops."""
     assert twins("cpu").keys() == CPU and twins("gpu").keys() == GPU
     for device in ("cpu", "gpu"):
         for name, twin in twins(device).items():
@@ -56,7 +56,7 @@ def test_the_first_argument_decides(dtype):
     on_cpu = "cpu" if dtype == np.float32 else "plain"
     on_gpu = "gpu" if dtype in (np.float16, np.float32) else "plain"
     assert both(x) == (on_cpu, x, 1) and both(x, y=2) == (on_cpu, x, 2)
-    assert only_cpu(x) == (on_cpu, x)
+    assert only_cpu(x) == only_cpu(x=x) == (on_cpu, x)
     assert both(x[0]) == ("plain", x[0], 1)             # a NumPy number is no array
     with strict.installed() as cupy:
         x = cupy.asarray(x)

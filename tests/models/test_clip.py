@@ -58,7 +58,7 @@ def test_clip_with_projection(end):
 
 @pytest.mark.parametrize("end", [98, 2])
 def test_a_learned_word_and_the_pooled_token(end):
-    """With eos_token_id 2 the largest id is pooled, a learned word's, here as in transformers."""
+    """With eos_token_id 2 the largest id is pooled: that of a learned word, as in transformers."""
     reference, module, ids = projection_pair(end, torch.float64, vocab_size=101)
     ids = ids.copy()
     ids[:, 5] = 100                                     # added by textual inversion

@@ -1,4 +1,4 @@
-"""A picture decoded and encoded in tiles: those of diffusers, whatever their size."""
+"""Decoding and encoding in tiles: the same pictures as diffusers, for tiles of any size."""
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tinyldm.models import AutoencoderKL
 from tinyldm.shapes.drawing import draw
 from tinyldm.shapes.scenes import sample
 
-# Of latents: one tile exactly, a sliver more, slivers on both sides, lower than a tile is wide.
+# Of latents: exactly one tile, one row more, a rest on both sides, less high than a tile.
 SIZES = [(8, 8), (9, 8), (13, 7), (17, 13), (14, 19), (3, 29)]
 
 
@@ -55,7 +55,7 @@ def test_a_picture_is_encoded_in_tiles_as_diffusers_does(dtype, kind, allowed):
             assert_close(logvar, nhwc(theirs.logvar), allowed, where)
 
 
-def test_what_fits_in_a_tile_is_decoded_as_ever():
+def test_a_picture_that_fits_in_one_tile_is_the_same():
     vae = fill(AutoencoderKL(vae_config(dict(VAES["two levels"], sample_size=16))))
     z = normal(1, 8, 5, 4)
     np.testing.assert_array_equal(vae.decode_tiled(z), vae.decode(z))
@@ -63,14 +63,14 @@ def test_what_fits_in_a_tile_is_decoded_as_ever():
 
 @pytest.mark.parametrize("pixels", [1, 2, 3, 5, 7, 32, [16, 8], None])
 def test_tiles_of_any_size_make_a_whole_picture(pixels):
-    """Not only of a multiple of 4 latents, as diffusers' do; no size means 32."""
+    """diffusers needs tiles of a multiple of 4 latents. Without a size it is 32 pixels."""
     vae = fill(AutoencoderKL(vae_config(dict(VAES["two levels"], sample_size=pixels))))
     images = vae.decode_tiled(normal(1, 7, 18, 4))
     assert images.shape == (1, 14, 36, 3) and np.isfinite(images).all()
 
 
 def test_tiles_change_a_picture_a_little():
-    """A norm sees its tile, not the picture: four pictures of the bundled model's size as one."""
+    """Norms see one tile, not the picture. Here four pictures of the bundled model make one."""
     pipe = tinyldm.load()
     rng = np.random.default_rng(0)
     parts = [draw(sample(rng)) for _ in range(4)]

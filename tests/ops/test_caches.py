@@ -20,7 +20,7 @@ B, H, C, G, T = 2, 6, 8, 4, 12                          # T tokens
     ("attention", [(B, T, C)] * 3, 0, {"num_heads": 2}),
     ("concat", [(T, C), (T, 3)], 0, {}),
     ("kl_normal", [(B, C), (B, C)], 0, {}),
-    ("mse", [(T, C)] * 2, T * C, {}),                   # the difference, in place of both
+    ("mse", [(T, C)] * 2, T * C, {}),                   # the difference instead of both
     ("l1", [(T, C)] * 2, T * C, {}),
 ])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])      # float32: the fast twins
@@ -32,5 +32,5 @@ def test_a_cache_holds_inputs_and_small_statistics(name, numbers, new, params, d
 
 
 def whole(array):
-    """What a view keeps alive."""
+    """The array that a view keeps alive."""
     return array if array.base is None else whole(array.base)

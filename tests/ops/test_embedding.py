@@ -10,7 +10,7 @@ from tinyldm import ops
 
 @pytest.mark.parametrize("ids", [[0], [[4, 4, 1], [4, 0, 1]], [[[6], [0]], [[6], [6]]]], ids=str)
 def test_embedding(ids, rng):
-    """Repeated ids collect all their gradients; an id never used gets zeros."""
+    """A repeated id gets the sum of its gradients; an unused id gets zeros."""
     check_op(ops.embedding, ops.embedding_backward, [np.array(ids), rng.normal(size=(7, 5))],
              lambda ids, weight: F.embedding(ids, weight))
 
@@ -19,12 +19,12 @@ def test_embedding(ids, rng):
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("B, dim", [(1, 6), (3, 7), (5, 32), (2, 5)])
 def test_timestep_embedding(B, dim, shift, flip, rng):
-    def waves(t):                                       # diffusers' function, but in float64
+    def sinusoids(t):                                     # diffusers' function, but in float64
         angles = t[:, None] * 10000.0 ** -(torch.arange(dim // 2).double() / (dim // 2 - shift))
         y = torch.cat([angles.cos(), angles.sin()] if flip else [angles.sin(), angles.cos()], 1)
         return F.pad(y, (0, dim % 2))
     t = rng.uniform(0, 50, B)
-    check_op(ops.timestep_embedding, ops.timestep_embedding_backward, [t], waves,
+    check_op(ops.timestep_embedding, ops.timestep_embedding_backward, [t], sinusoids,
              dim=dim, flip_sin_to_cos=flip, freq_shift=shift)
 
 

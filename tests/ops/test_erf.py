@@ -1,4 +1,4 @@
-"""The hand-written error function against the C library's (math.erf) and torch's."""
+"""erf against the C library (math.erf) and torch."""
 
 import math
 

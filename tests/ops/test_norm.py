@@ -8,7 +8,7 @@ from tinyldm import ops
 
 
 def norm_inputs(rng, shape):
-    """x away from mean 0 and variance 1, weight away from 1."""
+    """x with mean 3 and standard deviation 2, weight around 1."""
     return [rng.normal(3, 2, shape), rng.normal(1, 0.5, shape[-1]), rng.normal(size=shape[-1])]
 
 

@@ -13,6 +13,7 @@ from tests.support.drawing import (
 )
 from tests.support.extra import diffusers, torch
 from tests.support.pictures import SIZE, hole, picture, thin
+from tests.support.reference import float32_noise, widen_embeddings
 from tests.support.small_pipelines import (
     ddpm,
     dpmpp,
@@ -82,6 +83,14 @@ def assert_inpaints(pipe, reference, **options):
                         reference([5], image=picture(), mask_image=hole(), **options))
 
 
+def test_image_to_image_and_inpainting_in_float64(both):
+    _, reference = both
+    pipe = load(reference.folder, dtype="float64")
+    assert_same_drawing(ours(pipe, seed=5, image=picture(), strength=0.6),
+                        reference([5], image=picture(), strength=0.6))
+    assert_inpaints(pipe, reference, strength=0.6)
+
+
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainting_with_an_ordinary_model(both, strength):
     assert_inpaints(*both, strength=strength)
@@ -94,13 +103,15 @@ def test_inpainting_with_a_model_made_for_it(nine, strength):
 
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_a_latent_consistency_model_makes_all_steps(few, strength):
-    """From a start as low as the strength says; with a mask it leaves out steps, as others do."""
+    """All steps are made, from less noise; with a mask some are left out, as in other models."""
     pipe, reference = few
     img2img = diffusers.LatentConsistencyModelImg2ImgPipeline(
         **reference.pipe.components, requires_safety_checker=False)
     img2img.set_progress_bar_config(disable=True)
-    theirs = img2img(PROMPT, image=picture(), strength=strength, num_inference_steps=STEPS,
-                     guidance_scale=7.5, generator=torch.Generator().manual_seed(5)).images
+    widen_embeddings(img2img)
+    with float32_noise():
+        theirs = img2img(PROMPT, image=picture(), strength=strength, num_inference_steps=STEPS,
+                         guidance_scale=7.5, generator=torch.Generator().manual_seed(5)).images
     states, images = ours(pipe, seed=5, image=picture(), strength=strength)
     assert len(states) == STEPS
     assert_same_pictures(images, np.stack([np.asarray(image) for image in theirs]))
@@ -122,7 +133,7 @@ def test_strength_unless_given(both_sd1):
 
 
 def test_large_pictures_in_tiles(tmp_path):
-    """low_memory encodes in tiles as well: those of diffusers' enable_tiling."""
+    """low_memory also encodes in tiles, those of diffusers' enable_tiling."""
     folder, large = sd1(tmp_path), picture(size=(96, 72))
     reference = Editing(folder)
     reference.pipe.vae.enable_tiling()
@@ -131,7 +142,7 @@ def test_large_pictures_in_tiles(tmp_path):
 
 
 def test_what_is_transparent_lies_on_white(small):
-    """So a mask's transparent parts are painted, as programs mean it that cut holes."""
+    """So a mask's transparent parts are painted: programs that cut holes mean it so."""
     clear = picture(mode="RGBA")
     alpha = Image.eval(hole(), lambda value: 0 if value > 128 else 255)
     clear.putalpha(alpha)
@@ -146,7 +157,7 @@ def test_what_is_transparent_lies_on_white(small):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
 def test_pictures_of_other_modes(small, mode):
-    """diffusers takes RGB alone; a mask of any mode."""
+    """diffusers takes images in RGB only, masks in any mode."""
     image, options = picture(mode=mode), {"num_inference_steps": 2, "mask": hole()}
     *_, state = small.stream("cat", image=image, **options)
     *_, expected = small.stream("cat", image=image.convert("RGB"), **options)
@@ -160,7 +171,7 @@ def test_masks_of_other_modes(both_sd1, mode):
                         reference(image=picture(), mask_image=mask, **size))
 
 
-# ---- of several, each is its own seed's -----------------------------------------------------
+# ---- several images: each has its own seed --------------------------------------------------
 
 @pytest.mark.parametrize("mask", [None, hole()])
 def test_each_picture_is_that_of_its_seed(both_sd1, mask):
@@ -175,7 +186,7 @@ def test_each_picture_is_that_of_its_seed(both_sd1, mask):
 
 
 def test_where_the_mask_is_black_the_latents_are_the_pictures(small):
-    """The last state of an ordinary model; and elsewhere they are not."""
+    """In the last state of an ordinary model; inside the mask they differ."""
     image, mask = picture(size=(16, 16)), Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
     *_, state = small.stream("cat", num_inference_steps=3, image=image, mask=mask)

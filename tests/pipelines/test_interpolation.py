@@ -1,11 +1,11 @@
-"""What lies between two prompts, seeds or pictures: each mixed by torch, and drawn by diffusers."""
+"""Between two prompts, seeds or pictures: torch mixes them, and diffusers draws."""
 import numpy as np
 import pytest
 
 from tests.support.drawing import NEGATIVE, STEPS, Reference, assert_same_pictures
 from tests.support.extra import diffusers, torch
 from tests.support.pictures import SIZE, hole, picture
-from tests.support.reference import nchw
+from tests.support.reference import float32_noise, nchw
 from tests.support.small_pipelines import sd1, sdxl, smallest
 from tests.support.tolerance import assert_close
 from tinyldm import Between, TinyldmError, load
@@ -59,9 +59,10 @@ def test_prompts(both, weight):
               for text in (FIRST, short)]
     names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
              "negative_pooled_prompt_embeds"][:len(theirs[0])]
-    told = {name: torch.lerp(one, other, weight) for name, one, other in zip(names, *theirs)}
-    images = reference(**told, num_inference_steps=STEPS, guidance_scale=7.5,
-                       generator=generator(3)).images
+    mixed = {name: torch.lerp(one, other, weight) for name, one, other in zip(names, *theirs)}
+    with float32_noise():
+        images = reference(**mixed, num_inference_steps=STEPS, guidance_scale=7.5,
+                           generator=generator(3)).images
     ours = draw(pipe, Between(FIRST, short, weight), negative_prompt=NEGATIVE, seed=3)
     assert_same_pictures(ours, array(images))
 
@@ -69,7 +70,7 @@ def test_prompts(both, weight):
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_seeds(both, weight):
     pipe, reference = both
-    a, b = (torch.randn((1, 4, 8, 8), generator=generator(seed)) for seed in (3, 11))
+    a, b = (torch.randn((1, 4, 8, 8), generator=generator(seed)).double() for seed in (3, 11))
     images = reference(FIRST, latents=on_the_arc(a, b, weight), num_inference_steps=STEPS,
                        guidance_scale=7.5).images
     assert_same_pictures(draw(pipe, FIRST, seed=Between(3, 11, weight)), array(images))
@@ -77,7 +78,7 @@ def test_seeds(both, weight):
 
 @pytest.mark.parametrize("weight", [0.3, 0.5])
 def test_pictures(both, weight):
-    """diffusers takes latents for a picture: here those between two, of its own VAE."""
+    """diffusers also takes latents as image: here those between two, from its own VAE."""
     pipe, reference = both
     xl = "XL" if hasattr(reference, "text_encoder_2") else ""
     img2img = getattr(diffusers, f"StableDiffusion{xl}Img2ImgPipeline")(
@@ -88,16 +89,17 @@ def test_pictures(both, weight):
     z = torch.randn((1, 4, SIZE[1] // factor, SIZE[0] // factor), generator=draws)
     size = z.shape[3] * factor, z.shape[2] * factor
     with torch.no_grad():
-        latents = [reference.vae.encode(nchw(from_pil(image, size))).latent_dist
+        latents = [reference.vae.encode(nchw(from_pil(image, size)).double()).latent_dist
                    for image in pictures]
     a, b = ((one.mean + one.std * z) * reference.vae.config.scaling_factor for one in latents)
-    images = img2img(FIRST, image=torch.lerp(a, b, weight), strength=0.7, generator=draws,
-                     num_inference_steps=STEPS, guidance_scale=7.5).images
+    with float32_noise():
+        images = img2img(FIRST, image=torch.lerp(a, b, weight), strength=0.7, generator=draws,
+                         num_inference_steps=STEPS, guidance_scale=7.5).images
     ours = draw(pipe, FIRST, image=Between(*pictures, weight), strength=0.7, seed=3)
     assert_same_pictures(ours, array(images))
 
 
-# ---- by themselves --------------------------------------------------------------------------
+# ---- without a reference --------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [{}, {"mask": hole()}])
 def test_the_ends_are_those_between_which_it_lies(small, options):
@@ -111,7 +113,7 @@ def test_the_ends_are_those_between_which_it_lies(small, options):
 
     ends = [last({name: Between(one[name], other[name], weight) for name in one})
             for weight in (0, 1)]
-    # The shorter prompt is filled up to the chunks of the longer, so that its end differs a little.
+    # The shorter prompt gets as many chunks as the longer, so the end differs a little.
     assert_close(ends[1], last(other), 1e-5, "the second")
     one["prompt"] = other["prompt"] = FIRST
     assert_close(last({name: Between(one[name], other[name], 0) for name in one}), last(one),

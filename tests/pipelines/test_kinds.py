@@ -1,4 +1,4 @@
-"""The kinds of Stable Diffusion besides 1 and 2, each against diffusers' own pipeline for it."""
+"""The other kinds of Stable Diffusion, each against diffusers' own pipeline for it."""
 import numpy as np
 import pytest
 
@@ -55,7 +55,7 @@ def test_sdxl_turbo(tmp_path_factory):
     assert state.timestep == 999
 
 
-def told(pipe, *args):
+def conditioning(pipe, *args):
     return pipe._conditioner(*args, 7.5, 64, 64)
 
 
@@ -66,17 +66,17 @@ def encode(reference, text):
 
 
 def test_chunks_and_weights_of_both_encoders(xl):
-    """Both halves of the context are cut and weighed by themselves; the vector is the first's."""
+    """Each half of the context has its own chunks and weights; the vector is the first chunk's."""
     pipe, reference = xl
     contexts, vectors = zip(*(encode(reference, text) for text in ("a red cat", "low!", "")))
     with pytest.warns(UserWarning, match="is read in 2 chunks"):
-        negative, positive = told(pipe, "a red cat BREAK low!", "low!")
+        negative, positive = conditioning(pipe, "a red cat BREAK low!", "low!")
     assert_close(positive["context"], np.concatenate(contexts[:2], axis=1), 1e-4)
     assert_close(positive["text_embeds"], vectors[0], 1e-4)
     assert_close(negative["context"], np.concatenate(contexts[1:], axis=1), 1e-4)
     assert_close(negative["text_embeds"], vectors[1], 1e-4)
 
-    _, weighed = told(pipe, "a red (cat:1.5)", "")
+    _, weighed = conditioning(pipe, "a red (cat:1.5)", "")
     ids, plain = pipe.tokenizer("a red"), pipe.tokenizer("a red cat")
     weights = np.where((plain == pipe.tokenizer.end) | (ids == plain), 1, 1.5)
     assert (weights != 1).any()
@@ -87,10 +87,10 @@ def test_chunks_and_weights_of_both_encoders(xl):
 
 
 def test_a_word_that_is_padding_to_one_encoder_only(xl):
-    """"!" is the second tokenizer's padding: three of them are three tokens to it, else one."""
+    """"!" is the second tokenizer's padding: for it "!!!" is three tokens, for the first one."""
     pipe, reference = xl
     context, pooled = encode(reference, "cat!!!")
-    _, positive = told(pipe, "cat!!!", "")
+    _, positive = conditioning(pipe, "cat!!!", "")
     assert_close(positive["context"], context, 1e-4)
     assert_close(positive["text_embeds"], pooled, 1e-4)
 
@@ -120,6 +120,15 @@ def test_sd_turbo(tmp_path_factory):
                             reference([1, 2], **options))
 
 
+@pytest.mark.parametrize("make", [sdxl, sdxl_turbo, sd_turbo, lcm], ids=lambda make: make.__name__)
+def test_in_float64(make, tmp_path):
+    folder, options = make(tmp_path), {"guidance_scale": 7.5}
+    if make is not lcm:
+        options["negative_prompt"] = NEGATIVE
+    assert_same_drawing(ours(load(folder, dtype="float64"), seed=7, **options),
+                        Reference(folder)([7], **options))
+
+
 @pytest.fixture(scope="module")
 def consistent(tmp_path_factory):
     return both(lcm, tmp_path_factory)
@@ -133,18 +142,18 @@ def test_latent_consistency_model(consistent, options):
     assert_same_drawing(ours(pipe, seed=1, num_images=2, **options), reference([1, 2], **options))
 
 
-def test_the_waves_of_guidance_are_of_the_contexts_precision(consistent):
-    """They are computed in float64, in which the UNet is not to go on."""
-    conditions, = told(consistent[0], "cat", "")
-    assert conditions["timestep_cond"].dtype == conditions["context"].dtype == np.float32
+def test_the_guidance_embedding_has_the_contexts_dtype(consistent):
+    """It is computed in float64, but the UNet must not go on in float64."""
+    only, = conditioning(consistent[0], "cat", "")
+    assert only["timestep_cond"].dtype == only["context"].dtype == np.float32
 
 
 def test_a_latent_consistency_model_knows_no_negative_prompt(consistent):
     pipe, _ = consistent
     assert len(list(pipe.stream(PROMPT))) == 4
     with pytest.warns(UserWarning, match="imitates guidance, .* plays no part") as said:
-        told, = pipe._conditioner("cat", NEGATIVE, 7.5, 64, 64)
-    assert told.keys() == {"context", "timestep_cond"}
+        only, = pipe._conditioner("cat", NEGATIVE, 7.5, 64, 64)
+    assert only.keys() == {"context", "timestep_cond"}
     with pytest.warns(UserWarning, match="imitates guidance") as said:
         *_, state = pipe.stream("cat", NEGATIVE)
     assert said[0].filename == __file__

@@ -1,4 +1,4 @@
-"""How much memory is held: as much as the tokens ask for, and with low_memory less of it."""
+"""Memory grows with the number of tokens, not with its square; low_memory needs less."""
 import mmap
 import tracemalloc
 from contextlib import nullcontext
@@ -26,7 +26,7 @@ both_paths = pytest.mark.parametrize("path", [nullcontext, backend.plain], ids=[
 
 
 def peak(run):
-    """The most bytes held at a time above what was held before; scratch memory is new as well."""
+    """The peak of bytes held, above what was held before; scratch memory counts too."""
     tracemalloc.start()
     try:
         run()
@@ -114,7 +114,7 @@ def test_nan_in_a_tile_is_traced_to_its_layer(tmp_path):
 
 @pytest.mark.parametrize("make, dtype", [(sd1, np.float32), (euler_ancestral, np.float16)])
 def test_low_memory_leaves_weights_in_the_map(make, dtype, tmp_path):
-    """The same numbers; every weight whose dtype is the file's is a part of the map."""
+    """The same numbers, and every weight with the file's dtype is a view of the memory map."""
     folder = make(tmp_path / "folder")
     usual, low = (load_model(folder / "unet", dtype, low) for low in (False, True))
     for (name, expected), parameter in zip(usual.named_parameters(), low.parameters()):

@@ -44,8 +44,15 @@ def test_every_configuration_draws_the_same(both):
                                        return_tensors="np").input_ids
         assert np.array_equal(pipe.tokenizer(text), ids)
         context, _ = reference.pipe.encode_prompt(text, "cpu", 1, False)
-        first = pipe.encode_prompt(text)[:, :77]        # all but for a long prompt, which they cut
+        first = pipe.encode_prompt(text)[:, :77]        # diffusers cuts long prompts
         assert_close(first, context.detach().numpy(), 1e-4, "context")
+    assert_same_drawing(ours(pipe, negative_prompt=NEGATIVE, seed=7),
+                        reference([7], negative_prompt=NEGATIVE))
+
+
+def test_every_configuration_draws_the_same_in_float64(both):
+    _, reference = both
+    pipe = load(reference.folder, dtype="float64")
     assert_same_drawing(ours(pipe, negative_prompt=NEGATIVE, seed=7),
                         reference([7], negative_prompt=NEGATIVE))
 
@@ -93,7 +100,7 @@ def test_decode(both_sd1):
     latents = np.random.default_rng(1).standard_normal((2, 3, 5, 4), np.float32)
     images = pipe.decode(latents)
     with torch.no_grad():
-        scaled = nchw(latents) / reference.pipe.vae.config.scaling_factor
+        scaled = nchw(latents).double() / reference.pipe.vae.config.scaling_factor
         theirs = nhwc(reference.pipe.vae.decode(scaled).sample)
     assert_close(images, theirs.clip(-1, 1), 1e-3, "decoded")
     assert images.min() >= -1 and images.max() <= 1
@@ -124,7 +131,7 @@ def test_same_seed_same_picture(small):
     ("torch-cuda", lambda seed: CudaGenerator(seed).randn((1, 4, 4, 4))),
     ("numpy", lambda seed: np.random.RandomState(seed).standard_normal((1, 4, 4, 4)))])
 def test_kinds_of_noise(small, kind, draw):
-    """Image i starts from what seed + i gives elsewhere, where channels come first."""
+    """Image i starts from torch's numbers for seed + i, with channels first."""
     latents = np.concatenate([draw(5), draw(6)]).transpose(0, 2, 3, 1)
     options = {"num_inference_steps": 2, "num_images": 2}
     *_, expected = small.stream("cat", latents=latents, **options)
@@ -133,12 +140,12 @@ def test_kinds_of_noise(small, kind, draw):
 
 
 def test_fresh_noise_is_of_the_same_kind(small):
-    """DDPM's steps go on drawing where the first latents' stream stands."""
+    """DDPM's steps continue the random stream of the first latents."""
     options = {"sampler": "ddpm", "num_inference_steps": 2, "guidance_scale": 1.0}
     state = np.random.RandomState(8)
     first, second = (state.standard_normal((1, 4, 4, 4)).transpose(0, 2, 3, 1) for _ in range(2))
     drawn, _ = small.stream("cat", noise="numpy", seed=8, **options)
-    # Given latents, the seed's first numbers are left for the first step's fresh noise.
+    # With given latents, the seed's first numbers are the first step's fresh noise.
     given, _ = small.stream("cat", latents=first, noise="numpy", seed=8, **options)
     difference = drawn.latents - given.latents
     assert np.corrcoef(difference.reshape(-1), (second - first).reshape(-1))[0, 1] > 0.9999
@@ -160,7 +167,7 @@ def test_number_of_steps(small_folder, small, tmp_path):
     smallest(folder)
     change_json(folder / "model_index.json", _num_inference_steps=7)
     assert len(list(load(folder).stream("cat"))) == 7
-    Reference(folder)                                   # which passes over the underscore's key
+    Reference(folder)                                   # ignores a key with an underscore
 
 
 BAD = [

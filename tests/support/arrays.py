@@ -10,7 +10,7 @@ def read_only(array):
 
 
 def arrays_in(cache):
-    """Every array of a cache, which may be nested tuples."""
+    """All arrays of a cache, which may be nested tuples."""
     if isinstance(cache, np.ndarray):
         yield cache
     elif isinstance(cache, tuple):

@@ -1,5 +1,5 @@
-"""One check for every op: its derivative against finite differences, both directions against torch
-if it is installed, and both again on arrays that behave as a GPU's, in float32 and in float16.
+"""One check for all ops: the derivative against finite differences; forward and backward against
+torch if it is installed, and on arrays that behave like a GPU's, in float32 and float16.
 
 Torch gets the same arrays in our layout (channels last); a test hands over a small function that
 turns its tensors round. All that an op is given is read-only, so an op that writes into it fails.
@@ -16,15 +16,15 @@ from tinyldm import backend
 STEP = 1e-5                         # of the central difference
 DIFFERENCE = 1e-5                   # allowed, of the gradient's length
 AGAINST_TORCH = 1e-9                # allowed, of the array's largest value
-NOTHING = 1e-8                      # rounding of a difference quotient whose true value is 0
+NOTHING = 1e-8                      # rounding error of a difference quotient that should be 0
 KERNEL = 1e-5                       # allowed in float32, of the array's largest value
 FLOAT16 = 2e-3                      # allowed, of the array's largest value: four roundings
 
 
 def check_op(op, backward, inputs, torch_op=None, **params):
-    """y, cache = op(*inputs, **params); backward(dy, cache) -> gradients of all but integers.
+    """y, cache = op(*inputs, **params); backward(dy, cache) -> gradients of all float inputs.
 
-    inputs: float64 arrays, integer arrays, or None for a bias left out (its gradient is not read).
+    inputs: float64 arrays, integer arrays, or None for no bias (then its gradient is ignored).
     torch_op(*tensors) -> tensor of y's shape.
     """
     rng = np.random.default_rng(len(inputs))
@@ -46,7 +46,7 @@ def check_op(op, backward, inputs, torch_op=None, **params):
 
 
 def gradients_of(backward, dy, cache, inputs):
-    """Position -> gradient. Integers have none, and backward leaves them out."""
+    """{position: gradient}. backward returns none for integer inputs."""
     gradients = backward(dy, cache)
     gradients = gradients if isinstance(gradients, tuple) else (gradients,)
     places = [i for i, x in enumerate(inputs) if x is None or x.dtype.kind == "f"]
@@ -78,15 +78,15 @@ def _check_torch(torch_op, inputs, y, dy, gradients):
 
 
 def _check_dtype(op, backward, inputs, dy, params):
-    """A float32 op has float32 results: no constant in it widens them."""
+    """From float32, an op gives float32: no constant widens the result."""
     for result in results(op, backward, inputs, dy, params, np.float32):
         assert result.dtype == np.float32, f"{result.dtype} out of float32"
 
 
 def results(op, backward, inputs, dy, params, *dtypes, move=lambda x: x, plain=True):
-    """The output and every gradient, all numbers rounded to one dtype after the other."""
+    """The output and all gradients, with all inputs rounded to one dtype after another."""
     inputs = [x if x is None else move(rounded(x, *dtypes)) for x in inputs]
-    dy = rounded(dy, *dtypes) if dy.ndim else rounded(dy, np.float32)       # a loss's stays float32
+    dy = rounded(dy, *dtypes) if dy.ndim else rounded(dy, np.float32)       # float32 for a loss
     with backend.plain(plain):
         y, cache = op(*inputs, **params)
         return [y, *gradients_of(backward, move(dy), cache, inputs).values()]
@@ -99,12 +99,12 @@ def rounded(x, *dtypes):
 
 
 def _check_device(op, backward, inputs, dy, params):
-    """Where CuPy's rules hold, float32 gives NumPy's numbers and float16 nearly those, in float16.
+    """On the stand-in for CuPy, float32 gives NumPy's numbers, and float16 nearly the same.
 
-    A loss is float32: being a sum, it may be beyond float16. The kernels for a GPU come close too.
+    A loss is float32, because a sum may overflow float16. The GPU kernels must be close, too.
     """
     def compare(dtypes, allowed, plain=True):
-        # NumPy in float32 from the same rounded inputs: what is left are the roundings on the way.
+        # NumPy in float32 from the same rounded inputs: only roundings inside the op differ.
         expected = results(op, backward, inputs, dy, params, *dtypes, np.float32)
         with strict.installed() as xp:
             ours = results(op, backward, inputs, dy, params, *dtypes, move=strict.Array,
@@ -113,8 +113,8 @@ def _check_device(op, backward, inputs, dy, params):
             assert isinstance(our, xp.ndarray) and our.shape == np.shape(their)
             assert our.dtype == (np.float32 if i == 0 and not our.ndim else dtypes[-1])
             error, size = abs(our.get() - their).max(), abs(their).max()
-            if not plain:                               # what cancels leaves other last digits
-                size = max(size, 0.1)
+            if not plain:       # gradients are sums of parts as large as dy, which may cancel
+                size = max(size, abs(dy).max() if i else 0.1)
             within(error, allowed * size, f"result {i} in {dtypes[-1].__name__}, plain={plain}")
     compare([np.float32], 0)
     compare([np.float16], FLOAT16)

@@ -1,10 +1,10 @@
-"""CUDA kernels run on the host, thread by thread: what strict.py's CuPy launches.
+"""Runs CUDA kernels on the host, thread by thread, for the stand-in for CuPy in strict.py.
 
-The source is compiled by g++ behind a few lines that give CUDA's words a meaning. A block's threads
-are fibers of one thread: each runs to the next point where all must meet (__syncthreads, or an
-exchange between the lanes of a warp), then the next one has its turn, in a random order, so that a
-missing __syncthreads shows. Blocks run one after another. Whoever is not at such a point while
-others wait there has diverged, which is an error here and undefined on a device.
+g++ compiles the source after a few lines that define CUDA's keywords. The threads of a block are
+fibers of one thread. Each runs to the next point where all must meet (__syncthreads, or an exchange
+between the lanes of a warp); then another fiber continues, in random order, so that a missing
+__syncthreads changes the result. Blocks run one after another. If a thread ends while others wait
+at such a point, the threads have diverged: an error here, undefined on a device.
 """
 import ctypes
 import functools
@@ -36,8 +36,7 @@ struct dim3 { unsigned x, y, z; };
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 static inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
-// A fiber begins with setcontext, which asks the system for its mask of signals, and goes on with
-// longjmp, which does not.
+// A fiber starts by setcontext and continues by longjmp, which is faster: it makes no system call.
 struct Fiber { jmp_buf place; unsigned exchanges; float lanes[2]; char state; };
 enum { FRESH, WAITS, ENDED };
 static std::vector<Fiber> fibers;
@@ -52,7 +51,7 @@ static void meet() {
 }
 static void __syncthreads() { meet(); }
 static float __shfl_xor_sync(unsigned, float value, int other) {
-    unsigned turn = fibers[current].exchanges++ % 2;     // the other's last one may not be read yet
+    unsigned turn = fibers[current].exchanges++ % 2;     // the other may not have read the last one
     fibers[current].lanes[turn] = value;
     meet();
     return fibers[current ^ other].lanes[turn];
@@ -116,7 +115,7 @@ MEETINGS = ("__syncthreads", "warp_")
 
 
 class RawModule:
-    """As cupy.RawModule. options: -std and -D, as for NVIDIA's compiler."""
+    """Like cupy.RawModule. options: -std and -D, as for NVIDIA's compiler."""
 
     def __init__(self, *, code, options):
         self.library, self.kernels = _compile(code, options)
@@ -135,7 +134,7 @@ class RawModule:
 
 
 def _argument(parameter, value):
-    """What C is given, after a check of its type; strict arrays have `host`."""
+    """The value for C, after a check of its type. Strict arrays have `host`."""
     if "*" in parameter:
         assert value.host.flags.c_contiguous, f"{parameter}: strides are not passed on"
         if "float*" in parameter:
@@ -174,7 +173,7 @@ def _compile(code, options):
 
 
 class Cublas:
-    """As the module cupy.cuda.cublas. pointer_mode: where alpha and beta lie; a handle has one."""
+    """Like the module cupy.cuda.cublas. pointer_mode: whether alpha and beta are on the host."""
 
     CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT = 0, 1, 68, -1
     CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE = 0, 1
@@ -189,9 +188,9 @@ class Cublas:
     def gemmStridedBatchedEx(self, handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA,
                              B, Btype, ldb, strideB, beta, C, Ctype, ldc, strideC, count, compute,
                              algo):
-        """With the names of cuBLAS's manual."""
+        """The names are those of cuBLAS's manual."""
         assert (compute, algo) == (68, -1) and transb == 0
-        assert self.pointer_mode == self.CUBLAS_POINTER_MODE_HOST, "alpha and beta lie on the host"
+        assert self.pointer_mode == self.CUBLAS_POINTER_MODE_HOST, "alpha and beta are on the host"
         alpha, beta = (ctypes.c_float.from_address(place).value for place in (alpha, beta))
 
         def matrix(place, kind, rows, columns, leading, stride):            # stored by columns

@@ -41,7 +41,7 @@ def model(name):
     import torch
     import transformers
 
-    from tests.support.pairs import in_float64
+    from tests.support.reference import widen_embeddings
 
     kind, config = models.cases()[name]
     if hasattr(transformers, kind.__name__):
@@ -52,7 +52,8 @@ def model(name):
     ours = set(dict(reference.named_parameters()))
     state = {key if key in ours else key.removeprefix("text_model."): torch.from_numpy(tensor)
              for key, tensor in tensors.items()}
-    reference = in_float64(reference)
+    reference = reference.double().eval()
+    widen_embeddings(reference)
     reference.load_state_dict(state, strict=False)
     assert state.keys() == ours, sorted(state.keys() ^ ours)
     x = {key: torch.from_numpy(array.copy()) for key, array in models.inputs(name).items()}

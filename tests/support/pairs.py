@@ -9,7 +9,7 @@ from transformers import CLIPTextModelWithProjection as ReferenceCLIPWithProject
 
 from tests.support.arrays import read_only
 from tests.support.models import CLIPS, CONDITIONED, vae_config
-from tests.support.reference import copy_weights, randomise
+from tests.support.reference import copy_weights, randomise, widen_embeddings
 from tinyldm.models import (
     AutoencoderKL,
     CLIPTextModel,
@@ -18,36 +18,12 @@ from tinyldm.models import (
 )
 
 
-class Sinusoidal64(torch.nn.Module):
-    """The sinusoidal embedding in float64; diffusers computes it in float32 for every model."""
-
-    def __init__(self, dim, flip_sin_to_cos, downscale_freq_shift):
-        super().__init__()
-        self.dim, self.flip, self.shift = dim, flip_sin_to_cos, downscale_freq_shift
-
-    def forward(self, timesteps):
-        half = self.dim // 2
-        frequencies = 10000.0 ** -(torch.arange(half).double() / (half - self.shift))
-        angles = timesteps.double()[:, None] * frequencies
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, sin] if self.flip else [sin, cos], 1)
-
-
-def in_float64(reference):
-    """A model of the reference made float64, its sinusoidal embedding too."""
-    for name in ("time_proj", "add_time_proj"):
-        if theirs := getattr(reference, name, None):
-            setattr(reference, name, Sinusoidal64(theirs.num_channels, theirs.flip_sin_to_cos,
-                                                  theirs.downscale_freq_shift))
-    return reference.double().eval()
-
-
 def unet_pair(config, dtype, size, batch=2, tokens=7):
     torch.manual_seed(0)
     reference = randomise(ReferenceUNet(**config).to(dtype)).eval()
     module = copy_weights(reference, UNet2DConditionModel(config))
     if dtype == torch.float64:
-        in_float64(reference)
+        widen_embeddings(reference)
     rng = np.random.default_rng(1)
     kind = np.float64 if dtype == torch.float64 else np.float32
     latents = read_only(rng.standard_normal((batch, *size, config["in_channels"])).astype(kind))

@@ -2,7 +2,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE = 70, 59                       # of the picture, and no multiple of a VAE's factor
+SIZE = 70, 59                       # of the picture; no multiple of a VAE's downsampling factor
 
 
 def picture(seed=0, size=SIZE, mode="RGB"):
@@ -22,7 +22,7 @@ def hole(size=SIZE):
 
 
 def thin(side):
-    """A mask with white lines that lie between the pixels which a latent's cell is told by."""
+    """A mask with white lines between the pixels at which it is sampled for the latents."""
     mask = Image.new("L", (side, side))
     mask.paste(255, (5, 0, 8, side))
     return mask

@@ -1,4 +1,8 @@
 """Bridges to the reference implementations: the same random weights, gradients side by side."""
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
 import numpy as np
 
 from tests.support.extra import torch
@@ -18,6 +22,40 @@ def nchw(array):
 
 def nhwc(tensor):
     return np.ascontiguousarray(tensor.detach().numpy().transpose(0, 2, 3, 1))
+
+
+@contextmanager
+def float32_noise():
+    """torch.randn draws other numbers in float64: here it draws float32's, and widens them."""
+    randn = torch.randn
+
+    def widened(*shape, dtype=None, **options):
+        return randn(*shape, **options).to(dtype)
+
+    with mock.patch.object(torch, "randn", widened):
+        yield
+
+
+def sinusoidal(x, dim, sin_first, shift):
+    """The sinusoidal embedding in float64; diffusers computes it in float32 for every model."""
+    half = dim // 2
+    frequencies = 10000.0 ** -(torch.arange(half).double() / (half - shift))
+    angles = x.double()[:, None] * frequencies
+    parts = [angles.sin(), angles.cos()]
+    return torch.cat(parts if sin_first else parts[::-1], 1)
+
+
+def widen_embeddings(model):
+    """Let a UNet, or a pipeline's, embed in float64: timesteps, sizes, an LCM's guidance."""
+    unet = getattr(model, "unet", model)
+    for name in ("time_proj", "add_time_proj"):
+        if theirs := getattr(unet, name, None):
+            theirs.forward = partial(sinusoidal, dim=theirs.num_channels,
+                                     sin_first=not theirs.flip_sin_to_cos,
+                                     shift=theirs.downscale_freq_shift)
+    if hasattr(model, "get_guidance_scale_embedding"):
+        model.get_guidance_scale_embedding = lambda w, embedding_dim: sinusoidal(
+            1000 * w, embedding_dim, True, 1)
 
 
 def randomise(reference, seed=0):

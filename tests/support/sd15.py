@@ -15,7 +15,7 @@ UNET, VAE, TEXT_ENCODER, SCHEDULER = SD1.unet, SD1.vae, SD1.text_encoder, SD1.sc
 
 
 def randomise(module, seed=0):
-    """Fill a module with noise of deviation fan_in^-1/2: activations stay near 1 at any depth."""
+    """Fill a module with noise of std fan_in^-1/2: activations stay near 1 at any depth."""
     def fill(item):
         i, (name, parameter) = item
         noise = np.random.default_rng((seed, i)).standard_normal(parameter.shape, np.float32)
@@ -33,7 +33,7 @@ def randomise(module, seed=0):
 
 
 def share_weights(module, reference):
-    """Give the reference our weights: matrices are shared, kernels copied into torch's order."""
+    """Give the reference our weights: matrices are shared, convolutions copied to torch's order."""
     ours = dict(module.named_parameters())
     names = zip(reference_names(reference), reference.named_parameters())
     state = {}

@@ -1,11 +1,12 @@
-"""Activations in cache-sized blocks over threads: twins of ops.silu, quick_gelu, gelu, geglu.
+"""Activations in cache-sized blocks, shared among threads: twins of those in ops/activation.py.
 
-All are x * sigmoid(z) = (x/2) * (1 + tanh(z/2)), by NumPy's vectorised tanh. SiLU has z = x, quick
-GELU 1.702 x. GELU has z = log(Phi(x) / (1 - Phi(x))), an odd and almost straight function of x: x
-times a polynomial in x^2, in fewer passes than a rational erf takes.
+All are x * sigmoid(z) = (x/2) * (1 + tanh(z/2)), by NumPy's vectorised tanh. SiLU has z = x and
+quick GELU z = 1.702 x. GELU has z = log(Phi(x) / (1 - Phi(x))), an odd and almost linear function
+of x. It is approximated by x times a polynomial in x^2, which takes fewer passes than a rational
+erf.
 
-Measured beside PyTorch (`python -m tests.benchmarks.kernels`): the UNet's GEGLU the same time at
-4096 tokens, three times at fewer.
+Measured against PyTorch (`python -m tests.benchmarks.kernels`): the UNet's GEGLU takes the same
+time at 4096 tokens, and up to three times as long at fewer.
 """
 import math
 
@@ -13,31 +14,31 @@ import numpy as np
 
 from .blocks import over_blocks
 
-# z/2 = x * polynomial(x^2), lowest power first. Fitted for the smallest largest error of gelu on
-# |x| <= 5.5: 7e-8, and 6e-7 with float32's rounding. Beyond, the polynomial keeps its value at 5.5:
-# tanh has reached +-1 there.
+# z/2 = x * polynomial(x^2), lowest power first. Fitted on |x| <= 5.5 so that the maximum error of
+# gelu is smallest: 7e-8, or 6e-7 with float32's rounding. Beyond 5.5, where tanh has reached +-1,
+# the polynomial keeps its value.
 HALF_LOGIT = (7.97884216e-1, 3.63342835e-2, -3.31299950e-5, -5.52401585e-5, 3.96910945e-6,
               -1.33446409e-7, 1.80561643e-9)
 LARGEST = 5.5
 
 
 def silu(x):
-    """x (..., C) -> y (..., C)."""
+    """Twin of ops.silu. x (..., C) -> y (..., C)."""
     return _in_blocks(_silu, x, x.shape[-1]), x
 
 
 def quick_gelu(x):
-    """x (..., C) -> y (..., C)."""
+    """Twin of ops.quick_gelu. x (..., C) -> y (..., C)."""
     return _in_blocks(_quick_gelu, x, x.shape[-1]), x
 
 
 def gelu(x):
-    """x (..., C) -> y (..., C), within 1e-6 of the exact GELU."""
+    """Twin of ops.gelu. x (..., C) -> y (..., C), within 1e-6 of the exact GELU."""
     return _in_blocks(_gelu, x, x.shape[-1]), x
 
 
 def geglu(x):
-    """x (..., 2F) = [value, gate] -> y (..., F) = value * gelu(gate)."""
+    """Twin of ops.geglu. x (..., 2F) = [value, gate] -> y (..., F)."""
     return _in_blocks(_geglu, x, x.shape[-1] // 2), x
 
 
@@ -89,7 +90,7 @@ def _geglu(x, y):
     y *= x[:, :F]
 
 
-@np.errstate(under="ignore")            # far out the density is 0
+@np.errstate(under="ignore")            # phi of a large gate is 0
 def geglu_backward(dy, x):
     """Twin of ops.geglu_backward. dy (..., F), x (..., 2F) -> dx (..., 2F)."""
     F = x.shape[-1] // 2

@@ -1,11 +1,12 @@
-"""Attention a block of queries and keys at a time: the fast twin of ops.attention.
+"""Attention, one block of queries and keys at a time: the fast twin of ops.attention.
 
-Heads and stretches of queries go over worker threads with BLAS held to one thread each. A block of
-scores, 1024 queries by 256 keys, is made, exponentiated and multiplied with the values while it is
-near the core; the whole matrix never exists, so memory grows with the tokens alone. What the blocks
-of keys give is added up: above the weighted values, below the weights. To keep the
-exponentials from overflowing the largest score is taken out, as in softmax; a larger one found in a
-later block scales down what was added so far. Where no score can be large, all of that is left out.
+Worker threads share the heads and parts of the queries; each has one BLAS thread. A block of
+scores, 1024 queries by 256 keys, is computed, exponentiated and multiplied with the values while it
+is in the core's cache. The whole matrix of scores never exists, so memory is proportional to the
+number of tokens. Each block of keys adds to two sums: the numerator (weighted values) and the
+denominator (weights). As in softmax, the largest score is subtracted so that no exponential
+overflows. If a later block has a larger score, the sums so far are scaled down. If no score can be
+large, all of this is left out.
 Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", arXiv:1805.02867,
 algorithm 3; Dao et al. 2022, "FlashAttention", arXiv:2205.14135, section 3.1.
 """
@@ -15,13 +16,13 @@ import numpy as np
 
 from ..backend import free_threads, parallel
 
-QUERIES, KEYS = 1024, 256   # of a block: 1 MiB of scores
-ITEM = 256                  # queries an item of work, at least
-FEW = 1 << 13               # fewer scores per head than this take less time in the plain op
-# Scores within +-80 (exponents of 2) need no shift by their maximum: 2^80 and 2^-80 are far from
-# float32's limits of 2^+-126, even times values up to 1e10 and summed over thousands of keys.
+QUERIES, KEYS = 1024, 256   # in a block: 1 MiB of scores
+ITEM = 256                  # at least so many queries per item of work
+FEW = 1 << 13               # with fewer scores per head, the plain op is faster
+# Scores from -80 to 80 (exponents of 2) can stay as they are: 2^80 and 2^-80 are far from float32's
+# limits 2^127 and 2^-126, even multiplied with values up to 1e10 and summed over thousands of keys.
 SAFE = 80
-LOWEST = np.finfo(np.float32).min       # not -inf: less itself it is 0
+LOWEST = np.finfo(np.float32).min       # not -inf, because -inf - -inf is NaN
 
 
 @np.errstate(under="ignore")            # weights close to 0
@@ -32,7 +33,7 @@ def attention(q, k, v, num_heads, causal=False):
         return NotImplemented
     d = C // num_heads
     y = np.empty_like(q)
-    parts = max(1, 4 * free_threads() // (B * num_heads))                # of each head
+    parts = max(1, 4 * free_threads() // (B * num_heads))                # per head
     size = max(ITEM, -(-N // parts))
 
     def work(item):
@@ -46,16 +47,16 @@ def attention(q, k, v, num_heads, causal=False):
 
 
 def _one_head(q, k, v, y, first):
-    """q (n,d), k (M,d), v (M,d) -> y (n,d), written. first: position of query 0 if causal."""
+    """q (n,d), k (M,d), v (M,d) -> y (n,d), written. first: if causal, the position of query 0."""
     (n, d), M = q.shape, len(k)
     q = q * np.float32(math.log2(math.e) / math.sqrt(d))    # 2^(q.k) is now e^(q.k / sqrt(d))
-    # |q.k| <= |q| |k|; written so that NaN is not safe either.
+    # |q.k| <= |q| |k|. With NaN this is False.
     safe = _largest_norm(q) * _largest_norm(k) <= SAFE
     buffer, ones = np.empty(QUERIES * KEYS, np.float32), np.ones(KEYS, np.float32)
     for start in range(0, n, QUERIES):
         part = q[start:start + QUERIES]                                  # (R,d)
         largest = np.full((len(part), 1), LOWEST, np.float32)
-        above, below = 0, 0                                              # (R,d), (R,)
+        numerator, denominator = 0, 0                                    # (R,d), (R,)
         for at in range(0, M, KEYS):
             keys, values = k[at:at + KEYS], v[at:at + KEYS]              # (m,d)
             shape = len(part), len(keys)
@@ -66,12 +67,12 @@ def _one_head(q, k, v, y, first):
             if not safe:
                 before, largest = largest, np.maximum(largest, scores.max(axis=1, keepdims=True))
                 scores -= largest
-                shrink = np.exp2(before - largest)                       # 0 at the first block
-                above, below = above * shrink, below * shrink[:, 0]
+                shrink = np.exp2(before - largest)                       # 0 in the first block
+                numerator, denominator = numerator * shrink, denominator * shrink[:, 0]
             np.exp2(scores, out=scores)
-            above = above + scores @ values
-            below = below + scores @ ones[:len(keys)]
-        np.divide(above, below[:, None], out=y[start:start + QUERIES])
+            numerator = numerator + scores @ values
+            denominator = denominator + scores @ ones[:len(keys)]
+        np.divide(numerator, denominator[:, None], out=y[start:start + QUERIES])
 
 
 def _largest_norm(x):

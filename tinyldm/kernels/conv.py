@@ -1,4 +1,4 @@
-"""Which fast convolution, the backward of all, and upsampling: the twins of ops/conv.py."""
+"""The twins of ops/conv.py: the choice of the convolution, its backward, and upsampling."""
 import numpy as np
 
 from ..backend import parallel
@@ -6,13 +6,13 @@ from . import im2col, winograd
 from .half import widened
 from .product import column_sums, product
 
-FEW = 8                     # output channels
+FEW = 8                     # output channels: with no more than this, few_outputs is fastest
 
 
 def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
     """Twin of ops.conv2d. x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O)."""
     if x.shape[-1] != weight.shape[2]:
-        return NotImplemented                           # the op says what is wrong
+        return NotImplemented                           # the op says why
     return _conv2d(x, weight, bias, stride, padding), (x, weight, stride, padding)
 
 
@@ -28,9 +28,9 @@ def _conv2d(x, weight, bias, stride, padding):
 
 
 def few_outputs(x, weight, bias, padding):
-    """As conv2d at stride 1: all taps are one product, what they give is shifted and added up.
+    """conv2d with stride 1: one product for all K*K taps, whose results are shifted and added up.
 
-    For the picture's three channels: im2col would copy K*K numbers for each one that is read here.
+    Made for the three channels of a picture. im2col would copy each input number K*K times.
     """
     B, H, W, C = x.shape
     K, _, _, O = weight.shape
@@ -40,7 +40,7 @@ def few_outputs(x, weight, bias, padding):
     y[:] = 0 if bias is None else bias
     for i in range(K):
         for j in range(K):
-            # y[h, w] += taps[h + i - before, w + j - before], as far as both exist
+            # y[h, w] += taps[h + i - before, w + j - before], where both exist
             (to_h, from_h), (to_w, from_w) = (
                 (slice(max(0, -shift), max(0, size - shift)),
                  slice(max(0, shift), max(0, shift + y_size)))
@@ -51,11 +51,11 @@ def few_outputs(x, weight, bias, padding):
 
 
 def upsample_nearest(x, size=None):
-    """Twin of ops.upsample_nearest: x (B,H,W,C) -> y (B,2H,2W,C), rows of it over threads."""
+    """Twin of ops.upsample_nearest: x (B,H,W,C) -> y (B,2H,2W,C). Threads share the rows."""
     B, h, w, C = x.shape
     H, W = size or (2 * h, 2 * w)
     if (H + 1) // 2 != h or (W + 1) // 2 != w:
-        return NotImplemented                           # the op says what is wrong
+        return NotImplemented                           # the op says why
     y = np.empty((B, h, 2, w, 2, C), x.dtype)
 
     def row(i):
@@ -81,7 +81,7 @@ def _conv2d_backward(dy, x, weight, stride, padding):
         dweight = winograd.dweight3x3(dy, x, padding)
     else:
         dweight = im2col.dweight(dy, x, K, stride, padding)
-    if stride == 1:                 # dx is a convolution too: taps flipped, channels exchanged
+    if stride == 1:                 # dx is a convolution: kernel flipped, channels exchanged
         flipped = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
         return _conv2d(dy, flipped, None, 1, (K - 1 - padding[0], K - 1 - padding[1])), dweight
     B, Ho, Wo, _ = dy.shape

@@ -1,14 +1,14 @@
-"""The twins on a GPU: where CuPy's own calls make many passes over memory, one kernel makes one.
+"""The twins for a GPU: one kernel makes one pass over memory where CuPy's own calls make many.
 
-An op of a dozen array operations is a dozen kernels to CuPy, each of which reads and writes the
-whole array, two bytes a thread. The kernels below read 16 bytes a thread and keep what is between
-in registers. Matrix products stay NVIDIA's: 2-D ones by CuPy's @, attention's stacks of them by
-cuBLAS directly, since CuPy takes stacks of float16 matrices to float32 first. All statistics, sums
-and exponentials are float32; what is stored has x's dtype, float16 or float32.
+CuPy runs an op of a dozen array operations as a dozen kernels. Each reads and writes the whole
+array, two bytes per thread. The kernels below read 16 bytes per thread and keep intermediate
+results in registers. Matrix products are NVIDIA's: 2-D ones by CuPy's @, attention's stacks by
+cuBLAS directly, because CuPy converts stacks of float16 matrices to float32 first. All statistics,
+sums and exponentials are float32. Stored results have x's dtype, float16 or float32.
 
-Nothing here has a derivative of its own: the caches are those of the plain ops, and so are the
-backward passes. The tests compile SOURCE with NVIDIA's compiler, which needs no GPU, and run it,
-thread by thread, on the host.
+There are no backward kernels here: the caches are those of the plain ops, and so are the backward
+passes. The tests compile SOURCE with NVIDIA's compiler, which needs no GPU, and run it, thread by
+thread, on the host.
 """
 import functools
 import math
@@ -17,16 +17,16 @@ import numpy as np
 
 from ..backend import get_xp
 
-COLUMNS = 1 << 26           # im2col's numbers made at a time: 128 MiB in float16
-SCORES = 1 << 26            # attention scores made at a time: 256 MiB
-THREADS = 256               # of a block
-CHANNELS = 4096             # at most, and groups, for group norm: its sums lie in shared memory
-GROUPS = 256
+COLUMNS = 1 << 26           # numbers of im2col at a time: 128 MiB in float16
+SCORES = 1 << 26            # attention scores at a time: 256 MiB
+THREADS = 256               # per block
+CHANNELS = 4096             # at most so many channels and groups in group norm: its sums lie
+GROUPS = 256                # in shared memory
 SILU, GELU, QUICK_GELU, GEGLU = range(4)
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 2}              # CUDA_R_32F, CUDA_R_16F
 
-# T is float or __half. PACK numbers are read and written at once: 16 bytes, or 1 number where an
-# array does not divide so. Each extern "C" kernel is launched by the function of that name below.
+# T is float or __half. PACK numbers are read and written at once: 16 bytes, or 1 number if an array
+# does not divide into such packs. The function below with a kernel's name launches it.
 SOURCE = r"""
 #include <cuda_fp16.h>
 
@@ -72,7 +72,7 @@ extern "C" __global__ void activation(const T* x, T* y, index_t size, int F, int
     store(y + i, out);
 }
 
-// A warp a row of x (rows,C), four rows a block.
+// One warp per row of x (rows,C), four rows per block.
 extern "C" __global__ void layer_norm(const T* x, const T* weight, const T* bias, T* y, float* mean,
                                       float* rstd, int rows, int C, float eps) {
     int row = blockIdx.x * 4 + threadIdx.y, lane = threadIdx.x;
@@ -103,9 +103,9 @@ extern "C" __global__ void layer_norm(const T* x, const T* weight, const T* bias
     if (lane == 0) { mean[row] = centre; rstd[row] = scale; }
 }
 
-// Sums of a chunk of pixels of one image of x (B,N,C), by group: block (chunk, image) writes
-// sums (B,chunks,G,2), of x - pivot and of its square. The pivot, the group's first number in the
-// image, keeps the difference of mean square and squared mean from cancelling.
+// Sums over a chunk of pixels of one image of x (B,N,C), per group: block (chunk, image) writes
+// sums (B,chunks,G,2) of x - pivot and of its square. The pivot is the group's first number in the
+// image. Without it, mean square minus squared mean could cancel.
 extern "C" __global__ void group_norm_sums(const T* x, float* sums, int N, int C, int G, int rows) {
     extern __shared__ float by_channel[];               // (lanes,C) sums, then squares
     int packs = C / PACK, lanes = packs < blockDim.x ? blockDim.x / packs : 1, size = C / G;
@@ -146,7 +146,7 @@ extern "C" __global__ void group_norm_sums(const T* x, float* sums, int N, int C
     }
 }
 
-// Every block adds up its image's chunks, then writes its rows of y = norm(x), or silu(norm(x)).
+// Each block adds up the chunks of its image, then writes its rows of y = norm(x) or silu(norm(x)).
 extern "C" __global__ void group_norm(const T* x, const T* weight, const T* bias, const float* sums,
                                       T* y, float* mean, float* rstd, int N, int C, int G,
                                       int chunks, int rows, float eps, int with_silu) {
@@ -203,7 +203,7 @@ extern "C" __global__ void im2col(const T* x, T* columns, int H, int W, int C, i
     store(columns + at, pack);
 }
 
-// softmax of a row of scores (rows,M) a block; causal: row r is query start + r % n.
+// Softmax: one block per row of scores (rows,M). causal: row r belongs to query start + r % n.
 extern "C" __global__ void softmax(const float* scores, T* weights, int M, int n, int start,
                                    int causal) {
     __shared__ float of_warp[32];
@@ -230,7 +230,7 @@ extern "C" __global__ void softmax(const float* scores, T* weights, int M, int n
 
 
 def options(T, pack):
-    """The compiler's options: T "float" or "__half", pack numbers at a time."""
+    """The options for the compiler: T is "float" or "__half", pack the numbers at a time."""
     return "-std=c++17", f"-DTINYLDM_T={T}", f"-DTINYLDM_PACK={pack}"
 
 
@@ -241,9 +241,9 @@ def _module(xp, dtype, pack):
 
 
 def _launch(name, x, width, arrays, numbers, grid, block=(THREADS,), shared=0):
-    """Queue a kernel on contiguous arrays, in packs that divide their last axis of `width`.
+    """Queue a kernel on contiguous arrays, in packs if these divide the last axis, of `width`.
 
-    numbers: Python int becomes int, float float, and what NumPy typed stays.
+    numbers: a Python int is passed as int, a float as float, a NumPy number with its own type.
     """
     pack = 16 // x.dtype.itemsize
     if width % pack or any(array.data.ptr % 16 for array in arrays):
@@ -254,12 +254,12 @@ def _launch(name, x, width, arrays, numbers, grid, block=(THREADS,), shared=0):
 
 
 def _blocks(size):
-    """For a thread a pack: the grid, once the pack is known."""
+    """The grid for one thread per pack, as a function of the pack's size."""
     return lambda pack: (-(-size // (pack * THREADS)),)
 
 
 def _contiguous(x, *others):
-    """The arrays, all of them contiguous and of x's dtype."""
+    """The arrays, made contiguous and of x's dtype."""
     xp = get_xp(x)
     return [xp.ascontiguousarray(array, x.dtype) for array in (x, *others)]
 
@@ -267,22 +267,22 @@ def _contiguous(x, *others):
 # ---- activations ------------------------------------------------------------------------------
 
 def silu(x):
-    """x (...) -> y (...), as ops.silu."""
+    """Twin of ops.silu. x (...) -> y (...)."""
     return _activation(x, SILU, x.shape[-1]), x
 
 
 def gelu(x):
-    """x (...) -> y (...), as ops.gelu."""
+    """Twin of ops.gelu. x (...) -> y (...)."""
     return _activation(x, GELU, x.shape[-1]), x
 
 
 def quick_gelu(x):
-    """x (...) -> y (...), as ops.quick_gelu."""
+    """Twin of ops.quick_gelu. x (...) -> y (...)."""
     return _activation(x, QUICK_GELU, x.shape[-1]), x
 
 
 def geglu(x):
-    """x (...,2F) -> y (...,F), as ops.geglu."""
+    """Twin of ops.geglu. x (...,2F) -> y (...,F)."""
     return _activation(x, GEGLU, x.shape[-1] // 2), x
 
 
@@ -295,7 +295,7 @@ def _activation(x, kind, F):
 # ---- norms ------------------------------------------------------------------------------------
 
 def layer_norm(x, weight, bias, eps):
-    """As ops.layer_norm: x (...,C), weight (C,), bias (C,) -> y (...,C), mean, rstd (...,1)."""
+    """Twin of ops.layer_norm. x (...,C), weight (C,), bias (C,) -> y (...,C)."""
     C, rows = x.shape[-1], math.prod(x.shape[:-1])
     xp = get_xp(x)
     y = xp.empty(x.shape, x.dtype)
@@ -323,7 +323,7 @@ def _group_norm(x, weight, bias, num_groups, eps, silu):
     arrays, xp = _contiguous(x, weight, bias), get_xp(x)
     y = xp.empty(x.shape, x.dtype)
     mean, rstd = (xp.empty((B, 1, G, 1), np.float32) for _ in range(2))
-    rows = max(16, -(-N // 128))                        # pixels of a chunk
+    rows = max(16, -(-N // 128))                        # pixels per chunk
     chunks = -(-N // rows)
     sums = xp.empty((B, chunks, G, 2), np.float32)
     most = 2 * 4 * max(THREADS * 16 // x.dtype.itemsize, C)             # bytes: sums and squares
@@ -364,7 +364,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
 
 
 def _columns(x, K, stride, before, Ho, Wo, first, count):
-    """What `count` output pixels from `first` on see: (count, K*K*C)."""
+    """The windows of `count` output pixels from `first` on: (count, K*K*C)."""
     _, H, W, C = x.shape
     columns = get_xp(x).empty((count, K * K * C), x.dtype)
     _launch("im2col", x, C, [x, columns], [H, W, C, K, stride, before, Ho, Wo, np.int64(first),
@@ -377,8 +377,8 @@ def _columns(x, K, stride, before, Ho, Wo, first, count):
 def attention(q, k, v, num_heads, causal=False):
     """Twin of ops.attention. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C).
 
-    The scores of an image, some queries at a time, are made in float32: float16 has too few digits
-    for the exponential of a large one.
+    The scores are computed for one image and some queries at a time, in float32: float16 has too
+    few digits for the exponential of a large score.
     """
     xp, (B, N, C), M = get_xp(q), q.shape, k.shape[1]
     if C % num_heads:
@@ -393,8 +393,8 @@ def attention(q, k, v, num_heads, causal=False):
             n = len(queries)
             scores = xp.empty((num_heads, n, M), np.float32)
             weights = scores if q.dtype == np.float32 else xp.empty_like(scores, q.dtype)
-            # Rows are columns to cuBLAS, so what it multiplies is scores.T = k @ q.T, a head of it
-            # every d numbers, and y.T = v.T @ weights.T.
+            # Our rows are cuBLAS's columns. So it computes scores.T = k @ q.T and y.T = v.T @
+            # weights.T. The heads of q, k, v and y begin d numbers apart.
             _products(xp, True, (M, n, d), d ** -0.5, (k[b], C, d), (queries, C, d),
                       (scores, M, n * M), num_heads)
             _launch("softmax", q, M, [scores, weights], [M, n, start, int(causal)],
@@ -411,7 +411,7 @@ def _products(xp, transposed, sizes, alpha, a, b, c, count):
     next, distance from one matrix to the next), distances in numbers.
     """
     cublas, handle = xp.cuda.cublas, xp.cuda.get_cublas_handle()
-    alpha, beta = np.array([alpha, 0], np.float32)[:, None]             # read when called
+    alpha, beta = np.array([alpha, 0], np.float32)[:, None]             # the call reads them
     places = [part for array, column, matrix in (a, b, c)
               for part in (array.data.ptr, TYPES[array.dtype], column, matrix)]
     mode = cublas.getPointerMode(handle)                # others use this handle, too

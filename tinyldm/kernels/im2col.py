@@ -1,8 +1,8 @@
-"""Convolution as large matrix products: the fast twin of ops.conv2d where Winograd does not pay.
+"""Convolution as large matrix products: the twin of ops.conv2d where Winograd is not faster.
 
-What each output pixel sees, K*K*C numbers, is copied into a row of a matrix ("im2col"), so that
-BLAS works on one product with K*K*C in place of K*K products with C. The matrix is made a strip of
-output rows at a time, strips over worker threads, and is never kept.
+The K*K*C numbers under each output pixel's kernel are copied into one row of a matrix ("im2col").
+Then BLAS computes one product over K*K*C instead of K*K products over C. The matrix is made for one
+strip of output rows at a time and never kept. Worker threads share the strips.
 """
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -11,11 +11,11 @@ from ..backend import parallel
 from .half import widened
 from .product import product
 
-STRIP_BYTES = 2 << 20       # at least: where the weight is larger than this, the strip is as large
+STRIP_BYTES = 2 << 20       # at least; strips are as large as the weight if that is larger
 
 
 def sliding_windows(x, K, stride, padding):
-    """View (B,Ho,Wo,K,K,C) of the padded map."""
+    """A view (B,Ho,Wo,K,K,C) of the padded map: the window of each output pixel."""
     before, after = padding
     if before or after:
         x = np.pad(x, ((0, 0), (before, after), (before, after), (0, 0)))
@@ -26,10 +26,10 @@ def sliding_windows(x, K, stride, padding):
 
 
 def strips(windows, weight_bytes):
-    """The slices (images, rows) that cut windows into strips.
+    """Slices (images, rows) that cut the windows into strips.
 
-    Each strip reads the weight once, so it should be no smaller than that: 8x8 maps of 1280
-    channels, with their 59 MB, take half of the time in one strip.
+    Each strip reads the whole weight, so it should not be smaller than the weight. For 8x8 maps
+    with 1280 channels, whose weight has 59 MB, one strip takes half the time of many.
     """
     B, Ho, Wo, K, _, C = windows.shape
     row_bytes = Wo * K * K * C * windows.itemsize
@@ -41,7 +41,7 @@ def strips(windows, weight_bytes):
 
 
 def conv2d(x, weight, bias, stride, padding):
-    """As ops.conv2d. x (B,H,W,C), weight (K,K,C,O) -> y (B,Ho,Wo,O)."""
+    """ops.conv2d without the cache. x (B,H,W,C), weight (K,K,C,O) -> y (B,Ho,Wo,O)."""
     K, _, C, O = weight.shape
     windows = sliding_windows(x, K, stride, padding)
     items = strips(windows, 4 * weight.size)
@@ -58,7 +58,7 @@ def conv2d(x, weight, bias, stride, padding):
 
 
 def dweight(dy, x, K, stride, padding):
-    """The weight's gradient: dy (B,Ho,Wo,O), x (B,H,W,C) -> dweight (K,K,C,O)."""
+    """The gradient of the weight: dy (B,Ho,Wo,O), x (B,H,W,C) -> dweight (K,K,C,O)."""
     C, O = x.shape[-1], dy.shape[-1]
     windows = sliding_windows(x, K, stride, padding)
     total = np.zeros((K * K * C, O), x.dtype)

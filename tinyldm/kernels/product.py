@@ -1,18 +1,18 @@
-"""A matrix product over worker threads: the fast twin inside ops.linear and the 1x1 convolution.
+"""The matrix product shared among worker threads: twins of ops.linear, and the 1x1 convolution.
 
-BLAS can use all cores by itself, but its threads then keep spinning for some milliseconds in wait
-for more, while the worker threads of the other kernels want the cores. So BLAS gets one thread, and
-the rows or the columns are shared out here; a part is still in the cache when its bias is added.
-`python -m tests.benchmarks.leads` times it beside BLAS's own threads.
+BLAS can use all cores by itself. But afterwards its threads wait for more work in a busy loop for
+some milliseconds, while the worker threads of the other kernels need the cores. So BLAS gets one
+thread, and the worker threads share the rows or columns. A part is still in the cache when its bias
+is added. `python -m tests.benchmarks.leads` compares this with BLAS's own threads.
 """
 import numpy as np
 
 from ..backend import free_threads, parallel
 from .half import widened
 
-PART = 128                  # rows or columns of an item of work, at least
-FEW = range(16, PART)       # rows of which each thread would have less than a millisecond's work
-LARGE = 1 << 19             # numbers of a matrix that is worth more than one thread all the same
+PART = 128                  # at least so many rows or columns per item of work
+FEW = range(16, PART)       # with so few rows, a thread would have less than a millisecond of work,
+LARGE = 1 << 19             # but a matrix with so many numbers is worth more than one thread
 
 
 def linear(x, weight, bias=None):
@@ -32,15 +32,15 @@ def linear_backward(dy, cache):
 def product(x, matrix, bias=None):
     """y = x @ matrix + bias: x (R,I), matrix (I,O), bias (O,) or None -> y (R,O), float32.
 
-    The matrix may be float16; a part of it is widened where it is used.
+    The matrix may be float16. Its parts are widened where they are used.
     """
     R, O = len(x), matrix.shape[1]
     if R in FEW and matrix.size >= LARGE and matrix.dtype == np.float32 and free_threads() > 1:
         return _few_rows(x, matrix, bias)
-    if R > O:                                           # every part would widen all of it
+    if R > O:                                           # otherwise each part would widen all of it
         matrix = widened(matrix)
     y = np.empty((R, O), np.float32)
-    # Every part reads one operand whole: share out the longer side, so that that is the smaller.
+    # Each part reads one operand whole. Cut the longer side, so that this is the smaller operand.
     longer, threads = max(R, O), free_threads()
     whole = threads == 1 and matrix.dtype != np.float16
     step = max(1, longer) if whole else max(PART, -(-longer // (4 * threads)))
@@ -57,11 +57,11 @@ def product(x, matrix, bias=None):
 
 
 def _few_rows(x, matrix, bias):
-    """product by BLAS's own threads: to wake a thread costs more here than their spinning.
+    """product by BLAS's own threads, because here it costs more to wake a worker thread.
 
-    BLAS is faster, too, with whole tiles of 16 rows and with the larger matrix first. For the 77
-    tokens of a prompt a tenth of the time is saved (`python -m tests.benchmarks.leads`), and more
-    where the worker threads have gone to sleep.
+    BLAS is also faster with whole tiles of 16 rows and with the larger matrix first. For the 77
+    tokens of a prompt, this saves a tenth of the time (`python -m tests.benchmarks.leads`), and
+    more if the worker threads are asleep.
     """
     R, I = x.shape
     padded = np.zeros((-(-R // 16) * 16, I), np.float32)
@@ -71,5 +71,5 @@ def _few_rows(x, matrix, bias):
 
 
 def column_sums(x):
-    """x (R,C) -> (C,): a product with ones is faster than NumPy's sum over rows."""
+    """x (R,C) -> (C,), as a product with ones, which is faster than NumPy's sum over rows."""
     return np.ones(len(x), np.float32) @ x

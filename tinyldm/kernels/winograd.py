@@ -1,15 +1,19 @@
-"""Winograd's convolution: the fast twin of ops.conv2d for 3x3 kernels of stride 1.
+"""Winograd's convolution: the fast twin of ops.conv2d for 3x3 kernels with stride 1.
 
-A 4x4 tile of the output sees a 6x6 tile of the input. Seen as polynomials, a convolution is a
-product, and a product of polynomials is cheap where both are known by their values at a few points:
-take the tile's values and the kernel's at 6 x 6 points, multiply point by point, interpolate. That
-is 36 products a tile and channel pair, where the definition takes 16 * 9 = 144:
+A 4x4 tile of the output depends on a 6x6 tile of the input. By definition this takes 16 * 9 = 144
+products per tile and pair of channels; Winograd's algorithm takes 36:
 
     Y = A.T [ (G w G.T) * (B.T d B) ] A          d 6x6 input, w 3x3 weight, Y 4x4 output
 
-With a tile laid out as a column of 36 numbers each of the three transforms is one matrix product
-(with the Kronecker product of the matrix with itself), and the middle is 36 of (tiles,C) @ (C,O),
-which want many tiles: small maps are cut into tiles of 2x2, with 16 points.
+To multiply two polynomials, one can evaluate both at a few points, multiply the values, and
+interpolate (Toom & Cook). For a fixed w that is a linear map, and a convolution as in deep learning
+is its transpose. So w is evaluated at 6 points (G), the input goes through the transpose of
+interpolation (B.T), and the products go through the transpose of evaluation (A.T). In two
+dimensions this is done along the rows and along the columns.
+
+With a tile as a column of 36 numbers, each of the three transforms is a matrix product (with the
+Kronecker product of the matrix with itself), and the products in the middle are 36 of (tiles,C) @
+(C,O). These need many tiles: small maps are cut into tiles of 2x2, with 4 points.
 Source: Lavin & Gray 2015, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308,
 section 4. The choice of points: Barabasz et al. 2020, "Error Analysis and Improving the Accuracy of
 Winograd Convolution for Deep Neural Networks", arXiv:1803.10986.
@@ -23,17 +27,18 @@ from numpy.lib.stride_tricks import as_strided
 from ..backend import free_threads, parallel, scratch
 from .half import widen
 
-STRIP_TILES = 128           # tiles at a time: their numbers stay near the core
-CHUNK = 320                 # output channels at a time at most, where tiles are few
-WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers stay near the core
+STRIP_TILES = 128           # tiles at a time: their numbers stay in the cache
+CHUNK = 320                 # at most so many output channels at a time, if tiles are few
+WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers stay in the cache
 
 
 class Points:
-    """0, the given numbers and their negatives, and infinity: n points, for t = n - 2 by t tiles.
+    """n points: 0, the given numbers, their negatives, and infinity, for tiles of t = n - 2 by t.
 
-    The Kronecker squares A_T (t*t,n*n), G (n*n,9), B_T (n*n,n*n). Rows of A and G take a
-    polynomial's values at the points, the row of infinity its highest coefficient. B holds the
-    polynomials that vanish at all points but one; dividing by their value there is left to G.
+    The matrices for both dimensions at once, as Kronecker products: A_T (t*t,n*n), G (n*n,9), B_T
+    (n*n,n*n). Rows of A and G evaluate a polynomial at the points; its value at infinity is its
+    highest coefficient. A row of B.T has the coefficients of the polynomial that is 0 at all points
+    except one, as interpolation needs them. The division by its value at that point is in G.
     """
 
     def __init__(self, *positive):
@@ -44,17 +49,20 @@ class Points:
         values = np.array([np.prod(p - rest) for p, rest in zip(points, others)])
         A = np.vstack([points[:, None] ** np.arange(n - 2), np.eye(n - 2)[-1]])          # (n,t)
         G = np.vstack([points[:, None] ** np.arange(3) / values[:, None], np.eye(3)[-1]])
-        B = np.zeros((n, n))                                                             # rows: B.T
+        B_T = np.zeros((n, n))
         for i, roots in enumerate([*others, points]):
-            B[i, :len(roots) + 1] = np.poly(roots)[::-1]
-        self.A_T, self.G, self.B_T = (np.kron(m, m).astype(np.float32) for m in (A.T, G, B))
-        # B.T's rows of a and -a differ in the sign of the odd columns: their even, their odd part.
-        plus, minus = B[1:-1:2].copy(), B[2:-1:2].copy()
-        B[1:-1:2], B[2:-1:2] = (plus + minus) / 2, (plus - minus) / 2
-        self.parts = B.astype(np.float32)
+            B_T[i, :len(roots) + 1] = np.poly(roots)[::-1]
+        self.A_T, self.G, self.B_T = (np.kron(m, m).astype(np.float32) for m in (A.T, G, B_T))
+        # B.T's rows for a and -a differ in the sign of the odd columns: keep even and odd part.
+        plus, minus = B_T[1:-1:2].copy(), B_T[2:-1:2].copy()
+        B_T[1:-1:2], B_T[2:-1:2] = (plus + minus) / 2, (plus - minus) / 2
+        self.parts = B_T.astype(np.float32)
 
-    def evaluate(self, planes, out):
-        """out[i] = sum_j B.T[i,j] planes[j], n each; the points a and -a share both their parts."""
+    def transform(self, planes, out):
+        """out[i] = sum_j B.T[i,j] planes[j], n each. The rows for a and -a share their two parts.
+
+        Sums of whole planes take fewer operations than a product with B.T.
+        """
         spare = scratch("spare", *out[0].shape)
         _sum(self.parts[0], planes, out[0], spare)
         for i in range(1, self.size - 1, 2):
@@ -66,7 +74,7 @@ class Points:
 
 
 def _sum(coefficients, planes, out, spare):
-    """out = sum of coefficient * plane; zeros are left out and ones not multiplied."""
+    """out = the sum of coefficient * plane, without the products with 0 and 1."""
     terms = [(c, plane) for c, plane in zip(coefficients, planes) if abs(c) > 1e-6]
     terms.sort(key=lambda term: abs(term[0] - 1) < 1e-6)
     (c, first), *rest = terms
@@ -75,21 +83,21 @@ def _sum(coefficients, planes, out, spare):
         out += plane if abs(c - 1) < 1e-6 else np.multiply(plane, c, out=spare)
 
 
-# Of 120 pairs +-a, +-b these gave the smallest error: 8e-7 of the output's deviation (root mean
-# square, C = 64); the usual 0, +-1, +-2 gave 18e-7, and 0, +-1, 1/2, -2 gave 12e-7.
+# Of 120 pairs +-a, +-b this one has the smallest error: 8e-7 of the output's standard deviation
+# (root mean square, C = 64). The usual 0, +-1, +-2 has 18e-7, and 0, +-1, 1/2, -2 has 12e-7.
 LARGE, SMALL = Points(2 / 3, 3 / 2), Points(1)
-LARGE_TILES = 64            # from this many on tiles are large
-LONG = 4096                 # columns of tiles times channels from which on sums beat a product
+LARGE_TILES = 64            # with at least so many, use large tiles
+LONG = 4096                 # from so many columns of tiles times channels, sums beat a product
 
 
 def pays(x_shape, weight_shape):
-    """Whether this is faster than im2col: enough whole tiles share the weight's transform."""
+    """Whether this is faster than im2col: enough whole tiles to share the weight's transform."""
     B, H, W, C = x_shape
     return B * H * W >= 512 and min(H, W) >= 8 and min(C, weight_shape[-1]) >= 32
 
 
 def conv3x3(x, weight, bias, padding=(1, 1)):
-    """As ops.conv2d at stride 1, float32.
+    """ops.conv2d with stride 1, without the cache.
 
     x (B,H,W,C), weight (3,3,C,O), bias (O,) or None -> y (B,Ho,Wo,O).
     """
@@ -112,7 +120,7 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
             products = np.matmul(tiles, values, out=scratch("products", *tiles.shape[:2], O))
             _write(products, bias, item, points, y)
         parallel(strip, strips)
-    else:                               # too few for the threads: share out the output channels
+    else:                               # too few strips: threads share the output channels
         whole, = _strips(y.shape, points, math.prod(y.shape))
         tiles = np.empty((points.count, whole.tiles, C), np.float32)
         parallel(lambda item: _transform_tiles(x, item, padding, points, tiles[:, item.place]),
@@ -132,9 +140,9 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
 
 
 def dweight3x3(dy, x, padding=(1, 1)):
-    """The weight's gradient: dy (B,Ho,Wo,O), x (B,H,W,C) -> dweight (3,3,C,O), all float32.
+    """The gradient of the weight: dy (B,Ho,Wo,O), x (B,H,W,C) -> dweight (3,3,C,O), all float32.
 
-    Each transform is linear, so its derivative is its transpose, and the product's is two products:
+    Each transform is linear, so its derivative is its transpose:
 
         dweight = G.T [ sum_tiles (B.T d B).T @ (A dY A.T) ] G
     """
@@ -157,10 +165,10 @@ class Strip(NamedTuple):
     """Some rows of tiles of one image, or all rows of several."""
 
     images: slice
-    row: int                            # the first row of tiles, and how many
+    row: int                            # the first row of tiles
     rows: int
     columns: int
-    place: slice                        # where its tiles lie among all
+    place: slice                        # the place of its tiles among all tiles
 
     @property
     def tiles(self):
@@ -168,7 +176,7 @@ class Strip(NamedTuple):
 
 
 def _strips(y_shape, points, size):
-    """The strips of about `size` tiles that make up a map y (B,H,W,O)."""
+    """The strips of about `size` tiles that cover a map y (B,H,W,O)."""
     B, H, W, _ = y_shape
     rows, columns = math.ceil(H / points.tile), math.ceil(W / points.tile)
     images = min(B, max(1, size // (rows * columns)))
@@ -180,7 +188,7 @@ def _strips(y_shape, points, size):
 
 
 def _transform_weight(weight, points, values):
-    """(3,3,C,O) -> values (n*n,C,O), written."""
+    """Evaluate (3,3,C,O) at the points -> values (n*n,C,O), written."""
     C, O = weight.shape[2:]
     step = max(1, WEIGHTS // O)
     for c in range(0, C, step):
@@ -196,16 +204,16 @@ def _transform_tiles(x, strip, padding, points, tiles):
     phases = _phases(x[strip.images], strip, padding[0], t)
     _, B, _, _, C = phases.shape
     sP, sB, sH, sW, sC = phases.strides
-    # A tile's row i, in every tile: (n,t,B,rows,columns+1,C). Its column j is a phase, or the next
-    # tile's first or second.
+    # Row i of all tiles: (n,t,B,rows,columns+1,C). Column j of a tile is phase j, or j - t of the
+    # next tile.
     rows = as_strided(phases, (n, t, B, strip.rows, columns + 1, C), (sH, sP, sB, t * sH, sW, sC))
     tiles = tiles.reshape(n, n, B, strip.rows, columns, C)
-    if columns * C >= LONG:                                 # of the rows, then of the columns
+    if columns * C >= LONG:                                 # along the rows, then along the columns
         halfway = scratch("halfway", *rows.shape)
-        points.evaluate(rows, halfway)
-        points.evaluate([halfway[:, j % t, :, :, j // t:][:, :, :, :columns] for j in range(n)],
+        points.transform(rows, halfway)
+        points.transform([halfway[:, j % t, :, :, j // t:][:, :, :, :columns] for j in range(n)],
                         tiles.swapaxes(0, 1))
-    else:                                                   # of both at once
+    else:                                                   # both at once
         gathered = scratch("gathered", *tiles.shape)
         for j in range(n):
             gathered[:, j] = rows[:, j % t, :, :, j // t:][:, :, :, :columns]
@@ -213,17 +221,17 @@ def _transform_tiles(x, strip, padding, points, tiles):
 
 
 def _phases(x, strip, before, t):
-    """What a strip sees, its columns by their place in a tile: x (B,H,W,C) -> (t,B,H',columns+1,C).
+    """The input of a strip, columns sorted by phase, their place within a tile.
 
-    H' = t * rows + 2. Around the map there are zeros.
+    x (B,H,W,C) -> (t,B,H',columns+1,C), H' = t * rows + 2. Outside the map there are zeros.
     """
     B, H, W, C = x.shape
-    top = t * strip.row - before                            # the strip's first row in x
+    top = t * strip.row - before                            # the first row of the strip in x
     phases = scratch("phases", t, B, t * strip.rows + 2, strip.columns + 1, C)
     inside = x[:, max(top, 0):max(top + phases.shape[2], 0)]
     phases[:] = 0
     for p, phase in enumerate(phases):
-        skipped = max(0, math.ceil((before - p) / t))       # those left of the map
+        skipped = max(0, math.ceil((before - p) / t))       # columns left of the map
         place = phase[:, max(-top, 0):, skipped:]
         part = inside[:, :, t * skipped + p - before::t][:, :, :place.shape[2]]
         place[:, :part.shape[1], :part.shape[2]] = part
@@ -244,8 +252,7 @@ def _transform_outputs(dy, strip, points):
 
 
 def _write(products, bias, strip, points, y):
-    """(n*n,tiles,O) -> the strip of y (B,H,W,O): interpolate, add the bias, drop what is outside.
-    """
+    """(n*n,tiles,O) -> the strip of y (B,H,W,O): A.T, bias, and a cut at the map's edges."""
     tile, O = points.tile, y.shape[-1]
     y = y[strip.images, tile * strip.row:tile * (strip.row + strip.rows)]
     tiles = scratch("outputs", tile * tile, strip.tiles * O)

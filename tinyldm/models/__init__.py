@@ -1,9 +1,9 @@
-"""The three networks of Stable Diffusion, one a file, attributes named as in the weight files.
+"""The networks of Stable Diffusion, one per file; attributes have the names of the weight files.
 
-clip.py  reads the prompt: token ids -> context
-unet.py  predicts the noise in the latents, looking at the context
-vae.py   turns images into latents and back
-blocks.py  what the UNet and the VAE share
+clip.py    encodes the prompt: token ids -> context
+unet.py    predicts the noise in the latents, given the context
+vae.py     turns images into latents and back
+blocks.py  what these share
 """
 from .clip import CLIPTextModel, CLIPTextModelWithProjection
 from .unet import UNet2DConditionModel

@@ -24,7 +24,7 @@ class CLIPTextConfig(Config):
     max_position_embeddings: int = 77                   # the prompt length CLIP was trained with
     hidden_act: str = "quick_gelu"                      # OpenAI's models; OpenCLIP's say "gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 2                               # written by mistake in the early configs
+    eos_token_id: int = 2                               # means the largest id, see below
 
     @staticmethod
     def allowed(config):

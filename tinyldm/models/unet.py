@@ -17,7 +17,6 @@ Stable Diffusion 1.x with latents of 64×64 (on the right the skips, channels on
 """
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from .. import ops
 from ..backend import wide
@@ -35,19 +34,8 @@ from ..layers import (
 from .blocks import Attention, Config, Downsample2D, ResnetBlock2D, Upsample2D
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}      # name -> has attention
-UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
-
-
-class Level(NamedTuple):
-    """One resolution of the UNet. context_width: D of the context (B,M,D)."""
-
-    width: int
-    layers: int
-    attention: bool
-    num_heads: int
-    transformer_layers: int
-    context_width: int
-    linear_projection: bool
+Level = namedtuple("Level", "width layers attention num_heads transformer_layers context_width "
+                   "linear_projection")                 # of one resolution; the context is (B,M,D)
 
 
 @dataclass(frozen=True)
@@ -91,16 +79,15 @@ class UNetConfig(Config):
 
     def __post_init__(self):
         widths, down, up = self.block_out_channels, self.down_block_types, self.up_block_types
-        for names, known in ((down, DOWN_BLOCKS), (up, UP_BLOCKS)):
-            for name in names:
-                if name not in known:
-                    raise TinyldmError(f"UNet block {name!r} is not supported, "
-                                       f"only {', '.join(known)}")
+        for name in down:
+            if name not in DOWN_BLOCKS:
+                raise TinyldmError(f"UNet block {name!r} is not supported, "
+                                   f"only {', '.join(DOWN_BLOCKS)}")
         if not len(widths) == len(down) == len(up):
             raise TinyldmError("block_out_channels, down_block_types and up_block_types have "
                                f"{len(widths)}, {len(down)} and {len(up)} entries: "
                                "expected as many of each")
-        if [DOWN_BLOCKS[name] for name in down] != [UP_BLOCKS[name] for name in reversed(up)]:
+        if list(up) != [name.replace("Down", "Up") for name in reversed(down)]:
             raise TinyldmError(f"up_block_types {up} do not mirror down_block_types {down}")
         sizes = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
         if self.addition_embed_type and None in sizes:

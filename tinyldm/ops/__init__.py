@@ -1,17 +1,17 @@
-"""All the calculus: each op with its derivative directly below it, pure functions of arrays.
+"""All the calculus: pure functions of arrays, each op with its derivative directly below it.
 
     y, cache = op(x, ...)            dx, dw, db = op_backward(dy, cache)
 
-The letters in the shape comments, here and in every file above:
+Letters in the shape comments, here and in all files that use these ops:
 
     B batch · H, W height, width · C channels in · O channels out · K kernel · G groups
     N = H*W tokens (queries) · M context tokens (77) · D context width (768)
     h heads · d head width · E time-embedding width · V vocabulary
 
-Images are channels last, (B,H,W,C), so a pixel's channels are a matrix row. Gradients come back in
-the order of the op's array arguments, `dx` being the loss's gradient by x. A cache holds the least:
-the inputs and small statistics; what is cheap is computed again. Where kernels/ has a faster twin
-the op calls it.
+Images are channels last, (B,H,W,C), so the channels of a pixel are a row of a matrix. `dx` is the
+gradient of the loss with respect to x. Gradients come back in the order of the op's array
+arguments. A cache holds only inputs and small statistics; what is cheap is computed again.
+`@fast_twin` above an op names its faster twins in kernels/; the op is complete without them.
 """
 from .activation import (
     geglu,

@@ -1,4 +1,4 @@
-"""Activations: what is applied to each number alone, and softmax over the last axis."""
+"""Activations, applied to each number alone, and softmax over the last axis."""
 import math
 
 import numpy as np
@@ -9,9 +9,9 @@ from .erf import erf
 
 
 def _sigmoid(x):
-    """1 / (1 + exp(-x)) written with tanh, which does not overflow. float16 x -> float32.
+    """1 / (1 + exp(-x)), written with tanh, which does not overflow. float16 x -> float32.
 
-    For x << 0 the two halves cancel, which leaves float16 no digits.
+    For x << 0 the two terms cancel: float16 would keep no digits.
     """
     return 0.5 * get_xp(x).tanh(0.5 * widen(x)) + 0.5
 
@@ -27,7 +27,7 @@ def silu(x):
 
 
 def silu_backward(dy, x):
-    """dx = dy * s * (1 + x * (1 - s)),  s = sigmoid(x): the product rule, with s' = s (1 - s)."""
+    """dx = dy * s * (1 + x * (1 - s)),  s = sigmoid(x).  Product rule, with s' = s * (1 - s)."""
     s = _sigmoid(x)
     return (dy * s * (1 + x * (1 - s))).astype(x.dtype, copy=False)
 
@@ -38,14 +38,16 @@ def _normal_cdf(x):                                     # float16 x -> float32
 
 @fast_twin(cpu=activation.gelu, gpu=cuda.gelu)
 def gelu(x):
-    """y = x * Phi(x), Phi the normal distribution's cumulative function, by the exact erf.
+    """y = x * Phi(x), with Phi the cumulative distribution function of the normal distribution.
+
+    Phi is exact: made from erf, not from the tanh approximation.
 
     Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units", arXiv:1606.08415, section 2.
     """
     return (x * _normal_cdf(x)).astype(x.dtype, copy=False), x
 
 
-@np.errstate(under="ignore")            # far out the density is 0
+@np.errstate(under="ignore")            # phi of a large x is 0
 def gelu_backward(dy, x):
     """dx = dy * (Phi(x) + x * phi(x)),  phi = exp(-x^2/2) / sqrt(2 pi), the derivative of Phi."""
     x_wide = widen(x)
@@ -55,7 +57,7 @@ def gelu_backward(dy, x):
 
 @fast_twin(cpu=activation.quick_gelu, gpu=cuda.quick_gelu)
 def quick_gelu(x):
-    """y = x * sigmoid(1.702 x): OpenAI's CLIP was trained with this approximation of gelu.
+    """y = x * sigmoid(1.702 x), an approximation of gelu. OpenAI's CLIP was trained with it.
 
     Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
     """
@@ -71,7 +73,7 @@ def quick_gelu_backward(dy, x):
 
 @fast_twin(cpu=activation.geglu, gpu=cuda.geglu)
 def geglu(x):
-    """Half of the channels gate the other half:  y = value * gelu(gate).
+    """One half of the channels gates the other:  y = value * gelu(gate).
 
     x (..., 2F) = [value, gate] -> y (..., F).
     Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202, eq. 5.
@@ -89,9 +91,12 @@ def geglu_backward(dy, x):
     return get_xp(x).concatenate([dy * gelu(gate)[0], dgate], axis=-1)
 
 
-@np.errstate(under="ignore")            # the share of a small score is 0
+@np.errstate(under="ignore")            # small scores have share 0
 def softmax(x):
-    """y = exp(x) / sum(exp(x)) over the last axis; less the row's maximum, so nothing overflows."""
+    """y = exp(x) / sum(exp(x)) over the last axis.
+
+    The maximum of the row is subtracted first, so that nothing overflows.
+    """
     y = widen(x) - x.max(axis=-1, keepdims=True)
     get_xp(x).exp(y, out=y)
     y /= y.sum(axis=-1, keepdims=True)
@@ -101,7 +106,7 @@ def softmax(x):
 
 @np.errstate(under="ignore")
 def softmax_backward(dy, y):
-    """dx = y * (dy - sum(y * dy)): raising one score lowers all other shares."""
+    """dx = y * (dy - sum(y * dy)).  The sum: a larger score makes all other shares smaller."""
     y_wide = widen(y)
     dx = y_wide * (dy - (y_wide * dy).sum(axis=-1, keepdims=True))
     return dx.astype(y.dtype, copy=False)

@@ -1,4 +1,4 @@
-"""Attention: every query takes a mean of the values, weighted by how well the keys match it."""
+"""Attention: each query gets a mean of the values, weighted by how well their keys match it."""
 import numpy as np
 
 from ..backend import fast_twin, get_xp, widen
@@ -6,7 +6,7 @@ from ..kernels import attention as blocked
 from ..kernels import cuda
 from .activation import softmax, softmax_backward
 
-# Queries are taken this many at a time, so the matrix of scores is (B,h,ROWS,M), never (B,h,N,M).
+# So many queries at a time: the scores are (B,h,ROWS,M), never (B,h,N,M).
 ROWS = 512
 
 
@@ -38,11 +38,11 @@ def attention(q, k, v, num_heads, causal=False):
 
         y = softmax(q @ k.T / sqrt(d)) @ v
 
-    q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C). causal: token n sees tokens 0..n only (needs
-    N = M). Kept for backward are q, k and v alone: the N x M weights are made again.
+    q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C). causal: token n sees only tokens 0..n (N = M).
+    For backward only q, k and v are kept: the N x M weights are computed again.
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1 and section 3.2.2.
     """
-    # float16 scores would overflow, and CuPy multiplies stacks of matrices in float32 anyway.
+    # float16 scores could overflow, and CuPy multiplies stacks of matrices in float32 anyway.
     heads = [widen(_split_heads(x, num_heads)) for x in (q, k, v)]
     y = get_xp(q).empty_like(heads[0])
     for start in range(0, q.shape[1], ROWS):
@@ -60,7 +60,7 @@ def attention_backward(dy, cache):
         dv = p.T @ dy,              dp = dy @ v.T,              ds = softmax'(dp)
         dq = ds @ k / sqrt(d),      dk = ds.T @ q / sqrt(d)
 
-    Keys and values are shared by all queries, so dk and dv add up over the blocks of rows.
+    All queries share the keys and values, so dk and dv are sums over the blocks of rows.
     """
     *qkv, num_heads, causal = cache
     q, k, v, dy = (widen(_split_heads(x, num_heads)) for x in (*qkv, dy))
@@ -71,7 +71,7 @@ def attention_backward(dy, cache):
         p = _weights(q[:, :, rows], k, start, causal)               # (B,h,n,M)
         dv += p.swapaxes(-1, -2) @ dy[:, :, rows]
         dp = dy[:, :, rows] @ v.swapaxes(-1, -2)
-        ds = softmax_backward(dp, p) * scale                        # 0 where causal hid it: p is 0
+        ds = softmax_backward(dp, p) * scale                        # causal: p = 0, so ds = 0
         dq[:, :, rows] = ds @ k
         dk += ds.swapaxes(-1, -2) @ q[:, :, rows]
     return tuple(_merge_heads(d).astype(x.dtype, copy=False) for d, x in zip((dq, dk, dv), qkv))

@@ -1,17 +1,17 @@
-"""Convolution and nearest upsampling: the ops that look at neighbouring pixels."""
+"""Convolution and nearest upsampling: the ops that use neighbouring pixels."""
 from ..backend import add_up, fast_twin, get_xp, wide
 from ..kernels import conv, cuda
 
 
 def _pad(x, padding):
-    """Zeros around the map: padding = (before, after) for both H and W."""
+    """Add zeros around the map: padding = (before, after), for both H and W."""
     if padding == (0, 0):
         return x
     return get_xp(x).pad(x, ((0, 0), padding, padding, (0, 0)))
 
 
 def _taps(x_padded, K, stride, Ho, Wo):
-    """The map as each weight of the kernel sees it: (i, j, view (B,Ho,Wo,C)), K*K of them."""
+    """For each of the kernel's K*K positions: i, j, and the pixels under it, a view (B,Ho,Wo,C)."""
     for i in range(K):
         for j in range(K):
             yield i, j, x_padded[:, i:i + stride * Ho:stride, j:j + stride * Wo:stride]
@@ -19,22 +19,22 @@ def _taps(x_padded, K, stride, Ho, Wo):
 
 @fast_twin(cpu=conv.conv2d, gpu=cuda.conv2d)
 def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
-    """Slide a K x K window over the map; every position is the same matrix product.
+    """Slide a K x K window over the map. Each position is the same matrix product.
 
         y[b,h,w] = bias + sum_ij  x[b, stride*h + i - before, stride*w + j - before] @ weight[i,j]
 
     x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O),
     Ho = (H + before + after - K) // stride + 1, Wo likewise.
-    padding = (before, after) rows and columns of zeros: (1, 1) keeps the size of a 3x3, (0, 1) is
-    the VAE encoder's right-and-bottom one. Nothing is flipped: deep learning's convolution is a
-    correlation.
+    padding = (before, after): rows and columns of zeros. (1, 1) keeps the size with a 3x3 kernel;
+    (0, 1), right and bottom only, is the VAE encoder's. The kernel is not flipped: deep learning
+    calls a correlation a convolution.
     Source: Dumoulin & Visin 2016, "A guide to convolution arithmetic", arXiv:1603.07285.
     """
     B, H, W, C = x.shape
     K, _, weight_C, O = weight.shape
     assert C == weight_C, f"x has {C} channels, weight expects {weight_C}"
     Ho, Wo = ((size + sum(padding) - K) // stride + 1 for size in (H, W))
-    y = get_xp(x).zeros((B, Ho, Wo, O), wide(x.dtype))                  # K*K products add up
+    y = get_xp(x).zeros((B, Ho, Wo, O), wide(x.dtype))                  # the sum of K*K products
     for i, j, x_tap in _taps(_pad(x, padding), K, stride, Ho, Wo):
         y += (x_tap.reshape(-1, C) @ weight[i, j]).reshape(y.shape)     # (R,C) @ (C,O), R = B*Ho*Wo
     if bias is not None:
@@ -46,11 +46,11 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
 def conv2d_backward(dy, cache):
     """dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,K,C,O), dbias (O,).
 
-    Each tap was y += x_tap @ weight[i,j], so each tap gives
+    Forward added y += x_tap @ weight[i,j] for each position (tap) of the kernel. So each tap gives
 
         dweight[i,j] = x_tap.T @ dy,        dx_tap += dy @ weight[i,j].T
 
-    the gradients of one pixel add up over the K*K taps that read it.
+    and the gradient of a pixel is the sum over the K*K taps that read it.
     """
     x, weight, stride, padding = cache
     K, _, C, O = weight.shape
@@ -72,12 +72,12 @@ def conv2d_backward(dy, cache):
 
 @fast_twin(cpu=conv.upsample_nearest)
 def upsample_nearest(x, size=None):
-    """Show every pixel twice in both directions.
+    """Repeat each pixel twice in both directions.
 
         y[b,h,w] = x[b, h//2, w//2]
 
-    x (B,H,W,C) -> y (B,2H,2W,C), or cut to size = (2H or 2H-1, 2W or 2W-1), so that a map that was
-    halved from an odd size comes back to it.
+    x (B,H,W,C) -> y (B,2H,2W,C). size = (2H or 2H-1, 2W or 2W-1) cuts y, for maps whose size was
+    odd before it was halved.
     """
     H, W = size or (2 * x.shape[1], 2 * x.shape[2])
     assert (H + 1) // 2 == x.shape[1] and (W + 1) // 2 == x.shape[2], f"{x.shape} to {H, W}"
@@ -85,9 +85,9 @@ def upsample_nearest(x, size=None):
 
 
 def upsample_nearest_backward(dy, cache):
-    """dy (B,2H,2W,C) -> dx (B,H,W,C): the four copies' gradients add up."""
+    """dy (B,2H,2W,C) -> dx (B,H,W,C), the sum of the gradients of the four copies."""
     H, W = cache
-    if H % 2 or W % 2:                                          # the cut row or column got nothing
+    if H % 2 or W % 2:                                          # what was cut has gradient 0
         dy = get_xp(dy).pad(dy, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)))
     B, H, W, C = dy.shape
     return add_up(dy.reshape(B, H // 2, 2, W // 2, 2, C), axis=(2, 4))

@@ -1,4 +1,4 @@
-"""Numbers for names: rows of a table for token ids, waves for timesteps."""
+"""Embeddings: rows of a table for token ids, sines and cosines for timesteps."""
 import math
 
 from ..backend import get_xp, wide, widen
@@ -10,7 +10,7 @@ def embedding(ids, weight):
 
 
 def embedding_backward(dy, cache):
-    """dy (...,C) -> dweight (V,C): a row used several times collects all its gradients."""
+    """dy (...,C) -> dweight (V,C). A row that was used several times gets the sum."""
     ids, weight = cache
     xp = get_xp(weight)
     dweight = xp.zeros_like(weight, wide(weight.dtype))
@@ -19,13 +19,13 @@ def embedding_backward(dy, cache):
 
 
 def timestep_embedding(timesteps, dim, flip_sin_to_cos=True, freq_shift=0):
-    """A timestep as waves of geometrically falling frequency.
+    """Sinusoidal embedding of a timestep: cosines and sines whose frequencies fall geometrically.
 
         y = [cos(t * f), sin(t * f)]
         f_i = 10000 ** (-i / (dim/2 - freq_shift)),    i = 0 ... dim/2 - 1
 
-    timesteps (B,) float -> y (B,dim). Stable Diffusion flips the paper's [sin, cos] to [cos, sin].
-    An odd dim gets a last column of zeros.
+    timesteps (B,) float -> y (B,dim). The paper has [sin, cos]; Stable Diffusion has [cos, sin]. If
+    dim is odd, the last column is 0.
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5; Ho et al. 2020, arXiv:2006.11239,
     appendix B.
     """
@@ -33,17 +33,17 @@ def timestep_embedding(timesteps, dim, flip_sin_to_cos=True, freq_shift=0):
     steps = xp.arange(half, dtype=wide(timesteps.dtype))
     frequencies = xp.exp(steps * (-math.log(10000) / (half - freq_shift)))
     angles = timesteps[:, None] * frequencies                            # (B,dim/2)
-    waves = [xp.cos(angles), xp.sin(angles)]
+    columns = [xp.cos(angles), xp.sin(angles)]
     if not flip_sin_to_cos:
-        waves.reverse()
+        columns.reverse()
     if dim % 2:
-        waves.append(xp.zeros_like(angles[:, :1]))
-    y = xp.concatenate(waves, axis=1).astype(timesteps.dtype, copy=False)
+        columns.append(xp.zeros_like(angles[:, :1]))
+    y = xp.concatenate(columns, axis=1).astype(timesteps.dtype, copy=False)
     return y, (angles, frequencies, flip_sin_to_cos)
 
 
 def timestep_embedding_backward(dy, cache):
-    """dy (B,dim) -> dtimesteps (B,):  cos' = -sin, sin' = cos, times the frequency."""
+    """dy (B,dim) -> dtimesteps (B,), from cos' = -sin and sin' = cos, times the frequency."""
     angles, frequencies, flip_sin_to_cos = cache
     xp, half = get_xp(angles), angles.shape[1]
     first, second = dy[:, :half], dy[:, half:2 * half]

@@ -1,11 +1,11 @@
-"""The error function, by hand: NumPy has none. `ops/activation.py` builds the exact GELU on it.
+"""The error function, which NumPy does not have. The exact GELU in activation.py uses it.
 
     erf(x) = 2/sqrt(pi) * integral of exp(-s^2) ds from 0 to x
 
 Source: W. J. Cody 1969, "Rational Chebyshev approximations for the error function", Mathematics of
 Computation 23(107), pp. 631-637, with the coefficients of his program CALERF (1990).
-Three ranges of |x| have a ratio of polynomials each; the outer two approximate erfc = 1 - erf,
-whose decay exp(-x^2) is taken out first.
+Each of three ranges of |x| has its own ratio of polynomials. In the outer two, the ratio
+approximates erfc = 1 - erf divided by exp(-x^2).
 """
 
 from ..backend import get_xp, widen
@@ -32,11 +32,11 @@ ONE_FROM = 6.0                          # erfc(6) = 2e-17: from here erf is 1 in
 
 
 def erf(x):
-    """The error function of every element: x (...) -> (...), within 1e-15 (2e-7 in float32)."""
+    """The error function of each element: x (...) -> (...), within 1e-15 (2e-7 in float32)."""
     xp = get_xp(x)
-    wide = widen(x)                                             # float16 would overflow below
+    wide = widen(x)                                             # float16 would overflow
     size = xp.minimum(abs(wide), ONE_FROM)
-    # Every range is evaluated everywhere, at arguments clipped to where it holds, and then chosen.
+    # Compute all three ranges for every x, clipped to the range, then choose.
     small = xp.minimum(size, 0.46875)
     small = small * _ratio(SMALL, small * small)
     middle = xp.clip(size, 0.46875, 4.0)
@@ -50,7 +50,7 @@ def erf(x):
 
 
 def _ratio(coefficients, x):
-    """Both polynomials by Horner's rule, highest power first, and their quotient."""
+    """The quotient of two polynomials, each by Horner's rule."""
     numerator, denominator = ((c[0] * x + c[1]) for c in coefficients)
     for n, d in zip(coefficients[0][2:], coefficients[1][2:], strict=True):
         numerator = numerator * x + n

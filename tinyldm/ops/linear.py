@@ -1,4 +1,4 @@
-"""The matrix product with a weight, and its derivative. Used by every layer that mixes channels."""
+"""The linear layer: a matrix product with a weight, plus a bias."""
 from ..backend import add_up, fast_twin
 from ..kernels import product
 
@@ -21,7 +21,7 @@ def linear(x, weight, bias=None):
 def linear_backward(dy, cache):
     """dy (..., out) -> dx (..., in), dweight (out, in), dbias (out,).
 
-    Every row of x is an example of the same product, so the rows' gradients are summed.
+    All rows of x share the weight and the bias, so their gradients are sums over the rows.
     """
     x, weight = cache
     rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -1,7 +1,7 @@
-"""Losses: one number to make small.
+"""Losses: the one number that training makes small.
 
-Each backward takes dloss, the gradient of what the loss becomes part of. The loss of float16 arrays
-is float32, being a sum.
+Each backward takes dloss, the gradient of the final loss with respect to this one. The loss of
+float16 arrays is float32, because a sum may overflow float16.
 """
 import numpy as np
 
@@ -9,7 +9,7 @@ from ..backend import get_xp, widen
 
 
 def mse(prediction, target):
-    """Mean squared error: loss = mean((prediction - target)^2), over all entries (same shape)."""
+    """Mean squared error: loss = mean((prediction - target)^2) over all entries, of equal shape."""
     difference = prediction - target
     wide = widen(difference)
     return (wide * wide).mean(), difference
@@ -29,18 +29,18 @@ def l1(prediction, target):
 
 
 def l1_backward(dloss, difference):
-    """-> dprediction, dtarget:  +-sign(difference) / size; 0 where both are equal."""
+    """-> dprediction, dtarget:  +-sign(difference) / size, 0 where both are equal."""
     dprediction = get_xp(difference).sign(difference) * (dloss / difference.size)
     dprediction = dprediction.astype(difference.dtype, copy=False)
     return dprediction, -dprediction
 
 
 def kl_normal(mean, logvar):
-    """Divergence of a diagonal Gaussian from the standard normal: a sample's sum, the batch's mean.
+    """KL divergence of a diagonal Gaussian from the standard normal distribution.
 
         KL = 1/2 sum(mean^2 + exp(logvar) - 1 - logvar)
 
-    mean, logvar (B,...) -> loss.
+    mean, logvar (B,...) -> loss: the sum over each sample, averaged over the batch.
     Source: Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114, appendix B.
     """
     mean_wide, variance = widen(mean), get_xp(logvar).exp(widen(logvar))
@@ -56,9 +56,9 @@ def kl_normal_backward(dloss, cache):
     return (mean * scale).astype(mean.dtype, copy=False), dlogvar.astype(logvar.dtype, copy=False)
 
 
-@np.errstate(under="ignore")            # the share of a small logit is 0
+@np.errstate(under="ignore")            # small logits have share 0
 def cross_entropy(logits, labels):
-    """Minus the log of the right class's share, mean over the rows.
+    """Minus the logarithm of the probability of the right class, mean over the rows.
 
         loss = mean(log sum exp(logits) - logits[label])
 

@@ -1,4 +1,4 @@
-"""Normalisation: group norm (images), group norm with its SiLU, layer norm (tokens)."""
+"""Normalisation: group norm (images), group norm followed by SiLU, layer norm (tokens)."""
 from ..backend import fast_twin, widen
 from ..kernels import cuda, norm
 from .activation import silu, silu_backward
@@ -17,7 +17,7 @@ def group_norm(x, weight, bias, num_groups, eps):
     """
     mean, rstd = _group_statistics(x, num_groups, eps)
     y = (_normalise(x, mean, rstd) * weight + bias).astype(x.dtype, copy=False)
-    return y, (x, weight, mean, rstd)                                   # the norm is recomputed
+    return y, (x, weight, mean, rstd)                                   # backward normalises again
 
 
 def _group_statistics(x, num_groups, eps):
@@ -41,7 +41,7 @@ def group_norm_backward(dy, cache):
 
         dx = rstd * (g - mean(g) - n * mean(g * n))
 
-    The two subtracted means are what moving x does to the mean and to the variance.
+    The two subtracted terms come from the mean and the variance, which also depend on x.
     """
     x, weight, mean, rstd = cache
     B, C, G = x.shape[0], x.shape[-1], mean.shape[2]
@@ -57,7 +57,7 @@ def group_norm_backward(dy, cache):
 
 
 def _as_given(dx, dweight, dbias, x, weight):
-    """The gradients, made in float32, in the dtype of what they belong to."""
+    """Convert the gradients, computed in float32, to the dtype of their arrays."""
     return (dx.astype(x.dtype, copy=False), dweight.astype(weight.dtype, copy=False),
             dbias.astype(weight.dtype, copy=False))
 
@@ -66,7 +66,7 @@ def _as_given(dx, dweight, dbias, x, weight):
 def group_norm_silu(x, weight, bias, num_groups, eps):
     """Group norm followed by SiLU, the pair in front of every convolution: y = silu(group_norm(x)).
 
-    x (B,...,C), weight (C,), bias (C,) -> y (B,...,C). One op, so that what is between is not kept.
+    x (B,...,C), weight (C,), bias (C,) -> y (B,...,C). One op, so the norm's output is not kept.
     """
     y, cache = group_norm(x, weight, bias, num_groups, eps)
     return silu(y)[0], (bias, cache)
@@ -76,7 +76,7 @@ def group_norm_silu(x, weight, bias, num_groups, eps):
 def group_norm_silu_backward(dy, cache):
     """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,).
 
-    The norm is made again, then both are undone.
+    Computes the norm's output again, then goes back through SiLU and norm.
     """
     bias, norm_cache = cache
     x, weight, mean, rstd = norm_cache

@@ -40,7 +40,7 @@ class Conditioner:
         Raises TinyldmError as split_into_chunks does, for either prompt, and as context does.
         """
         if self.guidance_width and negative_prompt:
-            note("this model imitates guidance and has no negative prompt: it plays no part")
+            note("this model imitates guidance, so the negative prompt plays no part")
         guided = guidance_scale > 1 and not self.guidance_width
         texts = [*ends(prompt), *ends(negative_prompt)]
         chunks = {text: self._split(text) for text in texts}            # checks both prompts

@@ -10,6 +10,7 @@ from ..diffusion.samplers.shared import NO_PICTURE, Origin
 from ..errors import TinyldmError
 from ..images import check_image, check_mask_size, from_pil, mask_from_pil
 from .interpolation import ends, lerp, mixed
+from .request import check_fraction
 
 STRENGTH = 0.8              # without a mask
 
@@ -38,6 +39,7 @@ class Edit:
             check_mask_size(mask, ends(image)[0])
         if strength is None:
             strength = STRENGTH if mask is None else 1.0
+        check_fraction("strength", strength)
         self.strength = strength
         self.spread = bool(spread) and image is not None and mask is None
         self.reach = strength if self.spread else 1.0

@@ -15,7 +15,8 @@ class Predictor:
     def __init__(self, unet, conditioning, guidance_scale, guidance_rescale=0.0,
                  extra_channels=None):
         self.unet, self.conditioning, self.extra_channels = unet, conditioning, extra_channels
-        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
+        self.guidance_scale = float(guidance_scale)     # a NumPy number would change the dtype
+        self.guidance_rescale = float(guidance_rescale)
         self.inputs, self.dtype = {}, unet.dtype
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)

@@ -66,42 +66,32 @@ class Request:
     mask: Any = None
 
     def __post_init__(self):
-        checked = {"guidance_scale": finite_number("guidance_scale", self.guidance_scale),
-                   "guidance_rescale": fraction("guidance_rescale", self.guidance_rescale)}
-        if self.strength is not None:
-            checked["strength"] = fraction("strength", self.strength)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)       # the dataclass is frozen
+        check_finite("guidance_scale", self.guidance_scale)
+        check_fraction("guidance_rescale", self.guidance_rescale)
         if not isinstance(self.num_images, (int, np.integer)) or self.num_images < 1:
             raise TinyldmError(f"num_images must be a whole number from 1, not {self.num_images!r}")
 
     def generators(self):
-        """One generator of normal numbers per image. Raises TinyldmError for a wrong seed or noise.
-        """
+        """One generator of normal numbers per image; raises TinyldmError for a wrong seed."""
         generator = get_generator(self.noise)
         return [mixed(self.seed, lambda seed, i=i: generator(seed + i if i else seed),
                       BetweenGenerator) for i in range(self.num_images)]
 
 
-def finite_number(name, value):
-    """A number -> python float. Raises TinyldmError for anything else, and for NaN and infinity."""
+def check_finite(name, value):
     try:
-        if math.isfinite(value):
-            return float(value)
+        finite = math.isfinite(value)
     except (TypeError, OverflowError):
-        pass
-    raise TinyldmError(f"{name} must be a finite number, not {value!r}")
+        finite = False
+    if not finite:
+        raise TinyldmError(f"{name} must be a finite number, not {value!r}")
 
 
-def fraction(name, value):
-    """A number from 0 to 1 -> python float. Raises TinyldmError for anything else."""
-    value = finite_number(name, value)
+def check_fraction(name, value):
+    check_finite(name, value)
     if not 0 <= value <= 1:
         raise TinyldmError(f"{name} must be from 0 to 1, not {value:g}")
-    return value
 
-
-# ---- sizes ----------------------------------------------------------------------------------
 
 def picture_size(width, height, image, own, factor):
     """(width, height) in pixels: as given, else the image's, else of own = (height, width) latents.
@@ -135,7 +125,6 @@ def _side(name, pixels, own, factor):
 
 
 def check_latents(latents, shape, factor):
-    """Raise TinyldmError for given latents that are not finite or not of this shape."""
     if latents.shape != shape or not is_finite(latents):
         raise TinyldmError(f"latents must be finite and of shape {shape} (num_images, height / "
                            f"{factor}, width / {factor}, channels), not {latents.shape}")

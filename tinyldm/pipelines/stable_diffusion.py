@@ -9,11 +9,12 @@ Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffus
 arXiv:2112.10752, figure 3.
 """
 import inspect
+from functools import partial
 
 import numpy as np
 
 from ..backend import array_library, free_scratch, is_finite, keep_freed_memory
-from ..diffusion.samplers import SAMPLERS, check_name, check_sampler, default_sampler
+from ..diffusion.samplers import SAMPLERS, check_sampler, default_sampler
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError
 from ..images import to_pil
@@ -22,7 +23,7 @@ from .editing import Edit
 from .finite import finite_states, first_bad_layer
 from .parts import check_parts
 from .predictor import Predictor
-from .request import Request, check_latents, finite_number, fraction, picture_size
+from .request import Request, check_finite, check_latents, picture_size
 
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
@@ -36,15 +37,15 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
         downloaded once: owner/name, or owner/name/file for a single file there. A single file's
         tokenizer is downloaded too, unless TINYLDM_TOKENIZER names a folder with one.
     device: "cpu" or "cuda".
-    dtype: of the weights and of what the models compute. For float16 the weights' fp16 variant is
-        used where there is one. The default is float16 on the GPU and float32 on the CPU; there,
-        large weights that a file has in float16 stay so and are widened when they are used, which
-        halves the memory and gives the same numbers. For training give float32.
+    dtype: of weights and computation. float16 uses the weights' fp16 variant where there is one.
+        Default: float16 on the GPU, float32 on the CPU; there, large weights that a file has in
+        float16 stay so and are widened when used: half the memory, the same numbers. For training
+        give float32.
     low_memory: use less memory and more time. Pictures larger than those the VAE was trained on
         are decoded in tiles, which changes them a little (see AutoencoderKL.decode_tiled). On the
         CPU freed memory goes back to the system, and weights whose dtype is the file's stay in its
         memory map.
-    ema: use the averaged weights of a single file that has two sets of the UNet's.
+    ema: if a single file has two sets of the UNet's weights, use the averaged one.
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Imported here, so that `import tinyldm` need not wait for the libraries behind them.
@@ -109,8 +110,8 @@ class StableDiffusion:
         """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
 
         The arguments are the fields of Request, in their order: see request.py.
-        Raises TinyldmError for a bad argument before anything is computed; and at the step where
-        the latents stop being finite, with its number and the layer.
+        Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
+        finite, with the step and the layer.
         """
         request = Request(*arguments, **options)
         steps = request.num_inference_steps
@@ -125,11 +126,7 @@ class StableDiffusion:
         shape = request.num_images, size[1] // f, size[0] // f, self.vae.settings.latent_channels
         if latents is not None:
             check_latents(latents, shape, f)
-        generators = request.generators()
-
-        def draw_noise():                               # -> (B,h,w,C)
-            return self._draw(generators, shape)
-
+        draw_noise = partial(self._draw, request.generators(), shape)       # () -> (B,h,w,C)
         conditioning = self._conditioner(request.prompt, request.negative_prompt,
                                          request.guidance_scale, *size)
         latents, origin, extra_channels = edit.prepare(self.encode, first, size, latents,
@@ -139,7 +136,7 @@ class StableDiffusion:
         states = SAMPLERS[sampler](predict, latents, self.schedule, steps, draw_noise, origin)
         return finite_states(states, predict)
 
-    stream.__signature__ = inspect.signature(Request.__init__)          # self, prompt, ...
+    __call__.__signature__ = stream.__signature__ = inspect.signature(Request.__init__)
 
     def encode_prompt(self, text):
         """Text -> context (1, 77 * chunks, D), which the UNet attends to.
@@ -215,7 +212,8 @@ class StableDiffusion:
         """
         from ..checkpoints import merge_lora
 
-        merge_lora(self.models, path, finite_number("weight", weight), self.unet.dtype)
+        check_finite("weight", weight)
+        merge_lora(self.models, path, float(weight), self.unet.dtype)
 
     def load_textual_inversion(self, path, token=None):
         """Add a learned word to the vocabulary, for use in prompts.
@@ -234,15 +232,10 @@ class StableDiffusion:
 
     def sampler(self, name=None):
         """The name of the sampler that will draw: the given one, or the weights' own."""
-        if name is None:
-            return default_sampler(self.scheduler)
-        check_name(name)
-        return name
+        return default_sampler(self.scheduler) if name is None else name
 
     def edit(self, image=None, strength=None, mask=None, sampler=None):
         """The Edit that these options ask for. Raises TinyldmError."""
-        if strength is not None:
-            strength = fraction("strength", strength)
         channels = self.vae.settings.latent_channels
         inpaints = self.unet.settings.in_channels == 2 * channels + 1
         spread = self.unet.settings.time_cond_proj_dim and self.sampler(sampler) == "lcm"

@@ -79,17 +79,13 @@ CLASSES = {
 }
 
 
-def check_name(name):
-    """Raise TinyldmError for a name that is not in SAMPLERS, and list the names."""
-    if name not in SAMPLERS:
-        raise TinyldmError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-
-
 def check_sampler(name, schedule, num_inference_steps, reach=1.0):
-    """Raise TinyldmError for a number of steps or a schedule that this sampler cannot take.
+    """Raise TinyldmError for an unknown name, or a schedule or number of steps it cannot take.
 
     The number must be from 1 to num_train_timesteps; for lcm see lcm_timesteps.
     """
+    if name not in SAMPLERS:
+        raise TinyldmError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
     schedule.check_steps(num_inference_steps)
     if name == "pndm":
         check_pndm(schedule)
