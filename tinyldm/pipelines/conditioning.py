@@ -98,7 +98,7 @@ class Conditioner:
                 check_output(output, message, encoder, partial(encoder, ids))
             contexts.append(apply_weights(features, weights).reshape(1, -1, features.shape[-1]))
             if not is_finite(contexts[-1]):
-                raise TinyldmError(f"{message}: its weights are to blame, take some closer to 1")
+                raise TinyldmError(f"{message}: the weights in it are too far from 1")
         return {"context": get_xp(contexts[0]).concatenate(contexts, axis=-1), **conditioning}
 
     def _common(self, like, guidance_scale, width, height):

@@ -17,7 +17,7 @@ def finite_states(states, predict):
 
 
 def check_output(output, message, module, run):
-    """Raise TinyldmError for an output that is not finite: the message, then who is to blame.
+    """Raise TinyldmError for an output that is not finite: the message, then the first bad layer.
 
     run: runs the module again.
     """
@@ -44,7 +44,7 @@ def first_bad_layer(module, run):
     with forward_hooks({layer: check(name) for name, layer in named_modules(module)}):
         run()
     if not culprits:
-        return "no layer is to blame, so lower guidance_scale or take another sampler"
+        return "no layer is to blame, so lower guidance_scale or use another sampler"
     return (f"the first layer to produce it is {culprits[0]} of {type(module).__name__}: "
             "check the weights, or use dtype float32")
 
