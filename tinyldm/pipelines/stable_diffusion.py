@@ -136,7 +136,8 @@ class StableDiffusion:
         states = SAMPLERS[sampler](predict, latents, self.schedule, steps, draw_noise, origin)
         return finite_states(states, predict)
 
-    __call__.__signature__ = stream.__signature__ = inspect.signature(Request.__init__)
+    __call__.__signature__ = stream.__signature__ = inspect.signature(Request.__init__).replace(
+        return_annotation=inspect.Signature.empty)      # self, prompt, negative_prompt="", ...
 
     def encode_prompt(self, text):
         """Text -> context (1, 77 * chunks, D), which the UNet attends to.
