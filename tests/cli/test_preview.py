@@ -92,7 +92,7 @@ def test_the_last_frame_is_the_picture_in_the_place_of_its_preview(tmp_path):
     (["--preview", "0"], "--preview must be at least 1 step, not 0"),
     (["--preview", "two"], "invalid int value"),
     (["--animate", "{}/film.png"], "--animate must name a .gif or .webp file, not .*film.png"),
-    (["--animate", "{}/none/walk.gif"], "there is no folder .*none"),
+    (["--animate", "{}/none/film.gif"], "there is no folder .*none"),
 ])
 def test_bad_input(options, message, tmp_path, capsys):
     command = [PROMPT, "--output", str(tmp_path / "out.png")]
