@@ -1,4 +1,4 @@
-"""The noise schedule, the targets and guidance against diffusers; and bad scheduler configs."""
+"""The noise schedule and the targets against diffusers; and bad scheduler configs."""
 import diffusers
 import numpy as np
 import pytest
