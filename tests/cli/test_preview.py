@@ -49,7 +49,7 @@ def test_a_large_preview_is_nearly_it(pipe, monkeypatch):
     (["--preview", "5", "--count", "2"],
      ["out-0-step5.png", "out-0.png", "out-1-step5.png", "out-1.png"]),
     (["--animate", "{}/film.gif", "--count", "2"],
-     ["out-0.png", "out-1.png", "film-0.gif", "film-1.gif"]),
+     ["film-0.gif", "film-1.gif", "out-0.png", "out-1.png"]),
 ])
 def test_files(options, names, tmp_path):
     command = [PROMPT, "--steps", "5", "--output", str(tmp_path / "out.png")]
