@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from tests.support import extra, strict, tolerance
+from tests.support import extra, strict, tolerance, words
 from tinyldm import backend
 from tinyldm.kernels import blocks
 from tinyldm.pipelines.stable_diffusion import load
@@ -21,6 +21,14 @@ def pytest_ignore_collect(collection_path):
     name = collection_path.name
     if name.startswith("test_") and name.endswith(".py") and extra.is_left_out(collection_path):
         return True
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without CLIP's vocabulary, what needs it is deselected."""
+    if not words.VOCABULARY.is_dir():
+        needing = [item for item in items if item.get_closest_marker("clip_vocabulary")]
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]
 
 
 def pytest_terminal_summary(terminalreporter, config):

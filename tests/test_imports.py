@@ -96,6 +96,22 @@ def test_a_wrong_import_is_seen(file, source):
     assert violations(file, source)
 
 
+# ---- the tests --------------------------------------------------------------------------------
+
+TESTS = PACKAGE.parent / "tests"
+
+
+@pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")),
+                         ids=lambda file: file.relative_to(TESTS).as_posix())
+def test_no_test_is_imported(file):
+    """What several files use lies in tests/support, which imports no test either."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
+        names += (getattr(node, "module", None) or "").split(".")
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert not [name for name in names if name.rpartition(".")[2].startswith("test_")]
+
+
 # ---- the public names -----------------------------------------------------------------------
 
 def test_public_names():

@@ -13,7 +13,7 @@ import tinyldm
 from tests.support import single_files
 from tests.support.drawing import Reference, assert_same_drawing, ours
 from tests.support.extra import torch
-from tests.support.keys import MODELS, REFERENCE, with_lists
+from tests.support.keys import CONFIGS, MODELS, original_rows
 from tests.support.small_pipelines import change_json
 from tests.support.tolerance import assert_close
 from tinyldm.checkpoints import folders, load_pipeline_parts
@@ -30,28 +30,10 @@ KINDS = {"sd1": kinds.SD1, "sd2": kinds.SD2, "sdxl": kinds.SDXL}
 
 # ---- the names of real checkpoints ----------------------------------------------------------
 
-def rows(kind):
-    """Rows of (part, original name, its shape, public name, its shape, operation)."""
-    for line in (REFERENCE / f"keys_map_ldm_{kind}.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            part, theirs, their_shape, public, shape, operation = line.split("\t")
-            yield (part, theirs, tuple(json.loads(their_shape)), public,
-                   tuple(json.loads(shape)), operation)
-
-
-def dropped(kind):
-    """The names of dropped tensors, from the headers of the lists, which omit their shapes."""
-    for line in (REFERENCE / f"keys_map_ldm_{kind}.txt").read_text().splitlines():
-        if line.startswith("#") and "dropped LDM tensors: [" in line:
-            yield from json.loads("[" + line.rpartition("[")[2].replace("'", '"'))
-
-
 def stored_tensors(kind):
     """Each tensor of a real checkpoint, one after another in a file that does not exist."""
     tensors, place = {}, 0
-    shapes = {theirs: shape for _, theirs, shape, *_ in rows(kind)}
-    shapes |= {name: (2,) for name in dropped(kind)}
-    for name, shape in shapes.items():
+    for name, shape in {theirs: shape for _, theirs, shape, *_ in original_rows(kind)}.items():
         size = 4 * int(np.prod(shape))
         tensors[name] = StoredTensor(Path("file"), name, None, "F32", shape, row_major(shape, 4),
                                      place, place + size)
@@ -61,24 +43,23 @@ def stored_tensors(kind):
 
 def expected_place(tensor, operation):
     """Start and strides of a tensor after a row's operation."""
-    if operation.startswith("rows"):
-        first = int(operation[5:].partition(":")[0])
+    if isinstance(operation, int):                      # a third of the rows
+        first = operation * tensor.shape[0] // 3
         return tensor.start + first * tensor.strides[0], tensor.strides
     if operation == "T":
         return tensor.start, tensor.strides[::-1]
-    return tensor.start, tensor.strides[:2] if "squeeze" in operation else tensor.strides
+    return tensor.start, tensor.strides[:2] if operation == "squeeze" else tensor.strides
 
 
-@with_lists
 @pytest.mark.parametrize("kind, layers", [("sd1", 12), ("sd2", 23), ("sdxl", None)])
 def test_every_name_of_the_real_checkpoint_maps_one_to_one(kind, layers):
     stored = stored_tensors(kind)
     found, rest = by_part(stored, layers)
     assert not rest
-    table = list(rows(kind))
+    table = original_rows(kind)
     assert found.keys() == {part for part, *_ in table}
     for part in found:
-        mine = [row for row in table if row[0] == part and not row[-1].startswith("drop")]
+        mine = [row for row in table if row[0] == part and row[-1] != "drop"]
         wanted = {public for _, _, _, public, _, _ in mine}
         tensors = fitted(found[part], wanted)
         assert tensors.keys() == wanted and len(mine) == len(wanted)
@@ -88,7 +69,6 @@ def test_every_name_of_the_real_checkpoint_maps_one_to_one(kind, layers):
             assert (tensor.start, tensor.strides) == expected_place(stored[theirs], operation)
 
 
-@with_lists
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_checkpoint_has_every_parameter_of_the_models_and_nothing_else(kind):
     stored = stored_tensors(kind)
@@ -104,29 +84,6 @@ def test_a_real_checkpoint_has_every_parameter_of_the_models_and_nothing_else(ki
             assert tensors[name].shape == file_shape(parameter), name
 
 
-@with_lists
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_small_files_of_these_tests_are_named_like_the_real_ones(kind):
-    for part, theirs, _, public, _, operation in rows(kind):
-        if part == "unet":
-            assert theirs == "model.diffusion_model." + single_files.renamed(
-                public, single_files.unet_prefixes(3 if kind == "sdxl" else 4))
-        elif part == "vae":
-            assert theirs == "first_stage_model." + single_files.renamed(
-                public, single_files.vae_prefixes())
-        elif operation == "T":
-            assert theirs == "conditioner.embedders.1.model.text_projection"
-        elif kind == "sd2" or part == "text_encoder_2":
-            start = "conditioner.embedders.1" if kind == "sdxl" else "cond_stage_model"
-            name, third = single_files.open_clip_names(32)[public]
-            assert theirs == f"{start}.model.{name}"
-            assert operation.startswith("rows") == (third is not None)
-        elif not operation.startswith("drop"):
-            start = "conditioner.embedders.0" if kind == "sdxl" else "cond_stage_model"
-            assert theirs == f"{start}.transformer.{public}"
-
-
-@with_lists
 @pytest.mark.parametrize("channels", [4, 9, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_real_checkpoint_is_recognised_by_its_names_and_shapes(kind, channels):
@@ -143,30 +100,24 @@ def test_a_real_checkpoint_is_recognised_by_its_names_and_shapes(kind, channels)
         assert kinds.recognise(stored, "file") is known[channels == 9]
 
 
-@with_lists
 def test_the_refiner_of_stable_diffusion_xl_is_named():
     with pytest.raises(TinyldmError, match="the UNet of Stable Diffusion XL's refiner "):
         kinds.recognise(stored_tensors("sdxl_refiner"), "file")
 
 
-@with_lists
 @pytest.mark.parametrize("name, kind, other", [
-    ("stable-diffusion-v1-5", kinds.SD1, {}),
-    ("stable-diffusion-2-1 (768, v-prediction)", kinds.SD2, {}),
-    ("stable-diffusion-2-1-base (512, epsilon)", kinds.SD2_BASE, {}),
-    ("stable-diffusion-inpainting (v1-5)", kinds.SD1_INPAINTING, {}),
-    ("stable-diffusion-2-inpainting", kinds.SD2_INPAINTING, {}),
-    ("stable-diffusion-xl-base-1.0", kinds.SDXL, {}),
+    ("SD 1.5", kinds.SD1, {}),
+    ("SD 2.1", kinds.SD2, {}),
+    ("SD 2.1 base", kinds.SD2_BASE, {}),
+    ("SD 1.5 inpainting", kinds.SD1_INPAINTING, {}),
+    ("SD 2 inpainting", kinds.SD2_INPAINTING, {}),
+    ("SDXL", kinds.SDXL, {}),
     # Its folder has a VAE made for float16; it is not known which VAE a single file has.
-    ("stable-diffusion-xl-1.0-inpainting-0.1", kinds.SDXL_INPAINTING,
+    ("SDXL inpainting", kinds.SDXL_INPAINTING,
      {"sample_size": 512, "force_upcast": False})])
 def test_the_built_in_configs_are_the_published_ones(name, kind, other):
-    published = json.loads((REFERENCE / "configs.json").read_text())[name]
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler"):
-        if part not in published:
-            continue
-        config, ours = published[part]["config"], getattr(kind, part)
-        for key, value in ours.items():
+    for part, config in CONFIGS[name].items():
+        for key, value in getattr(kind, part).items():
             expected = config.get(key, DEFAULTS.get(key))
             assert expected == (other.get(key, value) if part == "vae" else value), (part, key)
 

@@ -14,7 +14,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def bad_weights(weights, tmp_path):
-    """A copy to spoil."""
+    """A copy for the test to damage."""
     return Path(shutil.copytree(weights, tmp_path / "bad-weights"))
 
 

@@ -1,4 +1,4 @@
-"""What python -m tinyldm makes of bad input: one clear line, exit status 2, nothing written."""
+"""Bad input to python -m tinyldm: one clear line, exit status 2, nothing written."""
 import json
 import shutil
 from pathlib import Path
@@ -127,7 +127,7 @@ def corrupt(folder):
 
 
 def change(**changes):
-    """Weights with some tensors replaced; None takes one away."""
+    """Replace some tensors of the weights; None removes one."""
     def spoil(folder):
         tensors = safetensors.numpy.load_file(folder / UNET)
         tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}

@@ -13,7 +13,7 @@ import safetensors.numpy
 from PIL import Image, PngImagePlugin
 
 from tests.support.extra import torch
-from tests.support.keys import KEYS, REFERENCE, SD15, SD21, published_shapes
+from tests.support.keys import original_rows, published_shapes
 from tests.support.small_pipelines import change_json, smallest
 from tinyldm.checkpoints import write_safetensors
 from tinyldm.checkpoints.single_file.kinds import family, layout_of
@@ -143,26 +143,21 @@ def test_families(width, channels, expected):
     assert family(tensors) == expected
 
 
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no published key lists at {REFERENCE}")
-@pytest.mark.parametrize("model, expected", [(SD15, "Stable Diffusion 1"),
-                                             (SD21, "Stable Diffusion 2")])
+@pytest.mark.parametrize("model, expected", [("SD 1.5", "Stable Diffusion 1"),
+                                             ("SD 2.1", "Stable Diffusion 2")])
 def test_published_folders(model, expected):
-    shapes = {part: published_shapes(REFERENCE / KEYS[model], part)
-              for part in ("unet", "vae", "text_encoder")}
+    shapes = {part: published_shapes(model, part) for part in ("unet", "vae", "text_encoder")}
     assert {part: layout_of(keys) for part, keys in shapes.items()} == {
         "unet": ("diffusers", "UNet"), "vae": ("diffusers", "VAE"),
         "text_encoder": ("transformers", "text encoder")}
     assert family({name: Shape(shape) for name, shape in shapes["unet"].items()}) == expected
 
 
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no published key lists at {REFERENCE}")
 @pytest.mark.parametrize("table, expected", [
     ("sd1", "Stable Diffusion 1"), ("sd2", "Stable Diffusion 2"), ("sdxl", "Stable Diffusion XL"),
     ("sdxl_refiner", "Stable Diffusion XL's refiner")])
 def test_published_single_files(table, expected):
-    text = (REFERENCE / f"keys_map_ldm_{table}.txt").read_text()
-    rows = [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
-    tensors = {row[1]: Shape(tuple(json.loads(row[2]))) for row in rows if len(row) > 2}
+    tensors = {name: Shape(shape) for _, name, shape, *_ in original_rows(table)}
     assert len(tensors) > 1000 and layout_of(tensors) == ("original", "single file")
     assert family(tensors) == expected
 

@@ -1,6 +1,6 @@
 """Numbers that public test suites expect of the real weights, for those who have these weights.
 
-TINYLDM_WEIGHTS names a folder of pipeline folders, called as on the hub, and of the public files
+TINYLDM_WEIGHTS names a folder with pipeline folders, named as on the hub, and with the public files
 that the records name, under `inputs`:
 
     TINYLDM_WEIGHTS=~/weights python -m pytest tests/pipelines/test_public_numbers.py
@@ -8,18 +8,18 @@ that the records name, under `inputs`:
                                         # stable-diffusion-v1-4/  stable-diffusion-2/  ...
                                         # inputs/stable_diffusion_inpaint/input_bench_image.png ...
 
-public_numbers.json is the table: what was drawn, a few of its numbers, how near, and where they are
-published. Of the files, pictures and arrays are of the data sets diffusers/test-arrays and
-hf-internal-testing/diffusers-images on the hub, by their paths there; test_diffusion_ref is a
-folder of finegrain-ai/refiners, in tests/e2e; and what was trained is called as on the hub.
+public_numbers.json is the table: what was drawn, a few of its numbers, their tolerance, and where
+they are published. Pictures and arrays come from the data sets diffusers/test-arrays and
+hf-internal-testing/diffusers-images on the hub and have their paths there; test_diffusion_ref is a
+folder of finegrain-ai/refiners, in tests/e2e; LoRAs and embeddings are named as on the hub.
 
-The numbers come from GPUs, whose convolutions may round to ten bits (TF32); a published tolerance
-below GPU_DIGITS holds on the same kind of GPU only, and is raised to that here. Of whole pictures
-not the largest difference counts, which says more of the GPU than of the code, but the mean, as
-refiners asks: 45 dB, and less where the source allows more or where the start differs a little (a
-sample for a mean); or the cosine where the source has that. Records of float16 have twice their
-tolerance in the table. The last test makes such records of small random weights with diffusers, to
-show that the others pass where they should and fail where they should.
+The numbers come from GPUs, whose convolutions may round to ten bits (TF32). A published tolerance
+below GPU_DIGITS holds only on the same kind of GPU, so it is raised to GPU_DIGITS here. For whole
+pictures the mean difference counts, as in refiners, because the largest one says more about the GPU
+than about the code: 45 dB, and less where the source allows more or where the start differs a
+little (a sample instead of a mean); or the cosine, where the source uses it. For float16 records
+the table has twice the published tolerance. The last test makes such records of small random
+weights with diffusers, to show that the tests pass and fail where they should.
 """
 import json
 import os
@@ -45,9 +45,9 @@ from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 PUBLISHED = Path(__file__).parents[1] / "support" / "public_numbers.json"
 RECORDS = json.loads(PUBLISHED.read_text(encoding="utf-8"))
 GPU_DIGITS = 1e-3
-# Threads of the GPUs a noise larger than that may come from (noise.py): A100, V100, RTX 4090, H100.
+# Threads of the GPUs that larger noise may come from (noise.py): A100, V100, RTX 4090, H100.
 GPUS = (A100_THREADS, 163840, 196608, 270336)
-T4_THREADS = 40960          # such a GPU may have run newer tests, whose own noise is small
+T4_THREADS = 40960          # newer tests, with small noise, may have run on this GPU
 ADD_ONS = {"lora": StableDiffusion.load_lora, "embedding": StableDiffusion.load_textual_inversion}
 
 
@@ -85,16 +85,16 @@ cached_load = lru_cache(maxsize=1)(load)
 
 
 def states(record):
-    """-> the pipeline, and the latents (1,h,w,4) after every step of a record's drawing."""
+    """Draw a record -> the pipeline, and the latents (1,h,w,4) after every step."""
     path, images, latents = folder(record), {}, None
     add_ons = [(ADD_ONS[name], public(record[name])) for name in ADD_ONS.keys() & record.keys()]
     for name in {"image", "mask"} & record.keys():
         image = open_image(public(record[name]))
         images[name] = image.resize(record.get("resized", image.size))
-    if "latents" in record:                             # of another noise than the steps'
+    if "latents" in record:                             # drawn with other noise than the steps
         noise, shape = record["latents"]
         latents = get_generator(noise)(record["seed"]).randn(shape).transpose(0, 2, 3, 1)
-    pipe = (load if add_ons else cached_load)(path)     # they change the weights
+    pipe = (load if add_ons else cached_load)(path)     # add-ons change the weights
     parts = {name: part for name, part in vars(pipe).items() if name != "schedule"}
     pipe = StableDiffusion(**parts | {"scheduler": pipe.scheduler | record.get("schedule", {})})
     for add, file in add_ons:
@@ -120,7 +120,7 @@ def square(x, corner, side):
 
 
 def distance(found, record):
-    """How far numbers are from a record's, and how far they may be."""
+    """The distance of numbers from a record's, and the largest distance allowed."""
     found, expected = np.ravel(found), np.ravel(record["expected"])
     assert found.shape == expected.shape
     if "cosine" in record:
@@ -131,11 +131,11 @@ def distance(found, record):
     return abs(found - expected).max(), max(record["within"], GPU_DIGITS)
 
 
-def check(answers, record):
-    """One of the answers is what is published; several where it is not said of which noise."""
+def check(results, record):
+    """One of the results is the published one; several, if the source does not name its noise."""
     best = np.inf
-    for answer in answers:
-        found, allowed = distance(answer, record)
+    for result in results:
+        found, allowed = distance(result, record)
         best = min(best, found)
         if best <= allowed:
             return
@@ -144,7 +144,7 @@ def check(answers, record):
 
 
 def one(seed, shape, threads, which=-1):
-    """An image of a GPU's noise: (1,H,W,C) of a shape (B,C,H,W), (1,M,D) of (B,M,D)."""
+    """One image of a GPU's noise: (1,H,W,C) for a shape (B,C,H,W), (1,M,D) for (B,M,D)."""
     noise = CudaGenerator(seed, threads).randn(shape)[[which]]
     return np.ascontiguousarray(np.moveaxis(noise, 1, -1)) if noise.ndim == 4 else noise
 
@@ -153,7 +153,7 @@ def one(seed, shape, threads, which=-1):
 
 @of_kind("drawings")
 def test_drawings(record):
-    """Of a picture nine pixels' blue; of latents three channels of three pixels, torch's order."""
+    """Nine pixels' blue of a picture; or three pixels' channels of latents, in torch's order."""
     def drawn(noise):
         if "state" in record:
             latents = states(record | {"noise": noise})[1][record["state"]]
@@ -165,8 +165,8 @@ def test_drawings(record):
 
 @of_kind("pictures")
 def test_pictures(record):
-    """Whole pictures, from a picture's file or an array's."""
-    folder(record)                                      # the first thing to be without
+    """Whole pictures, published as a picture or as an array."""
+    folder(record)                                      # skip without the weights, first
     file = public(record["file"])
     published = np.load(file) if file.suffix == ".npy" else np.asarray(open_image(file)) / 255
     check([picture(record)], record | {"expected": published})
@@ -174,7 +174,7 @@ def test_pictures(record):
 
 @of_kind("text")
 def test_text(record):
-    """Rows of what the UNet is to look at: their first and last three numbers."""
+    """The first and last three numbers of some rows of the context."""
     context, = cached_load(folder(record)).encode_prompt(record["prompt"])      # (77,D)
     found = [[*context[int(row), :3], *context[int(row), -3:]] for row in record["rows"]]
     check([found], record | {"expected": list(record["rows"].values())})
@@ -182,24 +182,24 @@ def test_text(record):
 
 @of_kind("unet")
 def test_unet(record):
-    """One call with a GPU's noise for latents and context; of a batch's images the last alone."""
+    """One call with a GPU's noise as latents and context; only the last image of a batch."""
     unet = load_model(folder(record) / "unet")
 
-    def answer(threads):
+    def result(threads):
         latents, context = (one(record["seed"], record[name], threads)
                             for name in ("latents", "context"))
         output = unet(latents, np.float32([record["timestep"]]), context)
         return output.transpose(0, 3, 1, 2)[-1, -2:, -2:, :2]
 
-    check(map(answer, GPUS), record)
+    check(map(result, GPUS), record)
 
 
 @of_kind("vae")
 def test_vae(record):
-    """A GPU's noise decoded; or encoded, and of that the mean decoded, or a sample, or not."""
+    """A GPU's noise, decoded; or encoded, and perhaps the mean or a sample decoded again."""
     vae, what, seed = load_model(folder(record) / "vae"), record["what"], record["seed"]
 
-    def answer(own_threads, threads):
+    def result(own_threads, threads):
         which = 0 if what == "sample" else -1
         x = one(seed, record["shape"], threads, which)
         if what != "decode":
@@ -213,12 +213,12 @@ def test_vae(record):
         return square(vae.decode(x).transpose(0, 3, 1, 2)[0, -2:], record["slice"], 2)
 
     own = (A100_THREADS, T4_THREADS) if what == "decoded sample" else (A100_THREADS,)
-    check((answer(a, b) for a in own for b in GPUS), record)
+    check((result(a, b) for a in own for b in GPUS), record)
 
 
 # ---- the same tests on records made here ----------------------------------------------------
 
-FEW_THREADS = 500           # in place of the T4's: the small models' noise is larger than that
+FEW_THREADS = 500           # instead of the T4's: the small models' noise is larger
 
 
 def drawn_by_diffusers(pipe, seed=0, **options):
@@ -237,7 +237,7 @@ def drawn_by_diffusers(pipe, seed=0, **options):
 
 
 def small_drawings(root):
-    """{name: (test, record)} of what the small pipelines in a folder draw, by diffusers."""
+    """{name: (test, record)} of drawings by diffusers with the small pipelines in a folder."""
     inputs = root / "inputs"
     inputs.mkdir()
     image, mask = patches(), hole()
@@ -320,7 +320,7 @@ def small_drawings(root):
 
 
 def small_calls(root):
-    """The same of single calls of the models."""
+    """The same for single calls of the models."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(root / "sd1")
     context, _ = pipe.encode_prompt("a red cat", "cpu", 1, False)
     rows = {str(row): [*context[0, row, :3].tolist(), *context[0, row, -3:].tolist()]
@@ -355,7 +355,7 @@ def small_calls(root):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """-> a folder of small weights, and records of them."""
+    """-> a folder of small weights, and records made with them."""
     root = tmp_path_factory.mktemp("weights")
     for make in (sd1, lcm, inpainting, sdxl):
         make(root / make.__name__)
@@ -364,7 +364,7 @@ def small(tmp_path_factory):
 
 
 def shifted(record):
-    """A record one of whose numbers is wrong by three tolerances; of a whole picture, the seed."""
+    """A record with one number off by three tolerances; of a whole picture, with another seed."""
     if "file" in record:
         return record | {"seed": 1}
     if "rows" in record:

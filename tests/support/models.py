@@ -1,8 +1,39 @@
-"""Configs of small models of every kind, and what fills and spoils a model. No torch."""
+"""Configs of small models of every kind, their weights and inputs, without torch."""
 import numpy as np
 
-from tests.support.arrays import normal
+from tests.support.arrays import normal, read_only
+from tinyldm.checkpoints.layout import OUR_AXES, file_shape
+from tinyldm.models import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+)
 from tinyldm.shapes import configs
+
+
+def random_weights(module, seed, dtype=np.float32):
+    """{name in the files: array}, normal numbers: biases and norms too, so that no zero hides.
+
+    RandomState, because NumPy promises that its numbers stay the same.
+    """
+    rng, tensors = np.random.RandomState(seed), {}
+    for name, parameter in module.named_parameters():
+        noise = rng.standard_normal(file_shape(parameter))
+        if noise.ndim == 1:
+            noise = 0.2 * noise + ("norm" in name and name.endswith("weight"))
+        else:
+            noise *= noise[0].size ** -0.5
+        tensors[name] = noise.astype(dtype)
+    return tensors
+
+
+def with_weights(module, tensors):
+    for name, parameter in module.named_parameters():
+        tensor = tensors[name]
+        tensor = tensor.transpose(OUR_AXES) if tensor.ndim == 4 else tensor
+        parameter.data = read_only(np.ascontiguousarray(tensor))
+    return module
 
 
 def fill(module):
@@ -86,3 +117,56 @@ def spoil(module, name):
     parameter = dict(module.named_parameters())[name]
     parameter.data = parameter.data.copy()
     parameter.data.flat[0] = np.nan
+
+
+# ---- each small model with weights and inputs, in float64 -----------------------------------
+
+def cases():
+    """{name: (class, config)} of every small model."""
+    unets = UNETS | {name: config for name, (config, _) in CONDITIONED.items()}
+    projecting = dict(CLIPS["as SD 2"], projection_dim=7)
+    return {f"{model.__name__} {name}": (model, config) for model, configs in (
+        (UNet2DConditionModel, unets),
+        (AutoencoderKL, {name: vae_config(config) for name, config in VAES.items()}),
+        (CLIPTextModel, CLIPS), (CLIPTextModelWithProjection, {"as SDXL": projecting}),
+    ) for name, config in configs.items()}
+
+
+def inputs(name):
+    """{argument: array} for a call of the model: of the VAE images and latents."""
+    model, config = cases()[name]
+    rng = np.random.RandomState(1)
+    if model is UNet2DConditionModel:
+        more = CONDITIONED.get(name.removeprefix("UNet2DConditionModel "), (None, {}))[1]
+        arrays = {"latents": rng.standard_normal((2, 7, 9, config["in_channels"])),
+                  "timesteps": np.array([3.0, 981.0]),
+                  "context": rng.standard_normal((2, 7, config["cross_attention_dim"])),
+                  **{what: rng.standard_normal((2, width)) for what, width in more.items()}}
+        if "time_ids" in arrays:
+            arrays["time_ids"] = np.array([[64.0, 48, 0, 0, 64, 48], [32, 32, 4, 8, 16, 16]])
+    elif model is AutoencoderKL:
+        arrays = {"images": rng.standard_normal((2, 8, 16, 3)),
+                  "z": rng.standard_normal((2, 2, 3, config["latent_channels"]))}
+    else:
+        ids = rng.randint(3, 97, (2, 77))
+        ids[[0, 1], [9, 30]] = config["eos_token_id"]
+        arrays = {"ids": ids}
+    return {what: read_only(x) for what, x in arrays.items()}
+
+
+def make(name):
+    """The model of a case, with its weights."""
+    model, config = cases()[name]
+    module = model(config)
+    return with_weights(module, random_weights(module, 0, np.float64))
+
+
+def outputs(module, arrays, *tape):
+    """What a model makes of its inputs: a tuple of arrays."""
+    if isinstance(module, AutoencoderKL):
+        return *module.encode(arrays["images"], *tape), module.decode(arrays["z"], *tape)
+    y = module.forward(*(arrays[name] for name in ("latents", "timesteps", "context", "ids")
+                         if name in arrays), *tape,
+                       **{name: x for name, x in arrays.items()
+                          if name in ("timestep_cond", "text_embeds", "time_ids")})
+    return y if isinstance(y, tuple) else (y,)

@@ -5,8 +5,8 @@ The configs are those of single files; test_single_file.py compares them with th
 import math
 
 import numpy as np
-import torch
 
+from tests.support.extra import torch
 from tests.support.reference import reference_names
 from tinyldm import backend
 from tinyldm.checkpoints.single_file.kinds import SD1

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import safetensors.numpy
 
+from tests.support.models import random_weights
 from tests.support.words import write_settings, write_toy_vocabulary
-from tinyldm.checkpoints.layout import file_shape
 from tinyldm.files import read_json, write_json
 from tinyldm.models import (
     AutoencoderKL,
@@ -25,19 +25,6 @@ FILES = {UNet2DConditionModel: "diffusion_pytorch_model", AutoencoderKL: "diffus
 
 
 # ---- parts ------------------------------------------------------------------------------------
-
-def random_weights(module, seed):
-    """{name in the files: array}, normal numbers: biases and norms too, so that no zero hides."""
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for name, parameter in module.named_parameters():
-        noise = rng.standard_normal(file_shape(parameter), np.float32)
-        if noise.ndim == 1:
-            tensors[name] = 0.2 * noise + np.float32("norm" in name and name.endswith("weight"))
-        else:
-            tensors[name] = noise * np.float32(noise[0].size ** -0.5)
-    return tensors
-
 
 def make_unet(widths, context, attention, **config):
     """-> class, config, weights. attention: one letter a level, from the finest: y or n."""

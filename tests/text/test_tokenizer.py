@@ -1,43 +1,29 @@
-"""The tokenizer against transformers' CLIPTokenizer, with CLIP's vocabulary and with a toy one."""
+"""The tokenizer against transformers' CLIPTokenizer, with three vocabularies.
+
+A toy one without a byte alphabet, in which most signs are unknown; the bundled model's, which has
+CLIP's ids of bytes; and where it is at hand CLIP's own, whose tests are deselected elsewhere.
+"""
 import json
-import random
 import shutil
 
 import numpy as np
 import pytest
-from transformers import CLIPTokenizer
 
+from tests.support.extra import transformers
 from tests.support.words import (
     END,
     FLAGS,
+    SHAPES,
     START,
+    TEXTS,
     VOCABULARY,
+    random_texts,
     write_json,
     write_settings,
     write_toy_vocabulary,
 )
 from tinyldm.errors import TinyldmError
 from tinyldm.text.tokenizer import Tokenizer
-
-TEXTS = [
-    "", " ", " \t\n ", "a photo of an astronaut riding a horse on mars", "Hello World!", "a cat",
-    "  many   spaces\tand\nlines  ", "it's we're I'LL they've he'd don't I'm",
-    "in 1984, 3.14 or ½",
-    "UPPER lower MiXeD", "café cafe\u0301 naïve Ångström", "ΟΔΥΣΣΕΥΣ ςσ", "straße ſ's İstanbul",
-    "中文字 日本語 한국어", "🦊 👩‍👩‍👧 👍🏽", "!!! ?! ... --- a!b",
-    "a\x00b\x1c c\x1f d\u200be\u3000f",
-    "word " * 200, "🦊" * 60, "pneumonoultramicroscopicsilicovolcanoconiosis " * 12,
-    f"{START}a cat{END}", f"{END} {END}!!{END}!! x{START}y",
-    f"a {END.upper()} b <|StartOfText|> c",
-    "<|endoftext| > <|end oftext|>", "'", "' s 'S 'Re", "a" * 500,
-]
-SNIPPETS = [*"abcXYZ 019'!?.,<|>éüßΣσς中日本🦊👍\u0301\n\t\x00\x1c\u200d\u3000",
-            " the ", " cat", "ing", " RED", "'ll", END, START, END.upper(), " two words "]
-
-
-def random_texts(count, seed=0):
-    draw = random.Random(seed)
-    return ["".join(draw.choices(SNIPPETS, k=draw.randrange(80))) for _ in range(count)]
 
 
 @pytest.fixture
@@ -46,20 +32,28 @@ def toy(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module", params=[END, "!"], ids=["SD1", "SD2"])
-def clip_folder(request, tmp_path_factory):
-    if not VOCABULARY.is_dir():
-        pytest.skip("needs ../shared/clip-vocabulary")
-    folder = tmp_path_factory.mktemp("clip")
+CLIP = [pytest.param((VOCABULARY, padding), id=f"CLIP {kind}", marks=pytest.mark.clip_vocabulary)
+        for padding, kind in ((END, "SD1"), ("!", "SD2"))]
+BUNDLED = [pytest.param((SHAPES / "tokenizer", padding), id=f"bundled {kind}")
+           for padding, kind in ((END, "SD1"), ("!", "SD2"))]
+
+
+def copy(files, padding, folder):
     for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(VOCABULARY / name, folder / name)
-    write_settings(folder, request.param)
+        shutil.copyfile(files / name, folder / name)
+    write_settings(folder, padding)
     return folder
+
+
+@pytest.fixture(scope="module", params=CLIP + BUNDLED)
+def bytes_folder(request, tmp_path_factory):
+    """Of vocabularies with an alphabet of bytes: no text is unknown."""
+    return copy(*request.param, tmp_path_factory.mktemp("words"))
 
 
 def assert_equals_transformers(folder, texts, reference=None):
     ours = Tokenizer.from_folder(folder)
-    theirs = CLIPTokenizer.from_pretrained(reference or folder)
+    theirs = transformers.CLIPTokenizer.from_pretrained(reference or folder)
     length = ours.model_max_length
     expected = theirs(texts, padding="max_length", max_length=length, truncation=True,
                       return_tensors="np")["input_ids"]
@@ -70,15 +64,15 @@ def assert_equals_transformers(folder, texts, reference=None):
     return ours
 
 
-def test_clip_vocabulary_equals_transformers(clip_folder):
-    assert_equals_transformers(clip_folder, TEXTS + random_texts(500))
+def test_vocabularies_of_bytes_equal_transformers(bytes_folder):
+    assert_equals_transformers(bytes_folder, TEXTS + random_texts(500))
 
 
-def test_tokenizer_json_equals_transformers(clip_folder, tmp_path):
+def test_tokenizer_json_equals_transformers(bytes_folder, tmp_path):
     """The folder as newer versions of transformers write it: only tokenizer.json."""
-    CLIPTokenizer.from_pretrained(clip_folder).save_pretrained(tmp_path)
+    transformers.CLIPTokenizer.from_pretrained(bytes_folder).save_pretrained(tmp_path)
     assert not (tmp_path / "vocab.json").exists()
-    assert_equals_transformers(tmp_path, TEXTS + random_texts(50), reference=clip_folder)
+    assert_equals_transformers(tmp_path, TEXTS + random_texts(50), reference=bytes_folder)
 
 
 PUBLISHED = {                               # in the tests and notebooks of other projects
@@ -91,22 +85,24 @@ PUBLISHED = {                               # in the tests and notebooks of othe
 }
 
 
-def test_published_rows(clip_folder):
-    tokenizer = Tokenizer.from_folder(clip_folder)
-    special_tokens_map = json.loads((clip_folder / "special_tokens_map.json").read_text())
-    padding = {END: 49407, "!": 0}[special_tokens_map["pad_token"]]
+@pytest.mark.parametrize("vocabulary", CLIP)
+def test_published_rows(vocabulary, tmp_path):
+    tokenizer = Tokenizer.from_folder(copy(*vocabulary, tmp_path))
+    padding = {END: 49407, "!": 0}[vocabulary[1]]
     for text, ids in PUBLISHED.items():
         assert tokenizer(text)[0].tolist() == ids + [padding] * (77 - len(ids))
     exclamation = 256 if padding else 0        # if padding is "!", a typed "!" is that token
     assert tokenizer("Hello World!")[0, :5].tolist() == [49406, 3306, 1002, exclamation, 49407]
 
 
-def test_what_is_cut_at_77(clip_folder):
-    tokenizer = Tokenizer.from_folder(clip_folder)
-    fits = " ".join(["cat"] * 75)
-    assert tokenizer(fits + " dog")[0, -2:].tolist() == [2368, 49407]
-    assert tokenizer(fits + " dog").tolist() == tokenizer(fits).tolist()
-    assert tokenizer.ids(fits + ", dog")[74:] == [2368, tokenizer.comma, 1929]
+def test_what_is_cut_at_77(bytes_folder):
+    tokenizer = Tokenizer.from_folder(bytes_folder)
+    ids = json.loads((bytes_folder / "vocab.json").read_text())
+    red, star = ids["red</w>"], ids["star</w>"]
+    fits = " ".join(["red"] * 75)
+    assert tokenizer(fits + " star")[0, -2:].tolist() == [red, ids[END]]
+    assert tokenizer(fits + " star").tolist() == tokenizer(fits).tolist()
+    assert tokenizer.ids(fits + ", star")[74:] == [red, tokenizer.comma, star]
 
 
 @pytest.mark.parametrize("padding", [END, "!"])
@@ -136,7 +132,7 @@ def test_a_length_that_says_no_limit_is_77(toy):
 
 def test_limits_inside_tokenizer_json_are_not_applied(toy):
     """We truncate and pad, whatever truncation or padding the file sets for the library."""
-    CLIPTokenizer.from_pretrained(toy).save_pretrained(toy)
+    transformers.CLIPTokenizer.from_pretrained(toy).save_pretrained(toy)
     content = json.loads((toy / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst",
                              "stride": 0}

@@ -1,9 +1,7 @@
 """LoRA files: the names of real ones; pictures against diffusers, and sums against torch."""
 import copy
-import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -14,17 +12,15 @@ from diffusers.utils import is_peft_available
 from tests.support import small_pipelines, strict
 from tests.support.addons import PARTS, XL_PARTS, kohya, make_lora, merge, public, write
 from tests.support.drawing import Reference, assert_same_drawing, ours
+from tests.support.keys import CONFIGS, MODELS, original_rows, published_shapes
 from tests.support.reference import to_ours
 from tests.support.tolerance import assert_allclose
 from tinyldm.checkpoints import components
 from tinyldm.checkpoints.addons.lora import layers_by_spelling, target_of
 from tinyldm.checkpoints.layout import file_shape
 from tinyldm.errors import TinyldmError
-from tinyldm.models import CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
 from tinyldm.pipelines.stable_diffusion import load
 
-REFERENCE = Path(__file__).parents[4] / "shared" / "reference"
-with_lists = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no key lists at {REFERENCE}")
 with_peft = pytest.mark.skipif(not is_peft_available(), reason="diffusers reads LoRAs with peft")
 OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
@@ -286,16 +282,8 @@ def test_on_a_device(dtype, small_folder, tmp_path):
 
 def real_model(name):
     """{part: our model of a published config}, without weights."""
-    configs = json.loads((REFERENCE / "configs.json").read_text())[name]
-    classes = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel,
-               "text_encoder_2": CLIPTextModelWithProjection}
-    return {part: build(configs[part]["config"]) for part, build in classes.items()
-            if part in configs}
-
-
-def rows(file):
-    lines = (REFERENCE / file).read_text().splitlines()
-    return [line.split("\t") for line in lines if not line.startswith("#")]
+    return {part: build(CONFIGS[name][part]) for part, build in MODELS.items()
+            if part in CONFIGS[name] and part != "vae"}
 
 
 def is_trained(part, name, shape):
@@ -308,28 +296,26 @@ def assert_found(places, layers, name, shape):
     """A file's name finds our weight of the public name and shape."""
     found, parameter = layers[target_of(places)]
     assert found == name.removesuffix(".weight")
-    assert list(file_shape(parameter)) == shape
+    assert file_shape(parameter) == shape
 
 
-@with_lists
 def test_every_name_of_a_kohya_file_for_sd15_finds_its_weight():
-    layers, counts = layers_by_spelling(real_model("stable-diffusion-v1-5")), Counter()
-    for part, name, shape in rows("keys_diffusers_sd15.txt"):
-        if part in PARTS and is_trained(part, name, json.loads(shape)):
-            counts[part] += 1
-            flat = name.removesuffix(".weight").replace(".", "_")
-            assert_found(PARTS[part] + flat, layers, name, json.loads(shape))
+    layers, counts = layers_by_spelling(real_model("SD 1.5")), Counter()
+    for part in PARTS:
+        for name, shape in published_shapes("SD 1.5", part).items():
+            if is_trained(part, name, shape):
+                counts[part] += 1
+                flat = name.removesuffix(".weight").replace(".", "_")
+                assert_found(PARTS[part] + flat, layers, name, shape)
     assert counts == {"unet": 192, "text_encoder": 72}
 
 
-@with_lists
 def test_every_name_of_a_kohya_file_for_sdxl_finds_its_weight():
     """Its UNet has the original names; all weights are tried, also those of convolutions."""
-    layers, counts = layers_by_spelling(real_model("stable-diffusion-xl-base-1.0")), Counter()
+    layers, counts = layers_by_spelling(real_model("SDXL")), Counter()
     start = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-    for part, theirs, _, name, shape, _ in rows("keys_map_ldm_sdxl.txt"):
-        shape = json.loads(shape)
-        if part in start and len(shape) > 1 and "embeddings" not in name:
+    for part, theirs, _, name, shape, what in original_rows("sdxl"):
+        if part in start and what != "drop" and len(shape) > 1 and "embeddings" not in name:
             counts[part] += is_trained(part, name, shape)
             flat = (theirs.removeprefix("model.diffusion_model.") if part == "unet" else name
                     ).removesuffix(".weight").replace(".", "_")
