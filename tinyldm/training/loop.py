@@ -17,22 +17,23 @@ SAVE_EVERY = 60         # seconds
 SHARDS = 4              # the same on every machine, so that every machine computes the same sums
 
 
-def split_batch(loss, size, rng):
-    """Run loss(rows, rng, share) on each shard of a batch, over worker threads; sum their reports.
+def split_batch(loss, batch, rng):
+    """Run loss(*shard, rng, share) on each shard of a batch, over worker threads; sum the reports.
 
-    rows is a slice of the batch, share its part of the whole. Each shard draws from a generator of
-    its own, and gradients and reports are added in the order of the shards. So the result depends
-    neither on which thread was first nor on the number of threads.
+    batch: arrays; a shard has the same rows of each. share: its part of the whole. Each shard draws
+    from a generator of its own, and gradients and reports are added in the order of the shards. So
+    the result depends neither on which thread was first nor on the number of threads.
     """
+    size = len(batch[0])
     count = min(SHARDS, size)
     bounds = np.linspace(0, size, count + 1).astype(int)
     generators = rng.spawn(count)
 
     def run(i):
-        rows = slice(bounds[i], bounds[i + 1])
+        shard = [array[bounds[i]:bounds[i + 1]] for array in batch]
         token = SHARD.set(i)
         try:
-            return loss(rows, generators[i], (rows.stop - rows.start) / size)
+            return loss(*shard, generators[i], len(shard[0]) / size)
         finally:
             SHARD.reset(token)
 

@@ -82,8 +82,10 @@ class AdamW:
         with np.errstate(over="ignore", invalid="ignore"):      # the next line says it
             norm = math.sqrt(float(xp.dot(self.grad, self.grad)))
         if not math.isfinite(norm):
-            raise TinyldmError(f"the gradient of {self._first_not_finite()} is NaN or infinite: "
-                               "take a smaller learning rate")
+            bad = [name for (name, _), span in zip(self.named, self.spans)
+                   if not is_finite(self.grad[span])]   # none if only the sum of squares overflows
+            raise TinyldmError(f"the gradient of {bad[0] if bad else 'all parameters together'} is "
+                               "NaN or infinite: take a smaller learning rate")
         self.steps += 1
         scale = min(1.0, self.clip / (norm + 1e-6))
         # With the full decay from the start, the average would long remember the random weights.
@@ -104,16 +106,6 @@ class AdamW:
 
         parallel(update, range(0, self.data.size, block))
         return norm
-
-    def _first_not_finite(self):
-        """The name of the first parameter whose gradient is not finite; or of none in particular.
-
-        The sum of the squares overflows a little before a gradient does.
-        """
-        for (name, _), span in zip(self.named, self.spans):
-            if not is_finite(self.grad[span]):
-                return name
-        return "all parameters together"
 
     STATE = ("data", "m", "v", "ema")
 
