@@ -78,15 +78,15 @@ def array_library(device):
         raise TinyldmError(f"device must be cpu or cuda, not {device!r}")
     try:
         import cupy
-        count = cupy.cuda.runtime.getDeviceCount()
+        count, reason = cupy.cuda.runtime.getDeviceCount(), ""
     except ImportError:
         raise TinyldmError("device cuda needs CuPy, which is not installed: "
                            "pip install 'tinyldm[gpu]', or use --device cpu") from None
     except Exception as error:                          # without a driver: CuPy's own kinds
-        raise TinyldmError(f"device cuda needs an NVIDIA GPU, and CuPy finds none "
-                           f"({str(error).splitlines()[0]}): use --device cpu") from None
+        count, reason = 0, f" ({str(error).splitlines()[0]})"
     if count == 0:
-        raise TinyldmError("device cuda needs an NVIDIA GPU, and CuPy finds none: use --device cpu")
+        raise TinyldmError(f"device cuda needs an NVIDIA GPU, and CuPy finds none{reason}: "
+                           "use --device cpu")
     return cupy
 
 

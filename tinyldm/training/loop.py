@@ -73,7 +73,7 @@ class Trainer:
         if self._written() != self.written:
             raise TinyldmError(f"another training wrote {self.path} meanwhile: this one stops at "
                                f"step {self.step}, unsaved; run one at a time in a folder")
-        save_state(self.path, self.optimizer, self.begun, self.history)
+        write_npz(self.path, history=self.history, begun=self.begun, **self.optimizer.state())
         self.written = self._written()
 
     def _written(self):
@@ -119,11 +119,6 @@ def trained(run, stage):
         raise TinyldmError(f"{run} holds no {path.name}: run `python -m tinyldm.training {stage} "
                            f"--run {run}` first")
     return path
-
-
-def save_state(path, optimizer, begun, history):
-    """Write a training's state. begun: the step at which the optimiser's averages began."""
-    write_npz(path, history=np.array(history), begun=begun, **optimizer.state())
 
 
 def write_npz(path, **arrays):
