@@ -54,7 +54,7 @@ def test_a_large_preview_is_nearly_it(pipe, monkeypatch):
 def test_files(options, names, tmp_path):
     command = [PROMPT, "--steps", "5", "--output", str(tmp_path / "out.png")]
     assert main(command + [option.format(tmp_path) for option in options]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_the_previews_approach_the_picture(tmp_path):
