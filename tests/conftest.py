@@ -2,10 +2,9 @@
 import numpy as np
 import pytest
 
-from tests.support import extra, strict, tolerance, words
+from tests.support import extra, tolerance, words
 from tinyldm import backend
 from tinyldm.kernels import blocks
-from tinyldm.pipelines.stable_diffusion import load
 
 
 def pytest_addoption(parser):
@@ -76,11 +75,3 @@ def two_threads(monkeypatch):
     yield
     if backend._workers is not None:
         backend._workers.shutdown()
-
-
-@pytest.fixture(scope="module")
-def pipes():
-    """The bundled model on the host and, in both dtypes, on the device."""
-    with strict.installed():
-        return {"cpu": load(), **{dtype: load(device="cuda", dtype=dtype)
-                                  for dtype in ("float32", "float16")}}
