@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.reference import has_avx2
 from tests.support.tolerance import assert_allclose
 from tinyldm import noise
 from tinyldm.errors import TinyldmError
@@ -18,7 +19,10 @@ SIZES = [*range(101), 255, 256, 257, 511, 1000, 1024, 1025, 4095, 4096, 9999, 12
 def assert_same_bits(ours, theirs):
     theirs = theirs.numpy()
     assert ours.dtype == theirs.dtype == np.float32 and ours.shape == theirs.shape
-    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+    if has_avx2():
+        np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+    else:           # three roundings of an angle on both sides, by 2^-22 each, times radii up to 6
+        assert_allclose(ours, theirs, rtol=2**-22, atol=2 * 3 * 6 * 2**-22)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

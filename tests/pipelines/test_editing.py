@@ -233,7 +233,7 @@ def test_the_least_strength_that_is_named_is_enough():
 def test_a_model_for_inpainting_wants_both(nine):
     pipe, _ = nine
     for options in ({}, {"image": picture()}):
-        with pytest.raises(TinyldmError, match="paints into a picture: give an image and a mask"):
+        with pytest.raises(TinyldmError, match="made for inpainting: give an image and a mask"):
             pipe.stream("cat", **options)
 
 

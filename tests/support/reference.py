@@ -24,6 +24,11 @@ def nhwc(tensor):
     return np.ascontiguousarray(tensor.detach().numpy().transpose(0, 2, 3, 1))
 
 
+def has_avx2():
+    """Whether torch computes with AVX2: without, its randn and linspace have other last digits."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
 @contextmanager
 def float32_noise():
     """torch.randn draws other numbers in float64: here it draws float32's, and widens them."""

@@ -8,6 +8,8 @@
 
 stable_diffusion.py -> Conditioner -> text/, models/clip.py; the result goes to a Predictor.
 """
+from functools import partial
+
 import numpy as np
 
 from .. import ops
@@ -15,7 +17,7 @@ from ..backend import get_xp, is_finite
 from ..errors import TinyldmError, note
 from ..models.clip import CLIPTextModelWithProjection
 from ..text.prompt import apply_weights, split_into_chunks, to_arrays
-from .finite import first_bad_layer
+from .finite import check_output
 from .interpolation import ends, lerp, mixed
 
 
@@ -91,16 +93,12 @@ class Conditioner:
                 conditioning["text_embeds"] = text_embeds[:1]
             else:                                       # of two, both leave out the last layer
                 features = encoder(ids, skip=len(self.readers) - 1)     # (n,77,D)
-            context = apply_weights(features, weights).reshape(1, -1, features.shape[-1])
-            if not all(map(is_finite, [features, *conditioning.values()])):
-                culprit = first_bad_layer(encoder, lambda encoder=encoder, ids=ids: encoder(ids))
-            elif not is_finite(context):
-                culprit = "its weights are to blame, take some closer to 1"
-            else:
-                contexts.append(context)
-                continue
-            raise TinyldmError("the text encoder's output is NaN or infinite for "
-                               f"{text!a:.80}: {culprit}")
+            message = f"the text encoder's output is NaN or infinite for {text!a:.80}"
+            for output in (features, *conditioning.values()):
+                check_output(output, message, encoder, partial(encoder, ids))
+            contexts.append(apply_weights(features, weights).reshape(1, -1, features.shape[-1]))
+            if not is_finite(contexts[-1]):
+                raise TinyldmError(f"{message}: the weights in it are too far from 1")
         return {"context": get_xp(contexts[0]).concatenate(contexts, axis=-1), **conditioning}
 
     def _common(self, like, guidance_scale, width, height):

@@ -32,7 +32,7 @@ class Edit:
         if image is None and (mask is not None or strength is not None):
             raise TinyldmError("a mask or a strength needs an image: give one")
         if inpaints and mask is None:
-            raise TinyldmError("this model paints into a picture: give an image and a mask, white "
+            raise TinyldmError("this model is made for inpainting: give an image and a mask, white "
                                "where to paint")
         if mask is not None:
             check_image("mask", mask)

@@ -10,11 +10,19 @@ from ..layers import forward_hooks, named_modules
 def finite_states(states, predict):
     """Pass on a sampler's states; raise TinyldmError once their latents are not finite."""
     for state in states:
-        if not is_finite(state.latents):
-            culprit = first_bad_layer(predict.unet, lambda: predict.unet(**predict.inputs))
-            raise TinyldmError(f"the latents became NaN or infinite at step {state.step + 1} "
-                               f"(timestep {state.timestep:g}): {culprit}")
+        check_output(state.latents, f"the latents became NaN or infinite at step {state.step + 1} "
+                     f"(timestep {state.timestep:g})",
+                     predict.unet, lambda: predict.unet(**predict.inputs))
         yield state
+
+
+def check_output(output, message, module, run):
+    """Raise TinyldmError for an output that is not finite: the message, then the first bad layer.
+
+    run: runs the module again.
+    """
+    if not is_finite(output):
+        raise TinyldmError(f"{message}: {first_bad_layer(module, run)}")
 
 
 def first_bad_layer(module, run):
@@ -36,7 +44,7 @@ def first_bad_layer(module, run):
     with forward_hooks({layer: check(name) for name, layer in named_modules(module)}):
         run()
     if not culprits:
-        return "no layer is to blame, so lower guidance_scale or take another sampler"
+        return "no layer is to blame, so lower guidance_scale or use another sampler"
     return (f"the first layer to produce it is {culprits[0]} of {type(module).__name__}: "
             "check the weights, or use dtype float32")
 

@@ -13,14 +13,14 @@ from functools import partial
 
 import numpy as np
 
-from ..backend import array_library, free_scratch, is_finite, keep_freed_memory
+from ..backend import array_library, free_scratch, keep_freed_memory
 from ..diffusion.samplers import SAMPLERS, check_sampler, default_sampler
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError
 from ..images import to_pil
 from .conditioning import Conditioner
 from .editing import Edit
-from .finite import finite_states, first_bad_layer
+from .finite import check_output, finite_states
 from .parts import check_parts
 from .predictor import Predictor
 from .request import Request, check_finite, check_latents, picture_size
@@ -118,8 +118,9 @@ class StableDiffusion:
         steps = self.num_inference_steps if steps is None else steps
         sampler = self.sampler(request.sampler)
         edit = self.edit(request.image, request.strength, request.mask, sampler)
-        check_sampler(sampler, self.schedule, steps, edit.reach)
+        self.schedule.check_steps(steps)
         first = edit.steps_left_out(steps)
+        check_sampler(sampler, self.schedule, steps, first, edit.reach)
         latents = None if request.latents is None else self._array(request.latents)
         size = self.size(request.width, request.height, request.image, latents)
         f = self.vae.vae_scale_factor
@@ -136,7 +137,8 @@ class StableDiffusion:
         states = SAMPLERS[sampler](predict, latents, self.schedule, steps, draw_noise, origin)
         return finite_states(states, predict)
 
-    __call__.__signature__ = stream.__signature__ = inspect.signature(Request.__init__)
+    __call__.__signature__ = stream.__signature__ = inspect.signature(Request.__init__).replace(
+        return_annotation=inspect.Signature.empty)      # self, prompt, negative_prompt="", ...
 
     def encode_prompt(self, text):
         """Text -> context (1, 77 * chunks, D), which the UNet attends to.
@@ -167,9 +169,8 @@ class StableDiffusion:
         images = self._array(images).astype(self.vae.dtype)
         mean, logvar = (self._array(moment) for moment in encode(images))
         latents = (mean + self.unet.xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
-        if not is_finite(latents):
-            culprit = first_bad_layer(self.vae, lambda: encode(images))
-            raise TinyldmError(f"the picture is encoded to NaN or infinity: {culprit}")
+        check_output(latents, "the picture is encoded to NaN or infinity", self.vae,
+                     partial(encode, images))
         return latents
 
     def decode(self, latents):
@@ -189,9 +190,8 @@ class StableDiffusion:
         images = [decode(z[i:i + 1]) for i in range(len(z))]
         free_scratch()
         for i, image in enumerate(images):
-            if not is_finite(image):
-                culprit = first_bad_layer(self.vae, lambda i=i: decode(z[i:i + 1]))
-                raise TinyldmError(f"picture {i} is decoded to NaN or infinity: {culprit}")
+            check_output(image, f"picture {i} is decoded to NaN or infinity", self.vae,
+                         partial(decode, z[i:i + 1]))
         return self.unet.xp.concatenate(images).clip(-1, 1)
 
     @property
