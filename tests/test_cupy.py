@@ -1,7 +1,8 @@
 """The way through CuPy, without a GPU: the names in the source, and everything on strict arrays.
 
 What runs here ran on the stand-in of strict.py, never on a device: rules, dtypes and numbers, and
-nothing of speed. test_gpu.py compares numbers, on a device too. The ops are compared by `check_op`, case by case, in tests/ops.
+nothing of speed. The ops are compared by `check_op`, case by case, in tests/ops. test_gpu.py
+compares the numbers of a device, where there is one.
 """
 import ast
 import sys
