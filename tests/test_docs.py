@@ -154,8 +154,8 @@ def test_the_lines_quoted_are_those_counted():
 
 
 def test_lines_are_counted_by_kind():
-    source = ('"""Two\\n\\nlines."""\\n# one\\n\\nx = 1  # code\\n\\n\\n'
-              'def f():\\n    """One."""\\n    return """\\nno\\n"""\\n')
+    source = ('"""Two\n\nlines."""\n# one\n\nx = 1  # code\n\n\n'
+              'def f():\n    """One."""\n    return """\nno\n"""\n')
     assert sizes.count(source) == [5, 4, 1, 3]
 
 
