@@ -115,6 +115,20 @@ class Module:
         return [parameter for _, parameter in self.named_parameters()]
 
 
+class Sequence(Module):
+    """Layers that run one after another, in the order of self.layers()."""
+
+    def forward(self, h, tape=NO_TAPE):
+        for layer in self.layers():
+            h = layer(h, tape)
+        return h
+
+    def backward(self, dh, tape):
+        for layer in reversed(self.layers()):
+            dh = layer.backward(dh, tape)
+        return dh
+
+
 def named_modules(owner, prefix=""):
     """Every (name, Module) inside a module or another object; an outer module comes first."""
     return ((name, item) for name, item in _walk(owner, prefix) if isinstance(item, Module))
@@ -151,10 +165,6 @@ def forward_hooks(hooks):
         _hooks.set(tuple(other for other in _hooks.get() if other is not hooks))
 
 
-def _data(parameter):
-    return None if parameter is None else parameter.data
-
-
 class Linear(Module):
     """y = x @ weight.T + bias over the last axis. weight (out, in), bias (out,) or None."""
 
@@ -163,14 +173,14 @@ class Linear(Module):
         self.bias = Parameter(out_features) if bias else None
 
     def forward(self, x, tape=NO_TAPE):                 # (..., in) -> (..., out)
-        y, cache = ops.linear(x, self.weight.data, _data(self.bias))
+        y, cache = ops.linear(x, self.weight.data, self.bias and self.bias.data)
         tape.save(self, cache)
         return y
 
     def backward(self, dy, tape):                       # (..., out) -> (..., in)
         dx, dweight, dbias = ops.linear_backward(dy, tape.load(self))
         self.weight.add_grad(dweight)
-        if self.bias is not None:
+        if self.bias:
             self.bias.add_grad(dbias)
         return dx
 

@@ -50,7 +50,7 @@ def test_a_large_preview_is_nearly_it(pipe, monkeypatch):
     (["--preview", "5", "--count", "2"],
      ["out-0-step5.png", "out-0.png", "out-1-step5.png", "out-1.png"]),
     (["--animate", "{}/film.gif", "--count", "2"],
-     ["out-0.png", "out-1.png", "film-0.gif", "film-1.gif"]),
+     ["film-0.gif", "film-1.gif", "out-0.png", "out-1.png"]),
 ])
 def test_files(options, names, tmp_path):
     command = [PROMPT, "--steps", "5", "--output", str(tmp_path / "out.png")]
@@ -93,7 +93,7 @@ def test_the_last_frame_is_the_picture_in_the_place_of_its_preview(tmp_path):
     (["--preview", "0"], "--preview must be at least 1 step, not 0"),
     (["--preview", "two"], "invalid int value"),
     (["--animate", "{}/film.png"], "--animate must name a .gif or .webp file, not .*film.png"),
-    (["--animate", "{}/none/walk.gif"], "there is no folder .*none"),
+    (["--animate", "{}/none/film.gif"], "there is no folder .*none"),
 ])
 def test_bad_input(options, message, tmp_path, capsys):
     command = [PROMPT, "--output", str(tmp_path / "out.png")]

@@ -16,8 +16,7 @@ GPU = {"silu", "gelu", "quick_gelu", "geglu", "attention", "conv2d", "group_norm
 
 
 def twins(device):
-    functions = {name: getattr(ops, name) for name in ops.__all__}
-    return {name: getattr(op, device) for name, op in functions.items()
+    return {name: getattr(op, device) for name, op in vars(ops).items()
             if getattr(op, device, None)}
 
 

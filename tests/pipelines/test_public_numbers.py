@@ -131,11 +131,11 @@ def distance(found, record):
     return abs(found - expected).max(), max(record["within"], GPU_DIGITS)
 
 
-def check(answers, record):
+def check(results, record):
     """One of the results is the published one; several, if the source does not name its noise."""
     best = np.inf
-    for answer in answers:
-        found, allowed = distance(answer, record)
+    for result in results:
+        found, allowed = distance(result, record)
         best = min(best, found)
         if best <= allowed:
             return
@@ -185,13 +185,13 @@ def test_unet(record):
     """One call with a GPU's noise as latents and context; only the last image of a batch."""
     unet = load_model(folder(record) / "unet")
 
-    def answer(threads):
+    def result(threads):
         latents, context = (one(record["seed"], record[name], threads)
                             for name in ("latents", "context"))
         output = unet(latents, np.float32([record["timestep"]]), context)
         return output.transpose(0, 3, 1, 2)[-1, -2:, -2:, :2]
 
-    check(map(answer, GPUS), record)
+    check(map(result, GPUS), record)
 
 
 @of_kind("vae")
@@ -199,7 +199,7 @@ def test_vae(record):
     """A GPU's noise, decoded; or encoded, and perhaps the mean or a sample decoded again."""
     vae, what, seed = load_model(folder(record) / "vae"), record["what"], record["seed"]
 
-    def answer(own_threads, threads):
+    def result(own_threads, threads):
         which = 0 if what == "sample" else -1
         x = one(seed, record["shape"], threads, which)
         if what != "decode":
@@ -213,7 +213,7 @@ def test_vae(record):
         return square(vae.decode(x).transpose(0, 3, 1, 2)[0, -2:], record["slice"], 2)
 
     own = (A100_THREADS, T4_THREADS) if what == "decoded sample" else (A100_THREADS,)
-    check((answer(a, b) for a in own for b in GPUS), record)
+    check((result(a, b) for a in own for b in GPUS), record)
 
 
 # ---- the same tests on records made here ----------------------------------------------------

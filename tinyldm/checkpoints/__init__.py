@@ -16,7 +16,3 @@ from .folders import load_pipeline_parts, resolve
 from .formats.reading import read_tensors
 from .formats.safetensors_file import read_safetensors, write_safetensors
 from .saving import save, write_pipeline
-
-__all__ = ["add_word", "float_type", "load_model", "load_pipeline_parts", "load_weights",
-           "merge_lora", "read_safetensors", "read_tensors", "resolve", "save", "save_model",
-           "write_pipeline", "write_safetensors"]

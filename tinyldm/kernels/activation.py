@@ -24,49 +24,50 @@ LARGEST = 5.5
 
 def silu(x):
     """Twin of ops.silu. x (..., C) -> y (..., C)."""
-    return _in_blocks(_silu, x, x.shape[-1]), x
+    def block(x, y):
+        half = 0.5 * x
+        np.tanh(half, out=y)
+        y += 1
+        y *= half
+    return _in_blocks(block, x, x.shape[-1]), x
 
 
 def quick_gelu(x):
     """Twin of ops.quick_gelu. x (..., C) -> y (..., C)."""
-    return _in_blocks(_quick_gelu, x, x.shape[-1]), x
+    def block(x, y):
+        np.multiply(x, 0.5 * 1.702, out=y)
+        np.tanh(y, out=y)
+        y += 1
+        y *= x
+        y *= 0.5
+    return _in_blocks(block, x, x.shape[-1]), x
 
 
 def gelu(x):
     """Twin of ops.gelu. x (..., C) -> y (..., C), within 1e-6 of the exact GELU."""
-    return _in_blocks(_gelu, x, x.shape[-1]), x
+    def block(x, y):
+        _normal_cdf(x, y)
+        y *= x
+    return _in_blocks(block, x, x.shape[-1]), x
 
 
 def geglu(x):
     """Twin of ops.geglu. x (..., 2F) = [value, gate] -> y (..., F)."""
-    return _in_blocks(_geglu, x, x.shape[-1] // 2), x
+    F = x.shape[-1] // 2
+
+    def block(x, y):
+        _normal_cdf(x[:, F:], y)
+        y *= x[:, F:]
+        y *= x[:, :F]
+    return _in_blocks(block, x, F), x
 
 
 def _in_blocks(compute, x, width):
+    """y (..., width), where compute(rows of x, rows of y) writes one block after another."""
     rows = x.reshape(-1, x.shape[-1])
     y = np.empty((len(rows), width), np.float32)
     over_blocks(lambda block: compute(rows[block[1]], y[block[1]]), 1, len(y), width)
     return y.reshape(*x.shape[:-1], width)
-
-
-def _silu(x, y):
-    half = 0.5 * x
-    np.tanh(half, out=y)
-    y += 1
-    y *= half
-
-
-def _quick_gelu(x, y):
-    np.multiply(x, 0.5 * 1.702, out=y)
-    np.tanh(y, out=y)
-    y += 1
-    y *= x
-    y *= 0.5
-
-
-def _gelu(x, y):
-    _normal_cdf(x, y)
-    y *= x
 
 
 def _normal_cdf(x, out):
@@ -82,12 +83,6 @@ def _normal_cdf(x, out):
     np.tanh(out, out=out)
     out += 1
     out *= 0.5
-
-
-def _geglu(x, y):
-    F = y.shape[-1]
-    _gelu(x[:, F:], y)
-    y *= x[:, :F]
 
 
 @np.errstate(under="ignore")            # phi of a large gate is 0

@@ -67,29 +67,27 @@ def upsample_nearest(x, size=None):
 def conv2d_backward(dy, cache):
     """Twin of ops.conv2d_backward: dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,K,C,O), dbias (O,).
     """
-    dx, dweight = _conv2d_backward(dy, *cache)
-    return dx, dweight, column_sums(dy.reshape(-1, dy.shape[-1]))
-
-
-def _conv2d_backward(dy, x, weight, stride, padding):
+    x, weight, stride, padding = cache
     K, _, C, O = weight.shape
+    rows = dy.reshape(-1, O)
+    dbias = column_sums(rows)
     if K == stride == 1 and padding == (0, 0):
-        rows, pixels = dy.reshape(-1, O), x.reshape(-1, C)
-        return (product(rows, weight[0, 0].T).reshape(x.shape),
-                product(pixels.T, rows).reshape(weight.shape))
+        dx = product(rows, weight[0, 0].T).reshape(x.shape)
+        return dx, product(x.reshape(-1, C).T, rows).reshape(weight.shape), dbias
     if K == 3 and stride == 1 and winograd.pays(x.shape, weight.shape):
         dweight = winograd.dweight3x3(dy, x, padding)
     else:
         dweight = im2col.dweight(dy, x, K, stride, padding)
     if stride == 1:                 # dx is a convolution: kernel flipped, channels exchanged
         flipped = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
-        return _conv2d(dy, flipped, None, 1, (K - 1 - padding[0], K - 1 - padding[1])), dweight
+        dx = _conv2d(dy, flipped, None, 1, (K - 1 - padding[0], K - 1 - padding[1]))
+        return dx, dweight, dbias
     B, Ho, Wo, _ = dy.shape
     before, after = padding
-    weight, rows = widened(weight.reshape(-1, O)).reshape(weight.shape), dy.reshape(-1, O)
+    weight = widened(weight.reshape(-1, O)).reshape(weight.shape)
     dx = np.zeros((B, x.shape[1] + before + after, x.shape[2] + before + after, C), x.dtype)
     for i in range(K):
         for j in range(K):
             dx_tap = dx[:, i:i + stride * Ho:stride, j:j + stride * Wo:stride]
             dx_tap += product(rows, weight[i, j].T).reshape(dx_tap.shape)
-    return dx[:, before:before + x.shape[1], before:before + x.shape[2]], dweight
+    return dx[:, before:before + x.shape[1], before:before + x.shape[2]], dweight, dbias

@@ -18,13 +18,15 @@ SIGN_AND_VALUE = -0x70002000    # the bits of int32 that remain: 0x8fffe000
 def widen(x, out):
     """Write float16 x (R,...,C) to out (R,...,C) as float32, and return out."""
     rows = max(1, BLOCK * len(x) // x.size)
-    for start in range(0, len(x), rows):
+
+    def block(start):
         values, narrow = out[start:start + rows], x[start:start + rows]
         bits = values.view(np.int32)
         np.copyto(bits, narrow.view(np.int16))              # repeats the sign on the left
         bits <<= 13
         bits &= SIGN_AND_VALUE
         values *= np.float32(2.0 ** 112)
+    parallel(block, range(0, len(x), rows))
     return out
 
 
@@ -37,9 +39,4 @@ def widened(x, name=None):
         return x
     if x.flags.f_contiguous and not x.flags.c_contiguous:
         return widened(x.T, name).T
-    if name:
-        return widen(x, scratch(name, *x.shape))
-    out = np.empty(x.shape, np.float32)
-    rows = max(1, BLOCK // x.shape[1])
-    parallel(lambda r: widen(x[r:r + rows], out[r:r + rows]), range(0, len(x), rows))
-    return out
+    return widen(x, scratch(name, *x.shape) if name else np.empty(x.shape, np.float32))

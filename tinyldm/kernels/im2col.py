@@ -5,7 +5,7 @@ Then BLAS computes one product over K*K*C instead of K*K products over C. The ma
 strip of output rows at a time and never kept. Worker threads share the strips.
 """
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
+from numpy.lib.stride_tricks import sliding_window_view
 
 from ..backend import parallel
 from .half import widened
@@ -19,10 +19,8 @@ def sliding_windows(x, K, stride, padding):
     before, after = padding
     if before or after:
         x = np.pad(x, ((0, 0), (before, after), (before, after), (0, 0)))
-    B, H, W, C = x.shape
-    sB, sH, sW, sC = x.strides
-    shape = (B, (H - K) // stride + 1, (W - K) // stride + 1, K, K, C)
-    return as_strided(x, shape, (sB, sH * stride, sW * stride, sH, sW, sC), writeable=False)
+    windows = sliding_window_view(x, (K, K), axis=(1, 2))[:, ::stride, ::stride]
+    return windows.transpose(0, 1, 2, 4, 5, 3)                          # from (B,Ho,Wo,C,K,K)
 
 
 def strips(windows, weight_bytes):

@@ -107,12 +107,7 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
     points = _points(y.shape)
     strips = _strips(y.shape, points, STRIP_TILES)
     if len(strips) >= 2 * free_threads():
-        values = np.empty((points.count, C, O), np.float32)
-
-        def channels(start):
-            part = slice(start, start + 32)
-            _transform_weight(weight[:, :, part], points, values[:, part])
-        parallel(channels, range(0, C, 32))
+        values = _transform_weight(weight, points)
 
         def strip(item):
             tiles = scratch("tiles", points.count, item.tiles, C)
@@ -129,10 +124,9 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
         step = min(CHUNK, -(-O // free_threads()))
 
         def chunk(start):
-            part = slice(start, min(start + step, O))
-            values = np.empty((points.count, C, part.stop - start), np.float32)
-            _transform_weight(weight[..., part], points, values)
-            products = scratch("products", *tiles.shape[:2], part.stop - start)
+            part = slice(start, start + step)
+            values = _transform_weight(weight[..., part], points)
+            products = scratch("products", *tiles.shape[:2], values.shape[-1])
             _write(np.matmul(tiles, values, out=products), None if bias is None else bias[part],
                    whole, points, y[..., part])
         parallel(chunk, range(0, O, step))
@@ -187,15 +181,19 @@ def _strips(y_shape, points, size):
             for row in range(0, rows, height) for r in [min(height, rows - row)]]
 
 
-def _transform_weight(weight, points, values):
-    """Evaluate (3,3,C,O) at the points -> values (n*n,C,O), written."""
+def _transform_weight(weight, points):
+    """Evaluate (3,3,C,O) at the points -> (n*n,C,O)."""
     C, O = weight.shape[2:]
+    values = np.empty((points.count, C, O), np.float32)
     step = max(1, WEIGHTS // O)
-    for c in range(0, C, step):
+
+    def channels(c):
         kernels, part = weight[:, :, c:c + step], values[:, c:c + step]
         if weight.dtype == np.float16:
             kernels = widen(kernels, scratch("kernels", *kernels.shape))
         np.matmul(points.G, kernels.reshape(9, -1), out=part.reshape(points.count, -1))
+    parallel(channels, range(0, C, step))
+    return values
 
 
 def _transform_tiles(x, strip, padding, points, tiles):

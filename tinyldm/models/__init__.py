@@ -8,6 +8,3 @@ blocks.py  what these share
 from .clip import CLIPTextModel, CLIPTextModelWithProjection
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
-
-__all__ = ["AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection",
-           "UNet2DConditionModel"]

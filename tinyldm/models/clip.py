@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .. import ops
 from ..backend import add_up, get_xp
-from ..layers import NO_TAPE, Activation, Embedding, LayerNorm, Linear, Module
+from ..layers import NO_TAPE, Activation, Embedding, LayerNorm, Linear, Module, Sequence
 from .blocks import Config
 
 
@@ -201,18 +201,11 @@ class CLIPAttention(Module):
         return dx + self.q_proj.backward(dq, tape)
 
 
-class CLIPMLP(Module):
+class CLIPMLP(Sequence):
     def __init__(self, channels, hidden, activation):
         self.fc1 = Linear(channels, hidden)
         self.activation = Activation(activation)
         self.fc2 = Linear(hidden, channels)
 
-    def forward(self, x, tape=NO_TAPE):                 # (B,M,D) -> (B,M,D)
-        h = self.fc1(x, tape)
-        h = self.activation(h, tape)
-        return self.fc2(h, tape)
-
-    def backward(self, dy, tape):
-        dh = self.fc2.backward(dy, tape)
-        dh = self.activation.backward(dh, tape)
-        return self.fc1.backward(dh, tape)
+    def layers(self):                                   # (B,M,D) -> (B,M,D)
+        return [self.fc1, self.activation, self.fc2]

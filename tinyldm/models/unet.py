@@ -30,6 +30,7 @@ from ..layers import (
     LayerNorm,
     Linear,
     Module,
+    Sequence,
 )
 from .blocks import Attention, Config, Downsample2D, ResnetBlock2D, Upsample2D
 
@@ -398,31 +399,21 @@ class BasicTransformerBlock(Module):
         return dx + self.norm1.backward(dh, tape), dcontext
 
 
-class FeedForward(Module):
+class FeedForward(Sequence):
     """A gated perceptron with 4C hidden channels."""
 
     def __init__(self, channels):
         # In the files number 1 is a dropout, which has no parameters.
         self.net = [GEGLU(channels, 4 * channels), None, Linear(4 * channels, channels)]
 
-    def forward(self, x, tape=NO_TAPE):                 # (B,N,C) -> (B,N,C)
-        h = self.net[0](x, tape)                        # (B,N,4C)
-        return self.net[2](h, tape)
-
-    def backward(self, dy, tape):
-        dh = self.net[2].backward(dy, tape)
-        return self.net[0].backward(dh, tape)
+    def layers(self):                                   # (B,N,C) -> (B,N,C)
+        return self.net[::2]
 
 
-class GEGLU(Module):
+class GEGLU(Sequence):
     def __init__(self, channels, hidden):
         self.proj = Linear(channels, 2 * hidden)
         self.act = Activation("geglu")
 
-    def forward(self, x, tape=NO_TAPE):                 # (B,N,C) -> (B,N,4C)
-        h = self.proj(x, tape)
-        return self.act(h, tape)
-
-    def backward(self, dy, tape):
-        dh = self.act.backward(dy, tape)
-        return self.proj.backward(dh, tape)
+    def layers(self):                                   # (B,N,C) -> (B,N,4C)
+        return [self.proj, self.act]

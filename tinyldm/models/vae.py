@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .. import ops
 from ..backend import get_xp
-from ..layers import NO_TAPE, Conv2d, GroupNorm, GroupNormSiLU, Module
+from ..layers import NO_TAPE, Conv2d, GroupNorm, GroupNormSiLU, Module, Sequence
 from .blocks import Attention, Config, Downsample2D, ResnetBlock2D, Upsample2D
 
 EPS = 1e-6      # every norm of the VAE; the UNet's residual blocks use 1e-5
@@ -152,7 +152,7 @@ def fade(before, images, shared, axis):
     return xp.concatenate([end * (1 - ramp) + begin * ramp, rest], axis)
 
 
-class Encoder(Module):
+class Encoder(Sequence):
     """conv_in → down blocks → middle → conv_out; mean and log-variance share the last channels."""
 
     def __init__(self, config):
@@ -165,24 +165,11 @@ class Encoder(Module):
         self.conv_norm_out = GroupNormSiLU(widths[-1], groups, EPS)
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels)
 
-    def forward(self, x, tape=NO_TAPE):                 # (B,H,W,3) -> (B,H/f,W/f,2*4)
-        h = self.conv_in(x, tape)
-        for block in self.down_blocks:
-            h = block(h, tape)
-        h = self.mid_block(h, tape)
-        h = self.conv_norm_out(h, tape)
-        return self.conv_out(h, tape)
-
-    def backward(self, dy, tape):
-        dh = self.conv_out.backward(dy, tape)
-        dh = self.conv_norm_out.backward(dh, tape)
-        dh = self.mid_block.backward(dh, tape)
-        for block in reversed(self.down_blocks):
-            dh = block.backward(dh, tape)
-        return self.conv_in.backward(dh, tape)
+    def layers(self):                                   # (B,H,W,3) -> (B,H/f,W/f,2*4)
+        return [self.conv_in, *self.down_blocks, self.mid_block, self.conv_norm_out, self.conv_out]
 
 
-class Decoder(Module):
+class Decoder(Sequence):
     """The encoder in reverse, with one more residual block at each level."""
 
     def __init__(self, config):
@@ -195,21 +182,8 @@ class Decoder(Module):
         self.conv_norm_out = GroupNormSiLU(widths[-1], groups, EPS)
         self.conv_out = Conv2d(widths[-1], config.out_channels)
 
-    def forward(self, z, tape=NO_TAPE):                 # (B,h,w,4) -> (B,f*h,f*w,3)
-        h = self.conv_in(z, tape)
-        h = self.mid_block(h, tape)
-        for block in self.up_blocks:
-            h = block(h, tape)
-        h = self.conv_norm_out(h, tape)
-        return self.conv_out(h, tape)
-
-    def backward(self, dy, tape):
-        dh = self.conv_out.backward(dy, tape)
-        dh = self.conv_norm_out.backward(dh, tape)
-        for block in reversed(self.up_blocks):
-            dh = block.backward(dh, tape)
-        dh = self.mid_block.backward(dh, tape)
-        return self.conv_in.backward(dh, tape)
+    def layers(self):                                   # (B,h,w,4) -> (B,f*h,f*w,3)
+        return [self.conv_in, self.mid_block, *self.up_blocks, self.conv_norm_out, self.conv_out]
 
 
 class ResampleBlock2D(Module):

@@ -13,55 +13,19 @@ gradient of the loss with respect to x. Gradients come back in the order of the 
 arguments. A cache holds only inputs and small statistics; what is cheap is computed again.
 `@fast_twin` above an op names its faster twins in kernels/; the op is complete without them.
 """
+# ruff: noqa: I001 (each op beside its backward)
 from .activation import (
-    geglu,
-    geglu_backward,
-    gelu,
-    gelu_backward,
-    quick_gelu,
-    quick_gelu_backward,
-    silu,
-    silu_backward,
-    softmax,
-    softmax_backward,
-)
+    geglu, geglu_backward, gelu, gelu_backward, quick_gelu, quick_gelu_backward,
+    silu, silu_backward, softmax, softmax_backward)
 from .attention import attention, attention_backward
 from .conv import conv2d, conv2d_backward, upsample_nearest, upsample_nearest_backward
 from .embedding import (
-    embedding,
-    embedding_backward,
-    timestep_embedding,
-    timestep_embedding_backward,
-)
+    embedding, embedding_backward, timestep_embedding, timestep_embedding_backward)
 from .linear import linear, linear_backward
 from .loss import (
-    cross_entropy,
-    cross_entropy_backward,
-    kl_normal,
-    kl_normal_backward,
-    l1,
-    l1_backward,
-    mse,
-    mse_backward,
-)
+    cross_entropy, cross_entropy_backward, kl_normal, kl_normal_backward,
+    l1, l1_backward, mse, mse_backward)
 from .norm import (
-    group_norm,
-    group_norm_backward,
-    group_norm_silu,
-    group_norm_silu_backward,
-    layer_norm,
-    layer_norm_backward,
-)
+    group_norm, group_norm_backward, group_norm_silu, group_norm_silu_backward,
+    layer_norm, layer_norm_backward)
 from .shape import concat, concat_backward, split, split_backward
-
-__all__ = [
-    "attention", "attention_backward", "concat", "concat_backward", "conv2d", "conv2d_backward",
-    "cross_entropy", "cross_entropy_backward", "embedding", "embedding_backward",
-    "geglu", "geglu_backward", "gelu", "gelu_backward", "group_norm", "group_norm_backward",
-    "group_norm_silu", "group_norm_silu_backward", "kl_normal", "kl_normal_backward",
-    "l1", "l1_backward", "layer_norm", "layer_norm_backward", "linear", "linear_backward",
-    "mse", "mse_backward", "quick_gelu", "quick_gelu_backward", "silu", "silu_backward",
-    "softmax", "softmax_backward", "split", "split_backward",
-    "timestep_embedding", "timestep_embedding_backward",
-    "upsample_nearest", "upsample_nearest_backward",
-]

@@ -118,8 +118,9 @@ class StableDiffusion:
         steps = self.num_inference_steps if steps is None else steps
         sampler = self.sampler(request.sampler)
         edit = self.edit(request.image, request.strength, request.mask, sampler)
-        check_sampler(sampler, self.schedule, steps, edit.reach)
+        self.schedule.check_steps(steps)
         first = edit.steps_left_out(steps)
+        check_sampler(sampler, self.schedule, steps, first, edit.reach)
         latents = None if request.latents is None else self._array(request.latents)
         size = self.size(request.width, request.height, request.image, latents)
         f = self.vae.vae_scale_factor

@@ -1,11 +1,5 @@
 """Stages 1 and 3: train the autoencoder to reconstruct its input from noisy latents; and later the
 decoder alone, when the UNet has learned the latents and they must not change any more.
-
-    loss = mean |decode(z) - image| + KL_WEIGHT * KL(N(mean, var), N(0, 1))
-    z = mean + sqrt(var) * noise
-
-Source: Rombach et al. 2022, arXiv:2112.10752, appendix G (without its perceptual and adversarial
-terms).
 """
 import numpy as np
 

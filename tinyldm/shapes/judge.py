@@ -77,7 +77,6 @@ class Found(NamedTuple):
     half: float       # half the longer side of its bounding box
     x: float          # the middle of its bounding box
     y: float
-    area: float
 
 
 class Claim(NamedTuple):
@@ -94,10 +93,9 @@ def read_caption(caption):
     pair = rf"(?: (above|below|left of|right of) {thing})?"
     match = re.fullmatch(rf"{thing}{pair} on a ({'|'.join(PALETTE)}) background", caption)
     if match is None:
-        raise TinyldmError(
-            "expected a caption such as 'a big red circle on a white background', "
-            f"got {caption!r}; name one or two objects and the background in this way"
-        )
+        raise TinyldmError("expected a caption such as 'a big red circle on a white background', "
+                           f"got {caption!r}; name one or two objects and the background in this "
+                           "way")
     words = match.groups()
     objects = (words[:3], words[4:7]) if words[3] else (words[:3],)
     return Claim(objects, words[3], words[7])
@@ -112,11 +110,9 @@ def look(image):
     ground = np.median(pixels[~inner], axis=0)                            # (3,)
     labels = label(_mask(pixels, ground))
     names, areas = np.unique(labels[labels > 0], return_counts=True)
-    found = [
-        _describe(pixels, labels == name)
-        for name, area in sorted(zip(names, areas), key=lambda pair: -pair[1])
-        if area >= LEAST_AREA * labels.size
-    ]
+    found = [_describe(pixels, labels == name)
+             for name, area in sorted(zip(names, areas), key=lambda pair: -pair[1])
+             if area >= LEAST_AREA * labels.size]
     return _nearest_colour(ground), found
 
 
@@ -133,14 +129,9 @@ def judge(image, caption):
     fits = [_fit(thing, words, named) for thing, words in zip(shown, claim.objects)]
     colours, shapes, sizes = zip(*fits)
     in_place = along_axis and _fitting_words(shown[::-1], claim) <= _fitting_words(shown, claim)
-    return {
-        "background": (background == claim.background,),
-        "count": (len(found) == named,),
-        "colour": colours,
-        "shape": shapes,
-        "size": sizes,
-        "relation": (in_place,) if named == 2 else (),
-    }
+    return {"background": (background == claim.background,), "count": (len(found) == named,),
+            "colour": colours, "shape": shapes, "size": sizes,
+            "relation": (in_place,) if named == 2 else ()}
 
 
 def score(images, captions):
@@ -202,11 +193,9 @@ def _describe(pixels, region):
     box = np.array([xs.min(), xs.max() + 1, ys.min(), ys.max() + 1]) / side
     core = np.logical_and.reduce(_with_neighbours(region))                # no edges
     colour = np.median(pixels[core if core.any() else region], axis=0)
-    return Found(
-        _nearest_colour(colour), _nearest_shape(region),
-        max(box[1] - box[0], box[3] - box[2]) / 2,
-        (box[0] + box[1]) / 2, (box[2] + box[3]) / 2, len(xs) / region.size,
-    )
+    left, right, top, bottom = box
+    return Found(_nearest_colour(colour), _nearest_shape(region),
+                 max(right - left, bottom - top) / 2, (left + right) / 2, (top + bottom) / 2)
 
 
 def _nearest_colour(colour):

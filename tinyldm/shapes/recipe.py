@@ -1,10 +1,13 @@
 """python -m tinyldm.training STAGE: the recipe of the bundled model, one command per stage."""
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from ..errors import TinyldmError
+from .autoencoder import train_decoder, train_vae
+from .denoiser import train_unet
+from .evaluation import evaluate
+from .export import export, restore
 
 
 def parse_arguments():
@@ -31,47 +34,16 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def main():
-    arguments = parse_arguments()
-    if arguments.stage == "vae":
-        from .autoencoder import train_vae
-        train_vae(arguments.run, arguments.steps)
-    elif arguments.stage == "unet":
-        from .denoiser import train_unet
-        train_unet(arguments.run, arguments.steps, arguments.batch)
-    elif arguments.stage == "decoder":
-        from .autoencoder import train_decoder
-        train_decoder(arguments.run, arguments.steps)
-    elif arguments.stage == "export":
-        from .export import export
-        export(arguments.run, arguments.output)
-    elif arguments.stage == "restore":
-        from .export import restore
-        restore(arguments.weights, arguments.run)
-    else:
-        measure(arguments)
-
-
-def measure(arguments):
-    from ..pipelines.stable_diffusion import load
-    from .evaluation import evaluate, grid
-    from .scenes import held_out_prompts
-
-    prompts = held_out_prompts(arguments.prompts, seed=0)
-    accuracies, pictures = evaluate(load(arguments.weights), prompts)
-    report = {"prompts": len(prompts), **{name: round(a, 4) for name, a in accuracies.items()}}
-    print(json.dumps(report, indent=2))
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
-        grid(pictures[:48], columns=12).save(arguments.output / "samples.png")
-        (arguments.output / "samples.txt").write_text("\n".join(prompts[:48]) + "\n")
+COMMANDS = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder, "export": export,
+            "restore": restore, "evaluate": evaluate}
 
 
 def run():
     """The command: a bad input ends in one line and status 2, Ctrl-C in 130."""
+    options = vars(parse_arguments())
+    stage = COMMANDS[options.pop("stage")]
     try:
-        main()
+        stage(**options)
     except TinyldmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -37,6 +37,8 @@ HELD_OUT = frozenset({
 SINGLE_SHARE = 1 / 3        # pairs are harder (which colour, where?), so most scenes are pairs
 MARGIN = 0.02               # least distance of an object from the frame ...
 GAP = 0.04                  # ... and from the other object: 2.5 of 64 pixels
+
+
 @dataclass(frozen=True)
 class Thing:
     """One object: three words of the caption, its centre and its half extent."""
@@ -79,10 +81,8 @@ def sample(rng, held_out=False):
     halves = [rng.uniform(*HALF_EXTENTS[count][size]) for size in sizes]
     relation = RELATIONS[rng.integers(len(RELATIONS))] if count == 2 else None
     centres = _place_pair(rng, halves, relation) if relation else [_place_alone(rng, *halves)]
-    things = tuple(
-        Thing(size, colour, shape, x, y, half)
-        for size, colour, shape, (x, y), half in zip(sizes, colours, shapes, centres, halves)
-    )
+    things = tuple(Thing(size, colour, shape, x, y, half) for size, colour, shape, (x, y), half
+                   in zip(sizes, colours, shapes, centres, halves))
     return Scene(things, relation, background)
 
 
@@ -102,10 +102,8 @@ def _place_pair(rng, halves, relation):
     forward = relation in ("above", "left of")
     low, high = halves if forward else reversed(halves)
     room = 1 - 2 * MARGIN - GAP - 2 * (low + high)
-    along = np.array([
-        MARGIN + low + room / 2 * rng.random(),
-        1 - MARGIN - high - room / 2 * rng.random(),
-    ])
+    along = np.array([MARGIN + low + room / 2 * rng.random(),
+                      1 - MARGIN - high - room / 2 * rng.random()])
     across = 0.5 + rng.uniform(-0.1, 0.1) + rng.uniform(-0.05, 0.05, size=2)
     along = along if forward else along[::-1]
     horizontal = relation in ("left of", "right of")
@@ -122,4 +120,3 @@ def held_out_prompts(n, seed):
     while len(prompts) < n:
         prompts[sample(rng, held_out=True).caption()] = None
     return list(prompts)
-

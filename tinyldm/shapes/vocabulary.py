@@ -27,15 +27,12 @@ def write_tokenizer(folder):
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    config = {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH,
-        "do_lower_case": True, "add_prefix_space": False, "errors": "replace", **special,
-    }
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH,
+              "do_lower_case": True, "add_prefix_space": False, "errors": "replace", **special}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in {
-        "vocab.json": ids, "tokenizer_config.json": config, "special_tokens_map.json": special,
-    }.items():
+    for name, content in (("vocab.json", ids), ("tokenizer_config.json", config),
+                          ("special_tokens_map.json", special)):
         text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     lines = ["#version: 0.2", *map(" ".join, merges)]

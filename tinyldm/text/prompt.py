@@ -18,7 +18,7 @@ from itertools import groupby
 
 import numpy as np
 
-from ..backend import get_xp
+from ..backend import get_xp, widen
 from ..errors import TinyldmError, note
 
 BRACKET_WEIGHTS = {"(": 1.1, "[": 1 / 1.1}
@@ -140,8 +140,7 @@ def apply_weights(context, weights):
     """
     if (weights == 1).all():
         return context
-    xp, dtype = get_xp(context), np.promote_types(context.dtype, np.float32)
-    z = context.astype(dtype)
-    weighted = z * xp.asarray(weights[..., None], dtype)                    # (n,77,1)
+    z = widen(context)
+    weighted = z * get_xp(context).asarray(weights[..., None], z.dtype)     # (n,77,1)
     means = [array.mean(axis=(1, 2), keepdims=True) for array in (z, weighted)]
     return (weighted * (means[0] / means[1])).astype(context.dtype)

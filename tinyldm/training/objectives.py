@@ -15,6 +15,8 @@ KL_WEIGHT = 1e-7
 def vae_loss(vae, images, rng, share, decoder_only=False):
     """mean |decode(z) - images| + KL_WEIGHT * KL(N(mean, var), N(0, 1)), and its gradients.
 
+    z = mean + sqrt(var) * noise. Source: Rombach et al. 2022, arXiv:2112.10752, appendix G (without
+    its perceptual and adversarial terms).
     images (B,H,W,3) in [-1, 1] -> {"loss", "mse", "kl"}, each times share, the shard's part of the
     batch. decoder_only: only the decoder gets gradients.
     """

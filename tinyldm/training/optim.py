@@ -4,17 +4,16 @@ All parameters lie in one flat vector, and each Parameter's data is a view into 
 is a few passes over long arrays.
 """
 import math
+import re
 
 import numpy as np
 
 from ..backend import asarray, get_xp, is_finite, parallel, to_host
 from ..errors import TinyldmError
-from ..layers import named_modules
-from ..models.blocks import Attention, ResnetBlock2D
-from ..models.clip import CLIPMLP, CLIPAttention
-from ..models.unet import Transformer2DModel
 
 BLOCK = 1 << 16         # numbers that a worker updates at a time: four such arrays fit into L2
+# Of residual blocks, transformers, the VAE's attention, CLIP's attention and perceptron.
+LAST_OF_BRANCH = re.compile(r".*(conv2|proj_out|attentions\.\d+\.to_out\.0|out_proj|fc2)\.weight")
 
 
 def initialise(module, rng):
@@ -32,22 +31,8 @@ def initialise(module, rng):
             fan_in = math.prod(shape[:-1]) if len(shape) == 4 else shape[-1]
             std = 0.5 if name.endswith("embedding.weight") else fan_in ** -0.5
             parameter.data = rng.normal(0, std, shape).astype(np.float32)
-    for _, part in [("", module), *named_modules(module)]:
-        for last in _last_layers(part):
-            last.weight.data[...] = 0
-
-
-def _last_layers(part):
-    if isinstance(part, ResnetBlock2D):
-        yield part.conv2
-    elif isinstance(part, Transformer2DModel):
-        yield part.proj_out
-    elif isinstance(part, Attention) and hasattr(part, "group_norm"):
-        yield part.to_out[0]
-    elif isinstance(part, CLIPAttention):
-        yield part.out_proj
-    elif isinstance(part, CLIPMLP):
-        yield part.fc2
+        if LAST_OF_BRANCH.fullmatch(name):
+            parameter.data[...] = 0
 
 
 class AdamW:

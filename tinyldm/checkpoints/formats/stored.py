@@ -2,6 +2,7 @@
 
 Both readers, safetensors_file.py and torch_file.py, return tensors of this kind.
 """
+import math
 import mmap
 from pathlib import Path
 from typing import NamedTuple
@@ -84,8 +85,4 @@ def map_file(path):
 
 def row_major(shape, itemsize):
     """The strides in bytes of a contiguous array in C order."""
-    strides = []
-    for length in reversed(shape):
-        strides.append(itemsize)
-        itemsize *= length
-    return tuple(reversed(strides))
+    return tuple(itemsize * math.prod(shape[axis + 1:]) for axis in range(len(shape)))

@@ -26,15 +26,18 @@ in x is DDIM in x_t.
 import math
 from functools import partial
 
+import numpy as np
+
 from ...errors import TinyldmError
 from .ddim import ddim
 from .ddpm import ddpm
 from .dpm_solver import dpmpp_2m
 from .euler import euler, euler_ancestral
 from .heun import heun
-from .lcm import LCM_TIMESTEPS, lcm, lcm_timesteps
+from .lcm import LCM_TIMESTEPS, lcm
 from .lms import lms
-from .pndm import check_pndm, pndm
+from .pndm import pndm
+from .shared import Origin
 from .unipc import unipc
 
 SAMPLERS = {
@@ -79,18 +82,16 @@ CLASSES = {
 }
 
 
-def check_sampler(name, schedule, num_inference_steps, reach=1.0):
+def check_sampler(name, schedule, num_inference_steps, first=0, reach=1.0):
     """Raise TinyldmError for an unknown name, or a schedule or number of steps it cannot take.
 
-    The number must be from 1 to num_train_timesteps; for lcm see lcm_timesteps.
+    The sampler makes its first step on a zero, without a model. first, reach: see Origin.
     """
     if name not in SAMPLERS:
         raise TinyldmError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-    schedule.check_steps(num_inference_steps)
-    if name == "pndm":
-        check_pndm(schedule)
-    if name == "lcm":
-        lcm_timesteps(schedule, num_inference_steps, reach)
+    zero, origin = np.zeros(1, np.float32), Origin(first=first, reach=reach)
+    next(SAMPLERS[name](lambda x_t, t: x_t, zero, schedule, num_inference_steps, lambda: zero,
+                        origin))
 
 
 def default_sampler(config):

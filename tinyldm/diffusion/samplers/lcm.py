@@ -23,7 +23,7 @@ def lcm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_P
     Source: Luo et al. 2023, "Latent Consistency Models", arXiv:2310.04378, algorithm 3; c_skip and
     c_out are those of Song et al. 2023, "Consistency Models", arXiv:2303.01469, for discrete t.
     """
-    timesteps = lcm_timesteps(schedule, num_inference_steps, origin.reach)[origin.first:]
+    timesteps = _lcm_timesteps(schedule, num_inference_steps, origin.reach)[origin.first:]
     x_t = origin.begin(latents, *schedule.scales(timesteps[0]))
     for step, (t, p) in enumerate(pairwise([*timesteps, None])):
         x_start, _ = to_x_start_and_noise(schedule, predict(x_t, t), x_t, *schedule.scales(t))
@@ -37,12 +37,8 @@ def lcm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_P
         yield State(step, t, x_t, f)
 
 
-def lcm_timesteps(schedule, num_inference_steps, reach):
-    """Spread the steps over the lowest timesteps of the distillation -> list, falling.
-
-    reach: the share of the 50 timesteps to use.
-    Raises TinyldmError for more steps than there are timesteps to use.
-    """
+def _lcm_timesteps(schedule, num_inference_steps, reach):
+    """Spread the steps over the lowest of the 50 timesteps, reach being their share to use."""
     schedule.check_steps(num_inference_steps)
     n, T, usable = num_inference_steps, schedule.num_train_timesteps, int(LCM_TIMESTEPS * reach)
     if not n <= usable <= LCM_TIMESTEPS <= T:

@@ -19,7 +19,9 @@ def pndm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_
     Source: Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds",
     arXiv:2202.09778, eq. 9, 12 and 13; the start is CompVis' PLMS sampler, without Runge-Kutta.
     """
-    check_pndm(schedule)
+    if schedule.alphas_cumprod[-1] == 0:
+        raise TinyldmError("pndm divides by alpha_bar, which rescale_betas_zero_snr makes 0: "
+                           "use another sampler")
     timesteps = to_ints(schedule.timesteps(num_inference_steps, "leading"))
     timesteps = (timesteps[:2] + timesteps[1:])[origin.first:]
     begun_at = x_t = origin.begin(latents, *schedule.scales(timesteps[0]))
@@ -36,13 +38,6 @@ def pndm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_
         x_t = _plms_step(schedule, x_t, average, source, source - jump)
         x_t = origin.keep(x_t, latents, *schedule.scales(following))
         yield State(step, t, x_t, x_start)
-
-
-def check_pndm(schedule):
-    """Raise TinyldmError for a schedule that ends at alpha_bar = 0."""
-    if schedule.alphas_cumprod[-1] == 0:
-        raise TinyldmError("pndm divides by alpha_bar, which rescale_betas_zero_snr makes 0: "
-                           "use another sampler")
 
 
 def _adams_bashforth(e):
