@@ -2,7 +2,6 @@
 import contextlib
 import importlib
 import io
-import math
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests import sizes
+from tests.support.tolerance import assert_allclose, within
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -47,7 +47,8 @@ def test_snippets_print_what_the_page_shows(page, tmp_path, monkeypatch):
     for picture in re.findall(r"!\[[^]]*\]\((\w+\.png)\)", text):   # beside its page: drawn by it
         drawn, shown = (np.asarray(Image.open(path / picture), int)
                         for path in (tmp_path, page.parent))
-        assert drawn.shape == shown.shape and abs(drawn - shown).max() <= 8, picture
+        assert drawn.shape == shown.shape, picture
+        within(abs(drawn - shown).max(), 8, picture)
 
 
 def assert_same_output(printed, shown, where):
@@ -56,9 +57,9 @@ def assert_same_output(printed, shown, where):
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split(), message
     for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown)):
         if "e-" in theirs:
-            assert abs(float(ours)) <= 10 * float(theirs), message
+            within(abs(float(ours)), 10 * float(theirs), message)
         else:
-            assert math.isclose(float(ours), float(theirs), rel_tol=1e-3), message
+            assert_allclose(float(ours), float(theirs), rtol=1e-3, what=message)
 
 
 @pytest.mark.parametrize("printed, shown, same", [
