@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 
 from tests.support import extra, tolerance, words
+from tests.support.small_pipelines import smallest
 from tinyldm import backend
 from tinyldm.kernels import blocks
+from tinyldm.pipelines.stable_diffusion import load
 
 
 def pytest_addoption(parser):
@@ -75,3 +77,22 @@ def two_threads(monkeypatch):
     yield
     if backend._workers is not None:
         backend._workers.shutdown()
+
+
+# ---- a small pipeline -------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """The smallest pipeline's folder, for tests that only read it."""
+    return smallest(tmp_path_factory.mktemp("smallest"))
+
+
+@pytest.fixture(scope="session")
+def weights(small_folder):
+    return small_folder
+
+
+@pytest.fixture
+def small(small_folder):
+    """The smallest pipeline, which a test may change."""
+    return load(small_folder)

@@ -6,7 +6,7 @@ from tests.support.drawing import NEGATIVE, STEPS, Reference, assert_same_pictur
 from tests.support.extra import diffusers, torch
 from tests.support.pictures import SIZE, hole, picture
 from tests.support.reference import float32_noise, nchw
-from tests.support.small_pipelines import sd1, sdxl, smallest
+from tests.support.small_pipelines import sd1, sdxl
 from tests.support.tolerance import assert_allclose, assert_close
 from tinyldm import Between, TinyldmError, load
 from tinyldm.images import from_pil
@@ -24,11 +24,6 @@ pytestmark = [
 def both(request, tmp_path_factory):
     folder = request.param(tmp_path_factory.mktemp(request.param.__name__))
     return load(folder), Reference(folder).pipe
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return load(smallest(tmp_path_factory.mktemp("smallest")))
 
 
 def array(images):
