@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from tests.support import extra, strict, tolerance, words
+from tests.support import extra, tolerance, words
+from tests.support.small_pipelines import smallest
 from tinyldm import backend
 from tinyldm.kernels import blocks
 from tinyldm.pipelines.stable_diffusion import load
@@ -78,9 +79,20 @@ def two_threads(monkeypatch):
         backend._workers.pool.shutdown()
 
 
-@pytest.fixture(scope="module")
-def pipes():
-    """The bundled model on the host and, in both dtypes, on the device."""
-    with strict.installed():
-        return {"cpu": load(), **{dtype: load(device="cuda", dtype=dtype)
-                                  for dtype in ("float32", "float16")}}
+# ---- a small pipeline -------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """The smallest pipeline's folder, for tests that only read it."""
+    return smallest(tmp_path_factory.mktemp("smallest"))
+
+
+@pytest.fixture(scope="session")
+def weights(small_folder):
+    return small_folder
+
+
+@pytest.fixture
+def small(small_folder):
+    """The smallest pipeline, which a test may change."""
+    return load(small_folder)

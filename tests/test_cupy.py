@@ -1,7 +1,8 @@
 """The way through CuPy, without a GPU: the names in the source, and everything on strict arrays.
 
 What runs here ran on the stand-in of strict.py, never on a device: rules, dtypes and numbers, and
-nothing of speed. The ops are compared by `check_op`, case by case, in tests/ops.
+nothing of speed. The ops are compared by `check_op`, case by case, in tests/ops. test_gpu.py
+compares the numbers of a device, where there is one.
 """
 import ast
 import sys
@@ -223,6 +224,14 @@ def test_samplers(name, xp):
 
 
 # ---- a whole picture ------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pipes():
+    """The bundled model on the host and, in both dtypes, on the device."""
+    with strict.installed():
+        return {"cpu": load(), **{dtype: load(device="cuda", dtype=dtype)
+                                  for dtype in ("float32", "float16")}}
+
 
 @pytest.mark.parametrize("options", [
     {}, {"sampler": "euler_ancestral", "num_images": 2, "negative_prompt": "blue"},

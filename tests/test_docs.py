@@ -2,13 +2,15 @@
 import contextlib
 import importlib
 import io
-import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests import sizes
+from tests.support.tolerance import assert_allclose, within
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -45,7 +47,8 @@ def test_snippets_print_what_the_page_shows(page, tmp_path, monkeypatch):
     for picture in re.findall(r"!\[[^]]*\]\((\w+\.png)\)", text):   # beside its page: drawn by it
         drawn, shown = (np.asarray(Image.open(path / picture), int)
                         for path in (tmp_path, page.parent))
-        assert drawn.shape == shown.shape and abs(drawn - shown).max() <= 8, picture
+        assert drawn.shape == shown.shape, picture
+        within(abs(drawn - shown).max(), 8, picture)
 
 
 def assert_same_output(printed, shown, where):
@@ -54,9 +57,9 @@ def assert_same_output(printed, shown, where):
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split(), message
     for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown)):
         if "e-" in theirs:
-            assert abs(float(ours)) <= 10 * float(theirs), message
+            within(abs(float(ours)), 10 * float(theirs), message)
         else:
-            assert math.isclose(float(ours), float(theirs), rel_tol=1e-3), message
+            assert_allclose(float(ours), float(theirs), rtol=1e-3, what=message)
 
 
 @pytest.mark.parametrize("printed, shown, same", [
@@ -105,6 +108,56 @@ def test_pages_named_in_the_code_exist():
     for file in (ROOT / "tinyldm").rglob("*.py"):
         for path in re.findall(r"(?<!/)\bdocs/[\w-]+\.md", file.read_text(encoding="utf-8")):
             assert (ROOT / path).exists(), f"{file.relative_to(ROOT)} names {path}"
+
+
+# ---- README.md ------------------------------------------------------------------------------
+
+def tree():
+    """Every path in README.md's tree: two spaces more are one folder deeper."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^    tinyldm/\n(?:    .*\n)+", text, re.M)[0]
+    folders, found = [], []
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip()) - 4) // 2
+        for name in re.split(r"\s{2,}", line.strip()):
+            if not re.fullmatch(r"[\w./]+(\.py|/)", name):
+                break                                   # what follows describes it
+            folders[depth:] = [name.rstrip("/")]
+            found.append("/".join(folders))
+    return found
+
+
+def test_all_paths_in_the_tree_exist():
+    named = tree()
+    assert len(named) > 50 and len(named) == len(set(named))
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_tree_leaves_nothing_out():
+    """Where it names a module of a folder, it names all modules there, and so with folders."""
+    named = set(tree())
+    parents = {path.rpartition("/")[0] for path in named if path.startswith("tinyldm/")}
+    for parent in sorted(parents):
+        inside = [path for path in (ROOT / parent).iterdir() if path.name != "__init__.py"]
+        for paths in ([path for path in inside if path.suffix == ".py"],
+                      [path for path in inside if path.is_dir() and any(path.rglob("*.py"))]):
+            paths = {path.relative_to(ROOT).as_posix() for path in paths}
+            assert not paths & named or paths <= named, sorted(paths - named)
+
+
+def test_the_lines_quoted_are_those_counted():
+    """To a hundred: `python -m tests.sizes --fill` writes them."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    now = sizes.totals()
+    for name, shown in sizes.QUOTE.findall(text):
+        assert abs(int(shown.replace(",", "")) - sum(now[name])) <= 100, name
+
+
+def test_lines_are_counted_by_kind():
+    source = ('"""Two\n\nlines."""\n# one\n\nx = 1  # code\n\n\n'
+              'def f():\n    """One."""\n    return """\nno\n"""\n')
+    assert sizes.count(source) == [5, 4, 1, 3]
 
 
 def test_every_page_is_in_the_order_to_read():

@@ -4,13 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.small_pipelines import smallest
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return smallest(tmp_path_factory.mktemp("tiny-weights"))
-
 
 @pytest.fixture
 def bad_weights(weights, tmp_path):

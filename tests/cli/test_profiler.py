@@ -11,7 +11,6 @@ from tests.support.extra import library, torch
 from tests.support.models import CLIPS, UNETS, VAES
 from tests.support.pairs import clip_pair, unet_pair, vae_pair
 from tests.support.reference import nchw
-from tests.support.small_pipelines import smallest
 from tinyldm import layers
 from tinyldm.cli import profiler as profiling
 from tinyldm.cli.draw import main
@@ -22,11 +21,6 @@ from tinyldm.pipelines.stable_diffusion import load
 
 TITLES = ["by stage", "by block", "by op"]
 MB = 10**6
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return smallest(tmp_path_factory.mktemp("tiny-weights"))
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMSchedu
            "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
            "dpmpp_2m_sde_karras": "DPMSolverMultistepScheduler",
            "unipc": "UniPCMultistepScheduler", "lcm": "LCMScheduler"}
-SAME_ROUNDING = ("euler", "euler_ancestral", "heun")
-BY_ALPHA_BAR = ("ddpm", "ddim", "pndm", "lcm")
+SAME_ROUNDING = ("euler", "euler_ancestral", "heun")    # float32 coefficients, as in diffusers
+BY_ALPHA_BAR = ("ddpm", "ddim", "pndm", "lcm")          # coefficients in the table's precision
 STEPS = (1, 2, 3, 4, 5, 10, 20, 50)
 SHAPE = (2, 8, 8, 4)
 TOLERANCE = 1e-5                    # of the latents' standard deviation, at every step
@@ -110,6 +110,7 @@ def lms_scheduler(config):
 
 
 def widen(scheduler):
+    """Make a scheduler's float32 tables float64, and so the coefficients that it computes."""
     for name, value in vars(scheduler).items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "timesteps":
             setattr(scheduler, name, value.double())

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from tests.support.extra import torch
 from tests.support.keys import original_rows, published_shapes
-from tests.support.small_pipelines import change_json, smallest
+from tests.support.small_pipelines import change_json
 from tinyldm.checkpoints import write_safetensors
 from tinyldm.checkpoints.single_file.kinds import family, layout_of
 from tinyldm.cli import draw
@@ -22,11 +22,6 @@ from tinyldm.inspect.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 UNET = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return smallest(tmp_path_factory.mktemp("tiny-weights"))
 
 
 @pytest.fixture

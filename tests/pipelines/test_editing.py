@@ -63,11 +63,6 @@ def few(tmp_path_factory):
     return load(folder), Editing(folder)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return load(smallest(tmp_path_factory.mktemp("smallest")))
-
-
 # ---- against diffusers ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("strength", [0.2, 0.6, 1.0])

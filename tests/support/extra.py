@@ -50,6 +50,20 @@ def __getattr__(name):
 
 
 @cache
+def no_gpu():
+    """Why no test can run on a CUDA device, or nothing."""
+    try:
+        import cupy
+        if cupy.cuda.runtime.getDeviceCount():
+            return ""
+    except ImportError:
+        return "no GPU: CuPy is not installed"
+    except Exception:                                   # CuPy without a driver
+        pass
+    return "no GPU: CuPy finds no CUDA device"
+
+
+@cache
 def is_left_out(file):
     """Whether a test file imports a library that is missing, by itself or through tests/support."""
     for module, names in IMPORT.findall(file.read_text(encoding="utf-8")):

@@ -4,19 +4,11 @@ import numpy as np
 import torch
 import transformers
 
+from tests.support.models import CLIPS, UNETS, VAES, vae_config
 from tests.support.reference import randomise
 from tinyldm.layers import Conv2d, Linear, Module
 
-UNET = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
-        "norm_num_groups": 4, "block_out_channels": (8, 16), "cross_attention_dim": 12,
-        "attention_head_dim": 2, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-VAE = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1,
-       "latent_channels": 4, "down_block_types": ("DownEncoderBlock2D",) * 2,
-       "up_block_types": ("UpDecoderBlock2D",) * 2}
-CLIP = {"vocab_size": 50, "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 77, "bos_token_id": 48,
-        "eos_token_id": 49}
+UNET = UNETS["attention at the bottom"]
 
 
 def in_file_layout(module):
@@ -41,11 +33,12 @@ def diffusers_unet():
 
 
 def diffusers_vae():
-    return randomise(diffusers.AutoencoderKL(**VAE), 2)
+    return randomise(diffusers.AutoencoderKL(**vae_config(VAES["two levels"])), 2)
 
 
 def transformers_clip():
-    return randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP)), 3)
+    return randomise(transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(**CLIPS["as SD 1"])), 3)
 
 
 class Toy(Module):

@@ -170,3 +170,13 @@ def outputs(module, arrays, *tape):
                        **{name: x for name, x in arrays.items()
                           if name in ("timestep_cond", "text_embeds", "time_ids")})
     return y if isinstance(y, tuple) else (y,)
+
+
+def backward(module, arrays, dys, tape):
+    """Undo `outputs` -> {input: its gradient}; the parameters get theirs."""
+    if isinstance(module, AutoencoderKL):
+        return {"z": module.decode_backward(dys[2], tape),
+                "images": module.encode_backward(*dys[:2], tape)}
+    found = module.backward(*dys, tape)
+    names = ("latents", "context", "timestep_cond", "text_embeds")
+    return {name: getattr(found, name) for name in names if name in arrays}

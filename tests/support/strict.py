@@ -9,6 +9,9 @@ NumPy passes. Refused as well is what CuPy answers, but wrongly or slowly:
 - products of stacks of float16 matrices, or of a stack and one matrix: no tensor cores, and copies;
 - indices beyond the end (they wrap round) or twice (either wins), numbers a narrower type lacks.
 
+It shows that CuPy would accept the calls and what dtypes come out; the numbers are NumPy's, so it
+says nothing of those that a device computes. tests/test_gpu.py compares them where there is one.
+
 Whatever makes the host wait for the device is counted in `Array.waits`.
 """
 import inspect

@@ -19,7 +19,7 @@ def within(error, allowed, what="result"):
     worst = used.argmax()                               # a NaN counts as the largest
     share = float(used.flat[worst])
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
-    USED[test] = max(USED.get(test, (0, "")), (share, what))
+    USED[test] = max(USED.get(test, (0, "")), (share, what.partition("\n")[0]))
     assert share <= 1, (f"{what}: differs by {error.flat[worst]:.2e}, "
                         f"allowed {allowed.flat[worst]:.2e}")
 
@@ -42,8 +42,12 @@ def assert_same_pixels(ours, theirs, most=1, what="picture"):
 
 
 def report(least):
-    """Lines of a table: the tests that use more than `least` of what they allow, the most first."""
-    rows = sorted(((*used, test) for test, used in USED.items() if used[0] > least), reverse=True)
+    """Lines of a table: the tests that use more than `least` of what they allow, the most first.
+
+    More than all of it uses a test that fails, or one that shows how a comparison fails.
+    """
+    rows = sorted(((*used, test) for test, used in USED.items() if least < used[0] <= 1),
+                  reverse=True)
     return [f"{share:6.2f}  {test}  {what}" for share, what, test in rows]
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.checks import FLOAT16
 from tests.support.drawing import STEPS, Reference, assert_same_drawing
 from tests.support.extra import torch
-from tests.support.small_pipelines import sd1, sd2, smallest
+from tests.support.small_pipelines import sd1, sd2
 from tests.support.tolerance import assert_allclose, assert_close
 from tinyldm.errors import TinyldmError
 from tinyldm.images import to_pil
@@ -160,11 +160,6 @@ def test_a_prompt_without_words_is_the_empty_one_and_said(small, text):
 
 
 # ---- the context ----------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return load(smallest(tmp_path_factory.mktemp("smallest")))
-
 
 @pytest.fixture
 def tokenizer(small):

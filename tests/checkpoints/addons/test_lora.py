@@ -75,16 +75,6 @@ def reference(original):
     return copy.deepcopy(original)
 
 
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory):
-    return small_pipelines.smallest(tmp_path_factory.mktemp("smallest"))
-
-
-@pytest.fixture
-def small(small_folder):
-    return load(small_folder)
-
-
 def weights(pipe):
     return {(part, name): parameter.data for part in PARTS
             for name, parameter in getattr(pipe, part).named_parameters()}

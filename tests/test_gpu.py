@@ -1,0 +1,186 @@
+"""On a GPU against NumPy: every op, layer, model and sampler, and a whole picture.
+
+Each test has two devices. The stand-in of support/strict.py runs everywhere, and so exercises these
+tests; `gpu` is a CUDA device through CuPy, and is skipped without one:
+
+    python -m pytest -m gpu
+"""
+import numpy as np
+import pytest
+
+from tests.support import models, strict
+from tests.support.checks import gradients_of
+from tests.support.extra import no_gpu
+from tests.support.gpu import PROMPT
+from tests.support.schedulers import SD15
+from tests.support.tolerance import assert_close, assert_same_pixels, within
+from tinyldm import backend, layers, ops
+from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.diffusion.schedule import Schedule
+from tinyldm.layers import Tape
+from tinyldm.pipelines.stable_diffusion import load
+
+# Of the standard deviation: forward and backward of one op, of a whole model.
+OP = {np.float32: 1e-4, np.float16: 1e-2}
+MODEL = {np.float32: 1e-3, np.float16: 5e-2}
+
+both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float16])
+both_paths = pytest.mark.parametrize("plain", [True, False], ids=["plain", "fast"])
+
+
+@pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def xp(request):
+    """The array library: CuPy, or what stands in for it."""
+    if request.param == "gpu":
+        if reason := no_gpu():
+            pytest.skip(reason)
+        yield __import__("cupy")
+    else:
+        with strict.installed() as cupy:
+            yield cupy
+
+
+def on(xp, array, dtype):
+    array = np.asarray(array)
+    return xp.asarray(array.astype(dtype) if array.dtype.kind == "f" else array)
+
+
+def assert_near(ours, theirs, allowed, what):
+    """Of a result whose true value is 0, such as a bias before a norm, only the size is asked."""
+    ours = backend.to_host(ours).astype(np.float64)
+    assert ours.shape == np.shape(theirs), what
+    if theirs.std() > 1e-3:
+        assert_close(ours, theirs, allowed, what)
+    else:
+        within(abs(ours - theirs), allowed, what)
+
+
+# ---- ops ------------------------------------------------------------------------------------
+
+ROWS, MAP = [(5, 48)], (2, 6, 10, 16)
+CASES = [
+    ("linear", [(5, 48), (24, 48), (24,)], {}), ("concat", [(5, 8), (5, 24)], {}),
+    ("conv2d", [MAP, (3, 3, 16, 8), (8,)], {"padding": (1, 1)}),
+    ("conv2d", [MAP, (3, 3, 16, 8), (8,)], {"padding": (0, 1), "stride": 2}),
+    ("conv2d", [MAP, (1, 1, 16, 8), (8,)], {}), ("upsample_nearest", [MAP], {}),
+    ("group_norm", [MAP, (16,), (16,)], {"num_groups": 4, "eps": 1e-5}),
+    ("group_norm_silu", [MAP, (16,), (16,)], {"num_groups": 4, "eps": 1e-5}),
+    ("layer_norm", [(2, 7, 48), (48,), (48,)], {"eps": 1e-5}),
+    ("silu", ROWS, {}), ("gelu", ROWS, {}), ("quick_gelu", ROWS, {}), ("geglu", ROWS, {}),
+    ("softmax", ROWS, {}), ("attention", [(2, 9, 32), (2, 77, 32), (2, 77, 32)], {"num_heads": 4}),
+    ("attention", [(2, 9, 32)] * 3, {"num_heads": 4, "causal": True}),
+    ("embedding", [np.array([[1, 3, 3]]), (5, 8)], {}),
+    ("timestep_embedding", [(4,)], {"dim": 16, "flip_sin_to_cos": True, "freq_shift": 0}),
+    ("mse", [(5, 8)] * 2, {}), ("l1", [(5, 8)] * 2, {}), ("kl_normal", [(5, 8)] * 2, {}),
+    ("cross_entropy", [(5, 8), np.array([0, 7, 3, 3, 1])], {}),
+]
+
+
+def test_every_op_has_a_case():
+    pairs = {name.removesuffix("_backward") for name in ops.__all__ if name.endswith("_backward")}
+    assert pairs - {"split"} <= {name for name, *_ in CASES}        # split has no arithmetic
+
+
+@both_paths
+@both_dtypes
+@pytest.mark.parametrize("name, shapes, params", CASES, ids=lambda value: str(value)[:40])
+def test_ops(name, shapes, params, dtype, plain, xp, rng):
+    arrays = [shape if isinstance(shape, np.ndarray) else rng.standard_normal(shape).astype(dtype)
+              for shape in shapes]
+    dys = []
+
+    def run(move):
+        inputs = list(map(move, arrays))
+        y, cache = getattr(ops, name)(*inputs, **params)
+        if not dys:                                     # of a loss 1
+            dys.append(rng.standard_normal(y.shape).astype(dtype) if y.ndim else
+                       np.float32(1))
+        dy = move(dys[0]) if y.ndim else dys[0]
+        return [y, *gradients_of(getattr(ops, f"{name}_backward"), dy, cache, inputs).values()]
+    with backend.plain():
+        expected = run(lambda x: x.astype(np.float64) if x.dtype.kind == "f" else x)
+    with backend.plain(plain):
+        found = run(xp.asarray)
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert_near(ours, theirs, OP[dtype], f"result {i}")
+
+
+# ---- layers and models ----------------------------------------------------------------------
+
+LAYERS = [
+    (layers.Linear(8, 16), (3, 8)), (layers.Conv2d(8, 16), (1, 5, 5, 8)),
+    (layers.GroupNorm(16, 4, 1e-5), MAP), (layers.GroupNormSiLU(16, 4, 1e-5), MAP),
+    (layers.LayerNorm(8, 1e-5), (3, 8)), (layers.Activation("gelu"), (3, 8)),
+    (layers.Upsample(), (1, 3, 3, 8)), (layers.Embedding(7, 8), np.array([[1, 3, 3]])),
+]
+
+
+@both_dtypes
+@pytest.mark.parametrize("layer, shape", LAYERS, ids=lambda value: type(value).__name__)
+def test_layers(layer, shape, dtype, xp, rng):
+    x = shape if isinstance(shape, np.ndarray) else rng.standard_normal(shape).astype(dtype)
+    weights = {name: rng.standard_normal(parameter.shape).astype(dtype)
+               for name, parameter in layer.named_parameters()}
+    dys = []
+
+    def run(move):
+        for name, parameter in layer.named_parameters():
+            parameter.data, parameter.grad = move(weights[name]), None
+        tape = Tape()
+        y = layer(move(x), tape)
+        dys[:] = dys or [rng.standard_normal(y.shape).astype(dtype)]
+        dx = layer.backward(move(dys[0]), tape)
+        return [y, *([] if dx is None else [dx]), *(p.grad for p in layer.parameters())]
+    with backend.plain():
+        expected = run(lambda x: x.astype(np.float64) if x.dtype.kind == "f" else x)
+    for i, (ours, theirs) in enumerate(zip(run(xp.asarray), expected, strict=True)):
+        assert_near(ours, theirs, OP[dtype], f"result {i}")
+
+
+def forward_and_backward(name, move):
+    """Outputs and the gradient of every parameter of a small model, by name."""
+    module, arrays = models.make(name), models.inputs(name)
+    for parameter in module.parameters():
+        parameter.data = move(parameter.data)
+    tape, rng = Tape(), np.random.default_rng(2)
+    outputs = models.outputs(module, {what: move(x) for what, x in arrays.items()}, tape)
+    models.backward(module, arrays, [move(rng.standard_normal(y.shape)) for y in outputs], tape)
+    return ({f"output {i}": y for i, y in enumerate(outputs)},
+            {key: parameter.grad for key, parameter in module.named_parameters()})
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", models.cases())
+def test_models(name, dtype, xp):
+    expected = forward_and_backward(name, lambda x: np.asarray(x))
+    for ours, theirs in zip(forward_and_backward(name, lambda x: on(xp, x, dtype)), expected):
+        size = max(np.sqrt((x ** 2).mean()) for x in theirs.values())
+        for key, x in ours.items():
+            error = backend.to_host(x).astype(np.float64) - theirs[key]
+            within(np.sqrt((error ** 2).mean()), MODEL[dtype] * size, key)
+
+
+# ---- samplers and a picture -----------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers(name, xp):
+    def states(library):
+        rng = np.random.default_rng(0)
+
+        def draw_noise():
+            return library.asarray(rng.standard_normal((2, 4, 4, 4), np.float32))
+
+        def predict(x, t):
+            return 0.5 * x + library.sin(x * (1 + t / 1000))
+        return list(SAMPLERS[name](predict, draw_noise(), Schedule.from_config(SD15), 7,
+                                   draw_noise))
+    for ours, theirs in zip(states(xp), states(np), strict=True):
+        assert_close(backend.to_host(ours.latents), theirs.latents, 1e-4, "latents")
+        assert_close(backend.to_host(ours.pred_x0), theirs.pred_x0, 1e-4, "pred_x0")
+
+
+@pytest.mark.parametrize("dtype, allowed", [("float32", 2), ("float16", 4)])
+def test_a_picture(dtype, allowed, xp):
+    expected, = load()(PROMPT, num_inference_steps=2, seed=1)
+    picture, = load(device="cuda", dtype=dtype)(PROMPT, num_inference_steps=2, seed=1)
+    assert_same_pixels(picture, expected, allowed)
