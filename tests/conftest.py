@@ -71,10 +71,10 @@ def rng():
 def two_threads(monkeypatch):
     """The caller and one worker, whatever this machine has."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setattr(backend, "_workers", None)
+    monkeypatch.setattr(backend, "_workers", backend._Workers())
     yield
-    if backend._workers is not None:
-        backend._workers.shutdown()
+    if backend._workers.pool:
+        backend._workers.pool.shutdown()
 
 
 # ---- a small pipeline -------------------------------------------------------------------------

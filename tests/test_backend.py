@@ -92,7 +92,7 @@ def test_blas_is_let_go_by_the_last_of_several_callers(two_threads):
     """Callers overlap in time: the one that ends first must not free BLAS for the other."""
     with threadpoolctl.threadpool_limits(2, "blas"):
         before, limited = blas_threads(), []
-        with backend._one_blas_thread:                  # the caller that stays longer
+        with backend._workers:                  # the caller that stays longer
             run_threads(lambda: backend.parallel(abs, range(4)), 3)
             limited += blas_threads()
         assert limited == [1] * len(before)
@@ -105,13 +105,13 @@ def test_blas_is_held_and_let_go_by_any_thread(two_threads):
         before, inside = blas_threads(), []
         run_threads(lambda: inside.extend(backend.parallel(lambda _: blas_threads(), range(4))), 1)
         assert inside == [[1] * len(before)] * 4
-        backend._one_blas_thread.__enter__()            # first in: this thread; last out: another
-        run_threads(lambda: backend._one_blas_thread.__exit__(None, None, None), 1)
+        backend._workers.__enter__()            # first in: this thread; last out: another
+        run_threads(lambda: backend._workers.__exit__(None, None, None), 1)
         assert blas_threads() == before
 
 
 def test_a_limit_of_blas_that_failed_is_tried_again(monkeypatch):
-    one, fails = backend._OneBlasThread(), [True]
+    one, fails = backend._Workers(), [True]
     limit = threadpoolctl.ThreadpoolController.limit
 
     def failing(self, **options):

@@ -189,6 +189,9 @@ def test_models_in_float16(model, config, xp):
             within(error, allowed, name)
 
 
+BASES = {layers.Module, layers.Sequence, layers.WeightedOp}
+
+
 def test_the_models_use_every_layer():
     rng = np.random.default_rng(0)
     used = {type(part) for model, config in ((unet, UNETS["as SD 1"]), (vae, VAES["two levels"]),
@@ -196,7 +199,7 @@ def test_the_models_use_every_layer():
             for _, part in layers.named_modules(model(config, np.asarray, rng)[0])}
     assert used >= {layer for layer in vars(layers).values()
                     if isinstance(layer, type) and issubclass(layer, layers.Module)
-                    and not layer.__name__.startswith("_")} - {layers.Module, layers.Sequence}
+                    and not layer.__name__.startswith("_")} - BASES
 
 
 # ---- samplers -------------------------------------------------------------------------------

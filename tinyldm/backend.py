@@ -78,15 +78,15 @@ def array_library(device):
         raise TinyldmError(f"device must be cpu or cuda, not {device!r}")
     try:
         import cupy
-        count = cupy.cuda.runtime.getDeviceCount()
+        count, reason = cupy.cuda.runtime.getDeviceCount(), ""
     except ImportError:
         raise TinyldmError("device cuda needs CuPy, which is not installed: "
                            "pip install 'tinyldm[gpu]', or use --device cpu") from None
     except Exception as error:                          # without a driver: CuPy's own kinds
-        raise TinyldmError(f"device cuda needs an NVIDIA GPU, and CuPy finds none "
-                           f"({str(error).splitlines()[0]}): use --device cpu") from None
+        count, reason = 0, f" ({str(error).splitlines()[0]})"
     if count == 0:
-        raise TinyldmError("device cuda needs an NVIDIA GPU, and CuPy finds none: use --device cpu")
+        raise TinyldmError(f"device cuda needs an NVIDIA GPU, and CuPy finds none{reason}: "
+                           "use --device cpu")
     return cupy
 
 
@@ -191,24 +191,28 @@ def free_threads():
     return 1 if _in_worker.get() else num_threads()
 
 
-class _OneBlasThread:
-    """Limits BLAS to one thread: the first caller sets the limit, the last to leave lifts it.
+class _Workers:
+    """The pool of worker threads. While it is in use (`with`), BLAS is limited to one thread.
 
-    The limit holds for the process, so callers in different threads share one count.
+    The limit holds for the process, so callers in different threads share one count: the first
+    sets the limit, the last to leave lifts it.
     """
 
     def __init__(self):
-        self.lock, self.inside, self.controller, self.limit = threading.Lock(), 0, None, None
+        self.lock, self.inside, self.pool, self.controller = threading.Lock(), 0, None, None
 
     def __enter__(self):
         with self.lock:
+            if self.pool is None:
+                from threadpoolctl import ThreadpoolController
+                self.controller = ThreadpoolController()
+                self.pool = ThreadPoolExecutor(max(1, num_threads() - 1),
+                                               thread_name_prefix="tinyldm")
             if self.inside == 0:
-                if self.controller is None:
-                    from threadpoolctl import ThreadpoolController
-                    self.controller = ThreadpoolController()
                 self._take_control()
                 self.limit = self.controller.limit(limits=1, user_api="blas")
             self.inside += 1                            # not if the lines above raised
+            return self.pool
 
     def __exit__(self, *exc):
         with self.lock:
@@ -228,17 +232,7 @@ class _OneBlasThread:
                 library.clear_controlling_thread(force=True)
 
 
-_one_blas_thread = _OneBlasThread()
-_workers = None
-_workers_lock = threading.Lock()
-
-
-def _pool():
-    global _workers
-    with _workers_lock:
-        if _workers is None:
-            _workers = ThreadPoolExecutor(max(1, num_threads() - 1), thread_name_prefix="tinyldm")
-    return _workers
+_workers = _Workers()
 
 
 def parallel(function, items):
@@ -268,8 +262,8 @@ def parallel(function, items):
             queue.clear()                               # the others find nothing left
             raise
 
-    with _one_blas_thread:
-        others = [_pool().submit(contextvars.copy_context().run, work) for _ in range(threads - 1)]
+    with _workers as pool:
+        others = [pool.submit(contextvars.copy_context().run, work) for _ in range(threads - 1)]
         try:
             contextvars.copy_context().run(work)
         finally:                                        # those that have not started find nothing

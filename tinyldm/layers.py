@@ -165,64 +165,55 @@ def forward_hooks(hooks):
         _hooks.set(tuple(other for other in _hooks.get() if other is not hooks))
 
 
-class Linear(Module):
-    """y = x @ weight.T + bias over the last axis. weight (out, in), bias (out,) or None."""
+class WeightedOp(Module):
+    """An op of x, a weight and a bias (or None): what Linear, Conv2d and the norms share."""
 
-    def __init__(self, in_features, out_features, bias=True):
-        self.weight = Parameter(out_features, in_features)
-        self.bias = Parameter(out_features) if bias else None
-
-    def forward(self, x, tape=NO_TAPE):                 # (..., in) -> (..., out)
-        y, cache = ops.linear(x, self.weight.data, self.bias and self.bias.data)
-        tape.save(self, cache)
-        return y
-
-    def backward(self, dy, tape):                       # (..., out) -> (..., in)
-        dx, dweight, dbias = ops.linear_backward(dy, tape.load(self))
-        self.weight.add_grad(dweight)
-        if self.bias:
-            self.bias.add_grad(dbias)
-        return dx
-
-
-class Conv2d(Module):
-    """A convolution with bias. weight (K,K,C,O), in files (O,C,K,K). padding = (before, after)."""
-
-    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=None):
-        self.weight = Parameter(kernel_size, kernel_size, in_channels, out_channels)
-        self.bias = Parameter(out_channels)
-        self.stride = stride
-        self.padding = padding or (kernel_size // 2, kernel_size // 2)
-
-    def forward(self, x, tape=NO_TAPE):                 # (B,H,W,C) -> (B,Ho,Wo,O)
-        y, cache = ops.conv2d(x, self.weight.data, self.bias.data, self.stride, self.padding)
-        tape.save(self, cache)
-        return y
-
-    def backward(self, dy, tape):                       # (B,Ho,Wo,O) -> (B,H,W,C)
-        dx, dweight, dbias = ops.conv2d_backward(dy, tape.load(self))
-        self.weight.add_grad(dweight)
-        self.bias.add_grad(dbias)
-        return dx
-
-
-class _Norm(Module):
-    """Shared by the three norms: one weight and one bias per channel, forward and backward."""
-
-    def __init__(self, channels, *options):
-        self.weight, self.bias = Parameter(channels), Parameter(channels)
-        self.options = options
+    options = ()                                        # further arguments of the op
 
     def forward(self, x, tape=NO_TAPE):
-        y, cache = self.op(x, self.weight.data, self.bias.data, *self.options)
+        bias = self.bias and self.bias.data
+        y, cache = self.op(x, self.weight.data, bias, *self.options)
         tape.save(self, cache)
         return y
 
     def backward(self, dy, tape):
         dx, dweight, dbias = self.op_backward(dy, tape.load(self))
         self.weight.add_grad(dweight)
-        self.bias.add_grad(dbias)
+        if self.bias:
+            self.bias.add_grad(dbias)
         return dx
+
+
+class Linear(WeightedOp):
+    """y = x @ weight.T + bias: (..., in) -> (..., out). weight (out, in), bias (out,) or None."""
+
+    op, op_backward = staticmethod(ops.linear), staticmethod(ops.linear_backward)
+
+    def __init__(self, in_features, out_features, bias=True):
+        self.weight = Parameter(out_features, in_features)
+        self.bias = Parameter(out_features) if bias else None
+
+
+class Conv2d(WeightedOp):
+    """A convolution with bias: (B,H,W,C) -> (B,Ho,Wo,O). weight (K,K,C,O), in files (O,C,K,K).
+
+    padding = (before, after).
+    """
+
+    op, op_backward = staticmethod(ops.conv2d), staticmethod(ops.conv2d_backward)
+
+    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=None):
+        self.weight = Parameter(kernel_size, kernel_size, in_channels, out_channels)
+        self.bias = Parameter(out_channels)
+        self.stride = stride
+        self.padding = padding or (kernel_size // 2, kernel_size // 2)
+        self.options = self.stride, self.padding
+
+
+class _Norm(WeightedOp):
+    def __init__(self, channels, *options):
+        self.weight, self.bias = Parameter(channels), Parameter(channels)
+        self.options = options
 
 
 class GroupNorm(_Norm):

@@ -11,15 +11,13 @@ vector instructions: logarithm, sine and cosine are short float32 polynomials fr
 library, and a*b + c is rounded once, not twice (fused multiply-add). Both affect the last bits, so
 both are done here too. For fewer than 16 numbers, torch computes one at a time in float64.
 
-"torch-cuda", CudaGenerator, follows torch on an NVIDIA GPU, but runs on the CPU. A word of the
-twister depends on all words before it, so threads would have to wait for each other. Philox has no
-state: it is a function of a counter and a key that scrambles four words. The key is the seed; the
-counter holds the number t of the thread and the number of its call. Thread t of T writes its four
-normal numbers to the places t, t + T, t + 2T and t + 3T, and those of its next call 4T further on.
-A GPU starts one thread per number, up to the T that fit on it, so GPUs differ only for more than T
-numbers. (A T4, a small GPU, has T = 40,960; a picture of 512x512 pixels needs 16,384 numbers.)
-A GPU's sine and cosine are approximations, so the numbers agree to about 1e-6. This was
-compared with the few numbers that are published.
+"torch-cuda", CudaGenerator, follows torch on an NVIDIA GPU, but runs on the CPU. Its generator,
+Philox, has no state, so that no thread waits for another: see `philox`. Thread t of T writes its
+four normal numbers to the places t, t + T, t + 2T and t + 3T, and those of its next call 4T further
+on. A GPU starts one thread per number, up to the T that fit on it, so GPUs differ only for more
+than T numbers. (A T4, a small GPU, has T = 40,960; 512x512 pixels need 16,384 numbers.) A GPU's
+sine and cosine are approximations, so the numbers agree to about 1e-6, as compared with the few
+that are published.
 
 "numpy", NumpyGenerator, is np.random.RandomState, from which many public tests draw latents.
 

@@ -64,8 +64,7 @@ def our_step(batch):
     optimizer = AdamW(unet.named_parameters(), beta1=0.9, beta2=0.99, clip=np.inf, **OPTIONS)
     rng = np.random.default_rng(0)                      # split_batch wants one; nothing is drawn
 
-    def shard(rows, _, share):
-        x_t, timesteps, context, target = (array[rows] for array in batch)
+    def loss_of(x_t, timesteps, context, target, _, share):
         tape = Tape()
         prediction = unet(x_t, timesteps, context, tape)
         loss, cache = ops.mse(prediction, target)
@@ -74,7 +73,7 @@ def our_step(batch):
         return {"loss": share * loss}
 
     def step():
-        report = split_batch(shard, len(batch[0]), rng)
+        report = split_batch(loss_of, batch, rng)
         optimizer.step(RATE)
         return report["loss"]
     return unet, step

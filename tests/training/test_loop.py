@@ -15,11 +15,12 @@ from tinyldm.training.optim import load_ema
 def test_shards_add_up_to_the_batch():
     seen = []
 
-    def loss(rows, rng, share):
-        seen.append((rows.start, rows.stop))
+    def loss(numbers, letters, rng, share):
+        seen.append((*numbers, *letters))
         return {"loss": share * 2.0}
-    assert split_batch(loss, 7, np.random.default_rng(0)) == {"loss": pytest.approx(2.0)}
-    assert sorted(seen)[0][0] == 0 and sorted(seen)[-1][1] == 7
+    batch = list(range(7)), "abcdefg"
+    assert split_batch(loss, batch, np.random.default_rng(0)) == {"loss": pytest.approx(2.0)}
+    assert sorted(seen) == [(0, "a"), (1, 2, "b", "c"), (3, 4, "d", "e"), (5, 6, "f", "g")]
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "3", "8"])
@@ -33,12 +34,12 @@ def test_the_sum_of_gradients_does_not_depend_on_threads(threads, monkeypatch):
     def gradient(delays):
         parameter = Parameter(1000)
 
-        def loss(rows, rng, share):
-            time.sleep(delays[rows.start])
-            for part in parts[rows]:
+        def loss(delays, parts, rng, share):
+            time.sleep(delays[0])
+            for part in parts:
                 parameter.add_grad(part)
             return {"loss": share * float(rng.random())}
-        return split_batch(loss, 64, np.random.default_rng(1)), parameter.grad
+        return split_batch(loss, [delays, parts], np.random.default_rng(1)), parameter.grad
     report, expected = gradient(np.zeros(64))
     for seed in range(3):
         again, found = gradient(0.01 * np.random.default_rng(seed).random(64))

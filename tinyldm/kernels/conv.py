@@ -65,8 +65,7 @@ def upsample_nearest(x, size=None):
 
 
 def conv2d_backward(dy, cache):
-    """Twin of ops.conv2d_backward: dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,K,C,O), dbias (O,).
-    """
+    """Twin of ops.conv2d_backward. dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,K,C,O), dbias."""
     x, weight, stride, padding = cache
     K, _, C, O = weight.shape
     rows = dy.reshape(-1, O)

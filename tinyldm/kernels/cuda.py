@@ -355,21 +355,13 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
         step = max(1, COLUMNS // len(matrix))
         y = xp.empty((pixels, O), x.dtype)
         for first in range(0, pixels, step):
-            columns = _columns(maps, K, stride, padding[0], Ho, Wo, first,
-                               min(step, pixels - first))
+            columns = xp.empty((min(step, pixels - first), len(matrix)), x.dtype)
+            numbers = [H, W, C, K, stride, padding[0], Ho, Wo, *np.int64([first, columns.size])]
+            _launch("im2col", x, C, [maps, columns], numbers, _blocks(columns.size))
             xp.matmul(columns, matrix, out=y[first:first + step])
     if bias is not None:
         y += bias
     return y.reshape(B, Ho, Wo, O), (x, weight, stride, padding)
-
-
-def _columns(x, K, stride, before, Ho, Wo, first, count):
-    """The windows of `count` output pixels from `first` on: (count, K*K*C)."""
-    _, H, W, C = x.shape
-    columns = get_xp(x).empty((count, K * K * C), x.dtype)
-    _launch("im2col", x, C, [x, columns], [H, W, C, K, stride, before, Ho, Wo, np.int64(first),
-                                           np.int64(columns.size)], _blocks(columns.size))
-    return columns
 
 
 # ---- attention --------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ def linear(x, weight, bias=None):
 
 
 def linear_backward(dy, cache):
-    """Twin of ops.linear_backward: dy (..., out) -> dx (..., in), dweight (out, in), dbias (out,).
-    """
+    """Twin of ops.linear_backward. dy (..., out) -> dx (..., in), dweight (out, in), dbias."""
     x, weight = cache
     rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     return product(rows, weight).reshape(x.shape), product(rows.T, inputs), column_sums(rows)

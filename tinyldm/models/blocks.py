@@ -4,7 +4,7 @@ from dataclasses import MISSING, fields
 from .. import ops
 from ..backend import add_up
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Activation, Conv2d, GroupNormSiLU, Linear, Module, Upsample
+from ..layers import NO_TAPE, Activation, Conv2d, GroupNormSiLU, Linear, Module, Sequence, Upsample
 
 
 class Config:
@@ -107,17 +107,14 @@ class Attention(Module):
         return self.to_q.backward(dq, tape), dcontext
 
 
-class Downsample2D(Module):
+class Downsample2D(Sequence):
     """Halve height and width by a convolution with stride 2. padding = (before, after)."""
 
     def __init__(self, channels, padding):
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x, tape=NO_TAPE):                 # (B,H,W,C) -> (B,⌈H/2⌉,⌈W/2⌉,C)
-        return self.conv(x, tape)
-
-    def backward(self, dy, tape):
-        return self.conv.backward(dy, tape)
+    def layers(self):                                   # (B,H,W,C) -> (B,⌈H/2⌉,⌈W/2⌉,C)
+        return [self.conv]
 
 
 class Upsample2D(Module):

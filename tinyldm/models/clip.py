@@ -100,24 +100,23 @@ class CLIPTextModelWithProjection(Module):
 
 class CLIPTextTransformer(Module):
     def __init__(self, config):
-        D, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = CLIPTextEmbeddings(config)
         self.encoder = CLIPEncoder(config)
-        self.final_layer_norm = LayerNorm(D, eps)
+        self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, ids, tape=NO_TAPE, *, skip=0):    # (B,M) -> (B,M,D)
+        layers = [*self.encoder.layers, self.final_layer_norm]
+        if skip:
+            layers = self.encoder.layers[:-skip]
         h = self.embeddings(ids, tape)
-        h = self.encoder(h, tape, skip=skip)
-        if skip == 0:
-            h = self.final_layer_norm(h, tape)
-        tape.save(self, skip)
+        for layer in layers:
+            h = layer(h, tape)
+        tape.save(self, layers)
         return h
 
     def backward(self, dh, tape):
-        skip = tape.load(self)
-        if skip == 0:
-            dh = self.final_layer_norm.backward(dh, tape)
-        dh = self.encoder.backward(dh, tape)
+        for layer in reversed(tape.load(self)):
+            dh = layer.backward(dh, tape)
         self.embeddings.backward(dh, tape)
 
 
@@ -142,20 +141,10 @@ class CLIPTextEmbeddings(Module):
 
 
 class CLIPEncoder(Module):
+    """Holds the layers: the names in weight files have this level."""
+
     def __init__(self, config):
         self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
-
-    def forward(self, h, tape=NO_TAPE, *, skip=0):      # (B,M,D) -> (B,M,D)
-        layers = self.layers[:len(self.layers) - skip]
-        for layer in layers:
-            h = layer(h, tape)
-        tape.save(self, layers)
-        return h
-
-    def backward(self, dh, tape):
-        for layer in reversed(tape.load(self)):
-            dh = layer.backward(dh, tape)
-        return dh
 
 
 class CLIPEncoderLayer(Module):

@@ -15,17 +15,13 @@ def group_norm(x, weight, bias, num_groups, eps):
     Source: Wu & He 2018, "Group Normalization", arXiv:1803.08494, eq. 1-2.
     Explained: docs/group-norm.md
     """
-    mean, rstd = _group_statistics(x, num_groups, eps)
-    y = (_normalise(x, mean, rstd) * weight + bias).astype(x.dtype, copy=False)
-    return y, (x, weight, mean, rstd)                                   # backward normalises again
-
-
-def _group_statistics(x, num_groups, eps):
     B, C = x.shape[0], x.shape[-1]
     assert C % num_groups == 0, f"{C} channels do not divide into {num_groups} groups"
     groups = widen(x).reshape(B, -1, num_groups, C // num_groups)        # (B,N,G,C/G)
     mean = groups.mean(axis=(1, 3), keepdims=True)                       # (B,1,G,1)
-    return mean, (groups.var(axis=(1, 3), keepdims=True) + eps) ** -0.5
+    rstd = (groups.var(axis=(1, 3), keepdims=True) + eps) ** -0.5
+    y = (_normalise(x, mean, rstd) * weight + bias).astype(x.dtype, copy=False)
+    return y, (x, weight, mean, rstd)                                   # backward normalises again
 
 
 def _normalise(x, mean, rstd):

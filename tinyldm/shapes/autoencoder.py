@@ -1,6 +1,8 @@
 """Stages 1 and 3: train the autoencoder to reconstruct its input from noisy latents; and later the
 decoder alone, when the UNet has learned the latents and they must not change any more.
 """
+from functools import partial
+
 import numpy as np
 
 from ..models import AutoencoderKL
@@ -28,12 +30,11 @@ def train_decoder(run, steps, learning_rate=1e-3):
 
 
 def _train(vae, trainer, decoder_only=False):
+    loss = partial(vae_loss, vae, decoder_only=decoder_only)
+
     def batch_loss(rng):
         images, _ = drawing.batch(rng, BATCH)
-
-        def shard(rows, rng, share):
-            return vae_loss(vae, images[rows], rng, share, decoder_only)
-        return split_batch(shard, BATCH, rng)
+        return split_batch(loss, [images], rng)
 
     trainer.train(batch_loss)
 

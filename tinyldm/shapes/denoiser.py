@@ -9,6 +9,8 @@ learns the unconditional prediction that guidance needs.
 Source: Rombach et al. 2022, arXiv:2112.10752, eq. 3; Salimans & Ho 2022, arXiv:2202.00512, section
 4 (this weight is its "SNR + 1" on x_start); Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
 """
+from functools import partial
+
 import numpy as np
 from tqdm import tqdm
 
@@ -76,7 +78,7 @@ def train_unet(run, steps, batch=BATCH, learning_rate=1e-3):
     rng = np.random.default_rng(3)
     initialise(text_encoder, rng)
     initialise(unet, rng)
-    schedule = Schedule.from_config(SCHEDULER)
+    loss = partial(diffusion_loss, text_encoder, unet, Schedule.from_config(SCHEDULER))
     trainer = Trainer(run / "unet.npz", named_parameters(text_encoder, unet), steps, learning_rate)
 
     def batch_loss(rng):
@@ -86,10 +88,6 @@ def train_unet(run, steps, batch=BATCH, learning_rate=1e-3):
         latents *= np.float32(pool["scaling_factor"])
         ids = pool["ids"][chosen].astype(np.int64)
         ids[rng.random(batch) < NO_CAPTION] = pool["no_caption"]
-
-        def shard(rows, rng, share):
-            return diffusion_loss(text_encoder, unet, schedule, latents[rows], ids[rows],
-                                  rng, share)
-        return split_batch(shard, batch, rng)
+        return split_batch(loss, [latents, ids], rng)
 
     trainer.train(batch_loss)

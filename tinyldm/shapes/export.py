@@ -7,7 +7,7 @@ import numpy as np
 from ..checkpoints import load_model, write_pipeline
 from ..errors import TinyldmError
 from ..files import read_json, write_json
-from ..training.loop import save_state, trained
+from ..training.loop import trained, write_npz
 from ..training.optim import AdamW, load_ema
 from .autoencoder import decoder_parameters, load_vae
 from .configs import SCHEDULER
@@ -15,7 +15,6 @@ from .denoiser import build, make_pool, named_parameters
 from .vocabulary import write_tokenizer
 
 STAGES = ("vae", "unet", "decoder")
-
 STEPS = 25                  # that this model needs per picture
 
 
@@ -53,8 +52,8 @@ def restore(weights, run):
     parameters = {"vae": vae.named_parameters(), "decoder": decoder_parameters(vae),
                   "unet": named_parameters(text_encoder, unet)}
     for stage in record:
-        save_state(run / f"{stage}.npz", AdamW(parameters[stage]), begun=record[stage]["steps"],
-                   history=record[stage]["loss"])
+        write_npz(run / f"{stage}.npz", history=record[stage]["loss"],
+                  begun=record[stage]["steps"], **AdamW(parameters[stage]).state())
 
 
 def _history(path):

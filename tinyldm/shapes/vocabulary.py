@@ -4,9 +4,8 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+from ..text.tokenizer import MAX_LENGTH, SPECIAL_TOKENS
 from .scenes import COLOURS, RELATIONS, SHAPES, SIZES
-
-MAX_LENGTH = 77             # tokens of a prompt, as in CLIP
 
 
 def write_tokenizer(folder):
@@ -22,17 +21,17 @@ def write_tokenizer(folder):
     # Printable bytes stand for themselves; the others get the characters from 256 on.
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(b) for b in printing] + [chr(256 + n) for n in range(256 - len(printing))]
-    start, end = "<|startoftext|>", "<|endoftext|>"
+    start, end = SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"]
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges), start, end]
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
-    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH,
-              "do_lower_case": True, "add_prefix_space": False, "errors": "replace", **special}
+              "do_lower_case": True, "add_prefix_space": False, "errors": "replace",
+              **SPECIAL_TOKENS}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("vocab.json", ids), ("tokenizer_config.json", config),
-                          ("special_tokens_map.json", special)):
+                          ("special_tokens_map.json", SPECIAL_TOKENS)):
         text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     lines = ["#version: 0.2", *map(" ".join, merges)]

@@ -38,18 +38,16 @@ WORDS = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
 class Tokenizer:
     """Turns a prompt into token ids.
 
-    backend: a tokenizers.Tokenizer with the special tokens. bos_token, eos_token, pad_token: the
-    start, end and padding token. model_max_length: the length of a row of ids.
+    backend: a tokenizers.Tokenizer. special: {"bos_token": the AddedToken, ...} as SPECIAL_TOKENS.
+    model_max_length: the length of a row of ids. folder: from which it was read.
     """
 
-    def __init__(self, backend, bos_token, eos_token, pad_token, model_max_length=MAX_LENGTH):
-        self.backend = backend
-        self.model_max_length = model_max_length
-        self.start, self.end, self.padding = (
-            backend.token_to_id(token) for token in (bos_token, eos_token, pad_token))
+    def __init__(self, backend, special, model_max_length, folder):
+        self.backend, self.model_max_length, self.folder = backend, model_max_length, folder
+        self.start, self.end, self.padding = (backend.token_to_id(special[name].content)
+                                              for name in ("bos_token", "eos_token", "pad_token"))
         self.comma = backend.token_to_id(",</w>")       # None where the vocabulary has none
         self.learned = {}                               # a word's id -> the ids of its vectors
-        self.folder = None                              # from which it was read
 
     @classmethod
     def from_folder(cls, path, padding=None):
@@ -77,11 +75,7 @@ class Tokenizer:
         if not isinstance(length, (int, float)) or length < 3:
             raise TinyldmError(f"{config_file}: model_max_length must be a number of at least 3, "
                                f"got {length!r}: correct or remove it")
-        tokenizer = cls(backend, special["bos_token"].content, special["eos_token"].content,
-                        special["pad_token"].content,
-                        int(length) if length < NO_LIMIT else MAX_LENGTH)
-        tokenizer.folder = folder
-        return tokenizer
+        return cls(backend, special, int(length) if length < NO_LIMIT else MAX_LENGTH, folder)
 
     def save(self, path):
         """Copy the files that from_folder read into a new folder, with the padding token and the

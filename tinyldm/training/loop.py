@@ -17,22 +17,23 @@ SAVE_EVERY = 60         # seconds
 SHARDS = 4              # the same on every machine, so that every machine computes the same sums
 
 
-def split_batch(loss, size, rng):
-    """Run loss(rows, rng, share) on each shard of a batch, over worker threads; sum their reports.
+def split_batch(loss, batch, rng):
+    """Run loss(*shard, rng, share) on each shard of a batch, over worker threads; sum the reports.
 
-    rows is a slice of the batch, share its part of the whole. Each shard draws from a generator of
-    its own, and gradients and reports are added in the order of the shards. So the result depends
-    neither on which thread was first nor on the number of threads.
+    batch: arrays; a shard has the same rows of each. share: its part of the whole. Each shard draws
+    from a generator of its own, and gradients and reports are added in the order of the shards. So
+    the result depends neither on which thread was first nor on the number of threads.
     """
+    size = len(batch[0])
     count = min(SHARDS, size)
     bounds = np.linspace(0, size, count + 1).astype(int)
     generators = rng.spawn(count)
 
     def run(i):
-        rows = slice(bounds[i], bounds[i + 1])
+        shard = [array[bounds[i]:bounds[i + 1]] for array in batch]
         token = SHARD.set(i)
         try:
-            return loss(rows, generators[i], (rows.stop - rows.start) / size)
+            return loss(*shard, generators[i], len(shard[0]) / size)
         finally:
             SHARD.reset(token)
 
@@ -72,7 +73,7 @@ class Trainer:
         if self._written() != self.written:
             raise TinyldmError(f"another training wrote {self.path} meanwhile: this one stops at "
                                f"step {self.step}, unsaved; run one at a time in a folder")
-        save_state(self.path, self.optimizer, self.begun, self.history)
+        write_npz(self.path, history=self.history, begun=self.begun, **self.optimizer.state())
         self.written = self._written()
 
     def _written(self):
@@ -118,11 +119,6 @@ def trained(run, stage):
         raise TinyldmError(f"{run} holds no {path.name}: run `python -m tinyldm.training {stage} "
                            f"--run {run}` first")
     return path
-
-
-def save_state(path, optimizer, begun, history):
-    """Write a training's state. begun: the step at which the optimiser's averages began."""
-    write_npz(path, history=np.array(history), begun=begun, **optimizer.state())
 
 
 def write_npz(path, **arrays):

@@ -46,22 +46,21 @@ class AdamW:
 
     def __init__(self, named_parameters, weight_decay=0.01, beta1=0.9, beta2=0.99, eps=1e-8,
                  clip=1.0, ema_decay=0.999):
-        self.named = list(named_parameters)
+        named = list(named_parameters)
         self.weight_decay, self.beta1, self.beta2, self.eps = weight_decay, beta1, beta2, eps
         self.clip, self.ema_decay, self.steps = clip, ema_decay, 0
-        for name, parameter in self.named:
+        for name, parameter in named:
             if isinstance(parameter.data, np.ndarray) and parameter.data.dtype == np.float16:
                 raise TinyldmError(f"{name} is float16, too narrow to train: load with float32")
-        xp = get_xp(self.named[0][1].data)
-        self.data = xp.concatenate([parameter.data.reshape(-1) for _, parameter in self.named])
+        xp = get_xp(named[0][1].data)
+        self.data = xp.concatenate([parameter.data.reshape(-1) for _, parameter in named])
         self.grad, self.m, self.v = (xp.zeros_like(self.data) for _ in range(3))
         self.ema = self.data.copy()
-        self.spans, self.views, start = [], [], 0       # where each parameter lies in the vector
-        for _, parameter in self.named:
+        self.places, start = [], 0                      # where each parameter lies in the vector
+        for name, parameter in named:
             span = slice(start, start + math.prod(parameter.shape))
             parameter.data = self.data[span].reshape(parameter.shape)
-            self.spans.append(span)
-            self.views.append(parameter.data)
+            self.places.append((name, parameter, span, parameter.data))
             start = span.stop
 
     def step(self, learning_rate):
@@ -70,7 +69,7 @@ class AdamW:
         Raises TinyldmError, and leaves the weights as they are, for a gradient that is not finite
         and for a parameter whose data was replaced: the update would no longer reach the model.
         """
-        for (name, parameter), span, view in zip(self.named, self.spans, self.views):
+        for name, parameter, span, view in self.places:
             if parameter.data is not view:
                 raise TinyldmError(f"{name} got new data after the optimiser was made: move the "
                                    "model and load its LoRAs first, then make the optimiser")
@@ -82,8 +81,10 @@ class AdamW:
         with np.errstate(over="ignore", invalid="ignore"):      # the next line says it
             norm = math.sqrt(float(xp.dot(self.grad, self.grad)))
         if not math.isfinite(norm):
-            raise TinyldmError(f"the gradient of {self._first_not_finite()} is NaN or infinite: "
-                               "take a smaller learning rate")
+            # None of them if only the sum of squares overflows.
+            bad = [name for name, _, span, _ in self.places if not is_finite(self.grad[span])]
+            raise TinyldmError(f"the gradient of {bad[0] if bad else 'all parameters together'} is "
+                               "NaN or infinite: take a smaller learning rate")
         self.steps += 1
         scale = min(1.0, self.clip / (norm + 1e-6))
         # With the full decay from the start, the average would long remember the random weights.
@@ -104,16 +105,6 @@ class AdamW:
 
         parallel(update, range(0, self.data.size, block))
         return norm
-
-    def _first_not_finite(self):
-        """The name of the first parameter whose gradient is not finite; or of none in particular.
-
-        The sum of the squares overflows a little before a gradient does.
-        """
-        for (name, _), span in zip(self.named, self.spans):
-            if not is_finite(self.grad[span]):
-                return name
-        return "all parameters together"
 
     STATE = ("data", "m", "v", "ema")
 

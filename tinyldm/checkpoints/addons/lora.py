@@ -71,18 +71,13 @@ def merge_lora(parts, path, weight, dtype):
     model or with another formula, names that match nothing, half a pair, and numbers not finite.
     """
     for change in read_lora(parts, Path(path)):
-        change.parameter.data = merged_weight(change, weight, dtype)
-
-
-def merged_weight(change, weight, dtype):
-    """The new weight, in our layout and of `dtype`."""
-    W, shape = change.parameter.data, file_shape(change.parameter)
-    xp, sums = get_xp(W), wide(np.promote_types(W.dtype, dtype))
-    up, down = (xp.asarray(tensor.read(sums)) for tensor in (change.up, change.down))
-    delta = up.reshape(up.shape[:2]) @ down.reshape(len(down), -1)      # (O,r) @ (r,C*K*K)
-    delta = (weight * change.scale * delta).reshape(shape)              # (O,C) or (O,C,K,K)
-    delta = delta.transpose(OUR_AXES) if delta.ndim == 4 else delta     # (K,K,C,O)
-    return xp.ascontiguousarray((W + delta).astype(dtype))
+        W, shape = change.parameter.data, file_shape(change.parameter)
+        xp, sums = get_xp(W), wide(np.promote_types(W.dtype, dtype))
+        up, down = (xp.asarray(tensor.read(sums)) for tensor in (change.up, change.down))
+        delta = up.reshape(up.shape[:2]) @ down.reshape(len(down), -1)      # (O,r) @ (r,C*K*K)
+        delta = (weight * change.scale * delta).reshape(shape)              # (O,C) or (O,C,K,K)
+        delta = delta.transpose(OUR_AXES) if delta.ndim == 4 else delta     # (K,K,C,O)
+        change.parameter.data = xp.ascontiguousarray((W + delta).astype(dtype))
 
 
 # ---- reading and checking -------------------------------------------------------------------

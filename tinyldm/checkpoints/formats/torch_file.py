@@ -140,8 +140,7 @@ class Archive:
         return start
 
     def tensor(self, storage, offset, shape, strides, *_):
-        """What torch._utils._rebuild_tensor_v2 makes, without gradients and hooks -> StoredTensor.
-        """
+        """What torch._utils._rebuild_tensor_v2 makes, without gradients and hooks."""
         if not isinstance(storage, Storage) or not len(shape) == len(strides) <= MOST_AXES:
             raise ValueError("a tensor without a storage, or whose shape and strides differ in "
                              "length")

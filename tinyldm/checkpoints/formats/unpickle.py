@@ -18,7 +18,7 @@ MOST_ARGUMENTS = 8              # of a call
 LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
             "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
             "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 # Calls that training scripts leave in a checkpoint beside the weights. Nobody needs their results,
 # so nothing is called and the result is INERT.
 NOT_NEEDED = {
@@ -105,8 +105,6 @@ class Machine:
                 self.add_items(self.pop(1))
             case "APPENDS" | "ADDITEMS":
                 self.add_items(self.pop_marked())
-            case "EMPTY_TUPLE":
-                stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(self.pop(int(name[-1]))))
             case "TUPLE":
@@ -134,11 +132,8 @@ class Machine:
                 self.call(function, arguments)
             case "INST":
                 self.call(Global(argument.replace(" ", ".")), self.pop_marked())
-            case "NEWOBJ":
-                self.pop(2)                             # a class, and the arguments of its __new__
-                stack.append(INERT)
-            case "NEWOBJ_EX":
-                self.pop(3)
+            case "NEWOBJ" | "NEWOBJ_EX":                # of a class and the arguments of __new__
+                self.pop(2 if name == "NEWOBJ" else 3)
                 stack.append(INERT)
             case "BUILD":
                 stack.pop()                             # the state; the object stays as it is
