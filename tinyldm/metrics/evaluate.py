@@ -1,8 +1,12 @@
-"""How well a model follows prompts it was never trained on: its pictures before the judge."""
+"""How well a model follows prompts it was never trained on: its pictures before the judge.
+
+And how much its VAE loses of true drawings of such prompts.
+"""
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..images import to_pil
 from .judge import score
 
 
@@ -15,6 +19,19 @@ def evaluate(pipe, prompts, **options):
     pictures = []
     for seed, prompt in enumerate(tqdm(prompts, desc="drawing")):
         pictures.append(np.asarray(pipe(prompt, seed=seed, **options)[0]))
+    return score(pictures, prompts), pictures
+
+
+def round_trip(vae, drawings, prompts, at_once=10):
+    """Send true drawings through the VAE and back, and score them: the best its latents allow.
+
+    drawings: uint8 (n,H,W,3) of the n prompts. -> as evaluate.
+    """
+    pictures = []
+    for start in tqdm(range(0, len(drawings), at_once), desc="there and back"):
+        images = drawings[start:start + at_once].astype(np.float32) / 127.5 - 1
+        mean, _ = vae.encode(images)
+        pictures += map(np.asarray, to_pil(vae.decode(mean)))
     return score(pictures, prompts), pictures
 
 

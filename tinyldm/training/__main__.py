@@ -27,6 +27,8 @@ def parse_arguments():
     evaluate = stages.add_parser("evaluate", help="5. measure how well held-out prompts are drawn")
     evaluate.add_argument("--weights", help="folder of weights (default: the bundled model)")
     evaluate.add_argument("--prompts", type=int, default=200)
+    evaluate.add_argument("--round-trip", action="store_true",
+                          help="true drawings, only sent through the VAE and back")
     evaluate.add_argument("--output", type=Path, help="folder for accuracy.json and samples.png")
     return parser.parse_args()
 
@@ -53,12 +55,21 @@ def main():
 
 
 def measure(arguments):
-    from ..metrics.evaluate import evaluate, grid
-    from ..pipeline import load
-    from .data import held_out_prompts
+    import numpy as np
 
-    prompts = held_out_prompts(arguments.prompts, seed=0)
-    accuracies, pictures = evaluate(load(arguments.weights), prompts)
+    from ..checkpoints import load_model, resolve
+    from ..metrics.evaluate import evaluate, grid, round_trip
+    from ..pipeline import load
+    from .data import draw, held_out_scenes
+
+    scenes = held_out_scenes(arguments.prompts, seed=0)
+    prompts = list(scenes)
+    if arguments.round_trip:
+        drawings = np.stack([draw(scene) for scene in scenes.values()])
+        vae = load_model(resolve(arguments.weights) / "vae")
+        accuracies, pictures = round_trip(vae, drawings, prompts)
+    else:
+        accuracies, pictures = evaluate(load(arguments.weights), prompts)
     report = {"prompts": len(prompts), **{name: round(a, 4) for name, a in accuracies.items()}}
     print(json.dumps(report, indent=2))
     if arguments.output:

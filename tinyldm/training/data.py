@@ -128,11 +128,17 @@ def held_out_prompts(n, seed):
 
     A model trained on `batch` has therefore never seen a picture of any of them.
     """
+    return list(held_out_scenes(n, seed))
+
+
+def held_out_scenes(n, seed):
+    """{caption: Scene} of held_out_prompts."""
     rng = np.random.default_rng(seed)
-    prompts = {}                                     # a dict keeps the order, a set would not
-    while len(prompts) < n:
-        prompts[sample(rng, held_out=True).caption()] = None
-    return list(prompts)
+    scenes = {}                                      # a dict keeps the order, a set would not
+    while len(scenes) < n:
+        scene = sample(rng, held_out=True)
+        scenes.setdefault(scene.caption(), scene)
+    return scenes
 
 
 def draw(scene, side=64):
