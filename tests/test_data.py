@@ -17,8 +17,11 @@ from tinyldm.training.data import (
     Scene,
     Thing,
     batch,
+    crowd,
+    crowds,
     draw,
     held_out_prompts,
+    held_out_scenes,
     sample,
     write_tokenizer,
 )
@@ -143,6 +146,35 @@ def test_held_out_prompts(scenes):
         assert re.fullmatch(GRAMMAR, prompt)
         assert any(f"{colour} {shape}" in prompt for colour, shape in HELD_OUT)
     assert not set(prompts) & {scene.caption() for scene in scenes}
+
+
+def test_held_out_scenes_are_those_of_the_prompts():
+    scenes = held_out_scenes(30, seed=4)
+    assert list(scenes) == held_out_prompts(30, seed=4)
+    assert all(scene.caption() == caption for caption, scene in scenes.items())
+
+
+def test_a_crowd_is_many_things_apart_inside_and_of_kinds_that_are_trained():
+    rng = np.random.default_rng(0)
+    crowd_scenes = [crowd(rng) for _ in range(200)]
+    assert {len(scene.things) for scene in crowd_scenes} == {4, 9}
+    for scene in crowd_scenes:
+        assert not kinds(scene) & HELD_OUT
+        assert scene.background not in {thing.colour for thing in scene.things}
+        for thing in scene.things:
+            assert 0.003 < min(thing.x, thing.y) - thing.half
+            assert max(thing.x, thing.y) + thing.half < 0.997
+        for a, b in combinations(scene.things, 2):
+            assert max(abs(a.x - b.x), abs(a.y - b.y)) > a.half + b.half + 0.0066
+
+
+def test_crowds():
+    images = crowds(np.random.default_rng(0), 4)
+    assert images.shape == (4, 64, 64, 3) and images.dtype == np.float32
+    assert -1 <= images.min() and images.max() <= 1
+    things = [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
+    assert things[0] < things[1] and things[2] < things[3]     # many colours, many edges
+
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from tinyldm import load_model
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Parameter
+from tinyldm.metrics.evaluate import round_trip
 from tinyldm.models import AutoencoderKL
 from tinyldm.training import configs, data, export
 from tinyldm.training import unet as unet_stage
@@ -123,6 +124,24 @@ def test_vae_loss_gradient(decoder_only):
     assert expected == pytest.approx(difference, rel=1e-4)
     touched = {name for name, p in vae.named_parameters() if p.grad is not None}
     assert touched == {name for name, _ in trained}
+
+
+class NothingLost:
+    """A VAE whose latents are the picture."""
+
+    def encode(self, images):
+        return images, None
+
+    def decode(self, z):
+        return z
+
+
+def test_the_round_trip_of_a_vae_that_loses_nothing():
+    scenes = data.held_out_scenes(5, seed=0)
+    drawings = np.stack([data.draw(scene) for scene in scenes.values()])
+    shares, pictures = round_trip(NothingLost(), drawings, list(scenes), at_once=2)
+    np.testing.assert_array_equal(pictures, drawings)
+    assert shares["all"] == 1
 
 
 def test_diffusion_loss_gradient(monkeypatch):
@@ -265,6 +284,10 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
         with np.load(run / f"{stage}.npz") as state:
             np.testing.assert_allclose(flat, state["ema"], rtol=1e-3, atol=1e-6)
     assert (output / "loss.png").stat().st_size > 1000
+
+    drawings = np.stack([data.draw(scene) for scene in data.held_out_scenes(3, seed=0).values()])
+    shares, pictures = round_trip(vae, drawings, data.held_out_prompts(3, seed=0), at_once=2)
+    assert np.shape(pictures) == drawings.shape and 0 <= shares["all"] <= 1
 
     again = tmp_path / "again"
     export.restore(output, again)

@@ -97,6 +97,26 @@ def sample(rng, held_out=False):
     return Scene(things, relation, background)
 
 
+def crowd(rng):
+    """A Scene of four or nine things in rows: what the autoencoder finds hardest, many at a time.
+
+    Small things have the most edges and corners a pixel, and a true picture has two of them at
+    most. No caption could name so many, and the autoencoder needs none. No thing is of HELD_OUT.
+    """
+    rows = int(rng.integers(2, 4))
+    names = list(COLOURS)
+    background = names[rng.integers(len(names))]
+    things = []
+    while len(things) < rows * rows:
+        kind = names[rng.integers(len(names))], SHAPES[rng.integers(len(SHAPES))]
+        if kind[0] != background and kind not in HELD_OUT:
+            half = rng.uniform(0.1, 0.48 / rows)
+            slack = 0.49 / rows - half
+            y, x = (np.array(divmod(len(things), rows)) + 0.5) / rows + rng.uniform(-slack, slack, 2)
+            things.append(Thing("small", *kind, x, y, half))
+    return Scene(tuple(things), None, background)
+
+
 def _place_alone(rng, half):
     """The centre (x, y) of a single thing: anywhere near the middle, inside the frame."""
     reach = min(0.15, 0.5 - MARGIN - half)
@@ -157,8 +177,16 @@ def draw(scene, side=64):
 def batch(rng, n):
     """n training pictures: images (n, 64, 64, 3) float32 in [-1, 1], and their captions."""
     scenes = [sample(rng) for _ in range(n)]
-    pixels = np.stack([draw(scene) for scene in scenes])
-    return pixels.astype(np.float32) / 127.5 - 1, [scene.caption() for scene in scenes]
+    return _images(scenes), [scene.caption() for scene in scenes]
+
+
+def crowds(rng, n):
+    """n pictures for the autoencoder, (n, 64, 64, 3) as of `batch`: every other one of a crowd."""
+    return _images([crowd(rng) if i % 2 else sample(rng) for i in range(n)])
+
+
+def _images(scenes):
+    return np.stack([draw(scene) for scene in scenes]).astype(np.float32) / 127.5 - 1
 
 
 def _circle(radius=1.0):
