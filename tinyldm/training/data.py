@@ -112,7 +112,8 @@ def crowd(rng):
         if kind[0] != background and kind not in HELD_OUT:
             half = rng.uniform(0.1, 0.48 / rows)
             slack = 0.49 / rows - half
-            y, x = (np.array(divmod(len(things), rows)) + 0.5) / rows + rng.uniform(-slack, slack, 2)
+            middle = (np.array(divmod(len(things), rows)) + 0.5) / rows
+            y, x = (middle + rng.uniform(-slack, slack, size=2)).tolist()
             things.append(Thing("small", *kind, x, y, half))
     return Scene(tuple(things), None, background)
 
