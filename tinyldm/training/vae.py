@@ -1,7 +1,7 @@
 """Stages 1 and 3: the autoencoder, trained to give back the picture it was shown, through noisy
 latents; and later its decoder alone, on latents that the UNet knows by then.
 
-    loss = mean |d| + MSE_WEIGHT * mean d^2 + KL_WEIGHT * KL(N(mean, var), N(0, 1))
+    loss = L1_WEIGHT * mean |d| + MSE_WEIGHT * mean d^2 + KL_WEIGHT * KL(N(mean, var), N(0, 1))
     d = decode(z) - image,       z = mean + sqrt(var) * noise
 
 |d| pulls at every pixel alike, and nearly all lie on plain ground; d^2 pulls most where d is
@@ -21,7 +21,8 @@ from .configs import VAE
 from .loop import Trainer, split_batch, trained
 from .optim import initialise, load_ema
 
-MSE_WEIGHT = 4
+L1_WEIGHT = 0.3
+MSE_WEIGHT = 12
 KL_WEIGHT = 1e-7
 BATCH = 8
 
@@ -41,7 +42,7 @@ def vae_loss(vae, images, rng, share, decoder_only=False):
     kl, kl_cache = ops.kl_normal(mean, logvar)
     mse, mse_cache = ops.mse(output, images)
 
-    doutput, _ = ops.l1_backward(np.float32(share), l1_cache)
+    doutput, _ = ops.l1_backward(np.float32(share * L1_WEIGHT), l1_cache)
     doutput = doutput + ops.mse_backward(np.float32(share * MSE_WEIGHT), mse_cache)[0]
     dz = vae.decode_backward(doutput, tape)
     if not decoder_only:
@@ -49,7 +50,7 @@ def vae_loss(vae, images, rng, share, decoder_only=False):
         dmean = dmean + dz                              # z = mean + std * noise
         dlogvar = dlogvar + dz * (0.5 * std * noise)    # std' = std / 2
         vae.encode_backward(dmean, dlogvar, tape)
-    loss = l1 + MSE_WEIGHT * mse + KL_WEIGHT * kl
+    loss = L1_WEIGHT * l1 + MSE_WEIGHT * mse + KL_WEIGHT * kl
     return {"loss": share * loss, "mse": share * mse, "kl": share * kl}
 
 
