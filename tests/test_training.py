@@ -12,12 +12,13 @@ from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Parameter
 from tinyldm.metrics.evaluate import round_trip
-from tinyldm.models import AutoencoderKL
+from tinyldm.models import AutoencoderKL, UNet2DConditionModel
 from tinyldm.training import configs, data, export
 from tinyldm.training import unet as unet_stage
 from tinyldm.training import vae as vae_stage
 from tinyldm.training.loop import Trainer, split_batch
-from tinyldm.training.optim import AdamW, initialise, learning_rate, load_ema
+from tinyldm.training.optim import AdamW, Muon, initialise, learning_rate, load_ema
+from tinyldm.training.widen import widen
 
 SMALL_VAE = configs.VAE | {"block_out_channels": [8, 8, 8], "norm_num_groups": 4}
 SMALL_UNET = configs.UNET | {"block_out_channels": [8, 8, 16], "norm_num_groups": 4,
@@ -54,6 +55,49 @@ def test_adamw_equals_torch():
     for (_, parameter), tensor in zip(named, theirs):
         np.testing.assert_allclose(parameter.data, tensor.detach().numpy(), rtol=1e-9, atol=1e-12)
         assert parameter.grad is None
+    np.testing.assert_allclose(optimizer.ema, ema, rtol=1e-12)
+
+
+def test_muon_moves_matrices_alike_in_all_directions_and_the_rest_as_adamw():
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 8, 16), "linear": (24, 9), "few": (1, 1, 4, 16), "bias": (16,)}
+    both = []
+    for kind in (Muon, AdamW):
+        named = [(name, Parameter(*shape)) for name, shape in shapes.items()]
+        for seed, (_, parameter) in enumerate(named):
+            parameter.data = np.random.default_rng(seed).standard_normal(parameter.shape)
+        both.append((kind(named, clip=1e9), dict(named)))
+    start = {name: p.data.copy() for name, p in both[0][1].items()}
+    for _ in range(3):
+        grads = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+        for optimizer, named in both:
+            for name, parameter in named.items():
+                parameter.add_grad(grads[name].copy())
+            optimizer.step(0.1)
+    (muon, ours), (_, adams) = both
+    for name in ("few", "bias"):
+        np.testing.assert_allclose(ours[name].data, adams[name].data, rtol=1e-12)
+    for name in ("conv", "linear"):
+        before = ours[name].data.copy()
+        for other, parameter in ours.items():
+            parameter.add_grad(grads[other].copy())
+        muon.step(0.1)
+        move = (0.999 * before - ours[name].data).reshape(-1, before.shape[-1])
+        values = np.linalg.svd(move, compute_uv=False) / (0.1 * 0.2 * np.sqrt(max(move.shape)))
+        assert 0.5 < values.min() and values.max() < 1.3
+        assert not np.allclose(before, start[name])
+
+
+def test_ema_of_muon():
+    parameter, rng = Parameter(8, 9), np.random.default_rng(0)
+    parameter.data = rng.standard_normal((8, 9))
+    optimizer = Muon([("a", parameter)])
+    ema = optimizer.data.copy()
+    for step in range(4):
+        parameter.add_grad(rng.standard_normal((8, 9)))
+        optimizer.step(0.1)
+        decay = (2 + step) / (11 + step)
+        ema = decay * ema + (1 - decay) * optimizer.data
     np.testing.assert_allclose(optimizer.ema, ema, rtol=1e-12)
 
 
@@ -126,6 +170,25 @@ def test_vae_loss_gradient(decoder_only):
     assert touched == {name for name, _ in trained}
 
 
+def test_more_latent_channels_change_nothing_at_first():
+    rng, few = np.random.default_rng(0), {"in_channels": 4, "out_channels": 4}
+    vae, unet = AutoencoderKL(SMALL_VAE | {"latent_channels": 4}), UNet2DConditionModel(
+        SMALL_UNET | few)
+    for model in (vae, unet):
+        initialise(model, rng)
+        assert widen(model, 4) is model
+    more = widen(vae, 8)
+    images, noise = data.batch(rng, 2)[0], rng.standard_normal((2, 16, 16, 8), np.float32)
+    (mean, logvar), (wide_mean, wide_logvar) = vae.encode(images), more.encode(images)
+    np.testing.assert_allclose(wide_mean[..., :4], mean, atol=1e-5)
+    np.testing.assert_allclose(wide_logvar[..., :4], logvar, atol=1e-5)
+    assert (wide_logvar[..., 4:] == -6).all() and wide_mean[..., 4:].std() > 0.1
+    np.testing.assert_allclose(more.decode(noise), vae.decode(noise[..., :4]), atol=1e-5)
+    context, t = rng.standard_normal((2, 77, 16), np.float32), np.array([5, 900])
+    np.testing.assert_allclose(widen(unet, 8).forward(noise, t, context)[..., :4],
+                               unet.forward(noise[..., :4], t, context), atol=1e-5)
+
+
 class NothingLost:
     """A VAE whose latents are the picture."""
 
@@ -156,7 +219,8 @@ def test_diffusion_loss_gradient(monkeypatch):
     for _, parameter in named:
         parameter.data = parameter.data + 0.1 * rng.standard_normal(parameter.shape)
     schedule = Schedule.from_config(configs.SCHEDULER)
-    latents, ids = rng.standard_normal((2, 8, 8, 4)), rng.integers(0, 21, (2, 77))
+    latents = rng.standard_normal((2, 8, 8, configs.LATENT_CHANNELS))
+    ids = rng.integers(0, 21, (2, 77))
     difference, expected = directional(
         lambda: unet_stage.diffusion_loss(text_encoder, unet, schedule, latents, ids,
                                           Float64Noise(1), 0.5), named, rng)

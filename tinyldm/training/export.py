@@ -8,11 +8,12 @@ from ..checkpoints import load_model, write_pipeline
 from ..errors import TinyldmError
 from ..files import read_json, write_json
 from . import data
-from .configs import SCHEDULER
+from .configs import LATENT_CHANNELS, SCHEDULER
 from .loop import save_state, trained
 from .optim import AdamW, load_ema
 from .unet import build, make_pool, named_parameters
 from .vae import decoder_parameters, load_vae
+from .widen import widen
 
 STAGES = ("vae", "unet", "decoder")
 
@@ -43,13 +44,17 @@ def restore(weights, run):
     """Make a folder of weights that `export` wrote the state of a training, which can then go on.
 
     The averaged weights take the place of the trained ones, and the optimiser's averages begin
-    anew, with a warm-up. Raises TinyldmError where `run` holds a training already.
+    anew, with a warm-up. Models of fewer latent channels than configs.py has are widened, and their
+    steps counted from 0. Raises TinyldmError where `run` holds a training already.
     """
     if any((run / f"{stage}.npz").exists() for stage in STAGES):
         raise TinyldmError(f"{run} holds a training already: name another folder with --run")
     record = read_json(weights / "training.json")
     vae, text_encoder, unet = (load_model(weights / part)
                                for part in ("vae", "text_encoder", "unet"))
+    if vae.config["latent_channels"] < LATENT_CHANNELS:
+        vae, unet = (widen(model, LATENT_CHANNELS) for model in (vae, unet))
+        record = {stage: {"steps": 0, "loss": []} for stage in ("vae", "unet")}
     parameters = {"vae": vae.named_parameters(), "decoder": decoder_parameters(vae),
                   "unet": named_parameters(text_encoder, unet)}
     for stage in record:

@@ -27,11 +27,11 @@ def split_batch(loss, size, rng):
 
 
 class Trainer:
-    """AdamW over some parameters for a number of steps; one state file, saved every minute."""
+    """An optimiser of some parameters for a number of steps; one state file, saved every minute."""
 
-    def __init__(self, path, named_parameters, steps, peak_rate, warmup=200):
+    def __init__(self, path, named_parameters, steps, peak_rate, warmup=200, optimizer=AdamW):
         self.path, self.steps, self.peak_rate, self.warmup = path, steps, peak_rate, warmup
-        self.optimizer = AdamW(named_parameters)
+        self.optimizer = optimizer(named_parameters)
         self.begun = 0                                  # the step of the optimiser's first update
         self.history = []                               # (step, loss) a step
         self.written = self._written()

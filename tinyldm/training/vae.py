@@ -19,7 +19,7 @@ from ..models import AutoencoderKL
 from . import data
 from .configs import VAE
 from .loop import Trainer, split_batch, trained
-from .optim import initialise, load_ema
+from .optim import Muon, initialise, load_ema
 
 L1_WEIGHT = 0.3
 MSE_WEIGHT = 12
@@ -54,18 +54,19 @@ def vae_loss(vae, images, rng, share, decoder_only=False):
     return {"loss": share * loss, "mse": share * mse, "kl": share * kl}
 
 
-def train_vae(run, steps, learning_rate=2e-3):
+def train_vae(run, steps, learning_rate=1e-3):
     """Train the VAE for `steps` batches of pictures, resuming what lies in the folder `run`."""
     vae = AutoencoderKL(VAE)
     initialise(vae, np.random.default_rng(0))
-    _train(vae, Trainer(run / "vae.npz", vae.named_parameters(), steps, learning_rate))
+    _train(vae, Trainer(run / "vae.npz", vae.named_parameters(), steps, learning_rate,
+                        optimizer=Muon))
 
 
 def train_decoder(run, steps, learning_rate=1e-3):
     """Train the decoder of the VAE in `run` on, as train_vae does; its encoder stays as it is."""
     vae = load_vae(run)
-    _train(vae, Trainer(run / "decoder.npz", decoder_parameters(vae), steps, learning_rate),
-           decoder_only=True)
+    _train(vae, Trainer(run / "decoder.npz", decoder_parameters(vae), steps, learning_rate,
+                        optimizer=Muon), decoder_only=True)
 
 
 def _train(vae, trainer, decoder_only=False):
