@@ -30,8 +30,8 @@ MAY_IMPORT = {
     "cli": BOTTOM | {"noise", "images", "text", "layers", "models", "pipelines"},
     "inspect": BOTTOM | {"checkpoints", "cli"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "checkpoints"},
-    "shapes": BOTTOM | {"ops", "layers", "models", "diffusion", "text", "checkpoints", "pipelines",
-                        "training"},
+    "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
+                        "pipelines", "training"},
 }
 ENTRY_POINTS = {"__init__.py", "__main__.py", "training/__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.

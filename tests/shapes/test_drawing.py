@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tests.support.scenes import one
-from tinyldm.shapes.drawing import batch, draw
+from tinyldm.shapes.drawing import batch, crowds, draw
 from tinyldm.shapes.scenes import COLOURS, SHAPES
 
 
@@ -48,3 +48,11 @@ def test_a_seed_gives_the_same_pictures():
     assert captions == same and (images == again).all() and (images != other).any()
     assert images.shape == (20, 64, 64, 3) and images.dtype == np.float32
     assert -1 <= images.min() < -0.5 and 0.5 < images.max() <= 1
+
+
+def test_every_second_picture_is_a_crowd():
+    images = crowds(np.random.default_rng(0), 4)
+    assert images.shape == (4, 64, 64, 3) and images.dtype == np.float32
+    assert -1 <= images.min() and images.max() <= 1
+    colours = [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
+    assert colours[0] < colours[1] and colours[2] < colours[3]      # many things, many edges

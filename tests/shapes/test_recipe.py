@@ -1,4 +1,5 @@
 """Training: the optimiser against torch's, both losses' gradients, resuming, and export."""
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from tinyldm import load_model
 from tinyldm.errors import TinyldmError
 from tinyldm.shapes import autoencoder as vae_stage
 from tinyldm.shapes import denoiser as unet_stage
-from tinyldm.shapes import export
+from tinyldm.shapes import evaluation, export
 
 SHORT_TRAINING = """
 import sys
@@ -78,6 +79,10 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
         with np.load(run / f"{stage}.npz") as state:
             assert_allclose(flat, state["ema"], rtol=1e-3, atol=1e-6)
     assert (output / "loss.png").stat().st_size > 1000
+
+    evaluation.evaluate(output, 3, tmp_path / "report", round_trip=True)
+    report = json.loads((tmp_path / "report" / "accuracy.json").read_text())
+    assert report["prompts"] == 3 and 0 <= report["all"] <= 1
 
     again = tmp_path / "again"
     export.restore(output, again)

@@ -14,7 +14,8 @@ from tinyldm.shapes.scenes import (
     SIZES,
     Scene,
     Thing,
-    held_out_prompts,
+    crowd,
+    held_out_scenes,
     sample,
 )
 
@@ -77,11 +78,25 @@ def test_held_out_combinations_are_never_drawn(scenes):
     assert all(kinds(sample(rng, held_out=True)) & HELD_OUT for _ in range(500))
 
 
-def test_held_out_prompts(scenes):
-    prompts = held_out_prompts(300, seed=0)
-    assert len(set(prompts)) == 300 and prompts == held_out_prompts(300, seed=0)
-    assert prompts != held_out_prompts(300, seed=1)
+def test_held_out_scenes(scenes):
+    prompts = list(held_out_scenes(300, seed=0))
+    assert len(set(prompts)) == 300 and prompts == list(held_out_scenes(300, seed=0))
+    assert prompts != list(held_out_scenes(300, seed=1))
     for prompt in prompts:
         assert re.fullmatch(GRAMMAR, prompt)
         assert any(f"{colour} {shape}" in prompt for colour, shape in HELD_OUT)
     assert not set(prompts) & {scene.caption() for scene in scenes}
+
+
+def test_a_crowd_is_many_things_apart_inside_and_of_trained_combinations():
+    rng = np.random.default_rng(0)
+    crowds = [crowd(rng) for _ in range(200)]
+    assert {len(scene.things) for scene in crowds} == {4, 9}
+    for scene in crowds:
+        assert not {(thing.colour, thing.shape) for thing in scene.things} & HELD_OUT
+        assert scene.background not in {thing.colour for thing in scene.things}
+        for thing in scene.things:
+            assert 0.003 < min(thing.x, thing.y) - thing.half
+            assert max(thing.x, thing.y) + thing.half < 0.997
+        for a, b in combinations(scene.things, 2):
+            assert max(abs(a.x - b.x), abs(a.y - b.y)) > a.half + b.half + 0.0066

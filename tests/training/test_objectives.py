@@ -78,7 +78,8 @@ def test_diffusion_loss_gradient(monkeypatch):
     for _, parameter in named:
         parameter.data = parameter.data + 0.1 * rng.standard_normal(parameter.shape)
     schedule = Schedule.from_config(configs.SCHEDULER)
-    latents, ids = rng.standard_normal((2, 8, 8, 4)), rng.integers(0, 21, (2, 77))
+    latents = rng.standard_normal((2, 8, 8, configs.LATENT_CHANNELS))
+    ids = rng.integers(0, 21, (2, 77))
     difference, expected = directional(
         lambda: objectives.diffusion_loss(text_encoder, unet, schedule, latents, ids,
                                           Float64Noise(1), 0.5), named, rng)

@@ -6,7 +6,7 @@ import torch
 from tests.support.tolerance import assert_allclose
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Parameter
-from tinyldm.training.optim import AdamW, learning_rate
+from tinyldm.training.optim import AdamW, Muon, learning_rate
 
 
 def parameters(rng, dtype=np.float64):
@@ -37,6 +37,47 @@ def test_adamw_equals_torch():
     for (_, parameter), tensor in zip(named, theirs):
         assert_allclose(parameter.data, tensor.detach().numpy(), rtol=1e-9, atol=1e-12)
         assert parameter.grad is None
+    assert_allclose(optimizer.ema, ema, rtol=1e-12)
+
+
+def test_muon_moves_matrices_equally_far_in_all_directions_and_the_rest_as_adamw():
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 8, 16), "linear": (24, 9), "few": (1, 1, 4, 16), "bias": (16,)}
+    both = []
+    for kind in (Muon, AdamW):
+        named = [(name, Parameter(*shape)) for name, shape in shapes.items()]
+        for seed, (_, parameter) in enumerate(named):
+            parameter.data = np.random.default_rng(seed).standard_normal(parameter.shape)
+        both.append((kind(named, clip=1e9), dict(named)))
+    for _ in range(3):
+        grads = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+        for optimizer, named in both:
+            for name, parameter in named.items():
+                parameter.add_grad(grads[name].copy())
+            optimizer.step(0.1)
+    (muon, ours), (_, adams) = both
+    for name in ("few", "bias"):
+        assert_allclose(ours[name].data, adams[name].data, rtol=1e-12)
+    for name in ("conv", "linear"):
+        before = ours[name].data.copy()
+        for other, parameter in ours.items():
+            parameter.add_grad(grads[other].copy())
+        muon.step(0.1)
+        move = (0.999 * before - ours[name].data).reshape(-1, before.shape[-1])
+        values = np.linalg.svd(move, compute_uv=False) / (0.1 * 0.2 * np.sqrt(max(move.shape)))
+        assert 0.5 < values.min() and values.max() < 1.3
+
+
+def test_the_average_of_muon():
+    parameter, rng = Parameter(8, 9), np.random.default_rng(0)
+    parameter.data = rng.standard_normal((8, 9))
+    optimizer = Muon([("a", parameter)])
+    ema = optimizer.data.copy()
+    for step in range(4):
+        parameter.add_grad(rng.standard_normal((8, 9)))
+        optimizer.step(0.1)
+        decay = (2 + step) / (11 + step)
+        ema = decay * ema + (1 - decay) * optimizer.data
     assert_allclose(optimizer.ema, ema, rtol=1e-12)
 
 

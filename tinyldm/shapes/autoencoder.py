@@ -1,5 +1,7 @@
 """Stages 1 and 3: train the autoencoder to reconstruct its input from noisy latents; and later the
 decoder alone, when the UNet has learned the latents and they must not change any more.
+
+Half of the pictures are crowds of things, which have many corners and tips.
 """
 from functools import partial
 
@@ -8,33 +10,33 @@ import numpy as np
 from ..models import AutoencoderKL
 from ..training.loop import Trainer, split_batch, trained
 from ..training.objectives import vae_loss
-from ..training.optim import initialise, load_ema
+from ..training.optim import Muon, initialise, load_ema
 from . import drawing
 from .configs import VAE
 
-BATCH = 16
+BATCH = 8
 
 
-def train_vae(run, steps, learning_rate=2e-3):
-    """Train the VAE for `steps` batches of 16 pictures; resume from the state in `run`."""
+def train_vae(run, steps, learning_rate=1e-3):
+    """Train the VAE for `steps` batches of pictures; resume from the state in `run`."""
     vae = AutoencoderKL(VAE)
     initialise(vae, np.random.default_rng(0))
-    _train(vae, Trainer(run / "vae.npz", vae.named_parameters(), steps, learning_rate))
+    _train(vae, Trainer(run / "vae.npz", vae.named_parameters(), steps, learning_rate,
+                        optimizer=Muon))
 
 
 def train_decoder(run, steps, learning_rate=1e-3):
     """Train the decoder of the VAE in `run` further; its encoder stays as it is."""
     vae = load_vae(run)
-    _train(vae, Trainer(run / "decoder.npz", decoder_parameters(vae), steps, learning_rate),
-           decoder_only=True)
+    _train(vae, Trainer(run / "decoder.npz", decoder_parameters(vae), steps, learning_rate,
+                        optimizer=Muon), decoder_only=True)
 
 
 def _train(vae, trainer, decoder_only=False):
     loss = partial(vae_loss, vae, decoder_only=decoder_only)
 
     def batch_loss(rng):
-        images, _ = drawing.batch(rng, BATCH)
-        return split_batch(loss, [images], rng)
+        return split_batch(loss, [drawing.crowds(rng, BATCH)], rng)
 
     trainer.train(batch_loss)
 

@@ -4,9 +4,12 @@ It is small enough to train on two cores: the VAE downsamples by 4 only, not by 
 spends most of its arithmetic at 8×8 and below.
 """
 
+LATENT_CHANNELS = 8
+
 VAE = {
     "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
-    "block_out_channels": [24, 48, 96], "layers_per_block": 1, "latent_channels": 4,
+    "block_out_channels": [24, 48, 96], "layers_per_block": 1,
+    "latent_channels": LATENT_CHANNELS,
     "norm_num_groups": 8,
     "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
     "sample_size": 64, "scaling_factor": 1.0,       # measured once the VAE is trained
@@ -20,7 +23,8 @@ TEXT_ENCODER = {
 }                                                   # vocabulary and end token: the tokenizer's
 
 UNET = {
-    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "in_channels": 4, "out_channels": 4,
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu",
+    "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS,
     "block_out_channels": [64, 96, 128], "layers_per_block": 1,
     "norm_num_groups": 8, "norm_eps": 1e-5,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],

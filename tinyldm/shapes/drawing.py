@@ -2,7 +2,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .scenes import COLOURS, sample
+from .scenes import COLOURS, crowd, sample
 
 SUPERSAMPLING = 4
 
@@ -23,8 +23,17 @@ def draw(scene, side=64):
 def batch(rng, n):
     """n training pictures, float32 (n, 64, 64, 3) in [-1, 1], and a list of their captions."""
     scenes = [sample(rng) for _ in range(n)]
-    pixels = np.stack([draw(scene) for scene in scenes])
-    return pixels.astype(np.float32) / 127.5 - 1, [scene.caption() for scene in scenes]
+    return to_images(scenes), [scene.caption() for scene in scenes]
+
+
+def crowds(rng, n):
+    """n pictures for the autoencoder, as batch makes them; every second one shows a crowd."""
+    return to_images([crowd(rng) if i % 2 else sample(rng) for i in range(n)])
+
+
+def to_images(scenes):
+    """n scenes -> their pictures, float32 (n, 64, 64, 3) in [-1, 1]."""
+    return np.stack([draw(scene) for scene in scenes]).astype(np.float32) / 127.5 - 1
 
 
 def _circle(radius=1.0):

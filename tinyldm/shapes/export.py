@@ -10,9 +10,10 @@ from ..files import read_json, write_json
 from ..training.loop import trained, write_npz
 from ..training.optim import AdamW, load_ema
 from .autoencoder import decoder_parameters, load_vae
-from .configs import SCHEDULER
+from .configs import LATENT_CHANNELS, SCHEDULER
 from .denoiser import build, make_pool, named_parameters
 from .vocabulary import write_tokenizer
+from .widen import widen
 
 STAGES = ("vae", "unet", "decoder")
 STEPS = 25                  # that this model needs per picture
@@ -42,13 +43,17 @@ def restore(weights, run):
     """Turn a folder that `export` wrote back into the state of a training, to continue it.
 
     The averaged weights become the trained ones. The optimiser's averages begin anew, with a
-    warm-up. Raises TinyldmError where `run` holds a training already.
+    warm-up. Models with fewer than LATENT_CHANNELS are widened, and their steps count from 0.
+    Raises TinyldmError where `run` holds a training already.
     """
     if any((run / f"{stage}.npz").exists() for stage in STAGES):
         raise TinyldmError(f"{run} holds a training already: name another folder with --run")
     record = read_json(weights / "training.json")
     vae, text_encoder, unet = (load_model(weights / part)
                                for part in ("vae", "text_encoder", "unet"))
+    if vae.settings.latent_channels < LATENT_CHANNELS:
+        vae, unet = (widen(model, LATENT_CHANNELS) for model in (vae, unet))
+        record = {stage: {"steps": 0, "loss": []} for stage in ("vae", "unet")}
     parameters = {"vae": vae.named_parameters(), "decoder": decoder_parameters(vae),
                   "unet": named_parameters(text_encoder, unet)}
     for stage in record:

@@ -30,6 +30,8 @@ def parse_arguments():
     evaluate = stages.add_parser("evaluate", help="5. measure how well held-out prompts are drawn")
     evaluate.add_argument("--weights", help="folder of weights (default: the bundled model)")
     evaluate.add_argument("--prompts", type=int, default=200)
+    evaluate.add_argument("--round-trip", action="store_true",
+                          help="judge true drawings, encoded and decoded by the VAE, instead")
     evaluate.add_argument("--output", type=Path, help="folder for accuracy.json and samples.png")
     return parser.parse_args()
 

@@ -86,6 +86,27 @@ def sample(rng, held_out=False):
     return Scene(things, relation, background)
 
 
+def crowd(rng):
+    """A Scene of four or nine small things in rows, to train the autoencoder.
+
+    Small things have the most edges and corners per pixel, and an ordinary scene has only two. No
+    caption could name so many, and the autoencoder needs none. No thing is of HELD_OUT.
+    """
+    rows = int(rng.integers(2, 4))
+    names = list(COLOURS)
+    background = names[rng.integers(len(names))]
+    things = []
+    while len(things) < rows * rows:
+        kind = names[rng.integers(len(names))], SHAPES[rng.integers(len(SHAPES))]
+        if kind[0] != background and kind not in HELD_OUT:
+            half = rng.uniform(0.1, 0.48 / rows)
+            slack = 0.49 / rows - half
+            middle = (np.array(divmod(len(things), rows)) + 0.5) / rows
+            y, x = (middle + rng.uniform(-slack, slack, size=2)).tolist()
+            things.append(Thing("small", *kind, x, y, half))
+    return Scene(tuple(things), None, background)
+
+
 def _place_alone(rng, half):
     """The centre (x, y) of a single thing: near the middle, inside the frame."""
     reach = min(0.15, 0.5 - MARGIN - half)
@@ -110,13 +131,14 @@ def _place_pair(rng, halves, relation):
     return np.stack([along, across] if horizontal else [across, along], axis=1).tolist()
 
 
-def held_out_prompts(n, seed):
-    """n different captions for evaluation, each with at least one combination of HELD_OUT.
+def held_out_scenes(n, seed):
+    """{caption: Scene} for evaluation: n different captions with a combination of HELD_OUT each.
 
     So a model trained on drawing.batch has never seen a picture of any of them.
     """
     rng = np.random.default_rng(seed)
-    prompts = {}                                     # a dict keeps the order, a set would not
-    while len(prompts) < n:
-        prompts[sample(rng, held_out=True).caption()] = None
-    return list(prompts)
+    scenes = {}                                      # a dict keeps the order
+    while len(scenes) < n:
+        scene = sample(rng, held_out=True)
+        scenes.setdefault(scene.caption(), scene)
+    return scenes

@@ -42,11 +42,11 @@ def split_batch(loss, batch, rng):
 
 
 class Trainer:
-    """AdamW over some parameters for `steps` steps, with one state file, saved every minute."""
+    """`steps` updates of some parameters, with one state file that is saved every minute."""
 
-    def __init__(self, path, named_parameters, steps, peak_rate, warmup=200):
+    def __init__(self, path, named_parameters, steps, peak_rate, warmup=200, optimizer=AdamW):
         self.path, self.steps, self.peak_rate, self.warmup = path, steps, peak_rate, warmup
-        self.optimizer = AdamW(named_parameters)
+        self.optimizer = optimizer(named_parameters)
         self.begun = 0                                  # the step of the optimiser's first update
         self.history = []                               # one (step, loss) per step
         self.written = self._written()
