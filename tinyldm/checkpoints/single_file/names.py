@@ -54,11 +54,11 @@ def by_part(stored, text_layers):
             continue
         prefix, part, rename = next(row for row in PREFIXES if name.startswith(row[0]))
         inner, tensors = name.removeprefix(prefix), found.setdefault(part, {})
-        if rename is not open_clip_names:
-            renamed = {rename(inner): tensor}
-        else:
+        if rename is open_clip_names:
             dropped = _is_dropped(part, inner, text_layers)
             renamed = {} if dropped else open_clip_names(inner, tensor)
+        else:
+            renamed = {rename(inner) if rename else inner: tensor}
         for public, piece in renamed.items():
             tensors[name if public in tensors else public] = piece
     rest = found.pop(None, {})
@@ -165,19 +165,15 @@ def _is_dropped(part, name, text_layers):
         name == "text_projection" or name.startswith(f"transformer.resblocks.{text_layers}."))
 
 
-def _same(name):
-    return name
-
-
-# The beginning of a name, the part it belongs to, and the rule for the rest of the name.
+# The beginning of a name, the part it belongs to, and the rule for the rest of the name, if any.
 PREFIXES = (
     ("model.diffusion_model.", "unet", unet_name),
     ("first_stage_model.", "vae", vae_name),
     ("vae.", "vae", vae_name),                          # re-packed files
-    ("cond_stage_model.transformer.", "text_encoder", _same),
+    ("cond_stage_model.transformer.", "text_encoder", None),
     ("cond_stage_model.model.", "text_encoder", open_clip_names),
-    ("conditioner.embedders.0.transformer.", "text_encoder", _same),
+    ("conditioner.embedders.0.transformer.", "text_encoder", None),
     ("conditioner.embedders.0.model.", "text_encoder", open_clip_names),
     ("conditioner.embedders.1.model.", "text_encoder_2", open_clip_names),
-    ("", None, _same),                                  # of no part
+    ("", None, None),                                   # of no part
 )
