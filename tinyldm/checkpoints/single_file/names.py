@@ -95,8 +95,7 @@ def unet_name(name):
         number, inner = int(match[1]), match[2]
         return ("mid_block." + (f"attentions.0.{inner}" if number == 1 else
                                 f"resnets.{number // 2}.{_renamed(inner, UNET_RESNET)}"))
-    match = UNET_BLOCK.fullmatch(name)
-    if not match:
+    if not (match := UNET_BLOCK.fullmatch(name)):
         return name
     side, number, module, inner = match[1], int(match[2]), int(match[3]), match[4]
     down = side == "input"
@@ -147,8 +146,7 @@ def open_clip_names(name, tensor):
         return {OPEN_CLIP[name]: tensor}
     if name == "text_projection":
         return {"text_projection.weight": tensor.transposed()}
-    match = OPEN_CLIP_LAYER.fullmatch(name)
-    if not match:
+    if not (match := OPEN_CLIP_LAYER.fullmatch(name)):
         return {name: tensor}
     layer, inner = f"text_model.encoder.layers.{match[1]}.", match[2]
     if inner in ("attn.in_proj_weight", "attn.in_proj_bias") and tensor.shape:
