@@ -14,10 +14,6 @@ def pytest_addoption(parser):
                      help="list the tests whose error is more than this share of what they allow")
 
 
-def pytest_report_header():
-    return extra.header()
-
-
 def pytest_ignore_collect(collection_path):
     name = collection_path.name
     if name.startswith("test_") and name.endswith(".py") and extra.is_left_out(collection_path):
@@ -33,6 +29,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if extra.MISSING:
+        terminalreporter.write_line(extra.what_it_adds())
     if share := config.getoption("--tolerances"):
         terminalreporter.section("error / allowed")
         terminalreporter.write_line("\n".join(tolerance.report(share)))

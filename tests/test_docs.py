@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests import sizes
+from tests.support.reference import has_avx2
 from tests.support.tolerance import assert_allclose, within
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,8 @@ def each(pages):
 @each(ALL)
 def test_snippets_print_what_the_page_shows(page, tmp_path, monkeypatch):
     """A page's blocks share their names, as if pasted into Python one after another."""
+    if page.stem == "noise" and not has_avx2():
+        pytest.skip("without AVX2, torch.randn has other last digits than the page shows")
     monkeypatch.chdir(tmp_path)                                     # the README saves a picture
     text = page.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))

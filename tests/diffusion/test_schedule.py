@@ -25,8 +25,8 @@ BETAS = [
 @pytest.mark.parametrize("config", BETAS)
 def test_tables_are_bitwise(config):
     theirs, ours = diffusers.DDIMScheduler.from_config(config), Schedule.from_config(config)
-    exact = has_avx2()
-    assert_allclose(ours.betas, theirs.betas.numpy(), rtol=0 if exact else 2**-21)
+    exact = has_avx2()      # else torch.linspace rounds 3 times more, and the squares twice that
+    assert_allclose(ours.betas, theirs.betas.numpy(), rtol=0 if exact else 6 * 2**-23)
     assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=0 if exact else 1e-5)
     assert ours.betas.dtype == ours.alphas_cumprod.dtype == ours.sigmas.dtype == np.float32
     assert ours.num_train_timesteps == len(theirs.betas)

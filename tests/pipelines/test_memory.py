@@ -48,9 +48,9 @@ def test_attention_grows_with_the_tokens(path, backward):
                     else ops.attention(x, x, x, 2))
 
     with path():
-        small, large = held(2048), held(8192)
+        small, large = held(1024), held(4096)
     assert large <= GROWTH * small
-    assert large < 2 * 8192 ** 2 * 4, "all scores at once"
+    assert large < 2 * 4096 ** 2 * 4, "all scores at once"
 
 
 @both_paths
@@ -157,20 +157,25 @@ def traced():
 
 def test_scratch_memory_is_given_back(traced):
     x, weight = normal(1, 64, 64, 32), normal(3, 3, 32, 32)
-    ops.conv2d(x, weight, padding=(1, 1))
+    with backend.plain(False):
+        ops.conv2d(x, weight, padding=(1, 1))
     assert traced() > 1e6
     backend.free_scratch()
+    assert_little(traced)
+
+
+def assert_little(traced):
+    for _ in range(100):                # a worker thread drops its last task a moment later
+        if traced() < 1e5:
+            break
+        time.sleep(0.05)
     assert traced() < 1e5
 
 
 def test_a_drawing_leaves_no_scratch_memory(traced):
     pipe = tinyldm.load()
     pipe("a red circle", num_inference_steps=1)
-    for _ in range(100):                # a worker thread drops its last task a moment later
-        if traced() < 1e5:
-            break
-        time.sleep(0.05)
-    assert traced() < 1e5
+    assert_little(traced)
 
 
 def test_low_memory_decodes_without_the_unets_scratch_memory(monkeypatch):

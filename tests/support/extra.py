@@ -77,10 +77,8 @@ def is_left_out(file):
     return False
 
 
-def header():
-    """A line about what is missing, or nothing."""
-    if not MISSING:
-        return []
+def what_it_adds():
+    """A line for the end of a run without the test extra."""
     files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if is_left_out(file)]
-    return (f"without the test extra ({', '.join(MISSING)}): {len(files)} files that compare with "
-            "it are left out, and tests in others skipped; pip install -e '.[test]' adds them")
+    return (f"without {', '.join(MISSING)}: {len(files)} files of comparisons with them were left "
+            "out, and tests of other files skipped; pip install -e '.[test]' adds them")
