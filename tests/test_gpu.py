@@ -77,7 +77,7 @@ CASES = [
 
 
 def test_every_op_has_a_case():
-    pairs = {name.removesuffix("_backward") for name in ops.__all__ if name.endswith("_backward")}
+    pairs = {name.removesuffix("_backward") for name in vars(ops) if name.endswith("_backward")}
     assert pairs - {"split"} <= {name for name, *_ in CASES}        # split has no arithmetic
 
 

@@ -321,7 +321,7 @@ def test_a_pipe_that_is_closed(module, stderr, weights, out):
 
 
 def test_the_bundled_model(tmp_path):
-    process = run("a red circle on a blue background", folder=tmp_path)
+    process = run("a red circle on a blue background", "--steps", 5, folder=tmp_path)
     assert process.returncode == 0, process.stderr
     picture = Image.open(tmp_path / "out.png")
     assert picture.size == (64, 64) and "Model: shapes" in picture.text["parameters"]

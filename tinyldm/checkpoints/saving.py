@@ -40,20 +40,15 @@ def write_pipeline(folder, models, tokenizers, scheduler, settings, dtype):
                for part, model in models.items()}
     classes |= {part: ["transformers", "CLIPTokenizer"] for part in tokenizers}
     classes["scheduler"] = ["diffusers", class_name(scheduler)]
-    name = pipeline_name(models)
+    unet, xl = models["unet"].settings, "text_encoder_2" in models
+    inpainting = unet.in_channels != unet.out_channels
+    name = f"StableDiffusion{'XL' * xl}{'Inpaint' * inpainting}Pipeline"
+    if unet.time_cond_proj_dim and not xl and not inpainting:
+        name = "LatentConsistencyModelPipeline"
     absent = ["feature_extractor", "image_encoder"]
-    if "XL" not in name:
+    if not xl:
         absent.append("safety_checker")
         settings = settings | {"requires_safety_checker": False}
     index = {"_class_name": name, "_diffusers_version": "0.30.0", **settings, **classes,
              **{part: [None, None] for part in absent}}
     write_json(folder / "model_index.json", dict(sorted(index.items())))
-
-
-def pipeline_name(models):
-    """The diffusers class of the pipeline with these {part: model}."""
-    unet, xl = models["unet"].settings, "text_encoder_2" in models
-    inpainting = unet.in_channels != unet.out_channels
-    if unet.time_cond_proj_dim and not xl and not inpainting:
-        return "LatentConsistencyModelPipeline"
-    return f"StableDiffusion{'XL' * xl}{'Inpaint' * inpainting}Pipeline"

@@ -17,6 +17,7 @@ Stable Diffusion 1.x with latents of 64×64 (on the right the skips, channels on
 """
 from collections import namedtuple
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from .. import ops
 from ..backend import wide
@@ -179,7 +180,7 @@ class UNet2DConditionModel(Module):
     def backward(self, dy, tape):
         dh = self.conv_out.backward(dy, tape)
         dh = self.conv_norm_out.backward(dh, tape)
-        grads = Gradients()
+        grads = SimpleNamespace(skips=[], temb=0, context=0)    # of the blocks: a stack, two sums
         for block in reversed(self.up_blocks):
             dh = block.backward(dh, grads, tape)
         dh = self.mid_block.backward(dh, grads, tape)
@@ -209,13 +210,6 @@ class UNetGradients(namedtuple("UNetGradients", "latents context")):
     """
 
     timestep_cond = text_embeds = None
-
-
-class Gradients:
-    """What backward gathers in the blocks: a stack for the skips, sums for temb and context."""
-
-    def __init__(self):
-        self.skips, self.temb, self.context = [], 0, 0
 
 
 class TimestepEmbedding(Module):

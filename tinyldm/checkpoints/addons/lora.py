@@ -19,17 +19,15 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ...backend import get_xp, wide
 from ...errors import TinyldmError
-from ...layers import Conv2d, Linear, Parameter, named_modules
+from ...layers import Conv2d, Linear, named_modules
 from ..components import shorten
 from ..formats.reading import read_tensors
 from ..formats.safetensors_file import read_metadata
-from ..formats.stored import StoredTensor
 from ..layout import OUR_AXES, file_shape
 from ..single_file.kinds import model_of_width
 from ..single_file.names import unet_name
@@ -52,15 +50,6 @@ RELATIVES = {r"\.lora_mid\.": "a LoCon in Tucker's form (lora_mid)", r"\.hada_":
 ADAPTER = "lora_adapter_metadata"                       # in the header, written by diffusers
 
 
-class Change(NamedTuple):
-    """The change of one weight."""
-
-    parameter: Parameter
-    down: StoredTensor
-    up: StoredTensor
-    scale: float                                        # alpha / rank
-
-
 def merge_lora(parts, path, weight, dtype):
     """Add a LoRA to the weights of models: W += weight * alpha / rank * up @ down.
 
@@ -70,20 +59,20 @@ def merge_lora(parts, path, weight, dtype):
     Raises TinyldmError, before anything is changed, for a file that is not a LoRA, one for another
     model or with another formula, names that match nothing, half a pair, and numbers not finite.
     """
-    for change in read_lora(parts, Path(path)):
-        W, shape = change.parameter.data, file_shape(change.parameter)
+    for parameter, down, up, scale in read_lora(parts, Path(path)):
+        W, shape = parameter.data, file_shape(parameter)
         xp, sums = get_xp(W), wide(np.promote_types(W.dtype, dtype))
-        up, down = (xp.asarray(tensor.read(sums)) for tensor in (change.up, change.down))
+        down, up = (xp.asarray(tensor.read(sums)) for tensor in (down, up))
         delta = up.reshape(up.shape[:2]) @ down.reshape(len(down), -1)      # (O,r) @ (r,C*K*K)
-        delta = (weight * change.scale * delta).reshape(shape)              # (O,C) or (O,C,K,K)
+        delta = (weight * scale * delta).reshape(shape)              # (O,C) or (O,C,K,K)
         delta = delta.transpose(OUR_AXES) if delta.ndim == 4 else delta     # (K,K,C,O)
-        change.parameter.data = xp.ascontiguousarray((W + delta).astype(dtype))
+        parameter.data = xp.ascontiguousarray((W + delta).astype(dtype))
 
 
 # ---- reading and checking -------------------------------------------------------------------
 
 def read_lora(parts, path):
-    """A file's changes of the weights of parts -> [Change]. Raises TinyldmError: see merge_lora."""
+    """A file -> [(the Parameter that changes, down, up, alpha / rank)]. Raises: see merge_lora."""
     stored = read_tensors(path)
     for pattern, relative in RELATIVES.items():
         if any(re.search(pattern, name) for name in stored):
@@ -112,15 +101,15 @@ def read_lora(parts, path):
         if rank:
             alpha = (float(pair["alpha"].read(np.float64).reshape(-1)[0]) if "alpha" in pair
                      else adapter_alpha(settings, target[0], layer, rank, path))
-            changes.append(Change(parameter, pair["down"], pair["up"], alpha / rank))
+            changes.append((parameter, pair["down"], pair["up"], alpha / rank))
         else:
             wrong.append(f"{layer} (expected {file_shape(parameter)}, found up "
                          f"{pair['up'].shape} and down {pair['down'].shape})")
     if wrong:
         raise TinyldmError(f"{path} was made for another model: shapes that do not fit are "
                            f"{shorten(wrong)}")
-    for change in changes:
-        for tensor in (change.down, change.up):
+    for _, down, up, _ in changes:
+        for tensor in (down, up):
             tensor.read(np.float32)                     # raises if a number is not finite
     return changes
 

@@ -54,11 +54,11 @@ def by_part(stored, text_layers):
             continue
         prefix, part, rename = next(row for row in PREFIXES if name.startswith(row[0]))
         inner, tensors = name.removeprefix(prefix), found.setdefault(part, {})
-        if rename is not open_clip_names:
-            renamed = {rename(inner): tensor}
-        else:
+        if rename is open_clip_names:
             dropped = _is_dropped(part, inner, text_layers)
             renamed = {} if dropped else open_clip_names(inner, tensor)
+        else:
+            renamed = {rename(inner) if rename else inner: tensor}
         for public, piece in renamed.items():
             tensors[name if public in tensors else public] = piece
     rest = found.pop(None, {})
@@ -95,8 +95,7 @@ def unet_name(name):
         number, inner = int(match[1]), match[2]
         return ("mid_block." + (f"attentions.0.{inner}" if number == 1 else
                                 f"resnets.{number // 2}.{_renamed(inner, UNET_RESNET)}"))
-    match = UNET_BLOCK.fullmatch(name)
-    if not match:
+    if not (match := UNET_BLOCK.fullmatch(name)):
         return name
     side, number, module, inner = match[1], int(match[2]), int(match[3]), match[4]
     down = side == "input"
@@ -147,8 +146,7 @@ def open_clip_names(name, tensor):
         return {OPEN_CLIP[name]: tensor}
     if name == "text_projection":
         return {"text_projection.weight": tensor.transposed()}
-    match = OPEN_CLIP_LAYER.fullmatch(name)
-    if not match:
+    if not (match := OPEN_CLIP_LAYER.fullmatch(name)):
         return {name: tensor}
     layer, inner = f"text_model.encoder.layers.{match[1]}.", match[2]
     if inner in ("attn.in_proj_weight", "attn.in_proj_bias") and tensor.shape:
@@ -165,19 +163,15 @@ def _is_dropped(part, name, text_layers):
         name == "text_projection" or name.startswith(f"transformer.resblocks.{text_layers}."))
 
 
-def _same(name):
-    return name
-
-
-# The beginning of a name, the part it belongs to, and the rule for the rest of the name.
+# The beginning of a name, the part it belongs to, and the rule for the rest of the name, if any.
 PREFIXES = (
     ("model.diffusion_model.", "unet", unet_name),
     ("first_stage_model.", "vae", vae_name),
     ("vae.", "vae", vae_name),                          # re-packed files
-    ("cond_stage_model.transformer.", "text_encoder", _same),
+    ("cond_stage_model.transformer.", "text_encoder", None),
     ("cond_stage_model.model.", "text_encoder", open_clip_names),
-    ("conditioner.embedders.0.transformer.", "text_encoder", _same),
+    ("conditioner.embedders.0.transformer.", "text_encoder", None),
     ("conditioner.embedders.0.model.", "text_encoder", open_clip_names),
     ("conditioner.embedders.1.model.", "text_encoder_2", open_clip_names),
-    ("", None, _same),                                  # of no part
+    ("", None, None),                                   # of no part
 )
