@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.support import strict
-from tests.support.gpu import LARGE, PROMPT, draw
+from tests.support.gpu import LARGE, PROMPT, draw, sampled
 from tests.support.models import CLIPS, UNETS, VAES, vae_config
 from tests.support.pictures import hole, picture
 from tests.support.schedulers import SD15
@@ -207,17 +207,7 @@ def test_the_models_use_every_layer():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers(name, xp):
     """The same states as on the host, in float32."""
-    def states(library):
-        rng = np.random.default_rng(0)
-
-        def draw_noise():
-            return library.asarray(rng.standard_normal((2, 4, 4, 4), np.float32))
-
-        def predict(x, t):
-            return 0.5 * x + library.sin(x * (1 + t / 1000))
-        return list(SAMPLERS[name](predict, draw_noise(), Schedule.from_config(SD15), 7,
-                                   draw_noise))
-    for ours, expected in zip(states(xp), states(np), strict=True):
+    for ours, expected in zip(sampled(name, xp), sampled(name, np), strict=True):
         for array, same in ((ours.latents, expected.latents), (ours.pred_x0, expected.pred_x0)):
             assert array.dtype == np.float32
             np.testing.assert_array_equal(array.get(), same)

@@ -11,12 +11,10 @@ import pytest
 from tests.support import models, strict
 from tests.support.checks import gradients_of
 from tests.support.extra import no_gpu
-from tests.support.gpu import PROMPT
-from tests.support.schedulers import SD15
+from tests.support.gpu import PROMPT, sampled
 from tests.support.tolerance import assert_close, assert_same_pixels, within
 from tinyldm import backend, layers, ops
 from tinyldm.diffusion.samplers import SAMPLERS
-from tinyldm.diffusion.schedule import Schedule
 from tinyldm.layers import Tape
 from tinyldm.pipelines.stable_diffusion import load
 
@@ -164,17 +162,7 @@ def test_models(name, dtype, xp):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers(name, xp):
-    def states(library):
-        rng = np.random.default_rng(0)
-
-        def draw_noise():
-            return library.asarray(rng.standard_normal((2, 4, 4, 4), np.float32))
-
-        def predict(x, t):
-            return 0.5 * x + library.sin(x * (1 + t / 1000))
-        return list(SAMPLERS[name](predict, draw_noise(), Schedule.from_config(SD15), 7,
-                                   draw_noise))
-    for ours, theirs in zip(states(xp), states(np), strict=True):
+    for ours, theirs in zip(sampled(name, xp), sampled(name, np), strict=True):
         assert_close(backend.to_host(ours.latents), theirs.latents, 1e-4, "latents")
         assert_close(backend.to_host(ours.pred_x0), theirs.pred_x0, 1e-4, "pred_x0")
 

@@ -1,10 +1,13 @@
-"""What the tests of a GPU share: a picture drawn, ops at float16's limits."""
+"""What the tests of a GPU share: a picture, a sampling, ops at float16's limits."""
 import math
 
 import numpy as np
 
 from tests.support import strict
+from tests.support.schedulers import SD15
 from tinyldm import backend, ops
+from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.diffusion.schedule import Schedule
 from tinyldm.images import to_pil
 
 PROMPT = "a big red ring above a small green square on a white background"
@@ -52,3 +55,15 @@ LARGE = [
                    num_groups=1, eps=1e-5)[0, 0], ROW / ROW.std()),
     (lambda: large("attention", *np.full((3, 1, 2, 64), 200.0), num_heads=1), 200),
 ]
+
+
+def sampled(name, xp):
+    """The states of a sampler over 7 steps of a made-up model, in an array library."""
+    rng = np.random.default_rng(0)
+
+    def draw_noise():
+        return xp.asarray(rng.standard_normal((2, 4, 4, 4), np.float32))
+
+    def predict(x, t):
+        return 0.5 * x + xp.sin(x * (1 + t / 1000))
+    return list(SAMPLERS[name](predict, draw_noise(), Schedule.from_config(SD15), 7, draw_noise))

@@ -59,22 +59,6 @@ LAYOUTS = {
 
 # ---- pipelines ------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return small_pipelines.toy(tmp_path_factory.mktemp("whole"))
-
-
-@pytest.fixture(scope="module")
-def original(folder):
-    return Reference(folder)
-
-
-@pytest.fixture
-def reference(original):
-    """A copy of diffusers' pipeline, which a test may change."""
-    return copy.deepcopy(original)
-
-
 def weights(pipe):
     return {(part, name): parameter.data for part in PARTS
             for name, parameter in getattr(pipe, part).named_parameters()}

@@ -1,5 +1,4 @@
 """Textual inversions: prompts and pictures against diffusers with the same files."""
-import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,21 +19,6 @@ from tinyldm.text import prompt, tokenizer
 
 TEXTS = [f"a photo of {WORD} riding a horse", f"{WORD}{WORD}, red", f"on{WORD}s", f"{WORD}_1", "",
          "red cat <Cat-Toy> low"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return small_pipelines.toy(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module")
-def original(folder):
-    return Reference(folder)
-
-
-@pytest.fixture
-def reference(original):
-    return copy.deepcopy(original)
 
 
 @pytest.fixture
