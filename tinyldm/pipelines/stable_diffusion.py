@@ -206,14 +206,16 @@ class StableDiffusion:
     def load_lora(self, path, weight=1.0):
         """Add a LoRA, times `weight`, to the weights; adding it with -weight undoes it.
 
-        path: a .safetensors file, or one that torch.save wrote, with the names of kohya, peft or
-        diffusers. Several may be added one after another. See checkpoints/addons/lora.py.
+        path: a .safetensors file, or one that torch.save wrote, with the names of kohya, LyCORIS
+        (LoCon, LoHa, LoKr), peft or diffusers. Several may be added one after another, also one
+        twice. The text encoders learn the words that come with it. A note names what is left out.
+        See checkpoints/addons/lora.py.
         Raises TinyldmError, and changes nothing, for a file that does not fit this model.
         """
         from ..checkpoints import merge_lora
 
         check_finite("weight", weight)
-        merge_lora(self.models, path, float(weight), self.unet.dtype)
+        merge_lora(self.models, path, float(weight), self.unet.dtype, self._encoders)
 
     def load_textual_inversion(self, path, token=None):
         """Add a learned word to the vocabulary, for use in prompts.
@@ -226,7 +228,11 @@ class StableDiffusion:
         """
         from ..checkpoints import add_word
 
-        add_word(dict(zip(("text_encoder", "text_encoder_2"), self._readers)), path, token)
+        add_word(self._encoders, path, token)
+
+    @property
+    def _encoders(self):
+        return dict(zip(("text_encoder", "text_encoder_2"), self._readers))
 
     # ---- options ----------------------------------------------------------------------------
 
