@@ -68,6 +68,10 @@ def parse(arguments):
     parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, "
                         "euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, "
                         "dpmpp_2m_sde_karras, unipc or lcm (the weights' own)")
+    parser.add_argument("--timestep-spacing", metavar="NAME", help="how the steps are spread over "
+                        "the training timesteps: leading, trailing or linspace (the weights' own; "
+                        "for a single file in up to 8 steps without guidance, as Turbo models take "
+                        "them, trailing)")
     parser.add_argument("--noise", metavar="NAME", default="torch-cpu", help="whose normal numbers "
                         "the seed stands for: torch-cpu, torch-cuda or numpy (torch-cpu)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
