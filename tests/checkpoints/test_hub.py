@@ -333,6 +333,29 @@ def test_an_addon_by_the_name_of_its_repository(files, expected, hub, tmp_path, 
     assert resolve_addon(f"owner/toy/{expected}", "learned_embeds").read_text() == expected
 
 
+def test_a_pipeline_loads_addons_from_the_hub(hub, weights, tmp_path):
+    """The bytes that the hub sends change the model as the local file does."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    pipe, local = tinyldm.load(weights), tinyldm.load(weights)
+    O, C = pipe.unet.mid_block.attentions[0].proj_in.weight.shape[-1], 2
+    word = {"<toy>": np.ones((1, pipe.text_encoder.config["hidden_size"]), np.float32)}
+    safetensors.numpy.save_file(word, folder / "learned_embeds.safetensors")
+    safetensors.numpy.save_file({f"{layer}.lora_down.weight": np.ones((C, O), np.float32),
+                                 f"{layer}.lora_up.weight": np.ones((O, C), np.float32)},
+                                folder / "pytorch_lora_weights.safetensors")
+    hub.repositories["owner/toy"] = folder
+    local.load_lora(folder / "pytorch_lora_weights.safetensors", 0.5)
+    local.load_textual_inversion(folder / "learned_embeds.safetensors")
+    assert not np.array_equal(picture(pipe), picture(local))
+    pipe.load_lora("owner/toy", 0.5)
+    pipe.load_textual_inversion("https://huggingface.co/owner/toy")
+    assert_same_weights(pipe.unet, local.unet)
+    assert np.array_equal(pipe.encode_prompt("a <toy>"), local.encode_prompt("a <toy>"))
+    assert np.array_equal(picture(pipe), picture(local))
+
+
 def test_a_repository_of_several_addons(hub, tmp_path):
     put(tmp_path / "many", "b.safetensors", "a.safetensors", "c.pt", "sdxl/d.safetensors")
     hub.repositories["owner/many"] = tmp_path / "many"

@@ -84,9 +84,9 @@ def _ask(name):
     """The names of all files of a repository; [] if the hub cannot be reached."""
     import huggingface_hub
 
-    repository, _, revision = name.partition("@")
+    repository, at = _repository(name)
     try:
-        info = huggingface_hub.HfApi().model_info(repository, revision=revision or None)
+        info = huggingface_hub.HfApi().model_info(repository, **at)
         return [file.rfilename for file in info.siblings]
     except Exception:                                   # fetch reports the reason, if it matters
         return []
@@ -106,14 +106,19 @@ def fetch(name, files):
     """
     import huggingface_hub  # here, because it is slow to import and seldom needed
 
-    repository, _, revision = name.partition("@")
+    repository, at = _repository(name)
     patterns = [glob.escape(file) for file in files]    # the library takes patterns, not names
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None,
-                                                      allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **at))
     except Exception as error:                          # the library's and the network's errors
         raise TinyldmError(f"{name} is not here and could not be downloaded from the Hugging Face "
                            f"hub: {_reason(name, error)}") from None
+
+
+def _repository(name):
+    """owner/name or owner/name@revision -> owner/name, the library's argument for the revision."""
+    repository, _, revision = name.partition("@")
+    return repository, {"revision": revision} if revision else {}
 
 
 def _reason(name, error):
