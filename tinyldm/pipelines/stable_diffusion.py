@@ -208,9 +208,10 @@ class StableDiffusion:
         """Add a LoRA, times `weight`, to the weights; adding it with -weight undoes it.
 
         path: a .safetensors file, or one that torch.save wrote, with the names of kohya, LyCORIS
-        (LoCon, LoHa, LoKr), peft or diffusers; or a name or page on the hub. Several may be added one after another, also one
-        twice. The text encoders learn the words that come with it. A note names what is left out.
-        See checkpoints/addons/lora.py.
+        (LoCon, LoHa, LoKr), peft or diffusers; or a name or page on the hub, owner/name or
+        owner/name/file. Several may be added one after another, also one twice. The text encoders
+        learn the words that come with it. A note names what is left out. See
+        checkpoints/addons/lora.py.
         Raises TinyldmError, and changes nothing, for a file that does not fit this model.
         """
         from ..checkpoints import merge_lora, resolve_addon
