@@ -1,7 +1,9 @@
 """Write a whole pipeline as a folder in the public diffusers layout, which folders.py reads."""
 from pathlib import Path
 
+from ..errors import TinyldmError
 from ..files import new_folder, write_json
+from ..models.unet import UNet2DConditionModel
 from .components import class_name, float_type, save_model
 
 
@@ -15,6 +17,9 @@ def save(pipe, folder, dtype=None):
     are not finite in dtype; nothing is left behind then.
     """
     dtype = float_type(dtype)
+    if not isinstance(pipe.unet, UNet2DConditionModel):
+        raise TinyldmError("the pipeline's UNet is a function, which no folder can hold: set "
+                           "pipe.unet to a UNet2DConditionModel")
     tokenizers = {"tokenizer": pipe.tokenizer.save}
     settings = {"_num_inference_steps": pipe.num_inference_steps}
     if pipe.tokenizer_2:
