@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.support.training import SIZE, trainer_of
 from tinyldm.cli.draw import status
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Parameter
@@ -15,21 +16,6 @@ from tinyldm.training import loop, state
 from tinyldm.training.loop import Trainer
 from tinyldm.training.optim import Muon, load_ema
 from tinyldm.training.state import read_npz, write_npz
-
-SIZE = 6
-
-
-def trainer_of(path, steps=5, optimizer=loop.AdamW, rate=0.1):
-    """A trainer of one vector towards noisy targets, and its batch_loss."""
-    parameter = Parameter(SIZE)
-    parameter.data = np.zeros(SIZE)
-    trainer = Trainer(path, [("x", parameter)], steps, rate, warmup=2, optimizer=optimizer)
-
-    def batch_loss(rng):
-        difference = parameter.data - rng.standard_normal(SIZE)
-        parameter.add_grad(difference)
-        return {"loss": float((difference ** 2).sum())}
-    return trainer, batch_loss
 
 
 def content(path):
@@ -265,7 +251,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from tests.training.test_state import trainer_of
+from tests.support.training import trainer_of
 from tinyldm.training import loop
 loop.SAVE_EVERY = -1
 owner, name, before, call = sys.argv[2], sys.argv[3], sys.argv[4] == "True", int(sys.argv[5])
