@@ -53,6 +53,18 @@ def test_noise_of_another_kind_is_recorded(weights, out):
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
+def test_timestep_spacing(weights, out, capsys):
+    path = out / "out.png"
+    arguments = ["a cat", "--weights", str(weights), "--steps", "2", "--output", str(path)]
+    assert main([*arguments, "--timestep-spacing", "trailing"]) == 0
+    expected, = load(weights)("a cat", num_inference_steps=2, timestep_spacing="trailing")
+    picture = Image.open(path)
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    assert ", Timestep spacing: trailing, " in picture.text["parameters"]
+    assert main([*arguments, "--timestep-spacing", "middle"]) == 2
+    assert "must be leading, linspace or trailing, not 'middle'" in capsys.readouterr().err
+
+
 def test_guidance_rescale_and_the_steps_of_heun(weights, out, capsys):
     path = out / "out.png"
     assert main(["a cat", "--weights", str(weights), "--steps", "3", "--guidance-rescale", "0.7",

@@ -57,7 +57,7 @@ class Screen:
         return ["".join(char for char, *_ in line).rstrip() for line in self.lines]
 
     def pictures(self):
-        """Blocks of lines with half blocks in them -> arrays (2*lines, columns, 3), from the top."""
+        """Blocks of lines with half blocks in them -> arrays (2*lines, columns, 3), top first."""
         found, rows = [], []
         for line in [*self.lines, self._line()]:
             cells = [cell[1:] for cell in line if cell[0] == "\u2580"]

@@ -131,7 +131,9 @@ def _load_file(path, dtype, low_memory, ema):
     for part, model in models.items():
         own = {name: tensors[f"{part}.{name}"] for name, _ in model.named_parameters()}
         fill(model, own, misfit, _dtype(model.config, dtype), low_memory)
-    return PipelineParts(**models, scheduler=kind.scheduler, tokenizer=tokenizer,
+    # A Turbo's file looks like its base model's: see StableDiffusion.complete.
+    scheduler = kind.scheduler | {"_assumed": True}
+    return PipelineParts(**models, scheduler=scheduler, tokenizer=tokenizer,
                          padding=kind.padding, index={}, padding_2=kind.padding_2,
                          tokenizer_2=tokenizer if kind.padding_2 else None)
 

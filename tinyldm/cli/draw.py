@@ -153,18 +153,19 @@ class Picture(NamedTuple):
 
         args, pipe = self.args, self.pipe
         frames = []
-        sampler = pipe.sampler(args.sampler)
-        steps = pipe.num_inference_steps if args.steps is None else args.steps
         reading = "reading the prompt" + " and the picture" * (job.image is not None)
         with self.timed(reading), stage(reading):
-            asked = request(job, args)
             size = pipe.size(args.width, args.height, job.image)
             check_scale(args.scale, size)
+            asked = pipe.complete(request(job, args))
+            steps, sampler = asked.num_inference_steps, asked.sampler
             states = pipe.stream(**vars(asked))
             if job.image and args.width is None and args.height is None:
                 advise_on_size(pipe, size)
             edit = pipe.edit(job.image, args.strength, job.mask, sampler)
-            text = parameters(args, job, steps, sampler, size, edit)
+            own = asked.timestep_spacing == pipe.schedule.timestep_spacing
+            spacing = None if own else asked.timestep_spacing
+            text = parameters(args, job, steps, sampler, size, edit, spacing)
         with self.timed("drawing"):
             for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
                 step = state.step + 1
@@ -201,14 +202,15 @@ def columns(count):
 def thumbnail(image, count):
     """A PIL image, smaller where `count` of them would make a sheet larger than SHEET pixels."""
     most = max(SHEET // columns(count) - GAP, 1)
-    factor = max(image.size) / most
-    return image if factor <= 1 else image.resize([max(int(side / factor), 1) for side in image.size])
+    if max(image.size) <= most:
+        return image
+    return image.resize([max(side * most // max(image.size), 1) for side in image.size])
 
 
 def check_scale(scale, size):
     if scale > 1 and max(size) * scale > LARGEST_SIDE:
-        raise TinyldmError(f"--scale {scale} would make the {size[0]}x{size[1]} picture larger than "
-                           f"{LARGEST_SIDE} pixels: take at most {LARGEST_SIDE // max(size)}")
+        raise TinyldmError(f"--scale {scale} would make a picture of {size[0]}x{size[1]} larger "
+                           f"than {LARGEST_SIDE} pixels: take at most {LARGEST_SIDE // max(size)}")
 
 
 def advise(pipe):
@@ -258,7 +260,7 @@ def stage(name):
         bar.update()
 
 
-def parameters(args, job, steps, sampler, size, edit):
+def parameters(args, job, steps, sampler, size, edit, spacing=None):
     """How a picture was made, in the format that web interfaces store in PNG files and read."""
     lines = [str(ends(job.prompt)[0])]
     if args.negative:
@@ -268,6 +270,7 @@ def parameters(args, job, steps, sampler, size, edit):
     values = {
         "Steps": steps,
         "Sampler": sampler,
+        "Timestep spacing": spacing,
         "CFG scale": f"{args.guidance:g}",
         "CFG rescale": f"{args.guidance_rescale:g}" if args.guidance_rescale else None,
         "Seed": seed,

@@ -168,6 +168,9 @@ def how_to_draw(add):
     add("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, euler_ancestral, heun, lms, "
         "dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, dpmpp_2m_sde_karras, unipc or lcm (the weights' "
         "own)")
+    add("--timestep-spacing", metavar="NAME", help="how the steps are spread over the training "
+        "timesteps: leading, trailing or linspace (the weights' own; for a single file in up to 8 "
+        "steps without guidance, as Turbo models take them, trailing)")
     add("--noise", metavar="NAME", default="torch-cpu", help="whose normal numbers the seed "
         "stands for: torch-cpu, torch-cuda or numpy (torch-cpu)")
 
@@ -350,7 +353,8 @@ def request(job, args):
 
     return Request(job.prompt, args.negative, args.steps, args.guidance, job.seed, args.width,
                    args.height, sampler=args.sampler, noise=args.noise, image=job.image,
-                   guidance_rescale=args.guidance_rescale, strength=args.strength, mask=job.mask)
+                   guidance_rescale=args.guidance_rescale, strength=args.strength, mask=job.mask,
+                   timestep_spacing=args.timestep_spacing)
 
 
 def interpolates(args):

@@ -16,7 +16,7 @@ from ..images import save, to_pil
 DECODED = 256 * 256         # pixels: up to this size the VAE is fast enough for previews
 PATCHES = 8                 # per side, of one colour each, to which the linear map is fitted
 FRAME, LAST_FRAME = 120, 2000   # milliseconds
-BAR = 2                     # lines below a picture in the terminal: the bar, and how long decoding took
+BAR = 2                     # lines below a picture in the terminal: two progress bars
 
 
 class Preview:

@@ -11,10 +11,11 @@ import numpy as np
 
 from ..backend import is_finite
 from ..diffusion.samplers import check_name
+from ..diffusion.schedule import SPACINGS
 from ..errors import TinyldmError
-from ..images import check_image
+from ..images import check_image, decoded
 from ..noise import get_generator
-from .interpolation import BetweenGenerator, ends, mixed
+from .interpolation import Between, BetweenGenerator, ends, mixed
 
 LARGEST = 8192              # pixels per side; more is a typing mistake, not a picture
 MOST_STEPS, MOST_IMAGES = 1000, 10_000                  # the same
@@ -47,6 +48,9 @@ class Request:
         Default: 0.8, with a mask 1.
     mask: a PIL image, white where to paint and black where the image is to stay. A model made for
         inpainting requires an image and a mask.
+    timestep_spacing: how the steps are spread over the training timesteps, "leading", "trailing" or
+        "linspace". Default: the weights' own. A single file does not say its own: there, few steps
+        without guidance take "trailing", as Turbo, Lightning and Hyper models need.
 
     The prompts, the seed and the image may each be an interpolation.Between, which mixes two.
     Raises TinyldmError for a value that is wrong for every pipeline.
@@ -67,6 +71,7 @@ class Request:
     image: Any = None
     strength: float | None = None
     mask: Any = None
+    timestep_spacing: str | None = None
 
     def __post_init__(self):
         if self.num_inference_steps is not None:
@@ -79,13 +84,24 @@ class Request:
                 check_pixels(name, getattr(self, name))
         if self.sampler is not None:
             check_name(self.sampler)
+        if self.timestep_spacing not in (None, *SPACINGS):
+            raise TinyldmError(f"timestep_spacing must be {', '.join(SPACINGS[:-1])} or "
+                               f"{SPACINGS[-1]}, not {self.timestep_spacing!r}")
         check_edit(self.image, self.strength, self.mask)
+        for name in ("image", "mask"):                  # decoded here, once, for all that read them
+            object.__setattr__(self, name, _decoded(name, getattr(self, name)))
 
     def generators(self):
         """One generator of normal numbers per image; raises TinyldmError for a wrong seed."""
         generator = get_generator(self.noise)
         return [mixed(self.seed, lambda seed, i=i: generator(seed + i if i else seed),
                       BetweenGenerator) for i in range(self.num_images)]
+
+
+def _decoded(name, image):
+    if isinstance(image, Between):
+        return image._replace(first=decoded(name, image.first), second=decoded(name, image.second))
+    return None if image is None else decoded(name, image)
 
 
 def check_finite(name, value):

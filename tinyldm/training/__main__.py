@@ -7,7 +7,7 @@ from ..cli.console import status
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
     def run():
-        from ..shapes.recipe import run                 # here, so that Ctrl-C may come now
+        from ..shapes.recipe import run  # here, so that Ctrl-C may come now
         run(arguments)
     return status(run, interrupted="stopped; the same command resumes")
 

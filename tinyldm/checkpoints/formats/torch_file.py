@@ -57,7 +57,10 @@ def read_torch(path):
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):
         word = content.get("name")
         word = word if isinstance(word, str) else NAMELESS
-        content = {word: next(iter(content["string_to_param"].values()), None)}
+        vectors = next(iter(content["string_to_param"].values()), None)
+        content = {word: vectors}
+        if isinstance(vectors, dict) and len(vectors) > 1:      # for SDXL's two text encoders
+            content = {f"{word}.{name}": tensor for name, tensor in vectors.items()}
     if not isinstance(content, dict):
         raise TinyldmError(f"{path} must hold tensors by name, not a {type(content).__name__}: "
                            "use another file")
