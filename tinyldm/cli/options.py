@@ -237,7 +237,12 @@ def path(text):
 
 
 def lora(text):
-    """FILE or FILE:WEIGHT -> (file, weight): what follows the last colon, if it is a number."""
+    """FILE or FILE:WEIGHT -> (file, weight): what follows the last colon, if it is a number.
+
+    A file may itself be named so: it counts if it is there.
+    """
+    if os.path.isfile(text):
+        return text, 1.0
     file, colon, weight = text.rpartition(":")
     try:
         return (file, float(weight)) if colon else (text, 1.0)

@@ -218,14 +218,16 @@ class StableDiffusion:
         """Add a LoRA, times `weight`, to the weights; adding it with -weight undoes it.
 
         path: a .safetensors file, or one that torch.save wrote, with the names of kohya, LyCORIS
-        (LoCon, LoHa, LoKr), peft or diffusers. Several may be added one after another, also one
-        twice. The text encoders learn the words that come with it. A note names what is left out.
-        See checkpoints/addons/lora.py.
+        (LoCon, LoHa, LoKr), peft or diffusers; or a name or page on the hub, owner/name or
+        owner/name/file. Several may be added one after another, also one twice. The text encoders
+        learn the words that come with it. A note names what is left out. See
+        checkpoints/addons/lora.py.
         Raises TinyldmError, and changes nothing, for a file that does not fit this model.
         """
-        from ..checkpoints import merge_lora
+        from ..checkpoints import merge_lora, resolve_addon
 
         check_finite("weight", weight)
+        path = resolve_addon(path, "pytorch_lora_weights")
         merge_lora(self.models, path, float(weight), self.unet.dtype, self._encoders)
         self.language = None                            # it may know more now
 
@@ -238,9 +240,9 @@ class StableDiffusion:
         Raises TinyldmError, and changes nothing, for a file that does not fit this model and for a
         word that is already in the vocabulary.
         """
-        from ..checkpoints import add_word
+        from ..checkpoints import add_word, resolve_addon
 
-        add_word(self._encoders, path, token)
+        add_word(self._encoders, resolve_addon(path, "learned_embeds"), token)
         self.language = None                            # it knows one word more
 
     @property
