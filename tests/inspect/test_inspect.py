@@ -168,6 +168,22 @@ def test_a_header_as_long_as_a_pickles_first_bytes(tmp_path, said):
     assert lines[2:4] == ["kind: unknown, with keys such as none", "precision: no tensors"]
 
 
+def test_names_of_tensors_do_not_steer_the_terminal(tmp_path, said):
+    names = ["a\x1b[2J.b", "c\n  total 9 9", "d\u202e.e", "total", "x" * 1_000_000]
+    write_safetensors({name: np.ones(2, np.float32) for name in names}, tmp_path / "a.safetensors")
+    lines = said(tmp_path / "a.safetensors")
+    assert max(map(len, lines)) < 1000 and all(map(str.isprintable, lines))
+    assert {"a?[2J 1 2", "c total 9 9 1 2", "d? 1 2", "total 1 2"} < set(lines)
+    assert lines[-1] == "total 5 10"
+
+
+def test_a_table_of_many_modules_is_cut(tmp_path, said):
+    tensors = {f"{i:05}": np.ones(1, np.float32) for i in range(5000)}
+    write_safetensors(tensors, tmp_path / "a.safetensors")
+    lines = said(tmp_path / "a.safetensors")
+    assert len(lines) < 110 and lines[-2:] == ["and 4,900 more modules", "total 5,000 5,000"]
+
+
 # ---- pictures -------------------------------------------------------------------------------
 
 def test_a_picture(weights, tmp_path, said):

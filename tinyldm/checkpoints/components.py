@@ -173,11 +173,8 @@ def check_fit(misfit, parameters, tensors):
     """Raise TinyldmError, the sentence `misfit` and three lists, if tensors do not fit."""
     missing, unexpected, wrong = misfits(parameters, tensors)
     if missing or unexpected or wrong:
-        raise TinyldmError(
-            f"{misfit}\n"
-            f"  missing: {shorten(missing)}\n"
-            f"  unexpected: {shorten(unexpected)}\n"
-            f"  wrong shape: {shorten(wrong)}")
+        raise TinyldmError(misfit, f"missing: {shorten(missing)}",
+                           f"unexpected: {shorten(unexpected)}", f"wrong shape: {shorten(wrong)}")
 
 
 def shorten(names):

@@ -27,10 +27,12 @@ from ..checkpoints.layout import fitted
 from ..checkpoints.single_file.kinds import family, layout_of
 from ..cli.draw import status
 from ..cli.options import Parser
-from ..errors import TinyldmError
+from ..errors import TinyldmError, clean
 from ..files import read_json
 
 PNG = b"\x89PNG\r\n\x1a\n"
+LONGEST_LINE = 20_000           # characters; prompts are long
+MOST_ROWS, WIDEST = 100, 60     # of the table of modules
 
 
 def main(arguments=None):
@@ -42,8 +44,7 @@ def main(arguments=None):
 
     def run():
         for line in describe(parser.parse_args(arguments).file):
-            # Text from a file must not control the terminal.
-            print("".join(char if char.isprintable() else "?" for char in line))
+            print(clean(line, LONGEST_LINE))
     return status(run)
 
 
@@ -128,13 +129,18 @@ def table(tensors):
     """Lines of a table: tensors and parameters of each module, and of all."""
     counts, numbers = Counter(), Counter()
     for name, tensor in tensors.items():
-        for row in (module_of(name), "total"):
-            counts[row] += 1
-            numbers[row] += math.prod(tensor.shape)
-    rows = [*sorted(counts.keys() - {"total"}), "total"]
-    width = max(map(len, [*rows, "module"]))
-    return [f"  {'module':<{width}} {'tensors':>8} {'parameters':>14}",
-            *(f"  {row:<{width}} {counts[row]:>8,} {numbers[row]:>14,}" for row in rows)]
+        counts[module_of(name)] += 1
+        numbers[module_of(name)] += math.prod(tensor.shape)
+    modules = sorted(counts)
+    rows = [(clean(module, WIDEST), counts[module], numbers[module])
+            for module in modules[:MOST_ROWS]]
+    total = "total", counts.total(), numbers.total()
+    width = max(len(row[0]) for row in [*rows, total, ("module",)])
+    lines = [f"  {module:<{width}} {count:>8,} {number:>14,}" for module, count, number in rows]
+    if len(modules) > MOST_ROWS:
+        lines.append(f"  and {len(modules) - MOST_ROWS:,} more modules")
+    return [f"  {'module':<{width}} {'tensors':>8} {'parameters':>14}", *lines,
+            "  {:<{width}} {:>8,} {:>14,}".format(*total, width=width)]
 
 
 def module_of(name):

@@ -145,6 +145,17 @@ def test_three_lists(tmp_path):
     assert all(parameter.data is None for parameter in toy.parameters())
 
 
+def test_names_of_tensors_make_no_lines_and_no_megabytes(tmp_path):
+    file = tmp_path / "toy.safetensors"
+    names = ["a\n  missing: none", "b\x1b[31m", "c\u202e", "d" * 1_000_000]
+    safetensors.torch.save_file(toy_tensors() | {name: torch.zeros(1) for name in names}, file)
+    with pytest.raises(TinyldmError) as error:
+        load_weights(Toy(), file)
+    lines = str(error.value).split("\n")
+    assert len(lines) == 4 and all(map(str.isprintable, lines)) and max(map(len, lines)) <= 2000
+    assert lines[2].startswith("  unexpected: 4: a missing: none, b?[31m, c?, dddd")
+
+
 def test_convolution_in_our_layout_is_a_wrong_shape(tmp_path):
     tensors = toy_tensors()
     tensors["conv.weight"] = tensors["conv.weight"].permute(2, 3, 1, 0).contiguous()
