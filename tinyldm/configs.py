@@ -34,9 +34,9 @@ def within(low, high, default=MISSING, lengths=LENGTHS):
     return field(default=default, metadata={"low": low, "high": high, "lengths": lengths})
 
 
-def one_of(*values, default=MISSING):
-    """A field of a text, or a list of texts, that is one of the values."""
-    return field(default=default, metadata={"values": values, "lengths": LENGTHS})
+def one_of(*values, default=MISSING, lengths=LENGTHS):
+    """A field of texts, or of lists of them, each one of the values; without values, any text."""
+    return field(default=default, metadata={"values": values, "lengths": lengths})
 
 
 class Config:
@@ -110,7 +110,8 @@ def _fits(value, kind, limits):
         if kind is int:
             return isinstance(value, numbers.Integral) and low <= value <= high
         return isinstance(value, numbers.Real) and low < value < high   # also false for NaN
-    return isinstance(value, kind) and (kind is not str or value in limits.get("values", [value]))
+    known = limits.get("values")
+    return isinstance(value, kind or NoneType) and (kind is not str or not known or value in known)
 
 
 def _allowed(item):
@@ -137,4 +138,4 @@ def _words(kind, limits):
         return f"a number between {low:g} and {high:g}"
     if kind is str:
         return " or ".join(map(show, limits.get("values", ()))) or "a text"
-    return {bool: "true or false", NoneType: "null", dict: "an object"}[kind]
+    return "true or false" if kind is bool else "null"

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from .. import backend
-from ..configs import show
 from ..errors import TinyldmError, note
 from ..files import read_json, write_json
 from ..layers import Conv2d, Linear, named_modules
@@ -45,7 +44,7 @@ def read_config(folder):
             with config_errors(path, f"{name} that is supported"):
                 model.Settings.read(config)
             return model, config
-    raise TinyldmError(f"{path} names the model {show(name)}, supported are "
+    raise TinyldmError(f"{path} names the model {name}, supported are "
                        f"{', '.join(model.__name__ for model in MODELS)}")
 
 

@@ -12,19 +12,20 @@ from ..configs import Config, one_of, within
 from ..errors import TinyldmError
 from ..layers import NO_TAPE, Activation, Embedding, LayerNorm, Linear, Module, Sequence
 
-# Keys that transformers writes into every config: the training of a model, the texts that a language
-# model writes, the form of an output. A picture needs none of them.
+# Keys that transformers writes into every config: the training of a model, the texts that a
+# language model writes, the form of an output. A picture needs none of them.
 TRANSFORMERS = frozenset("""
-    architectures model_type transformers_version dtype torch_dtype torchscript
-    return_dict output_hidden_states output_attentions use_bfloat16 use_cache use_return_dict
-    tie_word_embeddings pruned_heads cross_attention_hidden_size chunk_size_feed_forward tf_legacy_loss problem_type
-    id2label label2id num_labels finetuning_task task_specific_params tokenizer_class prefix
-    is_encoder_decoder is_decoder add_cross_attention tie_encoder_decoder decoder_start_token_id
-    sep_token_id bad_words_ids suppress_tokens begin_suppress_tokens forced_bos_token_id
-    forced_eos_token_id max_length min_length do_sample early_stopping num_beams num_beam_groups
-    num_return_sequences temperature top_k top_p typical_p length_penalty repetition_penalty
-    diversity_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty remove_invalid_values return_dict_in_generate output_scores name_or_path
+    architectures model_type transformers_version dtype torch_dtype torchscript return_dict
+    output_hidden_states output_attentions use_bfloat16 use_cache use_return_dict
+    tie_word_embeddings pruned_heads cross_attention_hidden_size chunk_size_feed_forward
+    tf_legacy_loss problem_type id2label label2id num_labels finetuning_task
+    task_specific_params tokenizer_class prefix is_encoder_decoder is_decoder
+    add_cross_attention tie_encoder_decoder decoder_start_token_id sep_token_id bad_words_ids
+    suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id max_length
+    min_length do_sample early_stopping num_beams num_beam_groups num_return_sequences
+    temperature top_k top_p typical_p length_penalty repetition_penalty diversity_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    remove_invalid_values return_dict_in_generate output_scores name_or_path
     """.split())
 
 

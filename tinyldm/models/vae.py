@@ -61,8 +61,8 @@ class VAEConfig(Config):
 class AutoencoderKL(Module):
     """config: the dict of the public vae/config.json; settings: the same as a VAEConfig.
 
-    Latents here are unscaled. The pipeline multiplies them by `scaling_factor`, so that the UNet
-    sees variance 1.
+    z, the latents here, is unscaled. to_latents gives it variance 1, as the UNet sees it; to_z
+    undoes that.
 
     encode: images (B,H,W,3) in [-1, 1] -> mean, logvar (B,H/f,W/f,4). f = 2^(levels - 1) is
             `vae_scale_factor`, pixels per latent in each direction; H and W are multiples of f.
@@ -86,6 +86,26 @@ class AutoencoderKL(Module):
         self.vae_scale_factor = 2 ** (len(settings.block_out_channels) - 1)
         side = min(size) if isinstance(size, (list, tuple)) else size
         self.tile = max(1, side // self.vae_scale_factor)               # its side, in latents
+
+    def to_latents(self, z):
+        """z (B,h,w,C) -> latents (z - latents_mean) * scaling_factor / latents_std, for the UNet.
+
+        Most configs have only the factor. diffusers 0.42.1 reads the other two in Stable Diffusion
+        XL alone; here they count in every pipeline, as a VAE means the same in all.
+        """
+        if self.settings.latents_std is not None:
+            z = (z - self._per_channel("latents_mean", z)) / self._per_channel("latents_std", z)
+        return z * self.scaling_factor
+
+    def to_z(self, latents):
+        """The inverse of to_latents."""
+        z = latents / self.scaling_factor
+        if self.settings.latents_std is not None:
+            z = z * self._per_channel("latents_std", z) + self._per_channel("latents_mean", z)
+        return z
+
+    def _per_channel(self, key, like):                  # -> (C,)
+        return get_xp(like).asarray(getattr(self.settings, key), like.dtype)
 
     def encode(self, images, tape=NO_TAPE):
         return self._distribution(self._moments(images, tape), tape)
