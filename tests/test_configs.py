@@ -2,21 +2,16 @@
 
 A wrong config is refused in one line when it is read. What is not refused draws finite numbers.
 """
-import inspect
 import json
 import math
 import resource
-import shutil
 import time
-import warnings
 
 import numpy as np
 import pytest
 
-from tests.support.extra import diffusers, transformers
-from tests.support.small_pipelines import change_json, sdxl, smallest
-from tinyldm.checkpoints.folders import PIPELINES, IndexConfig
-from tinyldm.configs import show
+from tests.support.small_pipelines import sdxl, smallest
+from tinyldm.checkpoints.folders import IndexConfig
 from tinyldm.diffusion.schedule import SchedulerConfig
 from tinyldm.errors import TinyldmError
 from tinyldm.files import read_json

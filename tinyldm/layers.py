@@ -5,6 +5,7 @@ the bottom up. Models (models/) are layers made of layers. In every signature `t
 after the required inputs; whatever is optional follows it and is passed by keyword.
 """
 import threading
+from collections import namedtuple
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, reduce
@@ -13,9 +14,15 @@ from operator import add
 import numpy as np
 
 from . import ops
-from .backend import get_xp
+from .backend import get_xp, to_host
+from .errors import TinyldmError
 
 _hooks = ContextVar("forward hooks", default=())        # {layer: hook}, one per forward_hooks
+
+
+FILE_AXES = (3, 2, 0, 1)                                # (K,K,C,O) -> (O,C,K,K)
+OUR_AXES = (2, 3, 1, 0)                                 # (O,C,K,K) -> (K,K,C,O)
+NAMES_SHOWN = 8                                         # of a list of names in an error
 
 
 class _NoTape:
@@ -100,12 +107,12 @@ class Module:
 
         Large weights may be stored in a narrower one; they are widened when they are used.
         """
-        return np.result_type(*{parameter.data.dtype for parameter in self.parameters()})
+        return np.result_type(*{data.dtype for data in self._filled().values()})
 
     @property
     def xp(self):
         """The library of the parameters' arrays: numpy or cupy."""
-        return get_xp(next(self.named_parameters())[1].data)
+        return get_xp(next(iter(self._filled().values())))
 
     def named_parameters(self, prefix=""):
         """Every (name, Parameter); dots join names, and an item of a list is named by its index."""
@@ -113,6 +120,54 @@ class Module:
 
     def parameters(self):
         return [parameter for _, parameter in self.named_parameters()]
+
+    def zero_grad(self):
+        """Forget the gradients of all parameters."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def state_dict(self):
+        """{name: NumPy array}, copies of the parameters as the public files have them: with the
+        same names, and convolutions as (O,C,K,K).
+
+        Raises TinyldmError if a parameter was never filled.
+        """
+        return {name: np.array(to_file(to_host(data)), order="C")
+                for name, data in self._filled().items()}
+
+    def load_state_dict(self, arrays, strict=True):
+        """Fill the parameters with copies of arrays that state_dict, or the same model in PyTorch,
+        gives -> Misfits, three lists.
+
+        arrays: {name: array of floating-point numbers}, from NumPy, PyTorch or whatever else
+        np.asarray reads. They keep their dtype, so float64 arrays make a model of float64.
+        strict: everything must fit. Otherwise what fits is filled, and the lists name the rest.
+        Raises TinyldmError, before anything is filled, for arrays that do not fit and for what is
+        no such array.
+        """
+        if not hasattr(arrays, "items"):
+            raise TinyldmError("load_state_dict expects a dict of arrays by name, not a "
+                               f"{type(arrays).__name__}: tinyldm.load_model reads a folder")
+        parameters = dict(self.named_parameters())
+        arrays = {name: _array(name, values) if name in parameters else values
+                  for name, values in arrays.items()}
+        found = misfits(parameters, arrays)
+        if strict:
+            check_fit(f"the arrays do not fit this {type(self).__name__}", parameters, arrays)
+        for name, parameter in parameters.items():
+            if name in arrays and arrays[name].shape == file_shape(parameter):
+                array = arrays[name].transpose(OUR_AXES) if arrays[name].ndim == 4 else arrays[name]
+                xp = np if parameter.data is None else get_xp(parameter.data)
+                parameter.data = xp.asarray(np.array(array, order="C"))
+        return found
+
+    def _filled(self):
+        """{name: data} of all parameters. Raises TinyldmError if one was never filled."""
+        found = {name: parameter.data for name, parameter in self.named_parameters()}
+        if empty := [name for name, data in found.items() if data is None]:
+            raise TinyldmError(f"this {type(self).__name__} has parameters that were never filled, "
+                               f"{shorten(empty)}: use load_state_dict, or set their data")
+        return found
 
 
 class Sequence(Module):
@@ -150,6 +205,65 @@ def _flat(name, value):
     return [pair for i, item in enumerate(value) for pair in _flat(f"{name}.{i}", item)]
 
 
+# ---- parameters and public files --------------------------------------------------------------
+
+Misfits = namedtuple("Misfits", "missing unexpected wrong_shape")
+
+
+def file_shape(parameter):
+    """A parameter's shape in a public file: convolutions (O,C,K,K), all others as here."""
+    shape = parameter.shape
+    return tuple(shape[axis] for axis in FILE_AXES) if len(shape) == 4 else tuple(shape)
+
+
+def to_file(array):
+    """A parameter's array in the file's layout: (K,K,C,O) -> (O,C,K,K), others unchanged."""
+    return array.transpose(FILE_AXES) if array.ndim == 4 else array
+
+
+def misfits(parameters, tensors):
+    """Why {name: tensor} does not fill {name: parameter} -> Misfits: names that are missing, names
+    that are unexpected, wrong shapes. Three lists, empty if everything fits."""
+    missing = [name for name in parameters if name not in tensors]
+    unexpected = [name for name in tensors if name not in parameters]
+    wrong = [f"{name} (expected {expected}, found {tensors[name].shape})"
+             for name, expected in zip(parameters, map(file_shape, parameters.values()))
+             if name in tensors and tensors[name].shape != expected]
+    return Misfits(missing, unexpected, wrong)
+
+
+def check_fit(misfit, parameters, tensors):
+    """Raise TinyldmError, the sentence `misfit` and three lists, if tensors do not fit."""
+    missing, unexpected, wrong = misfits(parameters, tensors)
+    if missing or unexpected or wrong:
+        raise TinyldmError(misfit, f"missing: {shorten(missing)}",
+                           f"unexpected: {shorten(unexpected)}", f"wrong shape: {shorten(wrong)}")
+
+
+def shorten(names):
+    """How many names there are, and the first few; or "none"."""
+    if not names:
+        return "none"
+    rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{len(names)}: {', '.join(map(str, names[:NAMES_SHOWN]))}{rest}"
+
+
+def _array(name, values):
+    """What np.asarray reads -> a NumPy array. Raises TinyldmError unless it holds floats."""
+    try:
+        if hasattr(values, "detach"):                   # a tensor of PyTorch that has a gradient
+            values = values.detach()
+        array = np.asarray(values)
+    except Exception as error:                          # each library raises its own types
+        raise TinyldmError(f"{name} cannot be read as a NumPy array ({error}): convert it to "
+                           "float32 on the CPU") from None
+    if array.dtype.kind != "f":
+        raise TinyldmError(f"{name} must hold floating-point numbers, not {array.dtype}")
+    return array
+
+
+# ---- forward hooks ----------------------------------------------------------------------------
+
 @contextmanager
 def forward_hooks(hooks):
     """Inside the `with`, a call of a layer in {layer: hook} is hook(layer.forward, *inputs).
@@ -169,8 +283,10 @@ class WeightedOp(Module):
     """An op of x, a weight and a bias (or None): what Linear, Conv2d and the norms share."""
 
     options = ()                                        # further arguments of the op
+    input_axis = -1                                     # of the weight: as long as x's last axis
 
     def forward(self, x, tape=NO_TAPE):
+        self.check_input(x)
         bias = self.bias and self.bias.data
         y, cache = self.op(x, self.weight.data, bias, *self.options)
         tape.save(self, cache)
@@ -182,6 +298,22 @@ class WeightedOp(Module):
         if self.bias:
             self.bias.add_grad(dbias)
         return dx
+
+    def check_input(self, x):
+        """Assert that the layer is filled and that x has its width, which must be the last axis."""
+        for parameter in filter(None, (self.weight, self.bias)):
+            check_filled(self, parameter)
+        width = self.weight.shape[self.input_axis]
+        first = x.ndim == 4 and x.shape[1] == width
+        assert x.shape[-1] == width, (
+            f"{type(self).__name__} expects {width} channels in the last axis, x is {x.shape}"
+            f"{': its channels come first, so use x.transpose(0, 2, 3, 1)' if first else ''}")
+
+
+def check_filled(layer, parameter):
+    assert parameter.data is not None, (
+        f"{type(layer).__name__} has a parameter {parameter.shape} that was never filled: use "
+        "load_state_dict, or set its data")
 
 
 class Linear(WeightedOp):
@@ -201,6 +333,7 @@ class Conv2d(WeightedOp):
     """
 
     op, op_backward = staticmethod(ops.conv2d), staticmethod(ops.conv2d_backward)
+    input_axis = 2
 
     def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=None):
         self.weight = Parameter(kernel_size, kernel_size, in_channels, out_channels)
@@ -241,6 +374,7 @@ class Embedding(Module):
         self.weight = Parameter(num_embeddings, channels)
 
     def forward(self, ids, tape=NO_TAPE):               # (...) -> (...,C)
+        check_filled(self, self.weight)
         y, cache = ops.embedding(ids, self.weight.data)
         tape.save(self, cache)
         return y

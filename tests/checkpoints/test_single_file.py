@@ -176,6 +176,40 @@ def test_a_single_file_draws_what_its_folder_draws(folder, suffix, tmp_path, mon
     assert_same_drawing(ours(pipe), Reference(folder)(guidance_scale=7.5))
 
 
+def timesteps(pipe, steps, guidance_scale=0, **options):
+    return [state.timestep for state in pipe.stream(
+        "a cat", num_inference_steps=steps, guidance_scale=guidance_scale, **options)]
+
+
+def test_few_steps_without_guidance_are_those_of_turbo_models(folder, tmp_path, monkeypatch):
+    """A Turbo's file does not say that its timesteps are spaced as "trailing"; its folder does."""
+    pipe = tinyldm.load(as_file(folder, tmp_path / "turbo.safetensors", monkeypatch))
+    own = {"sd1": "pndm", "sd2_base": "pndm", "sd2": "ddim", "sdxl": "euler"}[folder.name]
+    for sampler in (None, "euler", "euler_ancestral", "ddim", "dpmpp_2m"):
+        for steps, expected in [(1, [999]), (4, [999, 749, 499, 249]),
+                                (8, [999, 874, 749, 624, 499, 374, 249, 124])]:
+            with pytest.warns(UserWarning, match="Turbo, Lightning and Hyper") as said:
+                assert timesteps(pipe, steps, sampler=sampler) == expected
+            text = f"few steps ({steps}) without guidance suit Turbo, Lightning and Hyper models, "
+            text += "so the timestep spacing is trailing"
+            assert str(said[0].message).startswith(text) and said[0].filename == __file__
+            replaced = "the sampler euler in place of pndm" in str(said[0].message)
+            assert replaced == (sampler is None and own == "pndm")
+    # with guidance, more steps, a spacing or a sampler of another kind nothing changes
+    assert timesteps(pipe, 2, 1.5) == [501, 1] + [1] * (own == "pndm")
+    assert timesteps(pipe, 9)[0] == 889
+    assert timesteps(pipe, 2, sampler="ddim", timestep_spacing="leading") == [501, 1]
+    assert timesteps(pipe, 2, sampler="euler", timestep_spacing="linspace") == [999, 0]
+    assert timesteps(pipe, 2, sampler="lcm") == [999, 499]
+    # saved as a folder it draws the same
+    tinyldm.save(pipe, tmp_path / "saved")
+    with pytest.warns(UserWarning, match="Turbo"):
+        assert timesteps(tinyldm.load(tmp_path / "saved"), 2) == [999, 499]
+    # the model's own folder says what it says
+    with pytest.warns(UserWarning, match="if this is one, choose the timestep spacing trailing"):
+        assert timesteps(tinyldm.load(folder), 1) == [1]
+
+
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 def test_a_single_file_saved_as_a_folder(kind, tmp_path, monkeypatch):
     """The padding token is saved, although the folder of the vocabulary does not name it."""

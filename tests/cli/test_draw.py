@@ -53,6 +53,18 @@ def test_noise_of_another_kind_is_recorded(weights, out):
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
+def test_timestep_spacing(weights, out, capsys):
+    path = out / "out.png"
+    arguments = ["a cat", "--weights", str(weights), "--steps", "2", "--output", str(path)]
+    assert main([*arguments, "--timestep-spacing", "trailing"]) == 0
+    expected, = load(weights)("a cat", num_inference_steps=2, timestep_spacing="trailing")
+    picture = Image.open(path)
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    assert ", Timestep spacing: trailing, " in picture.text["parameters"]
+    assert main([*arguments, "--timestep-spacing", "middle"]) == 2
+    assert "must be leading, linspace or trailing, not 'middle'" in capsys.readouterr().err
+
+
 def test_guidance_rescale_and_the_steps_of_heun(weights, out, capsys):
     path = out / "out.png"
     assert main(["a cat", "--weights", str(weights), "--steps", "3", "--guidance-rescale", "0.7",
@@ -97,6 +109,13 @@ def test_a_lora_and_an_embedding(weights, out, tmp_path):
     (r"C:\a.pt:2", (r"C:\a.pt", 2)), ("a:b", ("a:b", 1)), ("7", ("7", 1))])
 def test_the_weight_of_a_lora(text, expected):
     assert parse(["a cat", "--lora", text, "--lora", "b"]).lora == [expected, ("b", 1)]
+
+
+def test_a_lora_whose_name_ends_like_a_weight(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "style:0.5").touch()
+    parsed = parse(["a cat", "--lora", "style:0.5", "--lora", "style:0.5:-2", "--lora", "style:2"])
+    assert parsed.lora == [("style:0.5", 1), ("style:0.5", -2), ("style", 2)]
 
 
 def test_count_draws_consecutive_seeds(weights, out, capsys):

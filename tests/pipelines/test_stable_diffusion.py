@@ -95,6 +95,29 @@ def test_another_sampler(sd1_folder, both_sd1, name, scheduler):
     assert_same_drawing(ours(pipe, sampler=name), reference())
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", [None, "ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc"])
+def test_timestep_spacing(sd1_folder, both_sd1, name, spacing):
+    pipe, _ = both_sd1
+    reference = Reference(sd1_folder)
+    scheduler = type(reference.pipe.scheduler) if name is None else getattr(diffusers, {
+        "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler",
+        "euler_ancestral": "EulerAncestralDiscreteScheduler",
+        "unipc": "UniPCMultistepScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}[name])
+    reference.pipe.scheduler = scheduler.from_config({
+        **reference.pipe.scheduler.config, "clip_sample": False, "timestep_spacing": spacing,
+        "_use_default_values": []})
+    assert_same_drawing(ours(pipe, sampler=name, timestep_spacing=spacing), reference())
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "dpmpp_2m_karras"])
+def test_some_samplers_have_timesteps_of_their_own(small, sampler):
+    expected = [state.timestep for state in small.stream("cat", sampler=sampler)]
+    with pytest.warns(UserWarning, match=f"{sampler} has timesteps of its own: .*'linspace' plays"):
+        states = small.stream("cat", sampler=sampler, timestep_spacing="linspace")
+    assert [state.timestep for state in states] == expected
+
+
 def test_decode(both_sd1):
     pipe, reference = both_sd1
     latents = np.random.default_rng(1).standard_normal((2, 3, 5, 4), np.float32)
@@ -171,6 +194,8 @@ def test_number_of_steps(small_folder, small, tmp_path):
 
 
 BAD = [
+    ({"timestep_spacing": "karras"}, "leading, linspace or trailing, not 'karras'"),
+    ({"timestep_spacing": ["trailing"]}, r"or trailing, not \['trailing'\]"),
     ({"prompt": "(cat:1000)"}, "the weight 1000: use -100 to 100"),
     ({"negative_prompt": "(cat:1000)", "guidance_scale": 1}, "the weight 1000: use -100 to 100"),
     ({"prompt": 5}, "prompt must be a string"), ({"prompt": ["a", "b"]}, "prompt must be a string"),
@@ -217,7 +242,7 @@ def test_options_by_name_and_by_position(small):
     assert options == [
         "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "width",
         "height", "num_images", "sampler", "latents", "noise", "guidance_rescale", "image",
-        "strength", "mask"]
+        "strength", "mask", "timestep_spacing"]
     values = ["cat", "dog", 2, 3.0, 5, 20, 24, 2, "ddim", None, "numpy", 0.5]
     by_position, by_name = small.stream(*values), small.stream(**dict(zip(options, values)))
     for one, other in zip(by_position, by_name, strict=True):

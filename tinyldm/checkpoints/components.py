@@ -12,7 +12,8 @@ import numpy as np
 from .. import backend
 from ..errors import TinyldmError, note
 from ..files import read_json, write_json
-from ..layers import Conv2d, Linear, named_modules
+from ..layers import Conv2d, Linear, check_fit, named_modules, shorten
+from ..layers import misfits as misfits
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
@@ -26,7 +27,6 @@ MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithP
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors",
                 "diffusion_pytorch_model.bin", "pytorch_model.bin")
 LARGE = 1 << 20                     # a weight of at least so many numbers may stay float16
-NAMES_SHOWN = 8                     # of a list of names in an error
 
 
 def read_config(folder):
@@ -138,7 +138,7 @@ def fill(module, tensors, misfit, dtype=np.float32, low_memory=False):
 
     def read(name):
         axes = layout.OUR_AXES if len(parameters[name].shape) == 4 else None
-        stays = (parameters[name] in matrices and tensors[name].format == "F16"
+        stays = (parameters[name] in matrices and tensors[name].fits_float16
                  and math.prod(parameters[name].shape) >= LARGE)
         wanted = dtype or (np.float16 if stays else np.float32)
         parameters[name].data = tensors[name].read(wanted, axes, contiguous=not low_memory)
@@ -155,33 +155,6 @@ def float_type(dtype):
     if not known:
         raise TinyldmError(f"dtype must be float16, float32 or float64, not {dtype!r}")
     return None if dtype is None else np.dtype(dtype)
-
-
-def misfits(parameters, tensors):
-    """Why {name: tensor} does not fill {name: parameter}: names that are missing, names that are
-    unexpected, wrong shapes. Three lists, empty if everything fits."""
-    missing = [name for name in parameters if name not in tensors]
-    unexpected = [name for name in tensors if name not in parameters]
-    wrong = [f"{name} (expected {expected}, found {tensors[name].shape})"
-             for name, expected in zip(parameters, map(layout.file_shape, parameters.values()))
-             if name in tensors and tensors[name].shape != expected]
-    return missing, unexpected, wrong
-
-
-def check_fit(misfit, parameters, tensors):
-    """Raise TinyldmError, the sentence `misfit` and three lists, if tensors do not fit."""
-    missing, unexpected, wrong = misfits(parameters, tensors)
-    if missing or unexpected or wrong:
-        raise TinyldmError(misfit, f"missing: {shorten(missing)}",
-                           f"unexpected: {shorten(unexpected)}", f"wrong shape: {shorten(wrong)}")
-
-
-def shorten(names):
-    """How many names there are, and the first few; or "none"."""
-    if not names:
-        return "none"
-    rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{len(names)}: {', '.join(names[:NAMES_SHOWN])}{rest}"
 
 
 def load_model(folder, dtype=np.float32, low_memory=False):

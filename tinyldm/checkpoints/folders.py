@@ -1,11 +1,10 @@
-"""Find and read a whole pipeline: a folder in the public diffusers layout, or a single file.
+"""Read a whole pipeline: a folder in the public diffusers layout, or a single file.
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
 A single file in the original layout holds only the weights of the models; see single_file/.
 """
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -43,8 +42,6 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
 TOKENIZER_VARIABLE = "TINYLDM_TOKENIZER"
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILE = re.compile(rf"({HUB_NAME.pattern})/(.+\.(?:safetensors|ckpt))")
 
 
 class PipelineParts(NamedTuple):
@@ -80,7 +77,7 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
 
 
 def _load_folder(folder, dtype, low_memory):
-    index = _read_index(folder)
+    index = read_index(folder)
     note_unknown_keys(folder / "model_index.json", IndexConfig, index)
     xl = "XL" in index["_class_name"]
     components = {part: model for part, model in COMPONENTS.items() if xl or "_2" not in part}
@@ -127,7 +124,7 @@ class IndexConfig(Config):
     scheduler: Part = one_of(default=None, lengths=(2,))
 
 
-def _read_index(folder):
+def read_index(folder):
     """The dict of folder/model_index.json.
 
     Raises TinyldmError for a pipeline that is not supported, and as IndexConfig.read does.
@@ -172,7 +169,9 @@ def _load_file(path, dtype, low_memory, ema):
     for part, model in models.items():
         own = {name: tensors[f"{part}.{name}"] for name, _ in model.named_parameters()}
         fill(model, own, misfit, _dtype(model.config, dtype), low_memory)
-    return PipelineParts(**models, scheduler=kind.scheduler, tokenizer=tokenizer,
+    # A Turbo's file looks like its base model's: see StableDiffusion.complete.
+    scheduler = kind.scheduler | {"_assumed": True}
+    return PipelineParts(**models, scheduler=scheduler, tokenizer=tokenizer,
                          padding=kind.padding, index={}, padding_2=kind.padding_2,
                          tokenizer_2=tokenizer if kind.padding_2 else None)
 
@@ -191,38 +190,3 @@ def _tokenizer_folder():
                            f"{TOKENIZER_VARIABLE} name a folder with CLIP's vocab.json and "
                            "merges.txt, such as the tokenizer folder of any Stable Diffusion"
                            ) from None
-
-
-def resolve(weights=None, dtype=None):
-    """What a user calls weights -> the path of a pipeline's folder, or of a single file.
-
-    weights: None for the bundled model, a folder, a file, a hub name `owner/name`, or a single file
-    on the hub, `owner/name/file.safetensors`. What comes from the hub is downloaded only once.
-    dtype: which variant of the weights to download, see find_weights.
-    Raises TinyldmError for anything else, and for a failed download.
-    """
-    if weights is None:
-        return _bundled()
-    path = Path(weights).expanduser()
-    if path.is_dir() or path.is_file():
-        return path
-    name = str(weights)
-    if (match := HUB_FILE.fullmatch(name)) and not path.parent.is_dir():
-        return hub.download_file(match[1], match[2])
-    if path.suffix in hub.CHECKPOINTS:
-        raise TinyldmError(f"expected a file of weights, but there is no file {path}: check the "
-                           "path")
-    if HUB_NAME.fullmatch(name):
-        folder = hub.download_file(name, hub.INDEX).parent
-        return hub.download_parts(name, folder, _read_index(folder), dtype)
-    raise TinyldmError(f"expected weights to be a folder, a file or a hub name (owner/name), but "
-                       f"there is no folder {weights}: check the path")
-
-
-def _bundled():
-    package = Path(__file__).parents[1]
-    for root in (package, package.parent):              # an installed wheel, the repository
-        if (root / "weights" / "shapes" / "model_index.json").is_file():
-            return root / "weights" / "shapes"
-    raise TinyldmError(f"the bundled model is missing from {package.parent}: install tinyldm "
-                       f"again, or name a folder of weights")

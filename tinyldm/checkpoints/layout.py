@@ -6,8 +6,9 @@ prefix, and the constant list of positions 0 to 76 is stored too.
 """
 import re
 
-FILE_AXES = (3, 2, 0, 1)                                # (K,K,C,O) -> (O,C,K,K)
-OUR_AXES = (2, 3, 1, 0)                                 # (O,C,K,K) -> (K,K,C,O)
+from ..layers import OUR_AXES as OUR_AXES  # the axes of one weight: layers.py
+from ..layers import file_shape as file_shape
+from ..layers import to_file as to_file
 
 POSITION_IDS = "text_model.embeddings.position_ids"     # stored by transformers < 4.31
 # diffusers before 0.17 -> since then
@@ -16,17 +17,6 @@ OLD_NAME = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(wei
 # The same matrices were 1x1 convolutions in the original latent diffusion code.
 VAE_ATTENTION_WEIGHT = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\."
                                   r"(to_q|to_k|to_v|to_out\.0)\.weight")
-
-
-def file_shape(parameter):
-    """A parameter's shape in a public file: convolutions (O,C,K,K), all others as here."""
-    shape = parameter.shape
-    return tuple(shape[axis] for axis in FILE_AXES) if len(shape) == 4 else tuple(shape)
-
-
-def to_file(array):
-    """A parameter's array in the file's layout: (K,K,C,O) -> (O,C,K,K), others unchanged."""
-    return array.transpose(FILE_AXES) if array.ndim == 4 else array
 
 
 def fitted(stored, wanted):

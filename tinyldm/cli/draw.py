@@ -100,6 +100,7 @@ def draw_pictures(args, todo, paths, films, profile=None):
     timed = profile.stage if profile else nullcontext
     with timed("loading"), stage("loading"):
         from ..images import save, to_pil
+        from ..pipelines.request import Request
         from ..pipelines.stable_diffusion import load
         from .preview import Preview, half_blocks, save_film
         pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema)
@@ -111,20 +112,24 @@ def draw_pictures(args, todo, paths, films, profile=None):
             advise(pipe)
     if profile:
         profile.add(pipe)
-    sampler = pipe.sampler(args.sampler)
-    steps = pipe.num_inference_steps if args.steps is None else args.steps
     preview, frames, step_film = Preview(pipe), [], films and not interpolates(args)
     for job, path in zip(todo, paths):
         reading = "reading the prompt" + " and the picture" * (job.image is not None)
         with timed(reading), stage(reading):
             size = pipe.size(args.width, args.height, job.image)
-            states = pipe.stream(job.prompt, args.negative, steps, args.guidance, job.seed, *size,
-                                 sampler=sampler, noise=args.noise, image=job.image, mask=job.mask,
-                                 guidance_rescale=args.guidance_rescale, strength=args.strength)
+            request = pipe.complete(Request(
+                job.prompt, args.negative, args.steps, args.guidance, job.seed, *size,
+                sampler=args.sampler, noise=args.noise, image=job.image, mask=job.mask,
+                guidance_rescale=args.guidance_rescale, strength=args.strength,
+                timestep_spacing=args.timestep_spacing))
+            steps, sampler = request.num_inference_steps, request.sampler
+            states = pipe.stream(**vars(request))
             if job.image and args.width is None and args.height is None:
                 advise_on_size(pipe, size)
             edit = pipe.edit(job.image, args.strength, job.mask, sampler)
-            text = parameters(args, job, steps, sampler, size, edit)
+            own = request.timestep_spacing == pipe.schedule.timestep_spacing
+            spacing = None if own else request.timestep_spacing
+            text = parameters(args, job, steps, sampler, size, edit, spacing)
         with timed("drawing"):
             for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
                 step = state.step + 1
@@ -196,7 +201,7 @@ def stage(name):
         bar.update()
 
 
-def parameters(args, job, steps, sampler, size, edit):
+def parameters(args, job, steps, sampler, size, edit, spacing=None):
     """How a picture was made, in the format that web interfaces store in PNG files and read."""
     lines = [str(ends(job.prompt)[0])]
     if args.negative:
@@ -206,6 +211,7 @@ def parameters(args, job, steps, sampler, size, edit):
     values = {
         "Steps": steps,
         "Sampler": sampler,
+        "Timestep spacing": spacing,
         "CFG scale": f"{args.guidance:g}",
         "CFG rescale": f"{args.guidance_rescale:g}" if args.guidance_rescale else None,
         "Seed": seed,

@@ -3,6 +3,7 @@
 --help must be fast, so what takes long to import is imported inside functions.
 """
 import argparse
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,10 @@ def parse(arguments):
     parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, "
                         "euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, "
                         "dpmpp_2m_sde_karras, unipc or lcm (the weights' own)")
+    parser.add_argument("--timestep-spacing", metavar="NAME", help="how the steps are spread over "
+                        "the training timesteps: leading, trailing or linspace (the weights' own; "
+                        "for a single file in up to 8 steps without guidance, as Turbo models take "
+                        "them, trailing)")
     parser.add_argument("--noise", metavar="NAME", default="torch-cpu", help="whose normal numbers "
                         "the seed stands for: torch-cpu, torch-cuda or numpy (torch-cpu)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
@@ -94,7 +99,12 @@ def path(text):
 
 
 def lora(text):
-    """FILE or FILE:WEIGHT -> (file, weight): what follows the last colon, if it is a number."""
+    """FILE or FILE:WEIGHT -> (file, weight): what follows the last colon, if it is a number.
+
+    A file may itself be named so: it counts if it is there.
+    """
+    if os.path.isfile(text):
+        return text, 1.0
     file, colon, weight = text.rpartition(":")
     try:
         return (file, float(weight)) if colon else (text, 1.0)

@@ -12,6 +12,13 @@ def check_groups(widths, groups):
                            f"{groups} does not divide {wrong[0]}")
 
 
+def check_condition(layer, option, projection, name, value):
+    """Assert that forward got the condition `name` exactly if the layer was built for it."""
+    built, takes = ("without", "takes no") if projection is None else ("with", "needs")
+    assert (projection is None) == (value is None), (
+        f"this {type(layer).__name__} was built {built} {option}, so its forward {takes} {name}")
+
+
 class ResnetBlock2D(Module):
     """Norm → SiLU → convolution, twice; the input is added to the output.
 
@@ -31,7 +38,7 @@ class ResnetBlock2D(Module):
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if changes else None
 
     def forward(self, x, tape=NO_TAPE, *, temb=None):   # (B,H,W,C), (B,E) -> (B,H,W,O)
-        assert (temb is None) == (self.time_emb_proj is None), "temb: in the UNet only"
+        check_condition(self, "temb_channels", self.time_emb_proj, "temb", temb)
         h = self.norm1(x, tape)
         h = self.conv1(h, tape)
         if self.time_emb_proj:
@@ -71,6 +78,9 @@ class Attention(Module):
         self.num_heads = num_heads
 
     def forward(self, x, context, tape=NO_TAPE):        # (B,N,C), (B,M,D) -> (B,N,C)
+        B, D = len(x), self.to_k.weight.shape[1]
+        assert context.ndim == 3 and (len(context), context.shape[2]) == (B, D), (
+            f"the context must be (B,M,D) = ({B},M,{D}), not {context.shape}")
         q = self.to_q(x, tape)
         k = self.to_k(context, tape)                    # (B,M,C)
         v = self.to_v(context, tape)

@@ -35,11 +35,19 @@ from ..layers import (
     Module,
     Sequence,
 )
-from .blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D, check_groups
+from .blocks import (
+    Attention,
+    Downsample2D,
+    ResnetBlock2D,
+    Upsample2D,
+    check_condition,
+    check_groups,
+)
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}      # name -> has attention
-Level = namedtuple("Level", "width layers attention num_heads transformer_layers context_width "
-                   "linear_projection")                 # of one resolution; the context is (B,M,D)
+# One resolution. has_attention: whether its down and up block have transformers; transformer: the
+# keyword arguments of each of them, and of the middle block's, which always has one.
+Level = namedtuple("Level", "width layers has_attention transformer")
 
 
 @dataclass(frozen=True)
@@ -102,11 +110,11 @@ class UNetConfig(Config):
                                    f"{len(widths)}: expected as many")
         check_groups(widths, self.norm_num_groups)
         *levels, last = self.levels                     # the middle block attends like the last
-        for level in [*filter(attrgetter("attention"), levels), last]:
-            if level.width % level.num_heads:
+        for level in [*filter(attrgetter("has_attention"), levels), last]:
+            if level.width % (num_heads := level.transformer["num_heads"]):
                 raise TinyldmError("the number of heads (attention_head_dim or num_attention_heads)"
-                                   f" must divide block_out_channels, but {level.num_heads} does "
-                                   f"not divide {level.width}")
+                                   f" must divide block_out_channels, but {num_heads} does not "
+                                   f"divide {level.width}")
         sizes = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
         if self.addition_embed_type and None in sizes:
             raise TinyldmError("addition_embed_type needs addition_time_embed_dim and "
@@ -115,14 +123,16 @@ class UNetConfig(Config):
     @property
     def levels(self):
         """[Level], the largest map first."""
+        names = "num_heads", "num_layers", "context_channels"
         columns = (self.block_out_channels, self.layers_per_block,
                    [DOWN_BLOCKS[name] for name in self.down_block_types],
                    self.num_attention_heads or self.attention_head_dim,
-                   self.transformer_layers_per_block, self.cross_attention_dim,
-                   self.use_linear_projection)
+                   self.transformer_layers_per_block, self.cross_attention_dim)
         columns = [column if isinstance(column, (list, tuple)) else [column] * len(columns[0])
                    for column in columns]
-        return [Level(*row) for row in zip(*columns, strict=True)]
+        linear = {"linear_projection": self.use_linear_projection}
+        return [Level(width, layers, has_attention, dict(zip(names, row)) | linear)
+                for width, layers, has_attention, *row in zip(*columns, strict=True)]
 
 
 class UNet2DConditionModel(Module):
@@ -160,14 +170,18 @@ class UNet2DConditionModel(Module):
         skips, C = [widths[0]], widths[0]               # the channels of what forward will push
         for i, level in enumerate(levels):
             last = i == len(levels) - 1
-            self.down_blocks.append(DownBlock2D(level, C, E, groups, eps, downsample=not last))
+            self.down_blocks.append(DownBlock2D(
+                C, level.width, E, groups, eps, num_layers=level.layers, downsample=not last,
+                transformer=level.transformer if level.has_attention else None))
             C = level.width
             skips += [C] * (level.layers + (not last))
-        self.mid_block = UNetMidBlock2D(levels[-1], E, groups, eps)
+        self.mid_block = UNetMidBlock2D(C, E, groups, eps, transformer=levels[-1].transformer)
         for i, level in enumerate(reversed(levels)):
             joined = [skips.pop() for _ in range(level.layers + 1)]
             last = i == len(levels) - 1
-            self.up_blocks.append(UpBlock2D(level, C, joined, E, groups, eps, upsample=not last))
+            self.up_blocks.append(UpBlock2D(
+                C, level.width, joined, E, groups, eps, upsample=not last,
+                transformer=level.transformer if level.has_attention else None))
             C = level.width
 
         self.conv_norm_out = GroupNormSiLU(C, groups, eps)
@@ -176,6 +190,13 @@ class UNet2DConditionModel(Module):
     def forward(self, latents, timesteps, context, tape=NO_TAPE, *, timestep_cond=None,
                 text_embeds=None, time_ids=None):
         settings, dtype = self.settings, latents.dtype
+        assert getattr(timesteps, "shape", None) == latents.shape[:1], (
+            f"timesteps must be an array of shape {latents.shape[:1]}, one for each of the "
+            f"latents, not {timesteps!r}")
+        check_condition(self, "time_cond_proj_dim", self.time_embedding.cond_proj,
+                        "timestep_cond", timestep_cond)
+        for name, value in ("text_embeds", text_embeds), ("time_ids", time_ids):
+            check_condition(self, "addition_embed_type", self.add_embedding, name, value)
         t = _sinusoidal(timesteps, settings.block_out_channels[0], settings, dtype)
         temb = self.time_embedding(t, tape, condition=timestep_cond)                # (B,E)
         if self.add_embedding:
@@ -242,6 +263,7 @@ class TimestepEmbedding(Module):
         self.linear_2 = Linear(temb_channels, temb_channels)
 
     def forward(self, x, tape=NO_TAPE, *, condition=None):
+        check_condition(self, "cond_channels", self.cond_proj, "condition", condition)
         if self.cond_proj:
             x = x + self.cond_proj(condition, tape)
         h = self.linear_1(x, tape)
@@ -256,15 +278,17 @@ class TimestepEmbedding(Module):
 
 
 class DownBlock2D(Module):
-    """One level of the way down, with or without attention. Every output is pushed on the skips."""
+    """One level of the way down. Every output is pushed on the skips.
 
-    def __init__(self, level, in_channels, temb_channels, groups, eps, downsample):
-        self.resnets = [ResnetBlock2D(in_channels if i == 0 else level.width, level.width,
-                                      groups, eps, temb_channels)
-                        for i in range(level.layers)]
-        self.attentions = [Transformer2DModel(level, groups)
-                           for _ in range(level.layers * level.attention)]
-        self.downsamplers = [Downsample2D(level.width, padding=(1, 1))] if downsample else []
+    transformer: keyword arguments of a Transformer2DModel after each residual block, or None.
+    """
+
+    def __init__(self, in_channels, out_channels, temb_channels, num_groups, eps, *, num_layers,
+                 downsample, transformer=None):
+        self.resnets = [ResnetBlock2D(out_channels if i else in_channels, out_channels, num_groups,
+                                      eps, temb_channels) for i in range(num_layers)]
+        self.attentions = _transformers(num_layers, out_channels, num_groups, transformer)
+        self.downsamplers = [Downsample2D(out_channels, padding=(1, 1))] if downsample else []
 
     def forward(self, h, temb, context, skips, tape=NO_TAPE):
         for i, resnet in enumerate(self.resnets):
@@ -292,15 +316,20 @@ class DownBlock2D(Module):
 
 
 class UpBlock2D(Module):
-    """One level of the way up: each residual block reads h and the next skip, concatenated."""
+    """One level of the way up: each residual block reads h and the next skip, concatenated.
 
-    def __init__(self, level, in_channels, skip_channels, temb_channels, groups, eps, upsample):
-        state_channels = [in_channels] + [level.width] * level.layers
-        self.resnets = [ResnetBlock2D(state + skip, level.width, groups, eps, temb_channels)
+    skip_channels: a list, of the skips in the order in which they are read. transformer: as in
+    DownBlock2D.
+    """
+
+    def __init__(self, in_channels, out_channels, skip_channels, temb_channels, num_groups, eps, *,
+                 upsample, transformer=None):
+        num_layers = len(skip_channels)
+        state_channels = [in_channels] + [out_channels] * (num_layers - 1)
+        self.resnets = [ResnetBlock2D(state + skip, out_channels, num_groups, eps, temb_channels)
                         for state, skip in zip(state_channels, skip_channels, strict=True)]
-        self.attentions = [Transformer2DModel(level, groups)
-                           for _ in range((level.layers + 1) * level.attention)]
-        self.upsamplers = [Upsample2D(level.width)] if upsample else []
+        self.attentions = _transformers(num_layers, out_channels, num_groups, transformer)
+        self.upsamplers = [Upsample2D(out_channels)] if upsample else []
 
     def forward(self, h, temb, context, skips, tape=NO_TAPE):
         for i, resnet in enumerate(self.resnets):
@@ -328,10 +357,12 @@ class UpBlock2D(Module):
 
 
 class UNetMidBlock2D(Module):
-    def __init__(self, level, temb_channels, groups, eps):
-        self.resnets = [ResnetBlock2D(level.width, level.width, groups, eps, temb_channels)
+    """Residual block, transformer (its keyword arguments), residual block."""
+
+    def __init__(self, channels, temb_channels, num_groups, eps, *, transformer):
+        self.resnets = [ResnetBlock2D(channels, channels, num_groups, eps, temb_channels)
                         for _ in range(2)]
-        self.attentions = [Transformer2DModel(level, groups)]
+        self.attentions = _transformers(1, channels, num_groups, transformer)
 
     def forward(self, h, temb, context, tape=NO_TAPE):
         h = self.resnets[0](h, tape, temb=temb)
@@ -347,17 +378,27 @@ class UNetMidBlock2D(Module):
         return dh
 
 
-class Transformer2DModel(Module):
-    """Transformer blocks with one token per position of the map; x is added to the output."""
+def _transformers(number, channels, num_groups, options):
+    """So many Transformer2DModels with these keyword arguments; none for options None."""
+    return [Transformer2DModel(channels, num_groups=num_groups, **options)
+            for _ in range(number) if options is not None]
 
-    def __init__(self, level, groups):
-        C = level.width
-        self.norm = GroupNorm(C, groups, 1e-6)          # the residual blocks use norm_eps (1e-5)
+
+class Transformer2DModel(Module):
+    """Transformer blocks with one token per position of the map; x is added to the output.
+
+    context_channels: the width D of the context; None: as many as channels.
+    """
+
+    def __init__(self, channels, num_heads, context_channels=None, num_groups=32, num_layers=1,
+                 linear_projection=False):
+        C, D = channels, context_channels or channels
+        self.norm = GroupNorm(C, num_groups, 1e-6)      # the residual blocks use norm_eps (1e-5)
         # The same on channels-last maps, but weight files have one or the other.
         self.proj_in, self.proj_out = (
-            Linear(C, C) if level.linear_projection else Conv2d(C, C, 1) for _ in range(2))
-        self.transformer_blocks = [BasicTransformerBlock(C, level.context_width, level.num_heads)
-                                   for _ in range(level.transformer_layers)]
+            Linear(C, C) if linear_projection else Conv2d(C, C, 1) for _ in range(2))
+        self.transformer_blocks = [BasicTransformerBlock(C, D, num_heads)
+                                   for _ in range(num_layers)]
 
     def forward(self, x, context, tape=NO_TAPE):        # (B,H,W,C), (B,M,D) -> (B,H,W,C)
         B, _, _, C = x.shape

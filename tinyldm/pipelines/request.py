@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..backend import is_finite
+from ..diffusion.schedule import SPACINGS
 from ..errors import TinyldmError
+from ..images import decoded
 from ..noise import get_generator
-from .interpolation import BetweenGenerator, ends, mixed
+from .interpolation import Between, BetweenGenerator, ends, mixed
 
 LARGEST = 8192              # pixels per side; more is a typing mistake, not a picture
 
@@ -44,6 +46,9 @@ class Request:
         Default: 0.8, with a mask 1.
     mask: a PIL image, white where to paint and black where the image is to stay. A model made for
         inpainting requires an image and a mask.
+    timestep_spacing: how the steps are spread over the training timesteps, "leading", "trailing" or
+        "linspace". Default: the weights' own. A single file does not say its own: there, few steps
+        without guidance take "trailing", as Turbo, Lightning and Hyper models need.
 
     The prompts, the seed and the image may each be an interpolation.Between, which mixes two.
     Raises TinyldmError for a value that is wrong for every pipeline.
@@ -64,18 +69,30 @@ class Request:
     image: Any = None
     strength: float | None = None
     mask: Any = None
+    timestep_spacing: str | None = None
 
     def __post_init__(self):
+        for name in ("image", "mask"):                  # decoded here, once, for all that read them
+            object.__setattr__(self, name, _decoded(name, getattr(self, name)))
         check_finite("guidance_scale", self.guidance_scale)
         check_fraction("guidance_rescale", self.guidance_rescale)
         if not isinstance(self.num_images, (int, np.integer)) or self.num_images < 1:
             raise TinyldmError(f"num_images must be a whole number from 1, not {self.num_images!r}")
+        if self.timestep_spacing not in (None, *SPACINGS):
+            raise TinyldmError(f"timestep_spacing must be {', '.join(SPACINGS[:-1])} or "
+                               f"{SPACINGS[-1]}, not {self.timestep_spacing!r}")
 
     def generators(self):
         """One generator of normal numbers per image; raises TinyldmError for a wrong seed."""
         generator = get_generator(self.noise)
         return [mixed(self.seed, lambda seed, i=i: generator(seed + i if i else seed),
                       BetweenGenerator) for i in range(self.num_images)]
+
+
+def _decoded(name, image):
+    if isinstance(image, Between):
+        return image._replace(first=decoded(name, image.first), second=decoded(name, image.second))
+    return None if image is None else decoded(name, image)
 
 
 def check_finite(name, value):

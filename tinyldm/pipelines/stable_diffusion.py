@@ -9,14 +9,15 @@ Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffus
 arXiv:2112.10752, figure 3.
 """
 import inspect
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from ..backend import array_library, free_scratch, keep_freed_memory
-from ..diffusion.samplers import SAMPLERS, check_sampler, default_sampler
+from ..diffusion.samplers import OWN_TIMESTEPS, SAMPLERS, check_sampler, default_sampler
 from ..diffusion.schedule import Schedule
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..images import to_pil
 from .conditioning import Conditioner
 from .editing import Edit
@@ -27,6 +28,7 @@ from .request import Request, check_finite, check_latents, picture_size
 
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
+DISTILLED = 8               # the most steps that Turbo, Lightning and Hyper models are made for
 
 
 def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
@@ -113,14 +115,13 @@ class StableDiffusion:
         Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
         finite, with the step and the layer.
         """
-        request = Request(*arguments, **options)
-        steps = request.num_inference_steps
-        steps = self.num_inference_steps if steps is None else steps
-        sampler = self.sampler(request.sampler)
+        request = self.complete(Request(*arguments, **options))
+        steps, sampler, schedule = request.num_inference_steps, request.sampler, self.schedule
+        if request.timestep_spacing not in (None, schedule.timestep_spacing):
+            schedule = replace(schedule, timestep_spacing=request.timestep_spacing)
         edit = self.edit(request.image, request.strength, request.mask, sampler)
-        self.schedule.check_steps(steps)
         first = edit.steps_left_out(steps)
-        check_sampler(sampler, self.schedule, steps, first, edit.reach)
+        check_sampler(sampler, schedule, steps, first, edit.reach)
         latents = None if request.latents is None else self._array(request.latents)
         size = self.size(request.width, request.height, request.image, latents)
         f = self.vae.vae_scale_factor
@@ -134,7 +135,7 @@ class StableDiffusion:
                                                        draw_noise)
         predict = Predictor(self.unet, conditioning, request.guidance_scale,
                             request.guidance_rescale, extra_channels)
-        states = SAMPLERS[sampler](predict, latents, self.schedule, steps, draw_noise, origin)
+        states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, origin)
         return finite_states(states, predict)
 
     __call__.__signature__ = stream.__signature__ = inspect.signature(Request.__init__).replace(
@@ -206,14 +207,18 @@ class StableDiffusion:
     def load_lora(self, path, weight=1.0):
         """Add a LoRA, times `weight`, to the weights; adding it with -weight undoes it.
 
-        path: a .safetensors file, or one that torch.save wrote, with the names of kohya, peft or
-        diffusers. Several may be added one after another. See checkpoints/addons/lora.py.
+        path: a .safetensors file, or one that torch.save wrote, with the names of kohya, LyCORIS
+        (LoCon, LoHa, LoKr), peft or diffusers; or a name or page on the hub, owner/name or
+        owner/name/file. Several may be added one after another, also one twice. The text encoders
+        learn the words that come with it. A note names what is left out. See
+        checkpoints/addons/lora.py.
         Raises TinyldmError, and changes nothing, for a file that does not fit this model.
         """
-        from ..checkpoints import merge_lora
+        from ..checkpoints import merge_lora, resolve_addon
 
         check_finite("weight", weight)
-        merge_lora(self.models, path, float(weight), self.unet.dtype)
+        path = resolve_addon(path, "pytorch_lora_weights")
+        merge_lora(self.models, path, float(weight), self.unet.dtype, self._encoders)
 
     def load_textual_inversion(self, path, token=None):
         """Add a learned word to the vocabulary, for use in prompts.
@@ -224,11 +229,49 @@ class StableDiffusion:
         Raises TinyldmError, and changes nothing, for a file that does not fit this model and for a
         word that is already in the vocabulary.
         """
-        from ..checkpoints import add_word
+        from ..checkpoints import add_word, resolve_addon
 
-        add_word(dict(zip(("text_encoder", "text_encoder_2"), self._readers)), path, token)
+        add_word(self._encoders, resolve_addon(path, "learned_embeds"), token)
+
+    @property
+    def _encoders(self):
+        return dict(zip(("text_encoder", "text_encoder_2"), self._readers))
 
     # ---- options ----------------------------------------------------------------------------
+
+    def complete(self, request):
+        """Fill in what the request leaves to the model -> Request.
+
+        The number of steps, the sampler and the timestep spacing. Raises TinyldmError for a wrong
+        number of steps.
+        """
+        steps, spacing = request.num_inference_steps, request.timestep_spacing
+        steps = self.num_inference_steps if steps is None else steps
+        self.schedule.check_steps(steps)
+        sampler = self.sampler(request.sampler)
+        if sampler in OWN_TIMESTEPS:
+            if spacing is not None:
+                note(f"the sampler {sampler} has timesteps of its own: timestep_spacing "
+                     f"{spacing!r} plays no part")
+            spacing = None
+        elif spacing is None:
+            spacing = self.schedule.timestep_spacing
+            few = steps <= DISTILLED and request.guidance_scale <= 1
+            if few and spacing != "trailing" and not self.unet.settings.time_cond_proj_dim:
+                suited = (f"few steps ({steps}) without guidance suit Turbo, Lightning and Hyper "
+                          "models")
+                if self.scheduler.get("_assumed"):
+                    spacing, changed = "trailing", ""
+                    if request.sampler is None and sampler == "pndm":
+                        # SD-Turbo's own sampler; PNDM averages over several steps.
+                        sampler, changed = "euler", " and the sampler euler in place of pndm"
+                    note(f"{suited}, so the timestep spacing is trailing{changed}: for any other "
+                         "model choose the timestep spacing leading")
+                else:
+                    note(f"{suited}: if this is one, choose the timestep spacing trailing, as the "
+                         "weights' own begins below the noisiest timestep")
+        return replace(request, num_inference_steps=steps, sampler=sampler,
+                       timestep_spacing=spacing)
 
     def sampler(self, name=None):
         """The name of the sampler that will draw: the given one, or the weights' own."""

@@ -56,6 +56,9 @@ SAMPLERS = {
     "lcm": lcm,
 }
 
+# which choose their timesteps themselves, whatever the schedule's spacing
+OWN_TIMESTEPS = ("dpmpp_2m_karras", "dpmpp_2m_sde_karras", "lcm")
+
 # switches that must be off
 EVENLY = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 
