@@ -12,7 +12,7 @@
 from .addons.lora import merge_lora
 from .addons.textual_inversion import add_word
 from .components import float_type, load_model, load_weights, save_model
-from .folders import load_pipeline_parts, resolve
+from .folders import load_pipeline_parts, resolve, resolve_vae
 from .formats.reading import read_tensors
 from .formats.safetensors_file import read_safetensors, write_safetensors
 from .saving import save, write_pipeline

@@ -30,6 +30,10 @@ def parse(arguments):
                         "owner/name/file for a single file there (the bundled model)")
     parser.add_argument("--ema", action="store_true", help="if a single file has the UNet's "
                         "weights twice, use those averaged over the training")
+    parser.add_argument("--vae", metavar="VAE", help="a VAE to use in place of the weights' own: "
+                        "a file, a folder, or a name on the Hugging Face hub")
+    parser.add_argument("--prediction-type", metavar="TYPE", help="what the weights' UNet "
+                        "predicts, if they do not say it: epsilon, v_prediction or sample")
     parser.add_argument("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]",
                         help="a LoRA to add to the weights, times WEIGHT (1); may be given several "
                         "times")
