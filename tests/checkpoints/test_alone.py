@@ -129,7 +129,7 @@ def test_scaling_factors(folders, tmp_path, monkeypatch):
         write_json(folder / "config.json", config)
         assert tinyldm.load(file, vae=folder).vae.scaling_factor == 0.13025
     change_json(folder / "config.json", scaling_factor=0.18215)
-    with pytest.warns(UserWarning, match="scaling_factor is 0.18215, the model's own VAE has 0.130"):
+    with pytest.warns(UserWarning, match="scaling_factor is 0.18215, the model's own VAE has"):
         assert tinyldm.load(file, vae=folder).vae.scaling_factor == 0.18215
     saved = tinyldm.load(file, vae=vae)
     tinyldm.save(saved, tmp_path / "saved")
@@ -273,8 +273,8 @@ def test_checkpoints_without_a_text_encoder(kind, drop, expected, folders, tmp_p
 
 def test_a_unet_alone_is_no_pipeline(tmp_path, shrunk):
     file = write(tmp_path / "x.safetensors", part(shrunk("sd1"), UNET, UNET))
-    with pytest.raises(TinyldmError, match="only the UNet of Stable Diffusion 1, no text encoder and"
-                       " no VAE.*load_model reads the UNet alone"):
+    with pytest.raises(TinyldmError, match="only the UNet of Stable Diffusion 1, no text encoder "
+                       "and no VAE.*load_model reads the UNet alone"):
         tinyldm.load(file)
 
 

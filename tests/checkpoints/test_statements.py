@@ -61,8 +61,7 @@ def test_such_a_file_draws_what_the_reference_draws(kind, folders, tmp_path, loa
     """The reference has the settings that the models' authors give for diffusers."""
     folder = shutil.copytree(folders[kind], tmp_path / kind)
     change_json(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction",
-                rescale_betas_zero_snr=True, _class_name="EulerDiscreteScheduler",
-                timestep_spacing="leading")
+                rescale_betas_zero_snr=True, _class_name="EulerDiscreteScheduler")
     change_json(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
     pipe, _ = loaded(kind, **NOOB)
     reference = Reference(folder)

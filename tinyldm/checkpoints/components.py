@@ -119,7 +119,7 @@ def fill(module, tensors, misfit, dtype=np.float32, low_memory=False):
 
     def read(name):
         axes = layout.OUR_AXES if len(parameters[name].shape) == 4 else None
-        stays = (parameters[name] in matrices and tensors[name].format == "F16"
+        stays = (parameters[name] in matrices and tensors[name].fits_float16
                  and math.prod(parameters[name].shape) >= LARGE)
         wanted = dtype or (np.float16 if stays else np.float32)
         parameters[name].data = tensors[name].read(wanted, axes, contiguous=not low_memory)

@@ -1,11 +1,10 @@
-"""Find and read a whole pipeline: a folder in the public diffusers layout, or a single file.
+"""Read a whole pipeline: a folder in the public diffusers layout, or a single file.
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
 A single file in the original layout holds only the weights of the models; see single_file/.
 """
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +34,6 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
 TOKENIZER_VARIABLE = "TINYLDM_TOKENIZER"
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILE = re.compile(rf"({HUB_NAME.pattern})/(.+\.(?:safetensors|ckpt))")
 
 
 class PipelineParts(NamedTuple):
@@ -75,7 +72,7 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False, vae
 
 
 def _load_folder(folder, dtype, low_memory, vae, prediction_type):
-    index = _read_index(folder)
+    index = read_index(folder)
     xl = "XL" in index["_class_name"]
     components = {part: model for part, model in COMPONENTS.items()
                   if (xl or "_2" not in part) and not (part == "vae" and vae)}
@@ -144,7 +141,7 @@ def load_vae(path, own, dtype=np.float32, low_memory=False):
     return vae
 
 
-def _read_index(folder):
+def read_index(folder):
     """The dict of folder/model_index.json. Raises TinyldmError for a pipeline not supported."""
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
@@ -240,51 +237,3 @@ def _tokenizer_folder():
                            f"{TOKENIZER_VARIABLE} name a folder with CLIP's vocab.json and "
                            "merges.txt, such as the tokenizer folder of any Stable Diffusion"
                            ) from None
-
-
-def resolve(weights=None, dtype=None):
-    """What a user calls weights -> the path of a pipeline's folder, or of a single file.
-
-    weights: None for the bundled model, a folder, a file, a hub name `owner/name`, or a single file
-    on the hub, `owner/name/file.safetensors`. What comes from the hub is downloaded only once.
-    dtype: which variant of the weights to download, see find_weights.
-    Raises TinyldmError for anything else, and for a failed download.
-    """
-    if weights is None:
-        return _bundled()
-    path = Path(weights).expanduser()
-    if path.is_dir() or path.is_file():
-        return path
-    name = str(weights)
-    if (match := HUB_FILE.fullmatch(name)) and not path.parent.is_dir():
-        return hub.download_file(match[1], match[2])
-    if path.suffix in hub.CHECKPOINTS:
-        raise TinyldmError(f"expected a file of weights, but there is no file {path}: check the "
-                           "path")
-    if HUB_NAME.fullmatch(name):
-        folder = hub.download_file(name, hub.INDEX).parent
-        return hub.download_parts(name, folder, _read_index(folder), dtype)
-    raise TinyldmError(f"expected weights to be a folder, a file or a hub name (owner/name), but "
-                       f"there is no folder {weights}: check the path")
-
-
-def resolve_vae(vae, dtype=None):
-    """What a user calls a VAE -> the path of its file or folder; None for None.
-
-    vae: a file, a folder of a VAE or of a pipeline, a hub name `owner/name` of either, or a file on
-    the hub, `owner/name/file.safetensors`. dtype: see find_weights.
-    Raises TinyldmError for anything else, and for a failed download.
-    """
-    name = None if vae is None else str(vae)
-    if vae is not None and HUB_NAME.fullmatch(name) and not Path(vae).expanduser().exists():
-        return hub.download_vae(name, dtype)
-    return None if vae is None else resolve(vae, dtype)
-
-
-def _bundled():
-    package = Path(__file__).parents[1]
-    for root in (package, package.parent):              # an installed wheel, the repository
-        if (root / "weights" / "shapes" / "model_index.json").is_file():
-            return root / "weights" / "shapes"
-    raise TinyldmError(f"the bundled model is missing from {package.parent}: install tinyldm "
-                       f"again, or name a folder of weights")

@@ -12,8 +12,9 @@ import numpy as np
 from ..backend import is_finite
 from ..diffusion.schedule import SPACINGS
 from ..errors import TinyldmError
+from ..images import decoded
 from ..noise import get_generator
-from .interpolation import BetweenGenerator, ends, mixed
+from .interpolation import Between, BetweenGenerator, ends, mixed
 
 LARGEST = 8192              # pixels per side; more is a typing mistake, not a picture
 
@@ -71,6 +72,8 @@ class Request:
     timestep_spacing: str | None = None
 
     def __post_init__(self):
+        for name in ("image", "mask"):                  # decoded here, once, for all that read them
+            object.__setattr__(self, name, _decoded(name, getattr(self, name)))
         check_finite("guidance_scale", self.guidance_scale)
         check_fraction("guidance_rescale", self.guidance_rescale)
         if not isinstance(self.num_images, (int, np.integer)) or self.num_images < 1:
@@ -84,6 +87,12 @@ class Request:
         generator = get_generator(self.noise)
         return [mixed(self.seed, lambda seed, i=i: generator(seed + i if i else seed),
                       BetweenGenerator) for i in range(self.num_images)]
+
+
+def _decoded(name, image):
+    if isinstance(image, Between):
+        return image._replace(first=decoded(name, image.first), second=decoded(name, image.second))
+    return None if image is None else decoded(name, image)
 
 
 def check_finite(name, value):

@@ -65,7 +65,7 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False, *,
     xp = array_library(device)
     dtype = float_type(np.float16 if dtype is None and xp is not np else dtype)
     parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema,
-                                resolve_vae(vae, dtype), prediction_type)
+                                vae and resolve_vae(vae, dtype), prediction_type)
     steps = parts.index.get("_num_inference_steps",
                             FEW_STEPS if parts.unet.settings.time_cond_proj_dim else STEPS)
     tokenizer = Tokenizer.from_folder(parts.tokenizer, parts.padding)
@@ -214,14 +214,18 @@ class StableDiffusion:
     def load_lora(self, path, weight=1.0):
         """Add a LoRA, times `weight`, to the weights; adding it with -weight undoes it.
 
-        path: a .safetensors file, or one that torch.save wrote, with the names of kohya, peft or
-        diffusers. Several may be added one after another. See checkpoints/addons/lora.py.
+        path: a .safetensors file, or one that torch.save wrote, with the names of kohya, LyCORIS
+        (LoCon, LoHa, LoKr), peft or diffusers; or a name or page on the hub, owner/name or
+        owner/name/file. Several may be added one after another, also one twice. The text encoders
+        learn the words that come with it. A note names what is left out. See
+        checkpoints/addons/lora.py.
         Raises TinyldmError, and changes nothing, for a file that does not fit this model.
         """
-        from ..checkpoints import merge_lora
+        from ..checkpoints import merge_lora, resolve_addon
 
         check_finite("weight", weight)
-        merge_lora(self.models, path, float(weight), self.unet.dtype)
+        path = resolve_addon(path, "pytorch_lora_weights")
+        merge_lora(self.models, path, float(weight), self.unet.dtype, self._encoders)
 
     def load_textual_inversion(self, path, token=None):
         """Add a learned word to the vocabulary, for use in prompts.
@@ -232,9 +236,13 @@ class StableDiffusion:
         Raises TinyldmError, and changes nothing, for a file that does not fit this model and for a
         word that is already in the vocabulary.
         """
-        from ..checkpoints import add_word
+        from ..checkpoints import add_word, resolve_addon
 
-        add_word(dict(zip(("text_encoder", "text_encoder_2"), self._readers)), path, token)
+        add_word(self._encoders, resolve_addon(path, "learned_embeds"), token)
+
+    @property
+    def _encoders(self):
+        return dict(zip(("text_encoder", "text_encoder_2"), self._readers))
 
     # ---- options ----------------------------------------------------------------------------
 
