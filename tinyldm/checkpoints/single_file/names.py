@@ -103,7 +103,7 @@ EMA_WORD = re.compile(r"(^|[._])ema(?=[._]|$)")
 def _short(name):
     """The name of a UNet's tensor, trained or averaged, without dots and what stands before."""
     letters = re.sub(r"[._]", "", EMA_WORD.sub("", name))
-    return letters.rpartition("diffusionmodel")[2].removeprefix("model")
+    return re.sub(r"^(model|unet)+", "", letters.rpartition("diffusionmodel")[2])
 
 
 # ---- the UNet and the VAE -------------------------------------------------------------------
