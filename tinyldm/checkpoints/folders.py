@@ -249,9 +249,14 @@ def _vae_config(kind, statements):
     return kind.vae if measured is None else kind.vae | {"scaling_factor": measured}
 
 
+def lacking(models, tensors):
+    """The parts of which {part.name: tensor} has no tensor at all."""
+    return [part for part in models if not any(name.startswith(f"{part}.") for name in tensors)]
+
+
 def _check_parts(path, kind, models, tensors):
     """Raise TinyldmError, one line, if the file has no tensor at all of one of the models."""
-    absent = [part for part in models if not any(name.startswith(f"{part}.") for name in tensors)]
+    absent = lacking(models, tensors)
     if absent == ["vae"]:
         raise TinyldmError(f"{path} ({kind.name}) holds no VAE: name one with --vae (from Python "
                            "vae=), a file, a folder or a name on the hub")
