@@ -112,6 +112,16 @@ def test_a_vae_takes_the_place_of_a_folders_own(layout, suffix, folders, tmp_pat
     assert tinyldm.load(folder, vae=vae).vae.scaling_factor == 0.18215
 
 
+def test_the_vae_of_a_whole_single_file(folders, tmp_path, monkeypatch):
+    tensors = original(folders["sd1"])
+    halves = {name: tensor / 2 for name, tensor in tensors.items() if name.startswith(FIRST_STAGE)}
+    file = as_file(folders["sd1"], tmp_path / "x.safetensors", monkeypatch, scribble=np.ones(1),
+                   **halves)
+    pipe, own = tinyldm.load(folders["sd1"], vae=file), tinyldm.load(folders["sd1"])
+    assert np.array_equal(pipe.vae.decoder.conv_in.weight.data,
+                          own.vae.decoder.conv_in.weight.data / 2)
+
+
 def test_scaling_factors(folders, tmp_path, monkeypatch):
     """The kind says it for a file, a folder's config for a folder; two that differ are named."""
     file = as_file(folders["sdxl"], tmp_path / "novae.safetensors", monkeypatch, drop=FIRST_STAGE)
@@ -159,11 +169,12 @@ def test_from_the_command_line(folders, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name, expected", [
     ("sd1/unet", "holds a UNet2DConditionModel, not a VAE"),
     ("clip.safetensors", "holds a CLIPTextModel, not a VAE"),
-    ("whole.safetensors", "holds text encoder and VAE and UNet of a pipeline"),
+    ("unet.safetensors", "holds a UNet2DConditionModel, not a VAE"),
     ("sd1/tokenizer", "expected a file .*config.json")])
 def test_what_is_no_vae(name, expected, folders, tmp_path, monkeypatch):
     shutil.copytree(folders["sd1"], tmp_path / "sd1")
-    as_file(folders["sd1"], tmp_path / "whole.safetensors", monkeypatch)
+    as_file(folders["sd1"], tmp_path / "unused.safetensors", monkeypatch)
+    write(tmp_path / "unet.safetensors", part(original(folders["sd1"]), UNET))
     write(tmp_path / "clip.safetensors", component(folders["sd1"] / "text_encoder"))
     with pytest.raises(TinyldmError, match=expected):
         tinyldm.load(folders["sd1"], vae=tmp_path / name)
@@ -186,6 +197,12 @@ def test_a_missing_or_misshapen_weight_of_a_vae_stays_an_error(folders, tmp_path
 
 # ---- load_model -----------------------------------------------------------------------------
 
+@pytest.mark.parametrize("start", ["module.", "_orig_mod.", "model."])
+def test_words_before_the_names_of_a_vae(start, folders, tmp_path, shrunk):
+    file = write(tmp_path / "vae.safetensors", part(shrunk("sd1"), FIRST_STAGE, start))
+    assert_holds(tinyldm.load_model(file), tinyldm.load(folders["sd1"]).vae)
+
+
 @pytest.mark.parametrize("layout, suffix", LAYOUTS)
 def test_load_model_reads_a_vae(layout, suffix, folders, tmp_path, shrunk):
     shrunk("sd1")
@@ -203,6 +220,7 @@ def test_a_vaes_header_names_stable_diffusion_xl(folders, tmp_path, shrunk):
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("start", ["", "diffusion_model.", UNET, "model.model.diffusion_model.",
+                                   "model.", "_orig_mod.", "module.diffusion_model.",
                                    "diffusers"])
 def test_load_model_reads_a_unet(start, kind, folders, tmp_path, shrunk):
     tensors = part(shrunk(kind), UNET, start)
@@ -224,8 +242,10 @@ def test_load_model_reads_a_text_encoder(kind, prefix, folder, folders, tmp_path
     if kind == "sdxl":                                  # here SD 2's is as wide as XL's second
         monkeypatch.setattr(kinds, "SD2", kinds.SD2._replace(text_encoder=kinds.SD2.text_encoder
                                                              | {"hidden_size": 1024}))
-    for names in (part(tensors, prefix, prefix), part(tensors, prefix),
-                  component(folders[kind] / folder)):
+    public = component(folders[kind] / folder)
+    for names in (part(tensors, prefix, prefix), part(tensors, prefix), public,
+                  {f"clip_l.transformer.{name}": public[name] for name in public if "text_proj" not
+                   in name} if folder == "text_encoder" else public):
         model = tinyldm.load_model(write(tmp_path / "text.safetensors", names))
         assert type(model) is type(expected)
         assert_holds(model, expected)

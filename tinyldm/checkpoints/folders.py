@@ -124,7 +124,7 @@ def _own_vae_config(folder):
 
 
 def load_vae(path, own, dtype=np.float32, low_memory=False):
-    """The VAE in a folder or a file of its own, or in a pipeline's folder.
+    """The VAE in a folder or a file of its own, or of a whole pipeline's.
 
     own: the config of the checkpoint's own VAE, or of its kind's. A file without a config has this
     one, and a config without a `scaling_factor` has that of this one: the UNet was trained on

@@ -4,6 +4,7 @@ Such a file has the names of a whole single file, those of one part of it withou
 them, or the public names; names.py turns all of these into the public ones. Shapes tell which
 Stable Diffusion it belongs to, except for a VAE: those of SD 1, 2 and XL are shaped alike.
 """
+import re
 from typing import NamedTuple
 
 from ...errors import TinyldmError
@@ -16,6 +17,9 @@ from .names import by_part
 # What layout_of says -> the words that stand before the names in a whole single file.
 BARE = {"VAE": "first_stage_model.", "UNet": "model.diffusion_model."}
 TEXT = {"original": "cond_stage_model.model.", "transformers": "cond_stage_model.transformer."}
+# Words before the names that say nothing, and all that stands before a text encoder's.
+BEFORE = re.compile(r"(?:(?:model|diffusion_model|module|_orig_mod|state_dict)\.)+|"
+                    r".*?\.(?=text_model\.)")
 LABELS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder",
           "text_encoder_2": "second text encoder"}
 
@@ -31,11 +35,13 @@ class Alone(NamedTuple):
 def one_component(stored, path, vae_config=None, xl=False):
     """The one component in {name: StoredTensor} -> Alone.
 
-    vae_config: for a VAE; None means that of Stable Diffusion 1, or with xl of Stable Diffusion XL,
-    which differ in scaling_factor.
+    vae_config: if given, the VAE is wanted, of a whole single file too, and has this config. None
+    means that of Stable Diffusion 1, or with xl of Stable Diffusion XL; scaling_factor differs.
     Raises TinyldmError for a file of several components, and of none that is known.
     """
     found, rest = _parts(stored)
+    if vae_config and "vae" in found:
+        found, rest = {"vae": found["vae"]}, {}
     if len(found) > 1:
         raise TinyldmError(f"{path} holds {' and '.join(LABELS[part] for part in found)} of a "
                            "pipeline: read it with tinyldm.load or --weights; load_model reads "
@@ -57,8 +63,8 @@ def _parts(stored):
     layout, content = kinds.layout_of(stored)
     start = TEXT.get(layout) if content == "text encoder" else BARE.get(content)
     if not found and start:
-        bare = {start + name.removeprefix("diffusion_model."): tensor
-                for name, tensor in stored.items()}
+        bare = {start + BEFORE.sub("", name, count=1) if BEFORE.match(name) else start + name:
+                tensor for name, tensor in stored.items()}
         found, rest = by_part(bare, layers)
     return found, rest
 
