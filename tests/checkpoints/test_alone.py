@@ -146,6 +146,24 @@ def test_scaling_factors(folders, tmp_path, monkeypatch):
     assert tinyldm.load(tmp_path / "saved").vae.scaling_factor == 0.13025
 
 
+def test_another_vae_is_read_before_the_unet(folders, tmp_path, monkeypatch):
+    """It is small, so whatever is wrong with it is said soon."""
+    file = as_file(folders["sd1"], tmp_path / "x.safetensors", monkeypatch)
+    bad = write(tmp_path / "vae.safetensors", {"encoder.down.0.x": np.ones(2)})
+    monkeypatch.setattr(loading, "fill", None)
+    for weights in (file, folders["sd1"]):
+        with pytest.raises(TinyldmError, match="does not fit the AutoencoderKL"):
+            tinyldm.load(weights, vae=bad)
+
+
+def test_a_vaes_weight_file_has_the_config_beside_it(folders, tmp_path):
+    folder = shutil.copytree(folders["sd1"] / "vae", tmp_path / "vae")
+    file, = folder.glob("*.safetensors")
+    change_json(folder / "config.json", scaling_factor=0.5)
+    with pytest.warns(UserWarning, match="its scaling_factor is 0.5"):
+        assert tinyldm.load(folders["sd1"], vae=file).vae.scaling_factor == 0.5
+
+
 def test_a_checkpoints_own_vae_that_does_not_fit_is_not_looked_at(folders, tmp_path, monkeypatch):
     file = as_file(folders["sd1"], tmp_path / "x.safetensors", monkeypatch,
                    **{f"{FIRST_STAGE}decoder.new": np.ones(3, np.float32)})

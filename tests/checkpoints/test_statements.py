@@ -175,8 +175,10 @@ def test_a_note_where_a_file_is_unclear(metadata, more, name, prediction, expect
 
 @pytest.mark.parametrize("more, expected", [
     ({"edm_mean": np.zeros((1, 4, 1, 1), np.float32)}, "Playground 2.5, of other noise levels"),
+    ({"model.diffusion_model.time_embed.cond_proj.weight": np.ones((64, 256), np.float32)},
+     "Latent Consistency Model .supported only as a folder."),
     ({"edm_vpred.sigma_max": np.float32(80), **NOOB}, "CosXL, of other noise levels .not supp")])
-def test_other_noise_levels_are_refused_by_name(more, expected, loaded):
+def test_relatives_are_refused_by_name(more, expected, loaded):
     with pytest.raises(TinyldmError, match=expected):
         loaded("sdxl", **more)
 

@@ -169,7 +169,7 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
     Raises TinyldmError as build_model, find_weights and fill do.
     """
     path = Path(path).expanduser()
-    if path.is_file() and not _has_config(path):
+    if path.is_file() and not has_config(path):
         alone = one_component(read_tensors(path), path, defaults, _is_xl(path))
         module = alone.model(alone.config)
         misfit = f"{path} does not fit the {alone.model.__name__} of Stable Diffusion"
@@ -185,7 +185,7 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
     return module
 
 
-def _has_config(file):
+def has_config(file):
     """Whether a weight file has the name of a component's own, beside a config.json."""
     names = {name.partition(".")[0] for name in WEIGHT_FILES}
     return file.name.partition(".")[0] in names and file.with_name("config.json").is_file()

@@ -23,6 +23,7 @@ from .components import (
     config_errors,
     fill,
     find_weights,
+    has_config,
     load_model,
     note_unknown_keys,
     read_config,
@@ -108,9 +109,8 @@ def _load_folder(folder, dtype, low_memory, vae, prediction_type):
                                f"not a {model.__name__}: get it again")
         dtypes[part] = _dtype(config, dtype)
         find_weights(folder / part, dtypes[part])
-    models = {part: load_model(folder / part, dtypes[part], low_memory) for part in components}
-    if vae:
-        models["vae"] = load_vae(vae, _own_vae_config(folder), dtype, low_memory)
+    models = {"vae": load_vae(vae, _own_vae_config(folder), dtype, low_memory)} if vae else {}
+    models |= {part: load_model(folder / part, dtypes[part], low_memory) for part in components}
     return PipelineParts(**models, **{name: folder / name for name in tokenizers},
                          scheduler=scheduler, padding=None, index=index)
 
@@ -135,8 +135,8 @@ def load_vae(path, own, dtype=np.float32, low_memory=False):
     if (path / "model_index.json").is_file():
         path = path / "vae"
     scale, config, defaults = AutoencoderKL.Settings.read(own).scaling_factor, own, own
-    if path.is_dir():
-        model, config = read_config(path)
+    if path.is_dir() or has_config(path):
+        model, config = read_config(path if path.is_dir() else path.parent)
         if model is not AutoencoderKL:
             raise TinyldmError(f"{path} holds a {model.__name__}, not a VAE: name a VAE's folder "
                                "or file as vae")
@@ -211,14 +211,13 @@ def _load_file(path, dtype, low_memory, ema, vae, prediction_type):
     _check_parts(path, kind, models, tensors)
     misfit = f"{path} does not fit {kind.name}"
     check_fit(misfit, parameters, tensors)
+    other = {"vae": load_vae(vae, _vae_config(kind, statements), dtype, low_memory)} if vae else {}
     for part, model in models.items():
         own = {name: tensors[f"{part}.{name}"] for name, _ in model.named_parameters()}
         fill(model, own, misfit, _dtype(model.config, dtype), low_memory)
-    if vae:
-        models["vae"] = load_vae(vae, _vae_config(kind, statements), dtype, low_memory)
     # A Turbo's file looks like its base model's: see StableDiffusion.complete.
-    return PipelineParts(**models, scheduler=scheduler | {"_assumed": True}, tokenizer=tokenizer,
-                         padding=kind.padding, index={}, padding_2=kind.padding_2,
+    return PipelineParts(**models, **other, scheduler=scheduler | {"_assumed": True}, index={},
+                         tokenizer=tokenizer, padding=kind.padding, padding_2=kind.padding_2,
                          tokenizer_2=tokenizer if kind.padding_2 else None)
 
 

@@ -180,6 +180,8 @@ LAYOUTS = (
     (".attn.add_k_proj.", "diffusers", "Stable Diffusion 3 (not supported)"),
     ("controlnet_", "diffusers", "ControlNet (not supported)"),
     ("control_model.", "original", "ControlNet (not supported)"),
+    ("time_embed.cond_proj.", "original",
+     "Latent Consistency Model (supported only as a folder)"),
     ("edm_mean", "original", "Playground 2.5, of other noise levels (not supported)"),
     ("edm_vpred.", "original", "CosXL, of other noise levels (not supported)"),
     ("model.diffusion_model.", "original", SINGLE_FILE),
