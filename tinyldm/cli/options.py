@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from .. import __version__
 from ..errors import TinyldmError, note
 from ..pipelines.interpolation import Between, ends
+from .console import say
 
 INTERPOLATED = 8            # pictures from one prompt, seed or image to another
 MOST_PICTURES = 10_000      # of one command; more is a typing mistake
@@ -74,6 +75,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise TinyldmError(f"{message}{self._hint()} (--help lists the options)")
+
+    def _print_message(self, message, file=None):       # of --help and --version
+        say(message.rstrip("\n"))
 
     def _spelled(self, arg):
         """An argument with the option's own name in place of an alias."""
