@@ -64,8 +64,9 @@ def draw(args):
     todo = jobs(args)
     paths = output_paths(args.output, len(todo))
     check_output(paths[0])
+    written = [*paths, *(output_paths(sheet_path(args.output), 1) if len(paths) > 1 else [])]
     for file in filter(None, (args.image, args.mask, args.to_image)):
-        if any(path.exists() and path.samefile(file) for path in paths):
+        if any(path.exists() and path.samefile(file) for path in written):
             raise TinyldmError(f"--output would replace {file}, which is read: name another file")
     if args.preview is not None and args.preview < 1:
         raise TinyldmError(f"--preview must be at least 1 step, not {args.preview}")
@@ -77,7 +78,7 @@ def draw(args):
         # One film per prompt of its pictures, or one per picture of its steps.
         films = output_paths(args.animate, len(args.prompt) if interpolates(args) else len(todo))
         check_output(films[0])
-        if same := {*paths} & {*films}:
+        if same := {*written} & {*films}:
             raise TinyldmError(f"--animate and --output both name {min(same)}: name two files")
     if not args.profile:
         return draw_pictures(args, todo, paths, films)
@@ -103,11 +104,11 @@ def draw_pictures(args, todo, paths, films, profile=None):
             advise(pipe)
     if profile:
         profile.add(pipe)
-    if args.random:
-        todo = [job._replace(prompt=random_prompt(pipe, job.seed)) for job in todo]
     picture = Picture(args, pipe, timed, Preview(pipe), Live() if args.show else None)
     thumbnails, frames, step_film = [], [], films and not interpolates(args)
     for job, path in zip(todo, paths):
+        if args.random:
+            job = job._replace(prompt=random_prompt(pipe, job.seed))
         image, early, text = picture.draw(job, path, step_film)
         with timed("saving"):
             thumbnails.append(thumbnail(image, len(paths)))
@@ -119,6 +120,7 @@ def draw_pictures(args, todo, paths, films, profile=None):
         tell(path)
     if len(paths) > 1:
         save(grid(thumbnails, columns(len(paths)), GAP), sheet_path(args.output), text)
+        print(f"all on one sheet: {sheet_path(args.output)}", file=sys.stderr)
 
 
 def tell(path):

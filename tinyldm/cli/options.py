@@ -298,10 +298,10 @@ def jobs(args):
     count = (INTERPOLATED if between_two else 1) if args.count is None else args.count
     if count < 1 + between_two:
         raise TinyldmError(f"--count must be at least {1 + between_two}, not {count}")
-    texts = prompts(args)
-    if count * len(texts) > MOST_PICTURES:
+    args.prompt = prompts(args)
+    if count * len(args.prompt) > MOST_PICTURES:
         raise TinyldmError(f"one command draws at most {MOST_PICTURES} pictures, not "
-                           f"{count * len(texts)}: draw them in parts, with --seed")
+                           f"{count * len(args.prompt)}: draw them in parts, with --seed")
     image, to_image = (file and open_image(file) for file in (args.image, args.to_image))
     mask = args.mask and open_image(args.mask, "L")
 
@@ -309,7 +309,7 @@ def jobs(args):
         return first if second is None else Between(first, second, i / (count - 1))
 
     found = []
-    for prompt in texts:
+    for prompt in args.prompt:
         for i in range(count):
             if between_two:
                 seed = between(args.seed, args.to_seed, i)
