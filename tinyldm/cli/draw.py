@@ -22,7 +22,6 @@ LARGEST_SIDE = 16384        # pixels, of an enlarged picture
 SHEET, GAP = 4096, 2        # pixels: the longest side of a contact sheet, between its pictures
 BUNDLED = "shapes"
 ANIMATED = (".gif", ".webp")
-LARGE = 4                   # times the weights' own number of pixels: worth a note
 # Seconds per step; tqdm's own format switches to steps per second for fast steps.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_inv_fmt}]"
 CLOCK = "{desc}: {elapsed_s:.1f} s"
@@ -162,8 +161,6 @@ class Picture(NamedTuple):
             asked = pipe.complete(request(job, args))
             steps, sampler = asked.num_inference_steps, asked.sampler
             states = pipe.stream(**vars(asked))
-            if job.image and args.width is None and args.height is None:
-                advise_on_size(pipe, size)
             edit = pipe.edit(job.image, args.strength, job.mask, sampler)
             own = asked.timestep_spacing == pipe.schedule.timestep_spacing
             spacing = None if own else asked.timestep_spacing
@@ -224,17 +221,6 @@ def advise(pipe):
             and not config.get("rescale_betas_zero_snr")):
         note("the scheduler is that of a model made for few steps, such as Turbo: if it is one, "
              f"--steps 1 --guidance 0 does better than {STEPS} steps")
-
-
-def advise_on_size(pipe, size):
-    """A note on a photograph that would take minutes per step."""
-    if pipe.unet.settings.sample_size:
-        own = pipe.size()
-        times = math.prod(size) / math.prod(own)
-        if times > LARGE:
-            note(f"the image is drawn at its {size[0]}x{size[1]} pixels, {times:.0f} times as "
-                 f"many as the {own[0]}x{own[1]} of the weights: --width and --height make it "
-                 "smaller")
 
 
 def with_progress(states, steps, left_out, sampler):

@@ -5,6 +5,7 @@
 import argparse
 import os
 import re
+import shutil
 import sys
 import textwrap
 from difflib import get_close_matches
@@ -140,7 +141,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """The description as it is; options in a narrow column, so that each takes a line or two."""
 
     def __init__(self, prog, **options):
-        super().__init__(prog, **{"max_help_position": 25} | options)
+        width = min(shutil.get_terminal_size().columns - 2, 98)
+        super().__init__(prog, **{"max_help_position": 25, "width": width} | options)
 
     def _split_lines(self, text, width):
         return textwrap.wrap(text, width, break_on_hyphens=False)       # names of files and options
