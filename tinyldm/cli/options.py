@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
             near = [other for other in names if other.startswith(name) and len(name) > 3]
             near = near or get_close_matches(name, [*names, *ALIASES], 1, 0.75)
             return f": did you mean {' or '.join(near[:3])}?" if near else ""
-        return (f": options have two dashes; a prompt that begins with a dash stands last, after -- "
+        return (": options have two dashes; a prompt that begins with a dash stands last, after -- "
                 f"(-- \"{self.unknown[0]}\"), and such a value after = (--negative=\"-...\")")
 
 
