@@ -163,7 +163,7 @@ def find_changes(path, settings, fitting, layers):
                 no_bias += [f"{name}.bias"] * len(here)
             elif not all(fits(change, parameter, tensors) for change in here):
                 sizes = " and ".join(f"{role} {tensors[role].shape}"
-                                     for role in sorted(tensors, key="up".__ne__))
+                                     for role in sorted(tensors, key=lambda role: role != "up"))
                 wrong.append(f"{name} (expected {file_shape(parameter)}, found {sizes})")
             elif here:
                 changes.append((f"{name}.{what}", parameter, [
