@@ -94,7 +94,8 @@ def draw_pictures(args, todo, paths, films, profile=None):
         from ..images import grid, save
         from ..pipelines.stable_diffusion import load
         from .preview import Live, Preview, save_film
-        pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema)
+        pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema,
+                    vae=args.vae, prediction_type=args.prediction_type)
         for file, weight in args.lora:
             pipe.load_lora(file, weight)
         for file in args.embedding:

@@ -200,6 +200,10 @@ def the_model(add):
         "single file there (the bundled model)")
     add("--ema", action="store_true", help="if a single file has the UNet's weights twice, use "
         "those averaged over the training")
+    add("--vae", metavar="VAE", help="the VAE to use in place of the weights' own, which single "
+        "files may lack: a file, a folder, or a name on the Hugging Face hub")
+    add("--prediction-type", metavar="TYPE", help="what the UNet predicts, where the weights do "
+        "not say it: epsilon, v_prediction or sample")
     add("--lora", type=lora, action="append", default=[], metavar="FILE[:W]", help="a LoRA to add "
         "to the weights, times W (1); may be given several times")
     add("--embedding", action="append", default=[], metavar="FILE", help="a textual inversion: a "
