@@ -26,7 +26,7 @@ from .interpolation import ends
 from .language import Language
 from .parts import check_parts
 from .predictor import Predictor
-from .request import Request, check_finite, check_latents, picture_size
+from .request import Request, check_finite, check_latents, note_on_size, picture_size
 
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
@@ -144,6 +144,9 @@ class StableDiffusion:
         check_sampler(sampler, schedule, steps, first, edit.reach)
         latents = None if request.latents is None else self._array(request.latents)
         size = self.size(request.width, request.height, request.image, latents)
+        if self.unet.settings.sample_size:
+            note_on_size(size, self.size(), request.image is not None
+                         and request.width is request.height is latents is None)
         f = self.vae.vae_scale_factor
         shape = request.num_images, size[1] // f, size[0] // f, self.vae.settings.latent_channels
         if latents is not None:
