@@ -20,6 +20,7 @@ import tinyldm
 from tests.support.extra import diffusers
 from tests.support.hub_server import serving
 from tests.support.small_pipelines import change_json, smallest
+from tinyldm import checkpoints
 from tinyldm.checkpoints import hub as downloads
 from tinyldm.checkpoints import load_model, resolve, resolve_addon
 from tinyldm.checkpoints.components import find_weights
@@ -333,6 +334,18 @@ def test_an_addon_by_the_name_of_its_repository(files, expected, hub, tmp_path, 
     assert resolve_addon(f"owner/toy/{expected}", "learned_embeds").read_text() == expected
 
 
+@pytest.mark.parametrize("file, beside", [
+    ("adapter_model.safetensors", "adapter_config.json"),
+    ("unet/adapter_model.safetensors", "unet/adapter_config.json"),
+    ("learned_embeds.safetensors", "learned_embeds_2.safetensors")])
+def test_what_belongs_beside_an_addon_comes_with_it(file, beside, hub, tmp_path):
+    put(tmp_path / "toy", file, beside, "README.md", "other_config.json")
+    hub.repositories["owner/toy"] = tmp_path / "toy"
+    path = resolve_addon(f"owner/toy/{file}", "learned_embeds")
+    assert path.read_text() == file and (path.parent / Path(beside).name).read_text() == beside
+    assert hub.fetched() == sorted([file, beside])
+
+
 def test_a_pipeline_loads_addons_from_the_hub(hub, weights, tmp_path):
     """The bytes that the hub sends change the model as the local file does."""
     folder = tmp_path / "toy"
@@ -485,3 +498,36 @@ def test_progress_is_shown_in_a_terminal(weights, tmp_path):
 def test_what_these_tests_replace_is_there():
     """If the library moved its classes, these tests would talk to the real hub."""
     assert huggingface_hub.hf_hub_url("a/b", "c").startswith(constants.ENDPOINT)
+
+
+# ---- a VAE ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, file", [("owner/small", "vae/config.json"),
+                                        ("owner/vae", "config.json"),
+                                        ("owner/vae/other.safetensors", "other.safetensors")])
+def test_a_vae_from_the_hub(name, file, weights, hub, offline, tmp_path):
+    """The VAE of a pipeline, a repository of its own, or a file; and again from the cache."""
+    folder = shutil.copytree(weights / "vae", tmp_path / "vae")
+    put(folder, "README.md", "diffusion_pytorch_model.bin")
+    shutil.copy(folder / "diffusion_pytorch_model.safetensors", folder / "other.safetensors")
+    hub.repositories["owner/vae"] = folder
+    own = tinyldm.load(weights).vae
+    for way in (None, "HF_HUB_OFFLINE"):
+        if way:
+            offline(way)
+        found = checkpoints.resolve_vae(name)
+        vae = tinyldm.load(weights, vae=name).vae
+        assert all(np.array_equal(ours.data, theirs.data)
+                   for ours, theirs in zip(vae.parameters(), own.parameters()))
+        assert (found / "config.json").is_file() or found.name == "other.safetensors"
+        if not way:
+            part = "vae/" if file.startswith("vae/") else ""
+            expected = {file, f"{part}diffusion_pytorch_model.safetensors"}
+            assert set(hub.fetched()) == ({file} if name.endswith("ensors") else expected)
+
+
+def test_a_repository_without_a_vae(hub, tmp_path):
+    put(tmp_path / "other", "README.md", "model.safetensors")
+    hub.repositories["owner/other"] = tmp_path / "other"
+    with pytest.raises(TinyldmError, match="owner/other .* neither a vae folder nor a config.json"):
+        tinyldm.load(vae="owner/other")

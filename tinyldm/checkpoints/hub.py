@@ -22,13 +22,14 @@ SETTINGS = {"config.json", "scheduler_config.json", "vocab.json", "merges.txt", 
 CHECKPOINTS = (".safetensors", ".ckpt")
 
 
-def download_file(name, file):
+def download_file(name, file, beside=()):
     """The local path of one file of the repository `name`.
 
+    beside: files that are downloaded, too, if the repository has them.
     Raises TinyldmError if there is none; the message lists the single files to choose from, of the
     folder `file` if it is one.
     """
-    folder = fetch(name, [file])
+    folder = fetch(name, [file, *beside])
     if (folder / file).is_file():
         return folder / file
     found = [other for other in _ask(name) or files_in(folder) if other.endswith(CHECKPOINTS)]
@@ -74,6 +75,23 @@ def download_parts(name, folder, index, dtype=None):
         raise TinyldmError(f"{name} on the Hugging Face hub{where}: {error}") from None
     settings = _paths(parts, SETTINGS.__contains__)
     return fetch(name, [INDEX, *settings, *indexes, *weights])
+
+
+def download_vae(name, dtype=None):
+    """The local folder of the VAE in the repository `name`: the whole of it, or a pipeline's part.
+
+    dtype: see find_weights. Raises TinyldmError for a failed download, and if there is no VAE.
+    """
+    configs = ["vae/config.json", "config.json"]
+    listed = _ask(name) or files_in(fetch(name, configs))
+    config = next((config for config in configs if config in listed), None)
+    if config is None:
+        raise TinyldmError(f"{name} on the Hugging Face hub has neither a vae folder nor a "
+                           f"config.json: name a file of it, as {name}/FILE")
+    part = config.removesuffix("config.json")           # vae/, or none
+    inside = {file.removeprefix(part) for file in listed if file.startswith(part)}
+    weights = find_weights(Path(part), dtype, inside)
+    return fetch(name, [config, *(path.as_posix() for path in weights)]) / part
 
 
 def _paths(parts, wanted):

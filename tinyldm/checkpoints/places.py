@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from ..errors import TinyldmError
 from ..files import read_json
 from . import hub
+from .addons.adapter_settings import FILE as SETTINGS
 from .components import class_name, shorten
 from .folders import read_index
 
@@ -61,6 +62,22 @@ def resolve(weights=None, dtype=None):
     return hub.download_file(place.name, place.file)
 
 
+def resolve_vae(vae, dtype=None):
+    """What a user calls a VAE -> the path of its file, its folder, or a pipeline's folder.
+
+    dtype: see find_weights. Raises TinyldmError as resolve does; reading the path checks the rest.
+    """
+    path = local_path(vae)
+    if os.path.isdir(path):
+        return snapshot(path)
+    place = None if os.path.isfile(path) else hub_place(vae)
+    if place is None:
+        return resolve(vae, dtype)
+    if not place.file:
+        return hub.download_vae(place.name, dtype)
+    return hub.download_file(place.name, place.file)
+
+
 def resolve_addon(addon, usual):
     """What a user calls a LoRA or a textual inversion -> the path of its file.
 
@@ -79,7 +96,9 @@ def resolve_addon(addon, usual):
     if not place.file:
         files = hub.list_files(place.name, [usual + ending for ending in ENDINGS])
         place = place._replace(file=choose(files, usual, place.name))
-    return hub.download_file(place.name, place.file)
+    file = PurePosixPath(place.file)
+    return hub.download_file(place.name, place.file, [
+        str(file.with_name(name)) for name in (SETTINGS, f"{file.stem}_2{file.suffix}")])
 
 
 def choose(files, usual, where):

@@ -1,6 +1,8 @@
 """python -m tinyldm.inspect FILE: what a checkpoint is, or how a picture was made.
 
-    a file of weights       its kind, layout and precision, and its parameters by module
+    a file of weights       its kind, layout and precision, what it says of itself (what the model
+                            predicts, for how few steps), what of it is missing, unexpected or left
+                            out, and its parameters by module
     a component's folder    the same, and what does not fit the model that its config.json names
     a pipeline's folder     the same of every component
     a PNG from tinyldm      what it recorded: prompt, steps, sampler, seed ...
@@ -18,17 +20,16 @@ from ..checkpoints.components import (
     build_model,
     class_name,
     find_weights,
-    misfits,
     read_files,
-    shorten,
 )
 from ..checkpoints.formats.reading import read_tensors
 from ..checkpoints.layout import fitted
 from ..checkpoints.single_file.kinds import family, layout_of
-from ..cli.draw import status
+from ..cli.console import say, status
 from ..cli.options import Parser
 from ..errors import TinyldmError, clean
 from ..files import read_json
+from .fit import describe_fit, lists
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LONGEST_LINE = 20_000           # characters; prompts are long
@@ -44,7 +45,7 @@ def main(arguments=None):
 
     def run():
         for line in describe(parser.parse_args(arguments).file):
-            print(clean(line, LONGEST_LINE))
+            say(clean(line, LONGEST_LINE))
     return status(run)
 
 
@@ -63,7 +64,8 @@ def describe(path):
                            "file or a folder") from None
     if start == PNG:
         return describe_picture(path)
-    return [f"{path}", *describe_tensors(read_tensors(path))]
+    tensors = read_tensors(path)
+    return [f"{path}", *describe_tensors(tensors, describe_fit(path, tensors))]
 
 
 # ---- folders --------------------------------------------------------------------------------
@@ -107,22 +109,20 @@ def compare(folder, stored):
         parameters = dict(build_model(folder).named_parameters())
     except TinyldmError as error:
         return [f"  not compared with a model: {error}"]
-    lists = misfits(parameters, fitted(stored, parameters))
-    return [f"  {what}: {shorten(names)}"
-            for what, names in zip(("missing", "unexpected", "wrong shape"), lists)]
+    return lists(parameters, fitted(stored, parameters), stored)
 
 
 # ---- tensors --------------------------------------------------------------------------------
 
-def describe_tensors(tensors):
-    """Lines on {name: StoredTensor}: layout, kind, precision, parameters by module."""
+def describe_tensors(tensors, more=()):
+    """Lines on {name: StoredTensor}: layout, kind, precision, `more`, parameters by module."""
     layout, kind = layout_of(tensors)
     kind = kind or f"unknown, with keys such as {', '.join(list(tensors)[:3]) or 'none'}"
     kinds = filter(None, [kind, family(tensors)])
     formats = Counter(tensor.format for tensor in tensors.values())
     precision = ", ".join(f"{count:,} x {name}" for name, count in formats.most_common())
     return [f"  layout: {layout or 'unknown'}", f"  kind: {', '.join(kinds)}",
-            f"  precision: {precision or 'no tensors'}", *table(tensors)]
+            f"  precision: {precision or 'no tensors'}", *more, *table(tensors)]
 
 
 def table(tensors):
