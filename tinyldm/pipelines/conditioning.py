@@ -16,7 +16,7 @@ from .. import ops
 from ..backend import get_xp, is_finite
 from ..errors import TinyldmError, note
 from ..models.clip import CLIPTextModelWithProjection
-from ..text.prompt import apply_weights, split_into_chunks, to_arrays
+from ..text.prompt import apply_weights, note_foreign_syntax, split_into_chunks, to_arrays
 from .finite import check_output
 from .interpolation import ends, lerp, mixed
 
@@ -72,7 +72,9 @@ class Conditioner:
 
     def _split(self, text):
         """The text's chunks for each tokenizer; they may differ, as their padding tokens do."""
-        return [split_into_chunks(text, tokenizer) for tokenizer, _ in self.readers]
+        chunks = [split_into_chunks(text, tokenizer) for tokenizer, _ in self.readers]
+        note_foreign_syntax(text)
+        return chunks
 
     def _encode(self, text, chunks, length):
         """A text, its chunks for each reader, how many to fill up to -> {"context": (1,77n,D)}.

@@ -59,15 +59,23 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False, *,
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Imported here, so that `import tinyldm` need not wait for the libraries behind them.
-    from ..checkpoints import float_type, load_pipeline_parts, resolve, resolve_vae
+    from ..checkpoints import (
+        check_prediction_type,
+        float_type,
+        load_pipeline_parts,
+        resolve,
+        resolve_vae,
+    )
     from ..text.tokenizer import Tokenizer
 
+    check_prediction_type(prediction_type)
     if not low_memory:
         keep_freed_memory()
     xp = array_library(device)
     dtype = float_type(np.float16 if dtype is None and xp is not np else dtype)
     parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema,
-                                vae and resolve_vae(vae, dtype), prediction_type)
+                                None if vae is None else resolve_vae(vae, dtype),
+                                prediction_type)
     steps = parts.index.get("_num_inference_steps",
                             FEW_STEPS if parts.unet.settings.time_cond_proj_dim else STEPS)
     rule = parts.index.get("_language")
