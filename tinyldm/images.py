@@ -7,11 +7,15 @@ import io
 import os
 import warnings
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import TinyldmError, note
 from .files import replacing, temporary_beside
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # ---- reading --------------------------------------------------------------------------------
 
@@ -276,7 +280,7 @@ def check_mask_size(mask, image):
              f"{image.width}x{image.height}: the mask is resized")
 
 
-class Pictures(list):
+class Pictures(list["Image.Image"]):
     """A list of PIL images, which a notebook shows as pictures."""
 
     def _repr_html_(self):
@@ -291,7 +295,7 @@ def _png(image):
     return base64.b64encode(file.getvalue()).decode()
 
 
-def to_pil(images):
+def to_pil(images: Any) -> Pictures:
     """Images (B,H,W,3) in [-1, 1] -> Pictures, a list of PIL images.
 
     What lies beyond -1 and 1 is clipped. Raises TinyldmError for anything else, also for NaN.

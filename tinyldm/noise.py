@@ -40,7 +40,7 @@ BLOCK = 16                  # torch's vector code: 8 radii and 8 angles give 16 
 A100_THREADS = 221184       # that fit on one: 108 multiprocessors with 2048 threads each
 
 
-def randn(shape, seed):
+def randn(shape: int | tuple[int, ...], seed: int) -> np.ndarray:
     """Draw standard normal numbers: torch.manual_seed(seed); torch.randn(shape).
 
     shape: a tuple (or one length); seed: as for Generator -> float32 array of that shape.

@@ -46,6 +46,8 @@ MISTAKES = {
     "save to half a pair": (r"tinyldm.save(pipe, 'a\ud800')", "the folder " + A_PATH),
     "save no pipeline": ("tinyldm.save('folder', pipe)", "the folder " + A_PATH),
     "save nothing": ("tinyldm.save(None, folder)", "a pipeline and then a folder, not a NoneType"),
+    "no model": ("tinyldm.load_model(None)", "a model " + A_PATH + "None"),
+    "a model of a NUL": (r"tinyldm.load_model('a\0')", "holds a NUL"),
     "a LoRA None": ("pipe.load_lora(None)", "None"),
     "a LoRA of a NUL": (r"pipe.load_lora('a\0')", "NUL"),
     "a word of a NUL": (r"pipe.load_textual_inversion('a\0')", "NUL"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import backend
 from ..errors import TinyldmError, note
-from ..files import read_json, write_json
+from ..files import as_path, read_json, write_json
 from ..layers import Conv2d, Linear, check_fit, named_modules, shorten
 from ..layers import misfits as misfits
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -168,7 +168,7 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
     with Stable Diffusion 1, or XL if the file's header names it.
     Raises TinyldmError as build_model, find_weights and fill do.
     """
-    path = Path(path).expanduser()
+    path = as_path("the folder or file of a model", path)
     if path.is_file() and not has_config(path):
         alone = one_component(read_tensors(path), path, defaults, _is_xl(path))
         module = alone.model(alone.config)

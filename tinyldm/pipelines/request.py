@@ -2,10 +2,12 @@
 
 What depends on the pipeline's models is checked in stable_diffusion.py and editing.py.
 """
+import inspect
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -19,6 +21,20 @@ from .interpolation import Between, BetweenGenerator, ends, mixed
 
 LARGEST = 8192              # pixels per side; more is a typing mistake, not a picture
 MOST_STEPS, MOST_IMAGES = 1000, 10_000                  # the same
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def takes(options: Callable[P, object]
+          ) -> Callable[[Callable[..., T]], Callable[Concatenate[Any, P], T]]:
+    """Decorator: the method takes self and what `options` takes, for editors and for inspect."""
+    def decorate(method):
+        own = list(inspect.signature(options).parameters.values())
+        self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        method.__signature__ = inspect.Signature([self, *own])
+        return method
+    return decorate
 
 
 @dataclass(frozen=True, eq=False)

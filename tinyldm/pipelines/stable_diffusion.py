@@ -8,18 +8,20 @@
 Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
 arXiv:2112.10752, figure 3.
 """
-import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from ..backend import array_library, free_scratch, keep_freed_memory
 from ..diffusion.samplers import OWN_TIMESTEPS, SAMPLERS, check_sampler, default_sampler
+from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
-from ..images import to_pil
+from ..images import Pictures, to_pil
 from .conditioning import Conditioner
 from .editing import Edit
 from .finite import check_output, finite_states
@@ -27,7 +29,7 @@ from .interpolation import ends
 from .language import Language
 from .parts import check_parts
 from .predictor import FunctionUNet, Predictor
-from .request import Request, check_finite, check_latents, note_on_size, picture_size
+from .request import Request, check_finite, check_latents, note_on_size, picture_size, takes
 
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
@@ -35,7 +37,7 @@ DISTILLED = 8               # the most steps that Turbo, Lightning and Hyper mod
 
 
 def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False, *, vae=None,
-         prediction_type=None):
+         prediction_type=None) -> "StableDiffusion":
     """Read a pipeline's weights -> StableDiffusion.
 
     weights: None for the bundled model; a folder in the diffusers layout; a single file in the
@@ -123,13 +125,15 @@ class StableDiffusion:
         corrected = {} if newer else {"steps_offset": 1, "clip_sample": False}
         self.schedule = Schedule.from_config({"clip_sample": False} | scheduler | corrected)
 
-    def __call__(self, *arguments, **options):
+    @takes(Request)
+    def __call__(self, *arguments: Any, **options: Any) -> Pictures:
         """Draw num_images pictures of a prompt -> list of PIL images. Arguments: see Request."""
         for state in self.stream(*arguments, **options):
             latents = state.latents
         return to_pil(self.decode(latents))
 
-    def stream(self, *arguments, **options):
+    @takes(Request)
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
         """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
 
         The arguments are the fields of Request, in their order: see request.py.
@@ -168,10 +172,7 @@ class StableDiffusion:
         states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, origin)
         return finite_states(states, predict)
 
-    __call__.__signature__ = stream.__signature__ = inspect.signature(Request.__init__).replace(
-        return_annotation=inspect.Signature.empty)      # self, prompt, negative_prompt="", ...
-
-    def encode_prompt(self, text):
+    def encode_prompt(self, text: Any) -> Any:
         """Text -> context (1, 77 * chunks, D), which the UNet attends to.
 
         It is the text transformer's last hidden state, weighted, with the chunks of a long prompt
@@ -214,7 +215,7 @@ class StableDiffusion:
                      partial(encode, images))
         return latents
 
-    def decode(self, latents):
+    def decode(self, latents: Any) -> Any:
         """Clean latents (B,h,w,C) -> images (B,f*h,f*w,3) in [-1, 1], f the VAE's factor.
 
         One picture at a time, as the VAE has the largest arrays of the whole pipeline; with
@@ -236,17 +237,17 @@ class StableDiffusion:
         return self.unet.xp.concatenate(images).clip(-1, 1)
 
     @property
-    def unet(self):
+    def unet(self) -> Any:
         """The noise predictor. A function may be set in its place: see FunctionUNet."""
         return vars(self)["unet"]
 
     @unet.setter
-    def unet(self, unet):
+    def unet(self, unet: Any) -> None:
         if not hasattr(unet, "settings"):
             unet = FunctionUNet(unet, like=vars(self).get("unet"))
         vars(self)["unet"] = unet
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         settings, steps = self.unet.settings, self.num_inference_steps
         kind = "Stable Diffusion" + " XL" * (len(self._readers) == 2)
         if settings.time_cond_proj_dim:
