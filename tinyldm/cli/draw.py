@@ -121,15 +121,15 @@ def draw_pictures(args, todo, paths, films, profile=None):
                 job.prompt, args.negative, args.steps, args.guidance, job.seed, *size,
                 sampler=args.sampler, noise=args.noise, image=job.image, mask=job.mask,
                 guidance_rescale=args.guidance_rescale, strength=args.strength,
-                timestep_spacing=args.timestep_spacing))
+                timestep_spacing=args.timestep_spacing, clip_skip=args.clip_skip))
             steps, sampler = request.num_inference_steps, request.sampler
             states = pipe.stream(**vars(request))
             if job.image and args.width is None and args.height is None:
                 advise_on_size(pipe, size)
-            edit = pipe.edit(job.image, args.strength, job.mask, sampler)
+            edit = pipe.edit(job.image, request.strength, job.mask, sampler)
             own = request.timestep_spacing == pipe.schedule.timestep_spacing
             spacing = None if own else request.timestep_spacing
-            text = parameters(args, job, steps, sampler, size, edit, spacing)
+            text = parameters(args, job, request, size, edit, spacing)
         with timed("drawing"):
             for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
                 step = state.step + 1
@@ -201,7 +201,7 @@ def stage(name):
         bar.update()
 
 
-def parameters(args, job, steps, sampler, size, edit, spacing=None):
+def parameters(args, job, request, size, edit, spacing):
     """How a picture was made, in the format that web interfaces store in PNG files and read."""
     lines = [str(ends(job.prompt)[0])]
     if args.negative:
@@ -209,11 +209,12 @@ def parameters(args, job, steps, sampler, size, edit, spacing=None):
     loras = ", ".join(f"{Path(file).stem}:{weight:g}" for file, weight in args.lora)
     seed, *other_seed = ends(job.seed)
     values = {
-        "Steps": steps,
-        "Sampler": sampler,
+        "Steps": request.num_inference_steps,
+        "Sampler": request.sampler,
         "Timestep spacing": spacing,
-        "CFG scale": f"{args.guidance:g}",
+        "CFG scale": f"{request.guidance_scale:g}",
         "CFG rescale": f"{args.guidance_rescale:g}" if args.guidance_rescale else None,
+        "Clip skip": args.clip_skip,
         "Seed": seed,
         "Variation seed": other_seed[0] if other_seed else None,
         "Variation seed strength": f"{job.seed.weight:g}" if other_seed else None,

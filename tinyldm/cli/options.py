@@ -40,8 +40,9 @@ def parse(arguments):
                         help="the file to write, in any format of Pillow's (out.png)")
     parser.add_argument("--steps", type=int, help="1 to 1000; more is slower and finer "
                         "(what the weights recommend)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="how strongly to follow the "
-                        "prompt; up to 1 the negative prompt plays no part (7.5)")
+    parser.add_argument("--guidance", type=float, help="how strongly to follow the "
+                        "prompt; up to 1 the negative prompt plays no part (7.5; Stable Diffusion "
+                        "XL 5, Latent Consistency Models 8.5)")
     parser.add_argument("--guidance-rescale", type=float, default=0.0, metavar="R",
                         help="0 to 1: how much to undo of the over-saturation that guidance "
                         "causes (0)")
@@ -55,7 +56,8 @@ def parse(arguments):
     parser.add_argument("--image", type=path, metavar="FILE", help="a picture to begin from; the "
                         "new one gets its size, unless --width and --height are given")
     parser.add_argument("--strength", type=float, metavar="S", help="0 to 1: how much of the image "
-                        "to draw anew (0.8; with a mask 1)")
+                        "to draw anew (0.8, with a mask 1; Stable Diffusion XL 0.3, with a "
+                        "mask 0.9999)")
     parser.add_argument("--mask", type=path, metavar="FILE", help="a picture, white where to paint "
                         "and black where the image is to stay, as well as the VAE can render it")
     parser.add_argument("--variation", type=float, metavar="V", help="0 to 1: draw --count "
@@ -68,6 +70,8 @@ def parse(arguments):
     parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, "
                         "euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, "
                         "dpmpp_2m_sde_karras, unipc or lcm (the weights' own)")
+    parser.add_argument("--clip-skip", type=int, metavar="N", help="how many of the text encoder's "
+                        "last layers to leave out, counted as in diffusers (0)")
     parser.add_argument("--timestep-spacing", metavar="NAME", help="how the steps are spread over "
                         "the training timesteps: leading, trailing or linspace (the weights' own; "
                         "for a single file in up to 8 steps without guidance, as Turbo models take "
