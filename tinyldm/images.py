@@ -3,6 +3,8 @@
 The conversions are those of diffusers' image processor. A bad file ends in a TinyldmError.
 """
 import os
+import warnings
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -10,23 +12,194 @@ from .backend import to_host
 from .errors import TinyldmError, note
 from .files import replacing, temporary_beside
 
-# ---- files ----------------------------------------------------------------------------------
+# ---- reading --------------------------------------------------------------------------------
+
+# What Pillow decodes by itself, without another program: for an EPS it would start Ghostscript.
+USUAL = "PNG", "JPEG", "GIF", "BMP", "PPM"              # loading the others too takes 0.2 s
+OTHERS = "WEBP", "TIFF", "AVIF", "JPEG2000", "MPO", "TGA", "QOI", "ICO", "DIB"
+LARGEST = 8192 ** 2         # pixels to decode: as many as the largest picture to draw has
+FLAT = 16                   # levels of 255: colours that differ by less count as one
+
 
 def open_image(path, mode="RGB"):
     """Read a file -> an upright PIL image of this mode ("RGB", or "L" for a mask).
 
-    Raises TinyldmError for a file that is missing or not a picture.
+    Raises TinyldmError for a file that is missing, too large, damaged or not a picture.
     """
-    from PIL import Image, ImageOps  # takes long to import
+    with _opened(path) as image:
+        image = decoded(path, image)
+    return (_without_alpha(image) if mode == "L" else _on_white(image)).convert(mode)
+
+
+def decoded(name, image):
+    """Decode a PIL image -> an upright one of mode "1", "L", "P", "LA", "RGB" or "RGBA".
+
+    Of an animation it is the first frame. Only an "RGBA" or an "LA" has transparent parts.
+    Raises TinyldmError, with the name, for anything that is no PIL image or cannot be decoded.
+    """
+    from PIL import ImageOps
+
+    check_image(name, image)
+    with _reading(name):
+        if image.format not in (None, *USUAL, *OTHERS):
+            raise ValueError(f"its format {image.format} is not one of those that are safe to read")
+        if not image.width * image.height:
+            raise ValueError("it has no pixels")
+        if image.width * image.height > LARGEST:
+            raise ValueError(f"its {image.width}x{image.height} pixels are more than "
+                             f"{LARGEST:,}: make it smaller")
+        frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP", "PNG") else 1
+        image.load()
+        try:
+            upright = ImageOps.exif_transpose(image)
+        except Exception:                               # damaged EXIF; the pixels are good
+            upright = image.copy()
+        plain = _plain(upright)
+    if frames > 1:
+        note(f"{name} is an animation of {frames} frames: the first one is used")
+    return plain
+
+
+@contextmanager
+def _opened(path):
+    """A file as a PIL image whose pixels are not read yet."""
+    from PIL import Image, UnidentifiedImageError
+
+    with _reading(path):
+        Image.preinit()
+        try:
+            image = Image.open(path, formats=USUAL)
+        except UnidentifiedImageError:
+            Image.init()
+            image = Image.open(path, formats=[name for name in OTHERS if name in Image.OPEN])
+    with image:
+        yield image
+
+
+@contextmanager
+def _reading(name):
+    """Pillow's many errors inside become TinyldmErrors, and its warnings are left out."""
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
-            return _converted(ImageOps.exif_transpose(image), mode)
-    except Exception as error:          # Pillow raises many types for damaged files
-        reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
-        raise TinyldmError(f"cannot read {path} as a picture{reason}: give a PNG, a JPEG or "
-                           "another file that Pillow reads") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (TinyldmError, MemoryError):
+        raise
+    except Exception as error:                          # its errors share no base
+        if isinstance(error, Image.DecompressionBombError):
+            error = f"it has more than {LARGEST:,} pixels: make it smaller"
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise TinyldmError(f"cannot read {name} as a picture{reason}: give a PNG, a JPEG, a WebP "
+                           "or another common picture file") from None
 
+
+def _plain(image):
+    """A decoded PIL image of any mode -> one of 8 bits per channel: see `decoded`."""
+    if image.mode[0] in "IF":                           # of 16 or 32 bits; convert clips at 255
+        return _eight_bits(image)
+    if image.mode == "La":                              # colours times alpha
+        return image.convert("LA")
+    if image.mode in ("RGBa", "PA") or "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode not in ("1", "L", "P", "LA", "RGB", "RGBA"):
+        return image.convert("RGB")
+    return image
+
+
+def _eight_bits(image):
+    """A grey PIL image of 16 or 32 bits -> "L". White is the least of 1, 255, 65535 that fits."""
+    from PIL import Image
+
+    values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
+    brightest = values.max()
+    whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
+    white = next((white for white in whites if brightest <= white), brightest)
+    return Image.fromarray((values.clip(0, white) * 255 // white).astype(np.uint8))
+
+
+def _without_alpha(mask):
+    """A mask as `decoded` gives it -> the same without alpha, white where to paint.
+
+    Strokes of one colour on a transparent layer are what to paint: paint programs and canvas
+    widgets export them so. Holes in a picture, or in black, are what to paint, too. In a mask of
+    white and grey its transparent parts count as black. Alpha that is the same everywhere says
+    nothing, but of a layer that is wholly transparent nothing is painted.
+    """
+    from PIL import Image
+
+    if "A" not in mask.getbands():
+        return mask
+    pixels = np.asarray(mask.convert("RGBA"))
+    colours, alpha = pixels[..., :3], pixels[..., 3]
+    most = alpha.max()
+    if alpha.min() == most:
+        return mask.convert("RGB") if most else Image.new("L", mask.size)
+    solid = colours[alpha >= most / 2]                                  # (N,3)
+    one_colour = np.ptp(solid, axis=0).max() <= FLAT
+    if solid.max() <= FLAT or np.ptp(solid, axis=1).max() > FLAT and not one_colour:
+        note("the mask is a picture, or black, with transparent parts: those are painted")
+        painted = 1 - alpha / 255
+    elif one_colour:
+        note("the mask has one colour and transparent parts: what is not transparent is painted")
+        painted = alpha / most                          # strokes may be half transparent as well
+    else:
+        note("the mask has several greys and transparent parts: those count as black")
+        painted = np.asarray(mask.convert("RGB").convert("L")) / 255 * (alpha / 255)
+    return Image.fromarray((painted * 255).round().astype(np.uint8))
+
+
+def _on_white(image):
+    """A picture as `decoded` gives it, with white behind transparent parts, as web pages show it.
+    """
+    from PIL import Image
+
+    if "A" not in image.getbands():
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def read_parameters(path):
+    """What a picture's file says about how it was drawn -> text, or None if it says nothing.
+
+    It is the chunk "parameters" of a PNG, the EXIF user comment of a JPEG or a WebP, or the comment
+    of a GIF, as tinyldm and the web interfaces write them; or the JSON of ComfyUI's nodes.
+    Raises TinyldmError for a file that is missing, damaged or not a picture.
+    """
+    with _opened(path) as image, _reading(path):
+        if image.format == "PNG":
+            image.load()                                # chunks may follow the pixels
+        for name in ("parameters", "prompt", "comment"):
+            text = image.info.get(name)
+            if isinstance(text, bytes):
+                text = text.decode("utf-8", "replace")
+            if isinstance(text, str) and text.strip():
+                return text
+        try:
+            return _user_comment(image.getexif().get_ifd(EXIF).get(USER_COMMENT))
+        except Exception:                               # damaged EXIF says nothing
+            return None
+
+
+EXIF, USER_COMMENT = 0x8769, 0x9286
+
+
+def _user_comment(value):
+    """EXIF's user comment, whose first 8 bytes name its encoding -> text or None."""
+    if isinstance(value, str):
+        return value.strip() or None
+    code, text = bytes(value or b"")[:8], bytes(value or b"")[8:]
+    if code.startswith(b"UNICODE"):                     # UTF-16 in either order: letters have a 0
+        order = "be" if text[::2].count(0) > text[1::2].count(0) else "le"
+        text = text.decode(f"utf-16-{order}", "replace").lstrip("\ufeff")
+    else:
+        text = text.decode("utf-8", "replace")
+    return text.strip("\0 ") or None
+
+
+# ---- writing --------------------------------------------------------------------------------
 
 def check_output(path):
     """Before a long drawing, write a small picture. Raises TinyldmError if that fails."""
@@ -78,27 +251,15 @@ def check_image(name, image):
 
 def from_pil(image, size):
     """Resize a PIL image to size = (W, H) -> (1,H,W,3) float32 in [-1, 1]."""
-    pixels = np.asarray(_resized(_converted(image, "RGB"), size), np.float32)
-    return (pixels / 255 * 2 - 1)[None]
+    image = _on_white(decoded("image", image)).convert("RGB")
+    return (np.asarray(_resized(image, size), np.float32) / 255 * 2 - 1)[None]
 
 
 def mask_from_pil(mask, size):
     """Resize a PIL image to size = (W, H) -> (1,H,W,1) float32: 1 if at least half white, else 0.
     """
-    pixels = np.asarray(_converted(_resized(mask, size), "L"), np.float32)
-    return (pixels / 255 >= 0.5).astype(np.float32)[None, :, :, None]
-
-
-def _converted(image, mode):
-    """Convert a PIL image to a mode, with white behind transparent parts, as web pages show it."""
-    if image.mode.startswith("I;16"):                   # Pillow's convert would clip at 255
-        image = image.convert("I").point(lambda value: value / 257)
-    if "A" in image.getbands() or "transparency" in image.info:
-        from PIL import Image
-
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+    mask = _resized(_without_alpha(decoded("mask", mask)), size).convert("L")
+    return (np.asarray(mask, np.float32) / 255 >= 0.5).astype(np.float32)[None, :, :, None]
 
 
 def _resized(image, size):

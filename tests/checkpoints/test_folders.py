@@ -16,9 +16,9 @@ from tests.support.files import UNET, assert_holds, diffusers_unet, diffusers_va
 from tests.support.reference import reference_names
 from tinyldm.checkpoints import (
     components,
-    folders,
     load_model,
     load_pipeline_parts,
+    places,
     resolve,
     save_model,
 )
@@ -257,7 +257,7 @@ def test_resolve_local(tmp_path, monkeypatch):
             resolve(name)
     package = tmp_path / "site" / "tinyldm"
     (package / "checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(folders, "__file__", str(package / "checkpoints" / "folders.py"))
+    monkeypatch.setattr(places, "__file__", str(package / "checkpoints" / "places.py"))
     with pytest.raises(TinyldmError, match="bundled model is missing"):
         resolve()
     for root in (package.parent, package):              # the repository, then an installed wheel

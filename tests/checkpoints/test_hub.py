@@ -21,7 +21,7 @@ from tests.support.extra import diffusers
 from tests.support.hub_server import serving
 from tests.support.small_pipelines import change_json, smallest
 from tinyldm.checkpoints import hub as downloads
-from tinyldm.checkpoints import load_model, resolve
+from tinyldm.checkpoints import load_model, resolve, resolve_addon
 from tinyldm.checkpoints.components import find_weights
 from tinyldm.errors import TinyldmError
 
@@ -280,6 +280,99 @@ def test_a_file_missing_in_a_folder_that_is_here_is_not_asked_for(hub, tmp_path,
     with pytest.raises(TinyldmError, match="there is no file my/models/a.safetensors"):
         resolve("my/models/a.safetensors")
     assert hub.asked == []
+
+
+# ---- addresses, revisions, add-ons ----------------------------------------------------------
+
+@pytest.mark.parametrize("page", ["", "/tree/main", "/blob/main/model_index.json"])
+def test_the_page_of_a_pipeline(page, hub, weights):
+    folder = resolve(f"https://huggingface.co/owner/small{page}")
+    assert (folder / UNET).read_bytes() == (weights / UNET).read_bytes()
+    assert set(WEIGHTS) < set(hub.fetched())
+
+
+@pytest.mark.parametrize("page", ["blob/main/a%20b.ckpt", "resolve/main/a%20b.ckpt?download=true"])
+def test_the_page_of_a_file(page, hub, tmp_path):
+    put(tmp_path / "one", "a b.ckpt", "c.ckpt")
+    hub.repositories["owner/one"] = tmp_path / "one"
+    path = resolve(f"https://huggingface.co/owner/one/{page}")
+    assert path.read_text() == "a b.ckpt" and hub.fetched() == ["a b.ckpt"]
+
+
+@pytest.mark.parametrize("text", ["owner/small@fp16", "https://huggingface.co/owner/small/tree/fp16",
+                                  "https://huggingface.co/owner/small/blob/fp16/v1-5-pruned.ckpt",
+                                  "owner/small@fp16/v1-5-pruned.ckpt"])
+def test_a_revision(text, hub):
+    path = resolve(text)
+    assert path.name == ("v1-5-pruned.ckpt" if "ckpt" in text else hub.commit)
+    asked = [path.partition("/revision/")[2] for _, path, _ in hub.asked if "/revision/" in path]
+    assert set(asked) == {"fp16"}
+
+
+def test_a_revision_that_does_not_exist(hub):
+    hub.refused["owner/small"] = (404, "RevisionNotFound")
+    with pytest.raises(TinyldmError, match="could not be downloaded .*: it has no branch, tag or "
+                       "commit fp16: check the name"):
+        resolve("owner/small@fp16")
+
+
+@pytest.mark.parametrize("files, expected", [
+    (["learned_embeds.bin", "concept_images/1.jpeg", "token_identifier.txt"], "learned_embeds.bin"),
+    (["learned_embeds.bin", "learned_embeds.safetensors"], "learned_embeds.safetensors"),
+    (["learned_embeds.bin", "other.bin", "steps/learned_embeds-500.bin"], "learned_embeds.bin"),
+    (["word.pt", "README.md"], "word.pt"), (["style.pt", "style.safetensors"], "style.safetensors"),
+    (["deep/word.pt"], "deep/word.pt"), (["a.pt", "optimizer/b.bin"], "a.pt")])
+def test_an_addon_by_the_name_of_its_repository(files, expected, hub, tmp_path, offline):
+    put(tmp_path / "toy", *files)
+    hub.repositories["owner/toy"] = tmp_path / "toy"
+    for name in ("owner/toy", "https://huggingface.co/owner/toy"):
+        assert resolve_addon(name, "learned_embeds").read_text() == expected
+    assert expected in hub.fetched()
+    offline("HF_HUB_OFFLINE")
+    assert resolve_addon("owner/toy", "learned_embeds").read_text() == expected
+    assert resolve_addon(f"owner/toy/{expected}", "learned_embeds").read_text() == expected
+
+
+def test_a_pipeline_loads_addons_from_the_hub(hub, weights, tmp_path):
+    """The bytes that the hub sends change the model as the local file does."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    pipe, local = tinyldm.load(weights), tinyldm.load(weights)
+    O, C = pipe.unet.mid_block.attentions[0].proj_in.weight.shape[-1], 2
+    word = {"<toy>": np.ones((1, pipe.text_encoder.config["hidden_size"]), np.float32)}
+    safetensors.numpy.save_file(word, folder / "learned_embeds.safetensors")
+    safetensors.numpy.save_file({f"{layer}.lora_down.weight": np.ones((C, O), np.float32),
+                                 f"{layer}.lora_up.weight": np.ones((O, C), np.float32)},
+                                folder / "pytorch_lora_weights.safetensors")
+    hub.repositories["owner/toy"] = folder
+    local.load_lora(folder / "pytorch_lora_weights.safetensors", 0.5)
+    local.load_textual_inversion(folder / "learned_embeds.safetensors")
+    assert not np.array_equal(picture(pipe), picture(local))
+    pipe.load_lora("owner/toy", 0.5)
+    pipe.load_textual_inversion("https://huggingface.co/owner/toy")
+    assert_same_weights(pipe.unet, local.unet)
+    assert np.array_equal(pipe.encode_prompt("a <toy>"), local.encode_prompt("a <toy>"))
+    assert np.array_equal(picture(pipe), picture(local))
+
+
+def test_a_repository_of_several_addons(hub, tmp_path):
+    put(tmp_path / "many", "b.safetensors", "a.safetensors", "c.pt", "sdxl/d.safetensors")
+    hub.repositories["owner/many"] = tmp_path / "many"
+    with pytest.raises(TinyldmError) as error:
+        resolve_addon("owner/many", "pytorch_lora_weights")
+    assert str(error.value) == (
+        "owner/many has several files of weights, 4: a.safetensors, b.safetensors, c.pt, "
+        "sdxl/d.safetensors: name one, such as owner/many/a.safetensors")
+    assert hub.fetched() == []
+    path = resolve_addon("owner/many/sdxl/d.safetensors", "pytorch_lora_weights")
+    assert path.read_text() == "sdxl/d.safetensors"
+    put(tmp_path / "none", "README.md")
+    hub.repositories["owner/none"] = tmp_path / "none"
+    with pytest.raises(TinyldmError, match="owner/none has no file of weights .* only 1: README"):
+        resolve_addon("owner/none", "pytorch_lora_weights")
+    with pytest.raises(TinyldmError, match="owner/gone is not here .* there is none of that name"):
+        resolve_addon("owner/gone", "pytorch_lora_weights")
 
 
 # ---- what goes wrong ------------------------------------------------------------------------

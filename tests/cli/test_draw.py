@@ -114,6 +114,13 @@ def test_the_weight_of_a_lora(text, expected):
     assert parse(["a cat", "--lora", text, "--lora", "b"]).lora == [expected, ("b", 1)]
 
 
+def test_a_lora_whose_name_ends_like_a_weight(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "style:0.5").touch()
+    parsed = parse(["a cat", "--lora", "style:0.5", "--lora", "style:0.5:-2", "--lora", "style:2"])
+    assert parsed.lora == [("style:0.5", 1), ("style:0.5", -2), ("style", 2)]
+
+
 def test_count_draws_consecutive_seeds(weights, out, capsys):
     assert main(["a cat", "--weights", str(weights), "--steps", "2", "--seed", "4", "--count", "3",
                  "--output", str(out / "many.png")]) == 0

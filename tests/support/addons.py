@@ -4,6 +4,9 @@ import math
 import safetensors.torch
 import torch
 
+from tests.support.reference import to_ours
+from tests.support.tolerance import assert_allclose
+
 PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 XL_PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 
@@ -34,6 +37,23 @@ def merge(pipe, pairs, weight):
 def public(part, name):
     prefix = "text_model." if part == "text_encoder" and not name.startswith("text_model.") else ""
     return prefix + name
+
+
+def weights(pipe):
+    return {(part, name): parameter.data for part in PARTS
+            for name, parameter in getattr(pipe, part).named_parameters()}
+
+
+def assert_same_weights(pipe, reference):
+    """Our pipeline and diffusers' have the same weights, except for the rounding of sums."""
+    compared = 0
+    for part in PARTS:
+        theirs = {public(part, name): tensor
+                  for name, tensor in getattr(reference, part).state_dict().items()}
+        for name, parameter in getattr(pipe, part).named_parameters():
+            assert_allclose(parameter.data, to_ours(theirs[name]), atol=1e-6)
+            compared += 1
+    assert compared > 100
 
 
 def kohya(pairs):

@@ -4,6 +4,7 @@
     saving.py       a whole pipeline, written as a folder
     components.py   one component's folder (config.json and weights) <-> one model, strictly
     layout.py       the names and axes of weights in public files, and in the models
+    places.py       what people call weights (a path, a hub name, a URL) -> the local path
     hub.py          downloads from the Hugging Face hub
     formats/        tensors in files: safetensors, torch files, pickles read as data
     single_file/    files in the original layout: which model they hold, and their names
@@ -12,7 +13,8 @@
 from .addons.lora import merge_lora
 from .addons.textual_inversion import add_word
 from .components import float_type, load_model, load_weights, save_model
-from .folders import load_pipeline_parts, resolve
+from .folders import load_pipeline_parts
 from .formats.reading import read_tensors
 from .formats.safetensors_file import read_safetensors, write_safetensors
+from .places import resolve, resolve_addon
 from .saving import save, write_pipeline

@@ -1,23 +1,32 @@
-"""Find and read a whole pipeline: a folder in the public diffusers layout, or a single file.
+"""Read a whole pipeline: a folder in the public diffusers layout, or a single file.
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
 A single file in the original layout holds only the weights of the models; see single_file/.
 """
 import os
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..configs import Config, one_of, within
 from ..errors import TinyldmError, note
 from ..files import read_json
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import hub
-from .components import check_fit, fill, find_weights, load_model, read_config
+from .components import (
+    check_fit,
+    config_errors,
+    fill,
+    find_weights,
+    load_model,
+    note_unknown_keys,
+    read_config,
+)
 from .formats.reading import read_tensors
 from .layout import fitted
 from .single_file.kinds import recognise
@@ -33,8 +42,6 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
 TOKENIZER_VARIABLE = "TINYLDM_TOKENIZER"
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILE = re.compile(rf"({HUB_NAME.pattern})/(.+\.(?:safetensors|ckpt))")
 
 
 class PipelineParts(NamedTuple):
@@ -70,7 +77,8 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
 
 
 def _load_folder(folder, dtype, low_memory):
-    index = _read_index(folder)
+    index = read_index(folder)
+    note_unknown_keys(folder / "model_index.json", IndexConfig, index)
     xl = "XL" in index["_class_name"]
     components = {part: model for part, model in COMPONENTS.items() if xl or "_2" not in part}
     tokenizers = ["tokenizer", "tokenizer_2"][:1 + xl]
@@ -92,13 +100,43 @@ def _load_folder(folder, dtype, low_memory):
                          scheduler=scheduler, padding=None, index=index)
 
 
-def _read_index(folder):
-    """The dict of folder/model_index.json. Raises TinyldmError for a pipeline not supported."""
-    index = read_json(folder / "model_index.json")
+Part = list[str] | list[None] | None                    # the library and the class that wrote it
+
+
+@dataclass(frozen=True)
+class IndexConfig(Config):
+    """The public model_index.json."""
+
+    UNUSED = frozenset({
+        "safety_checker", "requires_safety_checker", "feature_extractor",   # none here
+        "image_encoder",                                # for adapters that read pictures
+        "add_watermarker"})                             # none here
+
+    force_zeros_for_empty_prompt: bool | None = None
+    requires_aesthetics_score: bool | None = None
+    _num_inference_steps: int | None = within(1, 1000, None)
+    unet: Part = one_of(default=None, lengths=(2,))
+    vae: Part = one_of(default=None, lengths=(2,))
+    text_encoder: Part = one_of(default=None, lengths=(2,))
+    text_encoder_2: Part = one_of(default=None, lengths=(2,))
+    tokenizer: Part = one_of(default=None, lengths=(2,))
+    tokenizer_2: Part = one_of(default=None, lengths=(2,))
+    scheduler: Part = one_of(default=None, lengths=(2,))
+
+
+def read_index(folder):
+    """The dict of folder/model_index.json.
+
+    Raises TinyldmError for a pipeline that is not supported, and as IndexConfig.read does.
+    """
+    path = folder / "model_index.json"
+    index = read_json(path)
     name = index.get("_class_name")
     if name not in PIPELINES:
-        raise TinyldmError(f"{folder / 'model_index.json'} names the pipeline {name}, supported "
+        raise TinyldmError(f"{path} names the pipeline {name}, supported "
                            f"are {', '.join(PIPELINES)}")
+    with config_errors(path, f"{name} that is supported"):
+        IndexConfig.read(index)
     if index.get("requires_aesthetics_score"):
         raise TinyldmError(f"{folder} holds the refiner of Stable Diffusion XL, which is not "
                            "supported: use the base model")
@@ -152,38 +190,3 @@ def _tokenizer_folder():
                            f"{TOKENIZER_VARIABLE} name a folder with CLIP's vocab.json and "
                            "merges.txt, such as the tokenizer folder of any Stable Diffusion"
                            ) from None
-
-
-def resolve(weights=None, dtype=None):
-    """What a user calls weights -> the path of a pipeline's folder, or of a single file.
-
-    weights: None for the bundled model, a folder, a file, a hub name `owner/name`, or a single file
-    on the hub, `owner/name/file.safetensors`. What comes from the hub is downloaded only once.
-    dtype: which variant of the weights to download, see find_weights.
-    Raises TinyldmError for anything else, and for a failed download.
-    """
-    if weights is None:
-        return _bundled()
-    path = Path(weights).expanduser()
-    if path.is_dir() or path.is_file():
-        return path
-    name = str(weights)
-    if (match := HUB_FILE.fullmatch(name)) and not path.parent.is_dir():
-        return hub.download_file(match[1], match[2])
-    if path.suffix in hub.CHECKPOINTS:
-        raise TinyldmError(f"expected a file of weights, but there is no file {path}: check the "
-                           "path")
-    if HUB_NAME.fullmatch(name):
-        folder = hub.download_file(name, hub.INDEX).parent
-        return hub.download_parts(name, folder, _read_index(folder), dtype)
-    raise TinyldmError(f"expected weights to be a folder, a file or a hub name (owner/name), but "
-                       f"there is no folder {weights}: check the path")
-
-
-def _bundled():
-    package = Path(__file__).parents[1]
-    for root in (package, package.parent):              # an installed wheel, the repository
-        if (root / "weights" / "shapes" / "model_index.json").is_file():
-            return root / "weights" / "shapes"
-    raise TinyldmError(f"the bundled model is missing from {package.parent}: install tinyldm "
-                       f"again, or name a folder of weights")

@@ -3,6 +3,7 @@
     owner/name                      model_index.json, then the files of the pipeline's parts: of
                                     each part one set of weights
     owner/name/file.safetensors     that file
+    owner/name@revision             the same of a branch, a tag or a commit
 
 The library huggingface_hub downloads: it shows progress bars, keeps complete files in its cache,
 resumes after a broken connection, and without a network uses the files in the cache.
@@ -24,16 +25,28 @@ CHECKPOINTS = (".safetensors", ".ckpt")
 def download_file(name, file):
     """The local path of one file of the repository `name`.
 
-    Raises TinyldmError if there is none; the message lists the single files to choose from.
+    Raises TinyldmError if there is none; the message lists the single files to choose from, of the
+    folder `file` if it is one.
     """
     folder = fetch(name, [file])
     if (folder / file).is_file():
         return folder / file
-    found = [file for file in _ask(name) or _present(folder) if file.endswith(CHECKPOINTS)]
+    found = [other for other in _ask(name) or files_in(folder) if other.endswith(CHECKPOINTS)]
+    found = [other for other in found if other.startswith(f"{file}/")] or found
     found.sort(key=lambda file: (file.count("/"), file))
     hint = f"name one as {name}/{found[0]}" if found else "choose another"
     raise TinyldmError(f"{name} on the Hugging Face hub has no {file}; of single files "
                        f"({', '.join(CHECKPOINTS)}) it has {shorten(found)}: {hint}")
+
+
+def list_files(name, usual):
+    """The names of all files of a repository; without a network, of those in the cache.
+
+    usual: files that are downloaded on the way if the repository has them.
+    Raises TinyldmError as fetch does.
+    """
+    folder = fetch(name, usual)
+    return _ask(name) or files_in(folder)
 
 
 def download_parts(name, folder, index, dtype=None):
@@ -45,7 +58,7 @@ def download_parts(name, folder, index, dtype=None):
     """
     listed = _ask(name)
     parts = {part: set() for part in PARTS if index.get(part) not in (None, [None, None])}
-    for file in listed or _present(folder):
+    for file in listed or files_in(folder):
         part, _, inner = file.partition("/")
         if part in parts:
             parts[part].add(inner)
@@ -71,13 +84,16 @@ def _ask(name):
     """The names of all files of a repository; [] if the hub cannot be reached."""
     import huggingface_hub
 
+    repository, at = _repository(name)
     try:
-        return [file.rfilename for file in huggingface_hub.HfApi().model_info(name).siblings]
+        info = huggingface_hub.HfApi().model_info(repository, **at)
+        return [file.rfilename for file in info.siblings]
     except Exception:                                   # fetch reports the reason, if it matters
         return []
 
 
-def _present(folder):
+def files_in(folder):
+    """The names of all files in a folder and its folders, relative to it."""
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
@@ -90,17 +106,24 @@ def fetch(name, files):
     """
     import huggingface_hub  # here, because it is slow to import and seldom needed
 
+    repository, at = _repository(name)
     patterns = [glob.escape(file) for file in files]    # the library takes patterns, not names
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **at))
     except Exception as error:                          # the library's and the network's errors
         raise TinyldmError(f"{name} is not here and could not be downloaded from the Hugging Face "
                            f"hub: {_reason(name, error)}") from None
 
 
+def _repository(name):
+    """owner/name or owner/name@revision -> owner/name, the library's argument for the revision."""
+    repository, _, revision = name.partition("@")
+    return repository, {"revision": revision} if revision else {}
+
+
 def _reason(name, error):
     """Why a download failed, and what to do next."""
-    from huggingface_hub import errors
+    from huggingface_hub import utils as errors  # the module `errors` is new in 0.25
 
     unanswered = isinstance(error, errors.LocalEntryNotFoundError)
     if unanswered and error.__cause__:                  # the reason for looking in the cache
@@ -110,6 +133,8 @@ def _reason(name, error):
     if isinstance(error, errors.GatedRepoError):
         return ("it is given only to those who agreed to its terms: do so on "
                 f"https://huggingface.co/{name}, then run `hf auth login`")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no branch, tag or commit {name.partition('@')[2]}: check the name"
     if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         return ("there is none of that name, or it is private: check the name, or run "
                 "`hf auth login`")

@@ -3,6 +3,7 @@
 --help must be fast, so what takes long to import is imported inside functions.
 """
 import argparse
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +103,12 @@ def path(text):
 
 
 def lora(text):
-    """FILE or FILE:WEIGHT -> (file, weight): what follows the last colon, if it is a number."""
+    """FILE or FILE:WEIGHT -> (file, weight): what follows the last colon, if it is a number.
+
+    A file may itself be named so: it counts if it is there.
+    """
+    if os.path.isfile(text):
+        return text, 1.0
     file, colon, weight = text.rpartition(":")
     try:
         return (file, float(weight)) if colon else (text, 1.0)

@@ -11,6 +11,7 @@ from typing import Any
 from ..backend import is_finite
 from ..diffusion.schedule import SPACINGS
 from ..errors import TinyldmError
+from ..images import decoded
 from ..noise import get_generator
 from .interpolation import Between, BetweenGenerator, as_list, ends, mixed
 
@@ -104,6 +105,8 @@ class Request:
     clip_skip: int | None = None
 
     def __post_init__(self):
+        for name in ("image", "mask"):                  # decoded here, once, for all that read them
+            object.__setattr__(self, name, _decoded(name, getattr(self, name)))
         for name in ("num_inference_steps", "num_images", "width", "height", "clip_skip"):
             object.__setattr__(self, name, whole(getattr(self, name)))
         if self.negative_prompt is None:
@@ -167,23 +170,27 @@ class Request:
         return [mixed(seed, generator, BetweenGenerator) for seed in self.seeds()]
 
 
+class UnknownOption(TinyldmError, TypeError):
+    """A keyword that a call does not take; a TypeError, as from any other function."""
+
+
 def own_names(options):
     """{name: value} of a call's options, with the names of other programs replaced by ours.
 
-    Raises TinyldmError for an unknown name, and says which one is meant.
+    Raises UnknownOption, which says what is meant, for an unknown name and for one given twice.
     """
     known, own = [field.name for field in fields(Request)], {}
     for name, value in options.items():
         mine = SYNONYMS.get(name, name)
         if mine in own:
-            raise TinyldmError(f"{name} and {mine} are one option: give one of them")
+            raise UnknownOption(f"{name} and {mine} are one option: give one of them")
         if mine in ELSEWHERE:
-            raise TinyldmError(f"there is no option {name}: {ELSEWHERE[name]}")
+            raise UnknownOption(f"there is no option {name}: {ELSEWHERE[name]}")
         if mine not in known:
             near = difflib.get_close_matches(name, [*known, *SYNONYMS], 1)
             meant = f"did you mean {SYNONYMS.get(*near * 2)}?" if near else "known are "
-            raise TinyldmError(f"there is no option {name!r:.80}: {meant}"
-                               + ("" if near else ", ".join(known)))
+            raise UnknownOption(f"there is no option {name!r:.80}: {meant}"
+                                + ("" if near else ", ".join(known)))
         own[mine] = value
     return own
 
@@ -195,6 +202,12 @@ def whole(value):
             operator.index(value))
     except TypeError:
         return value
+
+
+def _decoded(name, image):
+    if isinstance(image, Between):
+        return image._replace(first=decoded(name, image.first), second=decoded(name, image.second))
+    return None if image is None else decoded(name, image)
 
 
 def check_finite(name, value):

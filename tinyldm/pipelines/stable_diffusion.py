@@ -179,7 +179,7 @@ class StableDiffusion:
         encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
         images = self._array(images).astype(self.vae.dtype)
         mean, logvar = (self._array(moment) for moment in encode(images))
-        latents = (mean + self.unet.xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
+        latents = self.vae.to_latents(mean + self.unet.xp.exp(logvar / 2) * noise)
         check_output(latents, "the picture is encoded to NaN or infinity", self.vae,
                      partial(encode, images))
         return latents
@@ -195,7 +195,7 @@ class StableDiffusion:
         if latents.ndim != 4 or latents.shape[-1] != channels or not latents.size:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = (latents / self.vae.scaling_factor).astype(self.vae.dtype)
+        z = self.vae.to_z(latents).astype(self.vae.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         if self.low_memory:
             free_scratch()                              # what the UNet used
@@ -218,14 +218,18 @@ class StableDiffusion:
     def load_lora(self, path, weight=1.0):
         """Add a LoRA, times `weight`, to the weights; adding it with -weight undoes it.
 
-        path: a .safetensors file, or one that torch.save wrote, with the names of kohya, peft or
-        diffusers. Several may be added one after another. See checkpoints/addons/lora.py.
+        path: a .safetensors file, or one that torch.save wrote, with the names of kohya, LyCORIS
+        (LoCon, LoHa, LoKr), peft or diffusers; or a name or page on the hub, owner/name or
+        owner/name/file. Several may be added one after another, also one twice. The text encoders
+        learn the words that come with it. A note names what is left out. See
+        checkpoints/addons/lora.py.
         Raises TinyldmError, and changes nothing, for a file that does not fit this model.
         """
-        from ..checkpoints import merge_lora
+        from ..checkpoints import merge_lora, resolve_addon
 
         check_finite("weight", weight)
-        merge_lora(self.models, path, float(weight), self.unet.dtype)
+        path = resolve_addon(path, "pytorch_lora_weights")
+        merge_lora(self.models, path, float(weight), self.unet.dtype, self._encoders)
 
     def load_textual_inversion(self, path, token=None):
         """Add a learned word to the vocabulary, for use in prompts.
@@ -236,9 +240,13 @@ class StableDiffusion:
         Raises TinyldmError, and changes nothing, for a file that does not fit this model and for a
         word that is already in the vocabulary.
         """
-        from ..checkpoints import add_word
+        from ..checkpoints import add_word, resolve_addon
 
-        add_word(dict(zip(("text_encoder", "text_encoder_2"), self._readers)), path, token)
+        add_word(self._encoders, resolve_addon(path, "learned_embeds"), token)
+
+    @property
+    def _encoders(self):
+        return dict(zip(("text_encoder", "text_encoder_2"), self._readers))
 
     # ---- options ----------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoints import load_model, resolve
-from ..files import write_json
+from ..files import make_folder, write_json
 from ..images import to_pil
 from ..pipelines.stable_diffusion import load
 from .drawing import to_images
@@ -26,6 +26,8 @@ def evaluate(weights, prompts, output, round_trip=False):
     round_trip: in place of the model's pictures, true drawings after the VAE's round trip: the best
     that the latents allow.
     """
+    if output:
+        make_folder(output)                             # before anything is drawn
     scenes = held_out_scenes(prompts, seed=0)
     prompts = list(scenes)
     if round_trip:

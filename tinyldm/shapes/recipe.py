@@ -9,17 +9,20 @@ from .denoiser import train_unet
 from .evaluation import evaluate
 from .export import export, restore
 
+MOST_STEPS = 10 ** 9
+MOST_AT_ONCE = 10_000       # latents per batch, prompts to draw
+
 
 def parse_arguments():
     parser = argparse.ArgumentParser(prog="python -m tinyldm.training", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     vae = stages.add_parser("vae", help="1. train the autoencoder")
-    vae.add_argument("--steps", type=int, default=2000)
+    vae.add_argument("--steps", type=whole(MOST_STEPS), default=2000)
     unet = stages.add_parser("unet", help="2. train the UNet and the text transformer")
-    unet.add_argument("--steps", type=int, default=20000)
-    unet.add_argument("--batch", type=int, default=64, help="latents per step")
+    unet.add_argument("--steps", type=whole(MOST_STEPS), default=20000)
+    unet.add_argument("--batch", type=whole(MOST_AT_ONCE), default=64, help="latents per step")
     decoder = stages.add_parser("decoder", help="3. train the autoencoder's decoder further")
-    decoder.add_argument("--steps", type=int, default=2000)
+    decoder.add_argument("--steps", type=whole(MOST_STEPS), default=2000)
     export = stages.add_parser("export", help="4. write the weights in the public layout")
     export.add_argument("--output", type=Path, default=Path("weights/shapes"))
     restore = stages.add_parser("restore", help="turn weights back into a training")
@@ -29,11 +32,23 @@ def parse_arguments():
                            help="folder of the training's state, from which it resumes")
     evaluate = stages.add_parser("evaluate", help="5. measure how well held-out prompts are drawn")
     evaluate.add_argument("--weights", help="folder of weights (default: the bundled model)")
-    evaluate.add_argument("--prompts", type=int, default=200)
+    evaluate.add_argument("--prompts", type=whole(MOST_AT_ONCE), default=200)
     evaluate.add_argument("--round-trip", action="store_true",
                           help="judge true drawings, encoded and decoded by the VAE, instead")
     evaluate.add_argument("--output", type=Path, help="folder for accuracy.json and samples.png")
     return parser.parse_args()
+
+
+def whole(most):
+    """The type of an option: text -> a whole number from 1 to `most`."""
+    def parsed(text):
+        try:
+            if 1 <= int(text) <= most:
+                return int(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, not {text!r}")
+    return parsed
 
 
 COMMANDS = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder, "export": export,

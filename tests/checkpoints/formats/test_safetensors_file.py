@@ -12,7 +12,12 @@ import safetensors.torch
 import torch
 
 from tests.support.files import Toy, assert_holds, in_file_layout, toy_tensors
-from tinyldm.checkpoints import load_weights, read_safetensors, write_safetensors
+from tinyldm.checkpoints import (
+    load_weights,
+    read_safetensors,
+    read_tensors,
+    write_safetensors,
+)
 from tinyldm.errors import TinyldmError
 
 
@@ -30,6 +35,39 @@ def test_every_stored_dtype_loads_into_every_dtype(stored, dtype, tmp_path):
             assert np.array_equal(array, tensors[name].numpy().astype(dtype)), name
     else:
         assert_holds(toy, tensors, dtype)
+
+
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
+@pytest.mark.parametrize("format", FLOAT8)
+@pytest.mark.parametrize("end", ["safetensors", "pt"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_every_value_of_an_8_bit_float(format, end, dtype, tmp_path):
+    """All 256 bytes against torch; those that are not finite are refused like in other dtypes."""
+    every = torch.arange(256, dtype=torch.uint8).view(FLOAT8[format])
+    finite = every[every.float().isfinite()]
+    save = safetensors.torch.save_file if end == "safetensors" else torch.save
+    save({"w": finite.reshape(2, -1), "all": every}, tmp_path / f"a.{end}")
+    stored = read_tensors(tmp_path / f"a.{end}")
+    assert stored["w"].format == format
+    found, expected = stored["w"].read(dtype), finite.double().numpy().reshape(2, -1)
+    assert found.dtype == dtype and np.array_equal(found, expected)
+    assert np.array_equal(np.signbit(found), np.signbit(expected))              # also of 0
+    with pytest.raises(TinyldmError, match="the tensor all holds NaN"):
+        stored["all"].read(dtype)
+
+
+def test_a_model_in_8_bit_floats(tmp_path):
+    """Convolutions keep their axes, and what has no dtype asked for becomes float32."""
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in toy_tensors().items()}
+    safetensors.torch.save_file(tensors, tmp_path / "toy.safetensors")
+    torch.save(tensors, tmp_path / "toy.pt")
+    for file in ("toy.safetensors", "toy.pt"):
+        for dtype in (None, np.float32, np.float16):
+            toy = Toy()
+            load_weights(toy, tmp_path / file, dtype)
+            assert_holds(toy, tensors, dtype or np.float32)
 
 
 def test_reading_is_lazy_and_writing_to_a_weight_leaves_the_file_alone(tmp_path):

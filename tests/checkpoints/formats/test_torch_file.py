@@ -80,6 +80,16 @@ def test_whole_numbers_are_read_as_what_they_are_and_never_as_weights(tmp_path):
             tensor.read(np.float32)
 
 
+def test_new_dtypes_name_themselves(tmp_path):
+    kinds = {"U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
+    torch.save({name: torch.ones(6, dtype=kind)[2:] for name, kind in kinds.items()},
+               tmp_path / "x.pt")
+    for name, tensor in read_tensors(tmp_path / "x.pt").items():
+        assert tensor.format == name and tensor.stop - tensor.start == 4 * kinds[name].itemsize
+    torch.save({"w": torch.ones(6).to(torch.float8_e8m0fnu)}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "the dtype 'torch.float8_e8m0fnu' of a tensor is not supported")
+
+
 class Callback:
     """An object of a training script. If its state were set, that would make a file."""
 

@@ -64,4 +64,3 @@ def write_safetensors(tensors, path):
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:                # for instance when the disk is full
             raise OSError(str(error)) from None
-        temporary.chmod(0o644)                          # the library makes it private

@@ -14,7 +14,24 @@ from ...errors import TinyldmError
 
 # NumPy has no bfloat16, so its bits are read as integers. It is the upper half of a float32.
 DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"),
-          "BF16": np.dtype("<u2")}
+          "BF16": np.dtype("<u2"), "F8_E4M3": np.dtype("u1"), "F8_E5M2": np.dtype("u1")}
+
+
+def _float8_values():
+    """{format: the value of every byte, as float16, which holds all of them exactly}.
+
+    E5M2 is the upper half of a float16. E4M3 has one bit less of exponent and one more of fraction:
+    in a float16's places its value is 2**8 too small, because the biases are 7 and 15. It has no
+    infinity, and NaN is the code of all ones.
+    Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433, table 1.
+    """
+    codes = np.arange(256, dtype=np.uint16)
+    e4m3 = ((codes & 0x80) << 8 | (codes & 0x7f) << 7).view(np.float16) * np.float16(256)
+    e4m3[(codes & 0x7f) == 0x7f] = np.nan
+    return {"F8_E4M3": e4m3, "F8_E5M2": (codes << 8).view(np.float16)}
+
+
+FLOAT8 = _float8_values()
 
 
 class StoredTensor(NamedTuple):
@@ -29,13 +46,18 @@ class StoredTensor(NamedTuple):
     start: int                                          # in bytes, from the file's beginning
     stop: int
 
+    @property
+    def fits_float16(self):
+        """Whether float16 holds every number that its format can have."""
+        return self.format == "F16" or self.format in FLOAT8
+
     def read(self, dtype, axes=None, contiguous=True):
         """The numbers as an array of `dtype`, with the axes in the order `axes`.
 
         If nothing has to be converted, the array is a view of the memory map: it takes no memory of
         its own, and writing to it does not change the file (copy-on-write). contiguous=False:
         changing the order of the axes does not count as a conversion.
-        Raises TinyldmError for a dtype other than F64, F32, F16, BF16, and for NaN or infinity.
+        Raises TinyldmError for a dtype that is not in DTYPES, and for NaN or infinity.
         """
         if self.format not in DTYPES:
             raise TinyldmError(f"{self.path}: the tensor {self.name} has dtype {self.format}, "
@@ -46,6 +68,8 @@ class StoredTensor(NamedTuple):
             bits = values.astype(np.uint32)
             bits <<= 16
             values = bits.view(np.float32)
+        elif self.format in FLOAT8:
+            values = FLOAT8[self.format][values]
         if axes is not None:
             values = values.transpose(axes)
         with np.errstate(over="ignore"):                # an overflow is reported below

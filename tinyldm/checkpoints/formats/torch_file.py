@@ -25,7 +25,11 @@ STORAGES = {"torch.DoubleStorage": ("F64", 8), "torch.FloatStorage": ("F32", 4),
             "torch.HalfStorage": ("F16", 2), "torch.BFloat16Storage": ("BF16", 2),
             "torch.LongStorage": ("I64", 8), "torch.IntStorage": ("I32", 4),
             "torch.ShortStorage": ("I16", 2), "torch.CharStorage": ("I8", 1),
-            "torch.ByteStorage": ("U8", 1), "torch.BoolStorage": ("BOOL", 1)}
+            "torch.ByteStorage": ("U8", 1), "torch.BoolStorage": ("BOOL", 1),
+            "torch.storage.UntypedStorage": ("U8", 1)}
+# Dtypes without a storage class of their own: their tensors name them, on a storage of bytes.
+NEW_DTYPES = {"torch.float8_e4m3fn": ("F8_E4M3", 1), "torch.float8_e5m2": ("F8_E5M2", 1),
+              "torch.uint16": ("U16", 2), "torch.uint32": ("U32", 4), "torch.uint64": ("U64", 8)}
 
 
 class Storage(NamedTuple):
@@ -50,6 +54,7 @@ def read_torch(path):
     archive = Archive(path)
     calls = {"collections.OrderedDict": lambda: {},     # its items are set after the call
              "torch._utils._rebuild_tensor_v2": archive.tensor,
+             "torch._utils._rebuild_tensor_v3": archive.tensor_of_new_dtype,
              "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
     content = unpickle(path, archive.pickle, calls, archive.storage)
     if isinstance(content, dict) and "state_dict" in content:
@@ -57,7 +62,10 @@ def read_torch(path):
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):
         word = content.get("name")
         word = word if isinstance(word, str) else NAMELESS
-        content = {word: next(iter(content["string_to_param"].values()), None)}
+        vectors = next(iter(content["string_to_param"].values()), None)
+        content = {word: vectors}
+        if isinstance(vectors, dict) and len(vectors) > 1:      # for SDXL's two text encoders
+            content = {f"{word}.{name}": tensor for name, tensor in vectors.items()}
     if not isinstance(content, dict):
         raise TinyldmError(f"{path} must hold tensors by name, not a {type(content).__name__}: "
                            "use another file")
@@ -153,6 +161,18 @@ class Archive:
         return StoredTensor(self.path, "", self.mapped, storage.format, shape,
                             tuple(stride * storage.itemsize for stride in strides),
                             start, start + (last + 1) * storage.itemsize)
+
+
+    def tensor_of_new_dtype(self, storage, offset, shape, strides, grad, hooks, dtype, *_):
+        """What torch._utils._rebuild_tensor_v3 makes: the dtype is the tensor's, see NEW_DTYPES."""
+        if not isinstance(storage, Storage) or storage.format != "U8":
+            raise ValueError("a tensor without a storage of bytes")
+        if not isinstance(dtype, Global) or dtype not in NEW_DTYPES:
+            raise TinyldmError(f"{self.path}: the dtype {dtype!a:.80} of a tensor is not "
+                               f"supported, only {', '.join(NEW_DTYPES)} are")
+        format, itemsize = NEW_DTYPES[dtype]
+        storage = Storage(format, itemsize, storage.start, storage.count // itemsize)
+        return self.tensor(storage, offset, shape, strides)
 
 
 def _whole(number):

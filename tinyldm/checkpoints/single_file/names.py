@@ -22,12 +22,12 @@ LEFTOVER = re.compile(r"(sqrt_\w+|log_one_minus_\w+|posterior_\w+|alphas_cumprod
 UNET_NAMES = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
               "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
               "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
-UNET_BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)")
+UNET_BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,3})\.(\d)\.(.+)")
 UNET_MIDDLE = re.compile(r"middle_block\.([012])\.(.+)")
 UNET_RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
                "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
 
-VAE_BLOCK = re.compile(r"(encoder|decoder)\.(down|up)\.(\d+)\.(.+)")
+VAE_BLOCK = re.compile(r"(encoder|decoder)\.(down|up)\.(\d{1,3})\.(.+)")
 VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(block|attn)_([12])\.(.+)")
 VAE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
                  "norm": "group_norm"}

@@ -1,0 +1,89 @@
+"""peft's settings of a LoRA: the alpha and the rank of layers for which its tensors name none.
+
+diffusers writes them into the header, as `unet.lora_alpha` and so on; peft writes them into
+adapter_config.json, beside adapter_model.safetensors.
+Source: peft 0.21 (LoraConfig, LoHaConfig, LoKrConfig), diffusers 0.42 (save_lora_weights).
+"""
+import json
+import math
+
+import numpy as np
+
+from ...errors import TinyldmError, note
+from ..formats.safetensors_file import read_metadata
+
+HEADER, FILE, WEIGHTS = "lora_adapter_metadata", "adapter_config.json", "adapter_model"
+KINDS = ("LORA", "LOHA", "LOKR", None)                  # peft_type
+# Ways to begin a training that change the model's own weights, too.
+CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq")
+WHOLE_NUMBERS = {"I64": "<i8", "I32": "<i4"}            # an alpha may be one
+
+
+def read_settings(path):
+    """The settings of a file -> {name: value}; {} if it has none.
+
+    Raises TinyldmError if they are no JSON object, or those of something else than a LoRA.
+    """
+    beside, place = path.with_name(FILE), f"{path}: {HEADER} in its header"
+    try:
+        if path.stem == WEIGHTS:
+            place, text = beside, beside.read_text(encoding="utf-8")
+        else:
+            text = read_metadata(path).get(HEADER, "{}")
+        settings = json.loads(text, parse_int=float)
+    except FileNotFoundError:
+        note(f"{beside} is missing, so the alpha of {path.name} is taken to be its rank: put both "
+             "into one folder")
+        settings = {}
+    except (OSError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise TinyldmError(f"{place} must be a JSON object: get it again")
+    kind, begin = settings.get("peft_type"), str(settings.get("init_lora_weights")).lower()
+    if kind not in KINDS:
+        raise TinyldmError(f"{path} is peft's {kind}, which is not supported: use a plain LoRA")
+    if begin.startswith(CHANGE_THE_MODEL):
+        raise TinyldmError(f"{path} belongs to weights that its training changed at the beginning "
+                           f"(init_lora_weights {begin}): convert it to a plain LoRA with peft")
+    return settings
+
+
+def scale_of(settings, part, layer, change, tensors, path):
+    """alpha / rank of a Change: by what its matrices are multiplied.
+
+    tensors: {role: StoredTensor} of the layer, maybe with its alpha. Without any alpha it is the
+    rank. rsLoRA divides by the square root of the rank: Kalajdzievski 2023, arXiv:2312.03732. A
+    LoKr of two whole matrices has no rank; LyCORIS does not scale it, peft does.
+    Raises TinyldmError if a setting is not a number.
+    """
+    def setting(names, pattern, default):
+        """patterns name layers by the ends of their names"""
+        values = [settings[key] for name in names for key in (f"{part}.{name}", name)
+                  if key in settings]
+        patterns = settings.get(f"{part}.{pattern}", settings.get(pattern)) or {}
+        if isinstance(patterns, dict):
+            values = [value for end, value in patterns.items()
+                      if f".{layer}".endswith(f".{end.removeprefix('^')}")] + values
+        value = [*values, default][0]
+        if (not isinstance(patterns, dict) or not isinstance(value, (int, float))
+                or not math.isfinite(value)):
+            raise TinyldmError(f"{path}: {FILE}, or {HEADER} in the header, must give {layer} a "
+                               "number as alpha and one as rank: get it again")
+        return value
+
+    if change.rank is None and not (change.kronecker and {"r", f"{part}.r"} & settings.keys()):
+        return 1.0
+    rank = change.rank or setting(["r"], "rank_pattern", 1)
+    if change.rank and "alpha" in tensors:
+        alpha = read_number(tensors["alpha"])
+    else:
+        alpha = setting(["lora_alpha", "alpha"], "alpha_pattern", rank)
+    rslora = settings.get(f"{part}.use_rslora", settings.get("use_rslora"))
+    return alpha / (math.sqrt(rank) if rslora and "alpha" not in tensors else rank) if rank else 0.0
+
+
+def read_number(tensor):
+    """A tensor of one number, which may be a whole number. Raises TinyldmError."""
+    if tensor.format in WHOLE_NUMBERS:
+        return float(np.frombuffer(tensor.mapped, WHOLE_NUMBERS[tensor.format], 1, tensor.start)[0])
+    return float(tensor.read(np.float64).reshape(()))
