@@ -9,14 +9,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..backend import is_finite
+from ..diffusion.samplers import find_sampler
 from ..diffusion.schedule import SPACINGS
 from ..errors import TinyldmError
-from ..images import decoded
+from ..images import check_image, decoded
 from ..noise import get_generator
 from .interpolation import Between, BetweenGenerator, as_list, ends, mixed
 
 LARGEST = 8192              # pixels per side; more is a typing mistake, not a picture
-MOST_IMAGES = 1000          # of one call; they are drawn side by side
+MOST_STEPS, MOST_IMAGES, MOST_LAYERS = 1000, 10_000, 100        # the same
 
 # Names on the command line and in other programs -> the same option here.
 SYNONYMS = {
@@ -105,34 +106,41 @@ class Request:
     clip_skip: int | None = None
 
     def __post_init__(self):
-        for name in ("image", "mask"):                  # decoded here, once, for all that read them
-            object.__setattr__(self, name, _decoded(name, getattr(self, name)))
         for name in ("num_inference_steps", "num_images", "width", "height", "clip_skip"):
             object.__setattr__(self, name, whole(getattr(self, name)))
         if self.negative_prompt is None:
             object.__setattr__(self, "negative_prompt", "")
+        if self.num_inference_steps is not None:
+            check_whole("the number of steps", self.num_inference_steps, 1, MOST_STEPS)
         if self.guidance_scale is not None:
             check_finite("guidance_scale", self.guidance_scale)
         check_fraction("guidance_rescale", self.guidance_rescale)
-        if not isinstance(self.num_images, int) or self.num_images < 1:
-            raise TinyldmError(f"num_images must be a whole number from 1, not {self.num_images!r}")
+        check_whole("num_images", self.num_images, 1, MOST_IMAGES)
+        self._check_prompts()
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                check_pixels(name, getattr(self, name))
+        if self.sampler is not None:
+            find_sampler(self.sampler)
+        if self.timestep_spacing not in (None, *SPACINGS):
+            raise TinyldmError(f"timestep_spacing must be {', '.join(SPACINGS[:-1])} or "
+                               f"{SPACINGS[-1]}, not {self.timestep_spacing!r}")
+        if self.clip_skip is not None:
+            check_whole("clip_skip", self.clip_skip, 0, MOST_LAYERS)
+        check_edit(self.image, self.strength, self.mask)
+        for name in ("image", "mask"):                  # decoded here, once, for all that read them
+            object.__setattr__(self, name, _decoded(name, getattr(self, name)))
+
+    def _check_prompts(self):
         prompts, negatives = len(self.prompts), len(self.negative_prompts)
-        if prompts * self.num_images > MOST_IMAGES:
-            raise TinyldmError(f"one call draws at most {MOST_IMAGES} images, side by side, not "
-                               f"{prompts * self.num_images}: call again with other seeds")
+        check_whole("the number of images", prompts * self.num_images, 1, MOST_IMAGES)
         if negatives != prompts:
             raise TinyldmError(f"negative_prompt must be one text, or a list as long as prompt's, "
                                f"{prompts}, not {negatives}")
         for text in (end for own in (*self.prompts, *self.negative_prompts) for end in ends(own)):
             if not isinstance(text, str):
                 raise TinyldmError("a prompt must be a string of valid Unicode, got "
-                                   f"{text!r:.80}: pass plain text, or a list of such")
-        if self.timestep_spacing not in (None, *SPACINGS):
-            raise TinyldmError(f"timestep_spacing must be {', '.join(SPACINGS[:-1])} or "
-                               f"{SPACINGS[-1]}, not {self.timestep_spacing!r:.80}")
-        if not (self.clip_skip is None or isinstance(self.clip_skip, int) and self.clip_skip >= 0):
-            raise TinyldmError("clip_skip must be a whole number of layers from 0, not "
-                               f"{self.clip_skip!r:.80}")
+                                   f"{text!r}: pass plain text, or a list of such")
 
     @property
     def prompts(self):
@@ -189,7 +197,7 @@ def own_names(options):
         if mine not in known:
             near = difflib.get_close_matches(name, [*known, *SYNONYMS], 1)
             meant = f"did you mean {SYNONYMS.get(*near * 2)}?" if near else "known are "
-            raise UnknownOption(f"there is no option {name!r:.80}: {meant}"
+            raise UnknownOption(f"there is no option {name!r}: {meant}"
                                 + ("" if near else ", ".join(known)))
         own[mine] = value
     return own
@@ -219,6 +227,34 @@ def check_finite(name, value):
         raise TinyldmError(f"{name} must be a finite number, not {value!r}")
 
 
+def check_whole(name, value, least, most):
+    if not isinstance(value, int) or not least <= value <= most:
+        raise TinyldmError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+
+
+def check_pixels(name, pixels, least=1):
+    """-> pixels as an int; raises TinyldmError unless it is one from least to LARGEST."""
+    try:
+        pixels = operator.index(pixels)
+    except TypeError:
+        raise TinyldmError(f"{name} must be a whole number of pixels, not {pixels!r}") from None
+    if not 0 < pixels <= LARGEST:
+        raise TinyldmError(f"{name} must be from {least} to {LARGEST} pixels, not {pixels}")
+    return pixels
+
+
+def check_edit(image, strength, mask):
+    """Raise TinyldmError for values, or for pairs of them, that are wrong for every pipeline."""
+    if image is None and (mask is not None or strength is not None):
+        raise TinyldmError("a mask or a strength needs an image: give one")
+    for end in [] if image is None else ends(image):
+        check_image("image", end)
+    if mask is not None:
+        check_image("mask", mask)
+    if strength is not None:
+        check_fraction("strength", strength)
+
+
 def check_fraction(name, value):
     check_finite(name, value)
     if not 0 <= value <= 1:
@@ -243,12 +279,7 @@ def picture_size(width, height, image, own, factor):
 def _side(name, pixels, own, factor):
     if pixels is None and own is None:
         raise TinyldmError(f"the weights name no size: {name} must be given")
-    try:
-        pixels = operator.index(own * factor if pixels is None else pixels)
-    except TypeError:
-        raise TinyldmError(f"{name} must be a whole number of pixels, not {pixels!r}") from None
-    if not 0 < pixels <= LARGEST:
-        raise TinyldmError(f"{name} must be from {factor} to {LARGEST} pixels, not {pixels}")
+    pixels = check_pixels(name, own * factor if pixels is None else pixels, factor)
     if pixels % factor:
         near = [n for n in (pixels // factor * factor, -(-pixels // factor) * factor) if n]
         raise TinyldmError(f"{name} must be a multiple of {factor}, not {pixels}: "
