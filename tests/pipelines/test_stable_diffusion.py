@@ -233,8 +233,8 @@ BAD = [
     ({"sampler": ["euler"]}, r"unknown sampler \['euler'\]"), ({"sampler": 5}, "unknown sampler 5"),
     ({"sampler": "Euler b"}, "unknown sampler 'Euler b'; known: .*; did you mean euler"),
     ({"noise": ["numpy"]}, r"unknown noise \['numpy'\]; known"),
-    ({"latents": [[1], [2, 3]]}, r"latents must be an array of numbers, not \[\[1\], \[2, 3\]\]"),
-    ({"latents": "noise"}, "latents must be an array of numbers, not 'noise'"),
+    ({"latents": [[1], [2, 3]]}, "latents must be an array of numbers, not a list"),
+    ({"latents": "noise"}, "latents must be an array of numbers, not a str"),
     ({"clip_skip": -1}, "clip_skip must be a whole number from 0 to 100, not -1"),
     ({"clip_skip": 1.5}, "not 1.5"), ({"clip_skip": "1"}, "not '1'"),
     ({"clip_skip": 2}, "clip_skip must be from 0 to 1, as the text encoder has 2 layers, not 2"),
@@ -315,18 +315,6 @@ def test_a_list_of_prompts_draws_each_from_the_same_seeds(small):
 def test_decode_refuses_what_are_no_latents(small, latents):
     with pytest.raises(TinyldmError, match="latents must "):
         small.decode(latents)
-
-
-def test_a_note_on_sizes_far_from_the_trained_one(small, recwarn):
-    def notes(**size):
-        small.stream("cat", num_inference_steps=2, **size)
-        return [str(recwarn.pop().message) for _ in range(len(recwarn))]
-
-    assert notes() == notes(width=24) == notes(width=20, height=24) == []
-    assert notes(width=32) == ["32x16 pixels are 2 times as many as the 16x16 that the weights "
-                               "are made for: expect repeated or broken shapes"]
-    assert notes(width=8) == ["8x16 pixels are 0.5 times as many as the 16x16 that the weights "
-                              "are made for: expect a broken or empty picture"]
 
 
 def test_options_by_name_and_by_position(small):

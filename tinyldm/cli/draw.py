@@ -22,7 +22,6 @@ LARGEST_SIDE = 16384        # pixels, of an enlarged picture
 SHEET, GAP = 4096, 2        # pixels: the longest side of a contact sheet, between its pictures
 BUNDLED = "shapes"
 ANIMATED = (".gif", ".webp")
-LARGE = 4                   # times the weights' own number of pixels: worth a note
 # Seconds per step; tqdm's own format switches to steps per second for fast steps.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_inv_fmt}]"
 CLOCK = "{desc}: {elapsed_s:.1f} s"
@@ -64,8 +63,9 @@ def draw(args):
     todo = jobs(args)
     paths = output_paths(args.output, len(todo))
     check_output(paths[0])
+    written = [*paths, *(output_paths(sheet_path(args.output), 1) if len(paths) > 1 else [])]
     for file in filter(None, (args.image, args.mask, args.to_image)):
-        if any(path.exists() and path.samefile(file) for path in paths):
+        if any(path.exists() and path.samefile(file) for path in written):
             raise TinyldmError(f"--output would replace {file}, which is read: name another file")
     if args.preview is not None and args.preview < 1:
         raise TinyldmError(f"--preview must be at least 1 step, not {args.preview}")
@@ -77,7 +77,7 @@ def draw(args):
         # One film per prompt of its pictures, or one per picture of its steps.
         films = output_paths(args.animate, len(args.prompt) if interpolates(args) else len(todo))
         check_output(films[0])
-        if same := {*paths} & {*films}:
+        if same := {*written} & {*films}:
             raise TinyldmError(f"--animate and --output both name {min(same)}: name two files")
     if not args.profile:
         return draw_pictures(args, todo, paths, films)
@@ -94,7 +94,8 @@ def draw_pictures(args, todo, paths, films, profile=None):
         from ..images import grid, save
         from ..pipelines.stable_diffusion import load
         from .preview import Live, Preview, save_film
-        pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema)
+        pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema,
+                    vae=args.vae, prediction_type=args.prediction_type)
         for file, weight in args.lora:
             pipe.load_lora(file, weight)
         for file in args.embedding:
@@ -103,11 +104,11 @@ def draw_pictures(args, todo, paths, films, profile=None):
             advise(pipe)
     if profile:
         profile.add(pipe)
-    if args.random:
-        todo = [job._replace(prompt=random_prompt(pipe, job.seed)) for job in todo]
     picture = Picture(args, pipe, timed, Preview(pipe), Live() if args.show else None)
     thumbnails, frames, step_film = [], [], films and not interpolates(args)
     for job, path in zip(todo, paths):
+        if args.random:
+            job = job._replace(prompt=random_prompt(pipe, job.seed))
         image, early, text = picture.draw(job, path, step_film)
         with timed("saving"):
             thumbnails.append(thumbnail(image, len(paths)))
@@ -119,6 +120,7 @@ def draw_pictures(args, todo, paths, films, profile=None):
         tell(path)
     if len(paths) > 1:
         save(grid(thumbnails, columns(len(paths)), GAP), sheet_path(args.output), text)
+        print(f"all on one sheet: {sheet_path(args.output)}", file=sys.stderr)
 
 
 def tell(path):
@@ -160,8 +162,6 @@ class Picture(NamedTuple):
             asked = pipe.complete(request(job, args))
             steps, sampler = asked.num_inference_steps, asked.sampler
             states = pipe.stream(**vars(asked))
-            if job.image and args.width is None and args.height is None:
-                advise_on_size(pipe, size)
             edit = pipe.edit(job.image, asked.strength, job.mask, sampler)
             own = asked.timestep_spacing == pipe.schedule.timestep_spacing
             spacing = None if own else asked.timestep_spacing
@@ -222,17 +222,6 @@ def advise(pipe):
             and not config.get("rescale_betas_zero_snr")):
         note("the scheduler is that of a model made for few steps, such as Turbo: if it is one, "
              f"--steps 1 --guidance 0 does better than {STEPS} steps")
-
-
-def advise_on_size(pipe, size):
-    """A note on a photograph that would take minutes per step."""
-    if pipe.unet.settings.sample_size:
-        own = pipe.size()
-        times = math.prod(size) / math.prod(own)
-        if times > LARGE:
-            note(f"the image is drawn at its {size[0]}x{size[1]} pixels, {times:.0f} times as "
-                 f"many as the {own[0]}x{own[1]} of the weights: --width and --height make it "
-                 "smaller")
 
 
 def with_progress(states, steps, left_out, sampler):
