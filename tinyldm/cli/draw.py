@@ -162,10 +162,10 @@ class Picture(NamedTuple):
             asked = pipe.complete(request(job, args))
             steps, sampler = asked.num_inference_steps, asked.sampler
             states = pipe.stream(**vars(asked))
-            edit = pipe.edit(job.image, args.strength, job.mask, sampler)
+            edit = pipe.edit(job.image, asked.strength, job.mask, sampler)
             own = asked.timestep_spacing == pipe.schedule.timestep_spacing
             spacing = None if own else asked.timestep_spacing
-            text = parameters(args, job, steps, sampler, size, edit, spacing)
+            text = parameters(args, job, asked, size, edit, spacing)
         with self.timed("drawing"):
             for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
                 step = state.step + 1
@@ -229,7 +229,8 @@ def with_progress(states, steps, left_out, sampler):
     made = steps - left_out
     # PNDM calls the model twice in its first step, Heun in all steps except the last: count once,
     # as diffusers does.
-    again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}.get(sampler, ())
+    again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}
+    again = again.get(sampler.partition("_")[0], ())
     with progress("drawing", BAR, made) as bar:
         for state in states:
             yield state
@@ -249,7 +250,7 @@ def stage(name):
         bar.update()
 
 
-def parameters(args, job, steps, sampler, size, edit, spacing=None):
+def parameters(args, job, request, size, edit, spacing):
     """How a picture was made, in the format that web interfaces store in PNG files and read."""
     lines = [str(ends(job.prompt)[0])]
     if args.negative:
@@ -257,11 +258,12 @@ def parameters(args, job, steps, sampler, size, edit, spacing=None):
     loras = ", ".join(f"{Path(file).stem}:{weight:g}" for file, weight in args.lora)
     seed, *other_seed = ends(job.seed)
     values = {
-        "Steps": steps,
-        "Sampler": sampler,
+        "Steps": request.num_inference_steps,
+        "Sampler": request.sampler,
         "Timestep spacing": spacing,
-        "CFG scale": f"{args.guidance:g}",
+        "CFG scale": f"{request.guidance_scale:g}",
         "CFG rescale": f"{args.guidance_rescale:g}" if args.guidance_rescale else None,
+        "Clip skip": args.clip_skip,
         "Seed": seed,
         "Variation seed": other_seed[0] if other_seed else None,
         "Variation seed strength": f"{job.seed.weight:g}" if other_seed else None,

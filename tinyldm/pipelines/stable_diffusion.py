@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 
 from ..backend import array_library, free_scratch, keep_freed_memory
-from ..diffusion.samplers import OWN_TIMESTEPS, SAMPLERS, check_sampler, default_sampler
+from ..diffusion.samplers import (
+    OWN_TIMESTEPS,
+    SAMPLERS,
+    check_sampler,
+    default_sampler,
+    find_sampler,
+    own_options,
+)
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
@@ -29,7 +36,15 @@ from .interpolation import ends
 from .language import Language
 from .parts import check_parts
 from .predictor import FunctionUNet, Predictor
-from .request import Request, check_finite, check_latents, note_on_size, picture_size, takes
+from .request import (
+    Request,
+    check_finite,
+    check_latents,
+    note_on_size,
+    own_names,
+    picture_size,
+    takes,
+)
 
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
@@ -140,13 +155,14 @@ class StableDiffusion:
         Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
         finite, with the step and the layer.
         """
-        request = self.complete(Request(*arguments, **options))
+        request = self.complete(Request(*arguments, **own_names(options)))
         steps, sampler, schedule = request.num_inference_steps, request.sampler, self.schedule
         if request.timestep_spacing not in (None, schedule.timestep_spacing):
             schedule = replace(schedule, timestep_spacing=request.timestep_spacing)
         edit = self.edit(request.image, request.strength, request.mask, sampler)
         first = edit.steps_left_out(steps)
-        check_sampler(sampler, schedule, steps, first, edit.reach)
+        options = own_options(self.scheduler, sampler)
+        check_sampler(sampler, schedule, steps, first, edit.reach, options)
         latents = request.latents
         latents = None if latents is None else self._array(latents, "latents")
         size = self.size(request.width, request.height, request.image, latents)
@@ -154,22 +170,23 @@ class StableDiffusion:
             note_on_size(size, self.size(), request.image is not None
                          and request.width is request.height is latents is None)
         f = self.vae.vae_scale_factor
-        shape = request.num_images, size[1] // f, size[0] // f, self.vae.settings.latent_channels
+        seeds = request.generators()
+        shape = len(seeds), size[1] // f, size[0] // f, self.vae.settings.latent_channels
         if latents is not None:
             check_latents(latents, shape, f)
-        draw_noise = partial(self._draw, request.generators(), shape)       # () -> (B,h,w,C)
-        conditioning = self._conditioner(request.prompt, request.negative_prompt,
-                                         request.guidance_scale, *size)
+        draw_noise = partial(self._draw, seeds, shape)       # () -> (B,h,w,C)
+        conditioning = self._conditioner(request.prompts, request.negative_prompts,
+                                         request.guidance_scale, *size, request.clip_skip)
         if self.language:
             # No word at all is the usual negative prompt, and was trained as one.
-            texts = [*ends(request.prompt), *filter(None, ends(request.negative_prompt))]
-            for text in dict.fromkeys(texts):
-                self.language.check(text)
+            texts = [*request.prompts, *filter(None, request.negative_prompts)]
+            for word in dict.fromkeys(end for text in texts for end in ends(text)):
+                self.language.check(word)
         latents, origin, extra_channels = edit.prepare(self.encode, first, size, latents,
                                                        draw_noise)
         predict = Predictor(self.unet, conditioning, request.guidance_scale,
                             request.guidance_rescale, extra_channels)
-        states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, origin)
+        states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, origin, **options)
         return finite_states(states, predict)
 
     def encode_prompt(self, text: Any) -> Any:
@@ -307,9 +324,10 @@ class StableDiffusion:
     def complete(self, request):
         """Fill in what the request leaves to the model -> Request.
 
-        The number of steps, the sampler and the timestep spacing. Raises TinyldmError for a wrong
-        number of steps.
+        The number of steps, the guidance scale, the strength, the sampler and the timestep spacing.
+        Raises TinyldmError for a wrong number of steps.
         """
+        guidance_scale, strength = self._own_scale_and_strength(request)
         steps, spacing = request.num_inference_steps, request.timestep_spacing
         steps = self.num_inference_steps if steps is None else steps
         self.schedule.check_steps(steps)
@@ -321,7 +339,7 @@ class StableDiffusion:
             spacing = None
         elif spacing is None:
             spacing = self.schedule.timestep_spacing
-            few = steps <= DISTILLED and request.guidance_scale <= 1
+            few = steps <= DISTILLED and guidance_scale <= 1
             if few and spacing != "trailing" and not self.unet.settings.time_cond_proj_dim:
                 suited = (f"few steps ({steps}) without guidance suit Turbo, Lightning and Hyper "
                           "models")
@@ -336,11 +354,29 @@ class StableDiffusion:
                     note(f"{suited}: if this is one, choose the timestep spacing trailing, as the "
                          "weights' own begins below the noisiest timestep")
         return replace(request, num_inference_steps=steps, sampler=sampler,
-                       timestep_spacing=spacing)
+                       timestep_spacing=spacing, guidance_scale=guidance_scale, strength=strength)
+
+    def _own_scale_and_strength(self, request):
+        """The request's guidance scale and strength, or the defaults of diffusers' pipelines.
+
+        Source: diffusers' StableDiffusionPipeline, StableDiffusionXLPipeline,
+        LatentConsistencyModelPipeline, and those for image to image and inpainting beside them.
+        """
+        guidance_scale, strength = request.guidance_scale, request.strength
+        xl, masked = self.text_encoder_2 is not None, request.mask is not None
+        if guidance_scale is None:
+            imitates = self.unet.settings.time_cond_proj_dim
+            guidance_scale = 8.5 if imitates else 5.0 if xl and not masked else 7.5
+        if strength is None and request.image is not None:
+            strength = (0.9999 if masked else 0.3) if xl else 1.0 if masked else 0.8
+        return guidance_scale, strength
 
     def sampler(self, name=None):
-        """The name of the sampler that will draw: the given one, or the weights' own."""
-        return default_sampler(self.scheduler) if name is None else name
+        """The name of the sampler that will draw: the given one, or the weights' own.
+
+        name: as find_sampler takes it, or None. Raises TinyldmError for an unknown one.
+        """
+        return default_sampler(self.scheduler) if name is None else find_sampler(name)
 
     def edit(self, image=None, strength=None, mask=None, sampler=None):
         """The Edit that these options ask for. Raises TinyldmError."""
