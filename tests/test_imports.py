@@ -27,11 +27,11 @@ MAY_IMPORT = {
     "checkpoints": BOTTOM | {"kernels", "layers", "models"},
     "pipelines": BOTTOM | {"noise", "images", "ops", "layers", "models", "diffusion", "text",
                            "checkpoints"},
-    "cli": BOTTOM | {"noise", "images", "text", "layers", "models", "pipelines"},
+    "cli": BOTTOM | {"__version__", "noise", "images", "text", "layers", "models", "pipelines"},
     "inspect": BOTTOM | {"checkpoints", "cli"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "checkpoints"},
     "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
-                        "pipelines", "training"},
+                        "pipelines", "training", "cli"},
 }
 ENTRY_POINTS = {"__init__.py", "__main__.py", "training/__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.

@@ -123,7 +123,7 @@ def test_count_draws_consecutive_seeds(weights, out, capsys):
                  "--output", str(out / "many.png")]) == 0
     names = [f"many-{i}.png" for i in range(3)]
     assert capsys.readouterr().out.split() == [str(out / name) for name in names]
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert sorted(path.name for path in out.iterdir()) == [*names, "many-sheet.png"]
     expected = load(weights)("a cat", num_inference_steps=2, seed=4, num_images=3)
     for i, name in enumerate(names):
         picture = Image.open(out / name)
@@ -132,10 +132,14 @@ def test_count_draws_consecutive_seeds(weights, out, capsys):
 
 
 def draw(weights, out, *arguments):
-    """Run the command, with 2 steps, in this process -> its pictures, and the texts in them."""
+    """Run the command, with 2 steps, in this process -> its pictures, and the texts in them.
+
+    Several have a sheet beside them, which is left out.
+    """
     assert main([*map(str, arguments), "--weights", str(weights), "--steps", "2",
                  "--output", str(out / "out.png")]) == 0
     pictures = {path.name: Image.open(path) for path in sorted(out.glob("*.png"))}
+    assert (pictures.pop("out-sheet.png", None) is not None) == (len(pictures) > 1)
     return ([np.asarray(picture) for picture in pictures.values()],
             [picture.text["parameters"] for picture in pictures.values()])
 

@@ -13,7 +13,7 @@ from ..training.state import read_npz, write_npz
 from .autoencoder import decoder_parameters, load_vae
 from .configs import LATENT_CHANNELS, SCHEDULER
 from .denoiser import build, make_pool, named_parameters
-from .vocabulary import write_tokenizer
+from .vocabulary import LANGUAGE, write_tokenizer
 from .widen import widen
 
 STAGES = ("vae", "unet", "decoder")
@@ -35,8 +35,8 @@ def export(run, output):
         text_encoder, unet = build(pool)
         load_ema(run / "unet.npz", named_parameters(text_encoder, unet))
         write_pipeline(folder, {"vae": vae, "text_encoder": text_encoder, "unet": unet},
-                       {"tokenizer": write_tokenizer}, SCHEDULER, {"_num_inference_steps": STEPS},
-                       np.float16)
+                       {"tokenizer": write_tokenizer}, SCHEDULER,
+                       {"_num_inference_steps": STEPS, "_language": LANGUAGE}, np.float16)
         record = {stage: _history(run / f"{stage}.npz") for stage in STAGES
                   if (run / f"{stage}.npz").exists()}
         write_json(folder / "training.json", record, indent=None)

@@ -1,9 +1,8 @@
 """python -m tinyldm.training STAGE: the recipe of the bundled model, one command per stage."""
 import argparse
-import sys
 from pathlib import Path
 
-from ..errors import TinyldmError
+from ..cli.options import Parser
 from .autoencoder import train_decoder, train_vae
 from .denoiser import train_unet
 from .evaluation import evaluate
@@ -13,8 +12,8 @@ MOST_STEPS = 10 ** 9
 MOST_AT_ONCE = 10_000       # latents per batch, prompts to draw
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(prog="python -m tinyldm.training", description=__doc__)
+def parse(arguments):
+    parser = Parser(prog="python -m tinyldm.training", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     vae = stages.add_parser("vae", help="1. train the autoencoder")
     vae.add_argument("--steps", type=whole(MOST_STEPS), default=2000)
@@ -36,7 +35,7 @@ def parse_arguments():
     evaluate.add_argument("--round-trip", action="store_true",
                           help="judge true drawings, encoded and decoded by the VAE, instead")
     evaluate.add_argument("--output", type=Path, help="folder for accuracy.json and samples.png")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def whole(most):
@@ -55,15 +54,7 @@ COMMANDS = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder, "exp
             "restore": restore, "evaluate": evaluate}
 
 
-def run():
-    """The command: a bad input ends in one line and status 2, Ctrl-C in 130."""
-    options = vars(parse_arguments())
-    stage = COMMANDS[options.pop("stage")]
-    try:
-        stage(**options)
-    except TinyldmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes", file=sys.stderr)
-        sys.exit(130)
+def run(arguments=None):
+    """Run one stage. Raises TinyldmError for a bad input."""
+    options = vars(parse(arguments))
+    COMMANDS[options.pop("stage")](**options)
