@@ -20,7 +20,15 @@ BUNDLED = "shapes"
 MOST_BYTES = 1 << 22                                    # of a pasted text
 NAME = re.compile(r'\s*([^:,"\n]{1,60}?)\s*:\s*')
 VALUE = re.compile(r'"(?:\\.|[^"\\])*"|[^,\n]*')
+PAIR = re.compile(r"(.{1,255}?):(-?[\d.]+(?:e[+-]?\d+)?)(?:, |$)")     # of "ink:0.7, dots:1"
 TAG = re.compile(r"<(?:lora|lyco):([^:<>]+)((?::[^:<>]*)*)>", re.IGNORECASE)
+
+
+def _fraction(text):
+    if 0 <= float(text) <= 1:
+        return float(text)
+    raise ValueError(text)
+
 
 # What a text calls an option that takes the value as it is -> the option and its type.
 OPTIONS = {
@@ -29,8 +37,8 @@ OPTIONS = {
     "cfg rescale": ("guidance_rescale", float), "seed": ("seed", int),
     "timestep spacing": ("timestep_spacing", str), "prediction type": ("prediction_type", str),
     "noise": ("noise", str), "scale": ("scale", int), "dtype": ("dtype", str),
-    "variation seed": ("to_seed", int), "variation seed strength": ("on_the_way", float),
-    "to prompt": ("to_prompt", str), "on the way": ("on_the_way", float),
+    "variation seed": ("to_seed", int), "variation seed strength": ("on_the_way", _fraction),
+    "to prompt": ("to_prompt", str), "on the way": ("on_the_way", _fraction),
 }
 # Of these a special rule makes options: see `_special`.
 SPECIAL = ("sampler", "schedule type", "scheduler", "size", "clip skip", "rng", "low memory", "ema",
@@ -91,16 +99,18 @@ def _values_between(lines):
     def names_of(line):
         return {name.lower() for name in split_values(line) or ()} & KNOWN
 
-    for stop in range(len(lines), 0, -1):
+    stop = len(lines)
+    while stop:
         names = names_of(lines[stop - 1])
         if "steps" in names and len(names) > 1:         # as programs write it: one line
             return stop - 1, stop
-        start = stop                                    # as people do: one value per line
-        while start and (more := names_of(lines[start - 1])):
+        start = stop
+        while start and (more := names_of(lines[start - 1])):           # as people do: one per line
             names |= more
             start -= 1
         if "steps" in names or len(names) > 2:
             return start, stop
+        stop = min(start, stop - 1)
     return len(lines), len(lines)
 
 
@@ -246,11 +256,8 @@ def _special(args, values, found, unused):
         leave("denoising strength")
     if "lora" in lower and not args.lora:
         if args.lora_folder:
-            pairs = [pair.rpartition(":") for pair in lower["lora"][1].split(", ")]
-            take("lora", lambda text: {"weights": [float(weight) for *_, weight in pairs]})
-            if weights := found.pop("weights", None):
-                found["lora"] = [(find_lora(args.lora_folder, name), weight)
-                                 for (name, *_), weight in zip(pairs, weights)]
+            found["lora"] = [(find_lora(args.lora_folder, name), float(weight))
+                             for name, weight in PAIR.findall(lower["lora"][1])]
         else:
             leave("lora", " (--lora-folder names where they lie)")
 
@@ -298,7 +305,8 @@ def _layers(clip_skip):
 
 def _sampler(name, schedule):
     """The name of a sampler, with its schedule of sigmas, which new web interfaces name apart."""
-    from ..diffusion.samplers import find_sampler
+    from ..diffusion import samplers
+    find_sampler = getattr(samplers, "find_sampler", lambda name: name)
 
     schedule = schedule.lower()
     plain = schedule in ("", "automatic", "normal", "uniform", "default")
