@@ -11,10 +11,11 @@ from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 
 # What a room may import besides itself: cli → pipelines → models, diffusion, text, checkpoints →
 # layers → ops → kernels → backend. The programs' entry points may import all.
-BOTTOM = {"errors", "files", "backend"}
+BOTTOM = {"errors", "files", "backend", "configs"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "configs": {"errors"},
     "backend": {"errors"},
     "noise": {"errors"},
     "images": BOTTOM,

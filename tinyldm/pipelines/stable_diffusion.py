@@ -179,7 +179,7 @@ class StableDiffusion:
         encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
         images = self._array(images).astype(self.vae.dtype)
         mean, logvar = (self._array(moment) for moment in encode(images))
-        latents = (mean + self.unet.xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
+        latents = self.vae.to_latents(mean + self.unet.xp.exp(logvar / 2) * noise)
         check_output(latents, "the picture is encoded to NaN or infinity", self.vae,
                      partial(encode, images))
         return latents
@@ -194,7 +194,7 @@ class StableDiffusion:
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = (self._array(latents) / self.vae.scaling_factor).astype(self.vae.dtype)
+        z = self.vae.to_z(self._array(latents)).astype(self.vae.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         if self.low_memory:
             free_scratch()                              # what the UNet used
