@@ -151,8 +151,8 @@ GENERATORS = {"torch-cpu": Generator, "torch-cuda": CudaGenerator, "numpy": Nump
 
 def get_generator(name):
     """The class with a name in GENERATORS. Raises TinyldmError, with the names, for any other."""
-    if name not in GENERATORS:
-        raise TinyldmError(f"unknown noise {name!r}; known: {', '.join(GENERATORS)}")
+    if not isinstance(name, str) or name not in GENERATORS:
+        raise TinyldmError(f"unknown noise {name!r:.80}; known: {', '.join(GENERATORS)}")
     return GENERATORS[name]
 
 

@@ -53,14 +53,17 @@ def test_noise_of_another_kind_is_recorded(weights, out):
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
-def test_timestep_spacing(weights, out, capsys):
+def test_timestep_spacing_and_clip_skip(weights, out, capsys):
     path = out / "out.png"
     arguments = ["a cat", "--weights", str(weights), "--steps", "2", "--output", str(path)]
-    assert main([*arguments, "--timestep-spacing", "trailing"]) == 0
-    expected, = load(weights)("a cat", num_inference_steps=2, timestep_spacing="trailing")
+    assert main([*arguments, "--timestep-spacing", "trailing", "--clip-skip", "1",
+                 "--sampler", "Euler a"]) == 0
+    expected, = load(weights)("a cat", num_inference_steps=2, timestep_spacing="trailing",
+                              clip_skip=1, sampler="euler_ancestral")
     picture = Image.open(path)
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
-    assert ", Timestep spacing: trailing, " in picture.text["parameters"]
+    assert ("Sampler: euler_ancestral, Timestep spacing: trailing, CFG scale: 7.5, Clip skip: 2, "
+            in picture.text["parameters"])
     assert main([*arguments, "--timestep-spacing", "middle"]) == 2
     assert "must be leading, linspace or trailing, not 'middle'" in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ from diffusers.schedulers import scheduling_lms_discrete
 from tests.support.reference import float32_noise
 from tests.support.schedulers import SD, SD15, SD21, SDXL, TURBO
 from tests.support.tolerance import within
-from tinyldm.diffusion.samplers import SAMPLERS, check_sampler, default_sampler
+from tinyldm.diffusion.samplers import SAMPLERS, check_sampler, default_sampler, find_sampler
 from tinyldm.diffusion.samplers.shared import NO_PICTURE, Origin
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
@@ -337,6 +337,26 @@ def test_other_bad_input():
     for T, steps in ((1000, 51), (49, 4)):
         schedule = Schedule.from_config({**SD, "num_train_timesteps": T})
         refused("lcm", schedule, steps, message=f"lcm takes from 1 to 50 .*not {steps} of {T}")
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("Euler a", "euler_ancestral"), ("DPM++ 2M Karras", "dpmpp_2m_karras"), ("euler", "euler"),
+    ("DPM++ 2M SDE Karras", "dpmpp_2m_sde_karras"), ("dpmpp_2m", "dpmpp_2m"), ("PLMS", "pndm"),
+    ("k_euler", "euler"), ("k_euler_ancestral", "euler_ancestral"), ("UniPC", "unipc"),
+    ("k_dpmpp_2m", "dpmpp_2m"), ("DDIM", "ddim"), ("ddim ", "ddim"), ("dpmpp-2m-sde",
+     "dpmpp_2m_sde"), ("DPM++ 2M", "dpmpp_2m"), ("sample_euler", "euler"), ("Heun", "heun"),
+    ("EulerDiscreteScheduler", "euler"), ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+    ("EulerAncestralDiscreteScheduler", "euler_ancestral"), ("LMS", "lms"), ("LCM", "lcm"),
+    ("UniPCMultistepScheduler", "unipc"), ("LMSDiscreteScheduler", "lms"), ("k_lms", "lms")])
+def test_names_as_people_write_them(name, expected):
+    assert find_sampler(name) == expected
+
+
+@pytest.mark.parametrize("name, meant", [("eular", "euler"), ("Euler anc", "euler_ancestral"),
+                                         ("dpm++ 2n", "dpmpp_2m"), ("unicp", "unipc")])
+def test_a_near_name_is_proposed(name, meant):
+    with pytest.raises(TinyldmError, match=f"unknown sampler .*; did you mean {meant}$"):
+        find_sampler(name)
 
 
 def refused(name, schedule, steps, message):

@@ -163,10 +163,10 @@ class Picture(NamedTuple):
             states = pipe.stream(**vars(asked))
             if job.image and args.width is None and args.height is None:
                 advise_on_size(pipe, size)
-            edit = pipe.edit(job.image, args.strength, job.mask, sampler)
+            edit = pipe.edit(job.image, asked.strength, job.mask, sampler)
             own = asked.timestep_spacing == pipe.schedule.timestep_spacing
             spacing = None if own else asked.timestep_spacing
-            text = parameters(args, job, steps, sampler, size, edit, spacing)
+            text = parameters(args, job, asked, size, edit, spacing)
         with self.timed("drawing"):
             for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
                 step = state.step + 1
@@ -261,7 +261,7 @@ def stage(name):
         bar.update()
 
 
-def parameters(args, job, steps, sampler, size, edit, spacing=None):
+def parameters(args, job, request, size, edit, spacing):
     """How a picture was made, in the format that web interfaces store in PNG files and read."""
     lines = [str(ends(job.prompt)[0])]
     if args.negative:
@@ -269,11 +269,13 @@ def parameters(args, job, steps, sampler, size, edit, spacing=None):
     loras = ", ".join(f"{Path(file).stem}:{number(weight)}" for file, weight in args.lora)
     seed, *other_seed = ends(job.seed)
     values = {
-        "Steps": steps,
-        "Sampler": sampler,
+        "Steps": request.num_inference_steps,
+        "Sampler": request.sampler,
         "Timestep spacing": spacing,
-        "CFG scale": number(args.guidance),
+        "CFG scale": number(request.guidance_scale),
         "CFG rescale": number(args.guidance_rescale) if args.guidance_rescale else None,
+        # Web interfaces count the layer that is used, from the last one, which is 1.
+        "Clip skip": None if args.clip_skip is None else args.clip_skip + 1,
         "Seed": seed,
         "Variation seed": other_seed[0] if other_seed else None,
         "Variation seed strength": number(job.seed.weight) if other_seed else None,

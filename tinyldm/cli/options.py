@@ -171,8 +171,9 @@ def what_to_draw(add):
 def how_to_draw(add):
     add("--steps", type=int, metavar="N", help="1 to 1000; more is slower and finer (what the "
         "weights recommend)")
-    add("--guidance", type=float, default=7.5, metavar="S", help="how strongly to follow the "
-        "prompt; up to 1 the negative prompt plays no part (7.5)")
+    add("--guidance", type=float, metavar="S", help="how strongly to follow the prompt; up to 1 "
+        "the negative prompt plays no part (7.5; Stable Diffusion XL 5, Latent Consistency "
+        "Models 8.5)")
     add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much to undo "
         "of the over-saturation that guidance causes (0)")
     add("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, euler_ancestral, heun, lms, "
@@ -181,6 +182,8 @@ def how_to_draw(add):
     add("--timestep-spacing", metavar="NAME", help="how the steps are spread over the training "
         "timesteps: leading, trailing or linspace (the weights' own; for a single file in up to 8 "
         "steps without guidance, as Turbo models take them, trailing)")
+    add("--clip-skip", type=int, metavar="N", help="how many of the text encoder's last layers to "
+        "leave out, counted as in diffusers (0)")
     add("--noise", metavar="NAME", default="torch-cpu", help="whose normal numbers the seed "
         "stands for: torch-cpu, torch-cuda or numpy (torch-cpu)")
 
@@ -188,8 +191,8 @@ def how_to_draw(add):
 def from_a_picture(add):
     add("--image", type=path, metavar="FILE", help="a picture to begin from; the new one gets its "
         "size, unless --width and --height are given")
-    add("--strength", type=float, metavar="S", help="0 to 1: how much of it to draw anew (0.8; "
-        "with a mask 1)")
+    add("--strength", type=float, metavar="S", help="0 to 1: how much of it to draw anew (0.8, "
+        "with a mask 1; Stable Diffusion XL 0.3, with a mask 0.9999)")
     add("--mask", type=path, metavar="FILE", help="a picture, white where to paint and black where "
         "the image is to stay, as well as the VAE can render it")
 
@@ -377,7 +380,7 @@ def request(job, args):
     return Request(job.prompt, args.negative, args.steps, args.guidance, job.seed, args.width,
                    args.height, sampler=args.sampler, noise=args.noise, image=job.image,
                    guidance_rescale=args.guidance_rescale, strength=args.strength, mask=job.mask,
-                   timestep_spacing=args.timestep_spacing)
+                   timestep_spacing=args.timestep_spacing, clip_skip=args.clip_skip)
 
 
 def interpolates(args):

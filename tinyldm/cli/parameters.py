@@ -244,6 +244,10 @@ def _special(args, values, found, unused):
     take("ema", lambda text: {"ema": text.lower() == "true"})
     schedule = next((lower[key][1] for key in ("schedule type", "scheduler") if key in lower), "")
     take("sampler", lambda text: {"sampler": _sampler(text, schedule)})
+    if schedule and "sampler" in lower and "sampler" not in found:      # no sampler with that one
+        unused.pop(lower["sampler"][0])
+        take("sampler", lambda text: {"sampler": _sampler(text, "")})
+        leave("schedule type" if "schedule type" in lower else "scheduler")
     for key, option in NAMED.items():
         if key in lower and not getattr(args, option, None) and lower[key][1] != BUNDLED:
             leave(key, f" (--{option} names it)")
@@ -299,17 +303,18 @@ def _size(text):
 
 
 def _layers(clip_skip):
-    """Web interfaces count the layer that is used: 1 is the last one, which is no skipping."""
-    return clip_skip - 1 if clip_skip > 1 else None
+    """Web interfaces count the layer that is used, from the last one, which is 1."""
+    if clip_skip < 1:
+        raise ValueError(clip_skip)
+    return clip_skip - 1
 
 
 def _sampler(name, schedule):
     """The name of a sampler, with its schedule of sigmas, which new web interfaces name apart."""
-    from ..diffusion import samplers
-    find_sampler = getattr(samplers, "find_sampler", lambda name: name)
+    from ..diffusion.samplers import find_sampler
 
     schedule = schedule.lower()
-    plain = schedule in ("", "automatic", "normal", "uniform", "default")
+    plain = schedule in ("", "automatic", "normal", "uniform", "default", "ddim")
     if schedule == "automatic" and "++" in name:        # the web interface's own choice for these
         schedule, plain = "karras", False
     return find_sampler(name if plain else f"{name} {schedule}")

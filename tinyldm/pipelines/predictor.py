@@ -8,8 +8,9 @@ class Predictor:
 
     conditioning: [the prompt's], or with guidance [the negative prompt's, the prompt's], predicted
     in one batch; each a dict of the UNet's keyword arguments besides latents and timesteps, such as
-    context (1,M,D). extra_channels: None, or what an inpainting UNet reads behind x_t, (B,H,W,c).
-    The last inputs are kept in `inputs`, for the search for NaN.
+    context (prompts,M,D), each prompt for as many latents. extra_channels: None, or what an
+    inpainting UNet reads behind x_t, (B,H,W,c). The last inputs are kept in `inputs`, for the
+    search for NaN.
     """
 
     def __init__(self, unet, conditioning, guidance_scale, guidance_rescale=0.0,
@@ -21,7 +22,7 @@ class Predictor:
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
         xp, n = get_xp(x_t), len(self.conditioning)
-        conditioning = {name: xp.concatenate([own[name].repeat(len(x_t), axis=0)
+        conditioning = {name: xp.concatenate([own[name].repeat(len(x_t) // len(own[name]), axis=0)
                                               for own in self.conditioning])    # (nB,...)
                         for name in self.conditioning[0]}
         latents = [x_t] if self.extra_channels is None else [x_t, self.extra_channels]

@@ -15,7 +15,13 @@ from functools import partial
 import numpy as np
 
 from ..backend import array_library, free_scratch, keep_freed_memory
-from ..diffusion.samplers import OWN_TIMESTEPS, SAMPLERS, check_sampler, default_sampler
+from ..diffusion.samplers import (
+    OWN_TIMESTEPS,
+    SAMPLERS,
+    check_sampler,
+    default_sampler,
+    find_sampler,
+)
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..images import to_pil
@@ -26,10 +32,11 @@ from .interpolation import ends
 from .language import Language
 from .parts import check_parts
 from .predictor import Predictor
-from .request import Request, check_finite, check_latents, picture_size
+from .request import Request, check_finite, check_latents, own_names, picture_size
 
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
+FAR = 2                     # times the weights' own number of pixels, or a part: worth a note
 DISTILLED = 8               # the most steps that Turbo, Lightning and Hyper models are made for
 
 
@@ -120,27 +127,30 @@ class StableDiffusion:
         Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
         finite, with the step and the layer.
         """
-        request = self.complete(Request(*arguments, **options))
+        request = self.complete(Request(*arguments, **own_names(options)))
         steps, sampler, schedule = request.num_inference_steps, request.sampler, self.schedule
         if request.timestep_spacing not in (None, schedule.timestep_spacing):
             schedule = replace(schedule, timestep_spacing=request.timestep_spacing)
         edit = self.edit(request.image, request.strength, request.mask, sampler)
         first = edit.steps_left_out(steps)
         check_sampler(sampler, schedule, steps, first, edit.reach)
-        latents = None if request.latents is None else self._array(request.latents)
+        latents = None if request.latents is None else self._given("latents", request.latents)
         size = self.size(request.width, request.height, request.image, latents)
+        if request.image is None:
+            self._advise_on_size(*size)
         f = self.vae.vae_scale_factor
-        shape = request.num_images, size[1] // f, size[0] // f, self.vae.settings.latent_channels
+        seeds = request.generators()
+        shape = len(seeds), size[1] // f, size[0] // f, self.vae.settings.latent_channels
         if latents is not None:
             check_latents(latents, shape, f)
-        draw_noise = partial(self._draw, request.generators(), shape)       # () -> (B,h,w,C)
-        conditioning = self._conditioner(request.prompt, request.negative_prompt,
-                                         request.guidance_scale, *size)
+        draw_noise = partial(self._draw, seeds, shape)       # () -> (B,h,w,C)
+        conditioning = self._conditioner(request.prompts, request.negative_prompts,
+                                         request.guidance_scale, *size, request.clip_skip)
         if self.language:
             # No word at all is the usual negative prompt, and was trained as one.
-            texts = [*ends(request.prompt), *filter(None, ends(request.negative_prompt))]
-            for text in dict.fromkeys(texts):
-                self.language.check(text)
+            texts = [*request.prompts, *filter(None, request.negative_prompts)]
+            for word in dict.fromkeys(end for text in texts for end in ends(text)):
+                self.language.check(word)
         latents, origin, extra_channels = edit.prepare(self.encode, first, size, latents,
                                                        draw_noise)
         predict = Predictor(self.unet, conditioning, request.guidance_scale,
@@ -191,10 +201,11 @@ class StableDiffusion:
         low_memory one tile at a time.
         """
         channels = self.vae.settings.latent_channels
-        if latents.ndim != 4 or latents.shape[-1] != channels:
+        latents = self._given("latents", latents)
+        if latents.ndim != 4 or latents.shape[-1] != channels or not latents.size:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = self.vae.to_z(self._array(latents)).astype(self.vae.dtype)
+        z = self.vae.to_z(latents).astype(self.vae.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         if self.low_memory:
             free_scratch()                              # what the UNet used
@@ -254,9 +265,10 @@ class StableDiffusion:
     def complete(self, request):
         """Fill in what the request leaves to the model -> Request.
 
-        The number of steps, the sampler and the timestep spacing. Raises TinyldmError for a wrong
-        number of steps.
+        The number of steps, the guidance scale, the strength, the sampler and the timestep spacing.
+        Raises TinyldmError for a wrong number of steps.
         """
+        guidance_scale, strength = self._own_scale_and_strength(request)
         steps, spacing = request.num_inference_steps, request.timestep_spacing
         steps = self.num_inference_steps if steps is None else steps
         self.schedule.check_steps(steps)
@@ -268,7 +280,7 @@ class StableDiffusion:
             spacing = None
         elif spacing is None:
             spacing = self.schedule.timestep_spacing
-            few = steps <= DISTILLED and request.guidance_scale <= 1
+            few = steps <= DISTILLED and guidance_scale <= 1
             if few and spacing != "trailing" and not self.unet.settings.time_cond_proj_dim:
                 suited = (f"few steps ({steps}) without guidance suit Turbo, Lightning and Hyper "
                           "models")
@@ -283,11 +295,29 @@ class StableDiffusion:
                     note(f"{suited}: if this is one, choose the timestep spacing trailing, as the "
                          "weights' own begins below the noisiest timestep")
         return replace(request, num_inference_steps=steps, sampler=sampler,
-                       timestep_spacing=spacing)
+                       timestep_spacing=spacing, guidance_scale=guidance_scale, strength=strength)
+
+    def _own_scale_and_strength(self, request):
+        """The request's guidance scale and strength, or the defaults of diffusers' pipelines.
+
+        Source: diffusers' StableDiffusionPipeline, StableDiffusionXLPipeline,
+        LatentConsistencyModelPipeline, and those for image to image and inpainting beside them.
+        """
+        guidance_scale, strength = request.guidance_scale, request.strength
+        xl, masked = self.text_encoder_2 is not None, request.mask is not None
+        if guidance_scale is None:
+            imitates = self.unet.settings.time_cond_proj_dim
+            guidance_scale = 8.5 if imitates else 5.0 if xl and not masked else 7.5
+        if strength is None and request.image is not None:
+            strength = (0.9999 if masked else 0.3) if xl else 1.0 if masked else 0.8
+        return guidance_scale, strength
 
     def sampler(self, name=None):
-        """The name of the sampler that will draw: the given one, or the weights' own."""
-        return default_sampler(self.scheduler) if name is None else name
+        """The name of the sampler that will draw: the given one, or the weights' own.
+
+        name: as find_sampler takes it, or None. Raises TinyldmError for an unknown one.
+        """
+        return default_sampler(self.scheduler) if name is None else find_sampler(name)
 
     def edit(self, image=None, strength=None, mask=None, sampler=None):
         """The Edit that these options ask for. Raises TinyldmError."""
@@ -304,6 +334,17 @@ class StableDiffusion:
             own, image = latents.shape[1:3], None
         return picture_size(width, height, image, own, self.vae.vae_scale_factor)
 
+    def _advise_on_size(self, width, height):
+        """A note on a size far from the trained one."""
+        if not self.unet.settings.sample_size:
+            return
+        own_width, own_height = self.size()
+        times = width * height / (own_width * own_height)
+        if not 1 / FAR < times < FAR:
+            note(f"{width}x{height} pixels are {times:.2g} times as many as the {own_width}x"
+                 f"{own_height} that the weights are made for: expect "
+                 + ("repeated or broken shapes" if times > 1 else "a broken or empty picture"))
+
     # ---- arrays -----------------------------------------------------------------------------
 
     def _draw(self, generators, shape):
@@ -311,6 +352,14 @@ class StableDiffusion:
         _, h, w, C = shape
         noise = np.concatenate([generator.randn((1, C, h, w)) for generator in generators])
         return self._array(noise.transpose(0, 2, 3, 1))
+
+    def _given(self, name, values):
+        """_array of what a caller gives. Raises TinyldmError for what is no array of numbers."""
+        try:
+            return self._array(values)
+        except (TypeError, ValueError):
+            raise TinyldmError(f"{name} must be an array of numbers, not "
+                               f"{values!r:.80}") from None
 
     def _array(self, values):
         """On the models' device, at least float32: float16 is too coarse for a sampler's sums."""

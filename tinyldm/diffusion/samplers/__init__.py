@@ -23,8 +23,9 @@ with a^2 + s^2 = 1, as the model gets it. euler, heun and lms hold x = x_t / a =
 sigma noise with sigma = s / a, and scale it for the model. Both describe the same trajectory: Euler
 in x is DDIM in x_t.
 """
+import difflib
 import math
-from difflib import get_close_matches
+import re
 from functools import partial
 
 import numpy as np
@@ -86,20 +87,41 @@ CLASSES = {
 }
 
 
-def check_name(name):
-    """Raise TinyldmError for a sampler that is not one of SAMPLERS."""
-    if not isinstance(name, str) or name not in SAMPLERS:
-        near = get_close_matches(str(name).lower(), SAMPLERS, 1)
-        raise TinyldmError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}"
-                           f"{near and f'; did you mean {near[0]}?' or ''}")
+# names elsewhere, as _plain spells them, where they are not those here
+ALIASES = {"eulera": "euler_ancestral", "plms": "pndm", "dpmsolver": "dpmpp_2m",
+           "dpmsolverpp": "dpmpp_2m", "dpmpp": "dpmpp_2m", "consistency": "lcm"}
+
+
+def find_sampler(name):
+    """The key of SAMPLERS that is meant: "Euler a", "DPM++ 2M Karras", "k_euler", a class's name.
+
+    Raises TinyldmError for any other name, with the nearest one.
+    """
+    if name in (known := list(SAMPLERS)):
+        return name
+    names = {_plain(key): key for key in known} | ALIASES
+    plain = _plain(name) if isinstance(name, str) else ""
+    for spelled in (plain, plain.removeprefix("k"), plain.removeprefix("sample")):
+        if spelled in names:
+            return names[spelled]
+    near = difflib.get_close_matches(plain, names, 1)
+    meant = f"; did you mean {names[near[0]]}" if near else ""
+    raise TinyldmError(f"unknown sampler {name!r:.80}; known: {', '.join(known)}{meant}")
+
+
+def _plain(name):
+    """"DPM++ 2M Karras" -> "dpmpp2mkarras", "EulerDiscreteScheduler" -> "euler"."""
+    name = re.sub("[^a-z0-9]", "", name.lower().replace("+", "p"))
+    return re.sub("discrete|multistep|scheduler$|sampler$", "", name)
 
 
 def check_sampler(name, schedule, num_inference_steps, first=0, reach=1.0):
     """Raise TinyldmError for an unknown name, or a schedule or number of steps it cannot take.
 
-    The sampler makes its first step on a zero, without a model. first, reach: see Origin.
+    name: a key of SAMPLERS. The sampler makes its first step on a zero, without a model. first,
+    reach: see Origin.
     """
-    check_name(name)
+    name = find_sampler(name)
     zero, origin = np.zeros(1, np.float32), Origin(first=first, reach=reach)
     next(SAMPLERS[name](lambda x_t, t: x_t, zero, schedule, num_inference_steps, lambda: zero,
                         origin))
