@@ -1,7 +1,17 @@
 """tinyldm: a latent diffusion model by hand, on NumPy.
 
     pipe = tinyldm.load()                       # the bundled model, a folder, or a name on the hub
-    pipe("a red circle on a blue background")[0].save("out.png")
+    pipe("a big red circle on a blue background")[0].save("out.png")
+
+The bundled model knows one language, and nothing else:
+
+    a {small|big} {colour} {shape} [{above|below|left of|right of} a {small|big} {colour} {shape}]
+    on a {colour} background
+
+    colour: red, green, blue, yellow, orange, purple, white, black, pink, gray
+    shape: circle, square, triangle, star, heart, ring, cross, diamond
+
+For all else load Stable Diffusion, such as load("stable-diffusion-v1-5/stable-diffusion-v1-5").
 
 Public names only. Each is imported when it is first used, so that `import tinyldm` is instant.
 """

@@ -20,6 +20,7 @@ import tinyldm
 from tests.support.extra import diffusers
 from tests.support.hub_server import serving
 from tests.support.small_pipelines import change_json, smallest
+from tinyldm import checkpoints
 from tinyldm.checkpoints import hub as downloads
 from tinyldm.checkpoints import load_model, resolve, resolve_addon
 from tinyldm.checkpoints.components import find_weights
@@ -497,3 +498,36 @@ def test_progress_is_shown_in_a_terminal(weights, tmp_path):
 def test_what_these_tests_replace_is_there():
     """If the library moved its classes, these tests would talk to the real hub."""
     assert huggingface_hub.hf_hub_url("a/b", "c").startswith(constants.ENDPOINT)
+
+
+# ---- a VAE ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, file", [("owner/small", "vae/config.json"),
+                                        ("owner/vae", "config.json"),
+                                        ("owner/vae/other.safetensors", "other.safetensors")])
+def test_a_vae_from_the_hub(name, file, weights, hub, offline, tmp_path):
+    """The VAE of a pipeline, a repository of its own, or a file; and again from the cache."""
+    folder = shutil.copytree(weights / "vae", tmp_path / "vae")
+    put(folder, "README.md", "diffusion_pytorch_model.bin")
+    shutil.copy(folder / "diffusion_pytorch_model.safetensors", folder / "other.safetensors")
+    hub.repositories["owner/vae"] = folder
+    own = tinyldm.load(weights).vae
+    for way in (None, "HF_HUB_OFFLINE"):
+        if way:
+            offline(way)
+        found = checkpoints.resolve_vae(name)
+        vae = tinyldm.load(weights, vae=name).vae
+        assert all(np.array_equal(ours.data, theirs.data)
+                   for ours, theirs in zip(vae.parameters(), own.parameters()))
+        assert (found / "config.json").is_file() or found.name == "other.safetensors"
+        if not way:
+            part = "vae/" if file.startswith("vae/") else ""
+            expected = {file, f"{part}diffusion_pytorch_model.safetensors"}
+            assert set(hub.fetched()) == ({file} if name.endswith("ensors") else expected)
+
+
+def test_a_repository_without_a_vae(hub, tmp_path):
+    put(tmp_path / "other", "README.md", "model.safetensors")
+    hub.repositories["owner/other"] = tmp_path / "other"
+    with pytest.raises(TinyldmError, match="owner/other .* neither a vae folder nor a config.json"):
+        tinyldm.load(vae="owner/other")

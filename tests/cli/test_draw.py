@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -221,7 +222,21 @@ def test_a_note_on_a_large_picture(weights, out, tmp_path, capsys):
     draw(weights, out, *image)
     assert note in capsys.readouterr().err
     draw(weights, out, *image, "--width", 20)
-    assert note not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert note not in said and "note: the picture has 20x32 pixels, 2.5 times as many" in said
+    draw(weights, out, *image, "--width", 16, "--height", 16)
+    assert "note: the picture has" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size, many", [
+    ((20, 16), "20x16 pixels, 1.2 times"), ((160, 16), "160x16 pixels, 10 times"),
+    ((16, 16), None), ((12, 20), None)])
+def test_a_note_on_a_size_beyond_the_weights(weights, size, many):
+    """Also from Python. A picture of another shape with as many pixels is fine."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        load(weights)("a cat", num_inference_steps=2, width=size[0], height=size[1])
+    assert [many in str(warning.message) for warning in said] == [True] * bool(many)
 
 
 def test_variations(weights, out):

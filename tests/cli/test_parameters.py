@@ -121,7 +121,8 @@ def test_samplers(sampler, schedule, expected):
 
 @pytest.mark.parametrize("values, unused", [
     ("Sampler: Restart", "Sampler: Restart"),
-    ("Sampler: Euler, Schedule type: Beta", "Schedule type: Beta"), ("Seed: many", "Seed: many"), ("Size: x", "Size: x"),
+    ("Sampler: Euler, Schedule type: Beta", "Schedule type: Beta"),
+    ("Seed: many", "Seed: many"), ("Size: x", "Size: x"),
     ("Hires upscale: 2, Hires steps: 5", "Hires upscale: 2, Hires steps: 5"),
     ("Denoising strength: 0.7", "Denoising strength: 0.7"), ("VAE: a.pt", "VAE: a.pt"),
     ("Lora: \"ink:0.7\"", "Lora: ink:0.7"), ("Embeddings: \"a, b\"", "Embeddings: a, b"),

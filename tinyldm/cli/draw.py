@@ -23,7 +23,6 @@ from .parameters import BUNDLED, number
 LARGEST_SIDE = 16384        # pixels, of an enlarged picture
 SHEET, GAP = 4096, 2        # pixels: the longest side of a contact sheet, between its pictures
 ANIMATED = (".gif", ".webp")
-LARGE = 4                   # times the weights' own number of pixels: worth a note
 # Seconds per step; tqdm's own format switches to steps per second for fast steps.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_inv_fmt}]"
 CLOCK = "{desc}: {elapsed_s:.1f} s"
@@ -65,8 +64,9 @@ def draw(args):
     todo = jobs(args)
     paths = output_paths(args.output, len(todo))
     check_output(paths[0])
+    written = [*paths, *(output_paths(sheet_path(args.output), 1) if len(paths) > 1 else [])]
     for file in filter(None, (args.image, args.mask, args.to_image)):
-        if any(path.exists() and path.samefile(file) for path in paths):
+        if any(path.exists() and path.samefile(file) for path in written):
             raise TinyldmError(f"--output would replace {file}, which is read: name another file")
     if args.preview is not None and args.preview < 1:
         raise TinyldmError(f"--preview must be at least 1 step, not {args.preview}")
@@ -78,7 +78,7 @@ def draw(args):
         # One film per prompt of its pictures, or one per picture of its steps.
         films = output_paths(args.animate, len(args.prompt) if interpolates(args) else len(todo))
         check_output(films[0])
-        if same := {*paths} & {*films}:
+        if same := {*written} & {*films}:
             raise TinyldmError(f"--animate and --output both name {min(same)}: name two files")
     if not args.profile:
         return draw_pictures(args, todo, paths, films)
@@ -95,7 +95,8 @@ def draw_pictures(args, todo, paths, films, profile=None):
         from ..images import grid, save
         from ..pipelines.stable_diffusion import load
         from .preview import Live, Preview, save_film
-        pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema)
+        pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema,
+                    vae=args.vae, prediction_type=args.prediction_type)
         for file, weight in args.lora:
             pipe.load_lora(file, weight)
         for file in args.embedding:
@@ -104,11 +105,11 @@ def draw_pictures(args, todo, paths, films, profile=None):
             advise(pipe)
     if profile:
         profile.add(pipe)
-    if args.random:
-        todo = [job._replace(prompt=random_prompt(pipe, job.seed)) for job in todo]
     picture = Picture(args, pipe, timed, Preview(pipe), Live() if args.show else None)
     thumbnails, frames, step_film = [], [], films and not interpolates(args)
     for job, path in zip(todo, paths):
+        if args.random:
+            job = job._replace(prompt=random_prompt(pipe, job.seed))
         image, early, text = picture.draw(job, path, step_film)
         with timed("saving"):
             thumbnails.append(thumbnail(image, len(paths)))
@@ -120,6 +121,7 @@ def draw_pictures(args, todo, paths, films, profile=None):
         tell(path)
     if len(paths) > 1:
         save(grid(thumbnails, columns(len(paths)), GAP), sheet_path(args.output), text)
+        print(f"all on one sheet: {sheet_path(args.output)}", file=sys.stderr)
 
 
 def tell(path):
@@ -161,8 +163,6 @@ class Picture(NamedTuple):
             asked = pipe.complete(request(job, args))
             steps, sampler = asked.num_inference_steps, asked.sampler
             states = pipe.stream(**vars(asked))
-            if job.image and args.width is None and args.height is None:
-                advise_on_size(pipe, size)
             edit = pipe.edit(job.image, asked.strength, job.mask, sampler)
             own = asked.timestep_spacing == pipe.schedule.timestep_spacing
             spacing = None if own else asked.timestep_spacing
@@ -225,17 +225,6 @@ def advise(pipe):
              f"--steps 1 --guidance 0 does better than {STEPS} steps")
 
 
-def advise_on_size(pipe, size):
-    """A note on a photograph that would take minutes per step."""
-    if pipe.unet.settings.sample_size:
-        own = pipe.size()
-        times = math.prod(size) / math.prod(own)
-        if times > LARGE:
-            note(f"the image is drawn at its {size[0]}x{size[1]} pixels, {times:.0f} times as "
-                 f"many as the {own[0]}x{own[1]} of the weights: --width and --height make it "
-                 "smaller")
-
-
 def with_progress(states, steps, left_out, sampler):
     """Pass on a stream's states, with a progress bar of the steps that are made."""
     made = steps - left_out
@@ -282,7 +271,9 @@ def parameters(args, job, request, size, edit, spacing):
         "Size": f"{size[0]}x{size[1]}",
         "Scale": args.scale if args.scale > 1 else None,
         "Model": plain(Path(args.weights).resolve().name if args.weights else BUNDLED),
+        "VAE": plain(Path(args.vae).resolve().name) if args.vae else None,
         "EMA": args.ema or None,
+        "Prediction type": args.prediction_type,
         "Noise": None if args.noise == "torch-cpu" else args.noise,
         "Dtype": args.dtype,
         "Low memory": args.low_memory or None,

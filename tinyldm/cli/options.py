@@ -5,6 +5,7 @@
 import argparse
 import os
 import re
+import shutil
 import sys
 import textwrap
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from .. import __version__
 from ..errors import TinyldmError, note
 from ..pipelines.interpolation import Between, ends
+from .console import say
 
 INTERPOLATED = 8            # pictures from one prompt, seed or image to another
 MOST_PICTURES = 10_000      # of one command; more is a typing mistake
@@ -75,6 +77,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise TinyldmError(f"{message}{self._hint()} (--help lists the options)")
 
+    def _print_message(self, message, file=None):       # of --help and --version
+        say(message.rstrip("\n"))
+
     def _spelled(self, arg):
         """An argument with the option's own name in place of an alias."""
         name, equals, value = arg.partition("=")
@@ -101,12 +106,14 @@ class Parser(argparse.ArgumentParser):
         if not self.unknown:
             return ""
         name = self.unknown[0].partition("=")[0]
+        if name == "--prompt":
+            return ": a prompt stands by itself, without a name"
         if name.startswith("--"):
             names = [*dict.fromkeys(self._names())]
             near = [other for other in names if other.startswith(name) and len(name) > 3]
             near = near or get_close_matches(name, [*names, *ALIASES], 1, 0.75)
             return f": did you mean {' or '.join(near[:3])}?" if near else ""
-        return (f": a prompt that begins with a dash stands last, after -- "
+        return (": options have two dashes; a prompt that begins with a dash stands last, after -- "
                 f"(-- \"{self.unknown[0]}\"), and such a value after = (--negative=\"-...\")")
 
 
@@ -142,7 +149,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """The description as it is; options in a narrow column, so that each takes a line or two."""
 
     def __init__(self, prog, **options):
-        super().__init__(prog, **{"max_help_position": 25} | options)
+        width = min(shutil.get_terminal_size().columns - 2, 98)
+        super().__init__(prog, **{"max_help_position": 25, "width": width} | options)
 
     def _split_lines(self, text, width):
         return textwrap.wrap(text, width, break_on_hyphens=False)       # names of files and options
@@ -213,6 +221,10 @@ def the_model(add):
         "single file there (the bundled model)")
     add("--ema", action="store_true", help="if a single file has the UNet's weights twice, use "
         "those averaged over the training")
+    add("--vae", metavar="VAE", help="the VAE to use in place of the weights' own, which single "
+        "files may lack: a file, a folder, or a name on the Hugging Face hub")
+    add("--prediction-type", metavar="TYPE", help="what the UNet predicts, where the weights do "
+        "not say it: epsilon, v_prediction or sample")
     add("--lora", type=lora, action="append", default=[], metavar="FILE[:W]", help="a LoRA to add "
         "to the weights, times W (1); may be given several times")
     add("--lora-folder", type=path, metavar="FOLDER", help="where the LoRAs lie that a prompt "
@@ -310,14 +322,14 @@ def jobs(args):
     count = (INTERPOLATED if between_two and not alone else 1) if args.count is None else args.count
     if count < 1 + (between_two and not alone):
         raise TinyldmError(f"--count must be at least {1 + between_two}, not {count}")
-    texts = prompts(args)
+    args.prompt = prompts(args)
     if args.lora_folder:
         from .parameters import with_loras
 
-        texts = with_loras(args, texts)
-    if count * len(texts) > MOST_PICTURES:
+        args.prompt = with_loras(args, args.prompt)
+    if count * len(args.prompt) > MOST_PICTURES:
         raise TinyldmError(f"one command draws at most {MOST_PICTURES} pictures, not "
-                           f"{count * len(texts)}: draw them in parts, with --seed")
+                           f"{count * len(args.prompt)}: draw them in parts, with --seed")
     image, to_image = (file and open_image(file) for file in (args.image, args.to_image))
     mask = args.mask and open_image(args.mask, "L")
 
@@ -326,7 +338,7 @@ def jobs(args):
         return first if second is None else Between(first, second, weight)
 
     found = []
-    for prompt in texts:
+    for prompt in args.prompt:
         for i in range(count):
             if between_two:
                 seed = between(args.seed, args.to_seed, i)

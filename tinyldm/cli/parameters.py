@@ -311,7 +311,7 @@ def _layers(clip_skip):
 
 def _sampler(name, schedule):
     """The name of a sampler, with its schedule of sigmas, which new web interfaces name apart."""
-    from ..diffusion.samplers import find_sampler
+    from ..pipelines.request import find_sampler
 
     schedule = schedule.lower()
     plain = schedule in ("", "automatic", "normal", "uniform", "default", "ddim")

@@ -11,7 +11,7 @@ from typing import Any
 from ..backend import is_finite
 from ..diffusion.samplers import find_sampler
 from ..diffusion.schedule import SPACINGS
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..images import check_image, decoded
 from ..noise import get_generator
 from .interpolation import Between, BetweenGenerator, as_list, ends, mixed
@@ -285,6 +285,24 @@ def _side(name, pixels, own, factor):
         raise TinyldmError(f"{name} must be a multiple of {factor}, not {pixels}: "
                            f"the nearest is {' or '.join(map(str, near))}")
     return pixels
+
+
+def note_on_size(size, own, from_image):
+    """A note on a picture of more pixels than the model was made for, or of half as many.
+
+    size, own: (width, height) of the picture and of the weights. from_image: the size is that of a
+    given picture.
+    """
+    times = math.prod(size) / math.prod(own)
+    if times > 1:
+        many = f"{times:.2g}" if times < 10 else f"{times:,.0f}"
+        what = "the image is drawn at its" if from_image else "the picture has"
+        note(f"{what} {size[0]}x{size[1]} pixels, {many} times as many as the {own[0]}x{own[1]} of "
+             "the weights: things may repeat or fall apart, and it takes longer; a width and a "
+             "height make it smaller")
+    elif times <= 0.5:
+        note(f"{size[0]}x{size[1]} pixels are {times:.2g} times as many as the {own[0]}x{own[1]} "
+             "that the weights are made for: expect a broken or empty picture")
 
 
 def check_latents(latents, shape, factor):

@@ -32,15 +32,22 @@ from .interpolation import ends
 from .language import Language
 from .parts import check_parts
 from .predictor import Predictor
-from .request import Request, check_finite, check_latents, own_names, picture_size
+from .request import (
+    Request,
+    check_finite,
+    check_latents,
+    note_on_size,
+    own_names,
+    picture_size,
+)
 
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
-FAR = 2                     # times the weights' own number of pixels, or a part: worth a note
 DISTILLED = 8               # the most steps that Turbo, Lightning and Hyper models are made for
 
 
-def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
+def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False, *, vae=None,
+         prediction_type=None):
     """Read a pipeline's weights -> StableDiffusion.
 
     weights: None for the bundled model; a folder in the diffusers layout; a single file in the
@@ -57,17 +64,23 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
         CPU freed memory goes back to the system, and weights whose dtype is the file's stay in its
         memory map.
     ema: if a single file has two sets of the UNet's weights, use the averaged one.
+    vae: another VAE than the weights' own, or the one that a single file lacks: a file in either
+        layout, a folder, or a name on the hub, as for weights. Its scaling factor is that of its
+        own config, or else of the model that it is used in.
+    prediction_type: "epsilon", "v_prediction" or "sample", what the UNet predicts, where the
+        weights do not say it or are wrong.
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Imported here, so that `import tinyldm` need not wait for the libraries behind them.
-    from ..checkpoints import float_type, load_pipeline_parts, resolve
+    from ..checkpoints import float_type, load_pipeline_parts, resolve, resolve_vae
     from ..text.tokenizer import Tokenizer
 
     if not low_memory:
         keep_freed_memory()
     xp = array_library(device)
     dtype = float_type(np.float16 if dtype is None and xp is not np else dtype)
-    parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema)
+    parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema,
+                                vae and resolve_vae(vae, dtype), prediction_type)
     steps = parts.index.get("_num_inference_steps",
                             FEW_STEPS if parts.unet.settings.time_cond_proj_dim else STEPS)
     rule = parts.index.get("_language")
@@ -136,8 +149,9 @@ class StableDiffusion:
         check_sampler(sampler, schedule, steps, first, edit.reach)
         latents = None if request.latents is None else self._given("latents", request.latents)
         size = self.size(request.width, request.height, request.image, latents)
-        if request.image is None:
-            self._advise_on_size(*size)
+        if self.unet.settings.sample_size:
+            note_on_size(size, self.size(), request.image is not None
+                         and request.width is request.height is latents is None)
         f = self.vae.vae_scale_factor
         seeds = request.generators()
         shape = len(seeds), size[1] // f, size[0] // f, self.vae.settings.latent_channels
@@ -333,17 +347,6 @@ class StableDiffusion:
         if latents is not None and latents.ndim == 4:
             own, image = latents.shape[1:3], None
         return picture_size(width, height, image, own, self.vae.vae_scale_factor)
-
-    def _advise_on_size(self, width, height):
-        """A note on a size far from the trained one."""
-        if not self.unet.settings.sample_size:
-            return
-        own_width, own_height = self.size()
-        times = width * height / (own_width * own_height)
-        if not 1 / FAR < times < FAR:
-            note(f"{width}x{height} pixels are {times:.2g} times as many as the {own_width}x"
-                 f"{own_height} that the weights are made for: expect "
-                 + ("repeated or broken shapes" if times > 1 else "a broken or empty picture"))
 
     # ---- arrays -----------------------------------------------------------------------------
 
