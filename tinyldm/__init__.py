@@ -17,12 +17,25 @@ Public names only. Each is imported when it is first used, so that `import tinyl
 """
 import importlib
 
+TYPE_CHECKING = False                   # editors and type checkers take it as true
+if TYPE_CHECKING:
+    from . import noise as noise
+    from .checkpoints import load_model as load_model
+    from .checkpoints import save as save
+    from .errors import TinyldmError as TinyldmError
+    from .images import to_pil as to_pil
+    from .pipelines.interpolation import Between as Between
+    from .pipelines.stable_diffusion import StableDiffusion as StableDiffusion
+    from .pipelines.stable_diffusion import load as load
+
 __version__ = "0.1.0"
-__all__ = ["Between", "StableDiffusion", "TinyldmError", "load", "load_model", "noise", "save"]
+__all__ = ["Between", "StableDiffusion", "TinyldmError", "load", "load_model", "noise", "save",
+           "to_pil"]
 
 _HOMES = {"Between": "pipelines.interpolation",
           "StableDiffusion": "pipelines.stable_diffusion", "TinyldmError": "errors",
-          "load": "pipelines.stable_diffusion", "load_model": "checkpoints", "save": "checkpoints"}
+          "load": "pipelines.stable_diffusion", "load_model": "checkpoints", "save": "checkpoints",
+          "to_pil": "images"}
 
 
 def __getattr__(name):
@@ -34,4 +47,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return [*globals(), *__all__]
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -44,8 +44,16 @@ def randn(shape, seed):
     """Draw standard normal numbers: torch.manual_seed(seed); torch.randn(shape).
 
     shape: a tuple (or one length); seed: as for Generator -> float32 array of that shape.
+    Raises TinyldmError for a shape that no array has, and for a seed that is none.
     """
-    return Generator(seed).randn(shape)
+    generator = Generator(seed)
+    try:
+        lengths = [operator.index(n) for n in (shape if hasattr(shape, "__len__") else [shape])]
+    except TypeError:
+        lengths = [-1]
+    if any(n < 0 for n in lengths):
+        raise TinyldmError(f"a shape is a tuple of whole numbers from 0, not {shape!r:.80}")
+    return generator.randn(lengths)
 
 
 class Generator:

@@ -182,6 +182,7 @@ def test_from_the_command_line(folders, tmp_path, monkeypatch, capsys):
     assert main([*arguments, "--vae", str(vae)]) == 0
     assert main([*arguments, "--vae", str(tmp_path / "nowhere.safetensors")]) == 2
     assert "there is no file" in capsys.readouterr().err
+    assert main([*arguments, "--vae", ""]) == 2
 
 
 @pytest.mark.parametrize("name, expected", [

@@ -62,8 +62,9 @@ def hub(weights, tmp_path, monkeypatch):
     """The server that this process uses as the hub, and an empty cache."""
     with serving({"owner/small": weights}) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                            server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        for module in (constants, file_download):       # before 1.0 each has a copy of its own
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", raising=False,
+                                value=server.url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield server

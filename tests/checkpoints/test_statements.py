@@ -154,6 +154,8 @@ def test_the_command_line(folders, tmp_path, capsys, monkeypatch):
     assert "note: " in (error := capsys.readouterr().err) and "v_prediction is used" in error
     assert main([*arguments, "--prediction-type", "velocity"]) == 2
     assert "prediction_type must be epsilon" in capsys.readouterr().err
+    with pytest.raises(TinyldmError, match="prediction_type must be"):     # before any download
+        tinyldm.load("nobody/nothing", prediction_type="velocity")
 
 
 # ---- files that are unclear -----------------------------------------------------------------

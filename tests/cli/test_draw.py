@@ -318,6 +318,7 @@ def test_help_names_every_sampler():
     process = run("--help", folder=ROOT)
     words = re.split(r"[,\s]+", process.stdout)
     assert process.returncode == 0 and set(SAMPLERS) <= set(words)
+    assert {"--vae", "--prediction-type", "v_prediction"} <= set(words)
 
 
 def test_help_waits_for_no_library():

@@ -122,6 +122,8 @@ def test_help_fits_the_terminal(columns, tmp_path, monkeypatch):
     (["--seed", str(2 ** 64)], "a seed is a whole number"),
     (["--timestep-spacing", "foo"], "timestep_spacing must be"),
     (["--output", "none/out.png"], "there is no folder none"), (["--output", "x.doc"], "must end"),
+    (["--lora", "a.pt:nan"], "weight must be a finite number, not nan"),
+    (["--prediction-type", "foo"], "prediction_type"),
     (["--preview", "0"], "--preview must be at least 1 step"),
     (["--animate", "x.png"], "--animate must name a .gif or .webp file"),
     (["--device", "tpu"], "device must be cpu or cuda"), (["--dtype", "int8"], "dtype must be")])

@@ -18,3 +18,4 @@ from .formats.reading import read_tensors
 from .formats.safetensors_file import read_safetensors, write_safetensors
 from .places import resolve, resolve_addon, resolve_vae
 from .saving import save, write_pipeline
+from .single_file.statements import check_prediction_type

@@ -33,7 +33,7 @@ from .layout import fitted
 from .single_file import kinds
 from .single_file.alone import LABELS
 from .single_file.names import by_part, with_ema_weights
-from .single_file.statements import check_prediction_type, read_statements, told_scheduler
+from .single_file.statements import read_statements, told_scheduler
 
 COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL,
               "text_encoder_2": CLIPTextModelWithProjection}            # only Stable Diffusion XL
@@ -73,7 +73,6 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False, vae
     Raises TinyldmError for a pipeline not in PIPELINES, and for anything missing or wrong in a
     component. All cheap checks come before the first weight.
     """
-    check_prediction_type(prediction_type)
     if Path(path).is_file():
         return _load_file(Path(path), dtype, low_memory, ema, vae, prediction_type)
     if ema:

@@ -18,7 +18,7 @@ from .components import find_weights, shorten
 INDEX = "model_index.json"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 SETTINGS = {"config.json", "scheduler_config.json", "vocab.json", "merges.txt", "tokenizer.json",
-            "tokenizer_config.json", "special_tokens_map.json"}
+            "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 CHECKPOINTS = (".safetensors", ".ckpt")
 
 

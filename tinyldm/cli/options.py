@@ -377,8 +377,11 @@ def prompts(args):
 
 def check(found, args):
     """Raise TinyldmError for what is wrong in any job, before anything is loaded."""
+    from ..pipelines.request import check_finite
     from ..text.prompt import parse as parse_prompt
 
+    for _, weight in args.lora:
+        check_finite("weight", weight)
     for job in found:
         request(job, args).generators()
     for text in dict.fromkeys(text for job in found for text in ends(job.prompt)):

@@ -16,7 +16,7 @@ from .. import ops
 from ..backend import get_xp, is_finite
 from ..errors import TinyldmError, note
 from ..models.clip import CLIPTextModelWithProjection
-from ..text.prompt import apply_weights, split_into_chunks, to_arrays
+from ..text.prompt import apply_weights, note_foreign_syntax, split_into_chunks, to_arrays
 from .finite import check_output
 from .interpolation import as_list, ends, lerp, mixed
 
@@ -81,7 +81,9 @@ class Conditioner:
 
     def _split(self, text):
         """The text's chunks for each tokenizer; they may differ, as their padding tokens do."""
-        return [split_into_chunks(text, tokenizer) for tokenizer, _ in self.readers]
+        chunks = [split_into_chunks(text, tokenizer) for tokenizer, _ in self.readers]
+        note_foreign_syntax(text)
+        return chunks
 
     def _check_clip_skip(self, clip_skip):
         fewest = min(encoder.settings.num_hidden_layers for _, encoder in self.readers)

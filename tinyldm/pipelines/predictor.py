@@ -1,6 +1,8 @@
 """The UNet as a sampler calls it, with the conditioning and guidance inside."""
 from ..backend import get_xp
 from ..diffusion.guidance import classifier_free, rescale
+from ..errors import TinyldmError
+from ..layers import NO_TAPE, Module
 
 
 class Predictor:
@@ -35,3 +37,37 @@ class Predictor:
         uncond, cond = xp.split(model_output, 2)
         guided = classifier_free(uncond, cond, self.guidance_scale)
         return rescale(guided, cond, self.guidance_rescale) if self.guidance_rescale else guided
+
+
+class FunctionUNet(Module):
+    """Any function in place of the UNet `like`, whose settings, dtype and device it keeps.
+
+    function(latents (B,H,W,C), timesteps (B,), context (B,M,D), **further conditions) -> array or
+    tensor (B,H,W,O): what the replaced UNet predicts, the noise or v.
+    Raises TinyldmError for what cannot be called, and if there is no UNet that it replaces.
+    """
+
+    settings = dtype = xp = None                        # not those of parameters: there are none
+
+    def __init__(self, function, like):
+        if not callable(function):
+            raise TinyldmError("the UNet must be a model or a function of (latents, timesteps, "
+                               f"context), not a {type(function).__name__}")
+        if like is None:
+            raise TinyldmError("a pipeline is built with a UNet2DConditionModel: set pipe.unet to "
+                               "the function afterwards")
+        self.function = function
+        self.settings, self.dtype, self.xp = like.settings, like.dtype, like.xp
+
+    def forward(self, latents, timesteps, context, tape=NO_TAPE, **conditions):
+        output = self.function(latents, timesteps, context, **conditions)
+        output = output.detach() if hasattr(output, "detach") else output
+        expected = (*latents.shape[:3], self.settings.out_channels)
+        if getattr(output, "shape", None) != expected:
+            raise TinyldmError("the function in place of the UNet must return an array of shape "
+                               f"{expected}, channels last, not {_described(output)}")
+        return self.xp.asarray(output, latents.dtype)
+
+
+def _described(value):
+    return f"one of {tuple(value.shape)}" if hasattr(value, "shape") else repr(type(value).__name__)

@@ -9,6 +9,7 @@ Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffus
 arXiv:2112.10752, figure 3.
 """
 import inspect
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -31,7 +32,7 @@ from .finite import check_output, finite_states
 from .interpolation import ends
 from .language import Language
 from .parts import check_parts
-from .predictor import Predictor
+from .predictor import FunctionUNet, Predictor
 from .request import (
     Request,
     check_finite,
@@ -72,15 +73,23 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False, *,
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Imported here, so that `import tinyldm` need not wait for the libraries behind them.
-    from ..checkpoints import float_type, load_pipeline_parts, resolve, resolve_vae
+    from ..checkpoints import (
+        check_prediction_type,
+        float_type,
+        load_pipeline_parts,
+        resolve,
+        resolve_vae,
+    )
     from ..text.tokenizer import Tokenizer
 
+    check_prediction_type(prediction_type)
     if not low_memory:
         keep_freed_memory()
     xp = array_library(device)
     dtype = float_type(np.float16 if dtype is None and xp is not np else dtype)
     parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema,
-                                vae and resolve_vae(vae, dtype), prediction_type)
+                                None if vae is None else resolve_vae(vae, dtype),
+                                prediction_type)
     steps = parts.index.get("_num_inference_steps",
                             FEW_STEPS if parts.unet.settings.time_cond_proj_dim else STEPS)
     rule = parts.index.get("_language")
@@ -147,7 +156,8 @@ class StableDiffusion:
         edit = self.edit(request.image, request.strength, request.mask, sampler)
         first = edit.steps_left_out(steps)
         check_sampler(sampler, schedule, steps, first, edit.reach)
-        latents = None if request.latents is None else self._given("latents", request.latents)
+        latents = request.latents
+        latents = None if latents is None else self._array(latents, "latents")
         size = self.size(request.width, request.height, request.image, latents)
         if self.unet.settings.sample_size:
             note_on_size(size, self.size(), request.image is not None
@@ -201,7 +211,17 @@ class StableDiffusion:
         tile at a time.
         """
         encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
-        images = self._array(images).astype(self.vae.dtype)
+        images, f = self._array(images, "images"), self.vae.vae_scale_factor
+        noise = self._array(noise, "noise")
+        if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape or any(
+                side % f for side in images.shape[1:3]):
+            raise TinyldmError("images must have the shape (images, height, width, 3), with sides "
+                               f"that are multiples of {f}, not {images.shape}")
+        expected = images.shape[1] // f, images.shape[2] // f, self.vae.settings.latent_channels
+        if noise.shape[1:] != expected:
+            raise TinyldmError(f"noise must have the shape (images, {', '.join(map(str, expected))}"
+                               f") for these images, not {noise.shape}")
+        images = images.astype(self.vae.dtype)
         mean, logvar = (self._array(moment) for moment in encode(images))
         latents = self.vae.to_latents(mean + self.unet.xp.exp(logvar / 2) * noise)
         check_output(latents, "the picture is encoded to NaN or infinity", self.vae,
@@ -214,9 +234,8 @@ class StableDiffusion:
         One picture at a time, as the VAE has the largest arrays of the whole pipeline; with
         low_memory one tile at a time.
         """
-        channels = self.vae.settings.latent_channels
-        latents = self._given("latents", latents)
-        if latents.ndim != 4 or latents.shape[-1] != channels or not latents.size:
+        latents, channels = self._array(latents, "latents"), self.vae.settings.latent_channels
+        if latents.ndim != 4 or latents.shape[-1] != channels or 0 in latents.shape:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
         z = self.vae.to_z(latents).astype(self.vae.dtype)
@@ -229,6 +248,28 @@ class StableDiffusion:
             check_output(image, f"picture {i} is decoded to NaN or infinity", self.vae,
                          partial(decode, z[i:i + 1]))
         return self.unet.xp.concatenate(images).clip(-1, 1)
+
+    @property
+    def unet(self):
+        """The noise predictor. A function may be set in its place: see FunctionUNet."""
+        return vars(self)["unet"]
+
+    @unet.setter
+    def unet(self, unet):
+        if not hasattr(unet, "settings"):
+            unet = FunctionUNet(unet, like=vars(self).get("unet"))
+        vars(self)["unet"] = unet
+
+    def __repr__(self):
+        settings, steps = self.unet.settings, self.num_inference_steps
+        kind = "Stable Diffusion" + " XL" * (len(self._readers) == 2)
+        if settings.time_cond_proj_dim:
+            kind = "Latent Consistency Model" + kind.removeprefix("Stable Diffusion")
+        kind += " for inpainting" * (settings.in_channels != settings.out_channels)
+        parts = ", ".join(f"{name} {sum(math.prod(p.shape) for p in model.parameters()) / 1e6:.3g}M"
+                          for name, model in self.models.items())
+        device = "cpu" if self.unet.xp is np else "cuda"
+        return f"<{kind}: {parts}; {self.unet.dtype} on {device}; {self.sampler()}, {steps} steps>"
 
     @property
     def models(self):
@@ -356,15 +397,14 @@ class StableDiffusion:
         noise = np.concatenate([generator.randn((1, C, h, w)) for generator in generators])
         return self._array(noise.transpose(0, 2, 3, 1))
 
-    def _given(self, name, values):
-        """_array of what a caller gives. Raises TinyldmError for what is no array of numbers."""
-        try:
-            return self._array(values)
-        except (TypeError, ValueError):
-            raise TinyldmError(f"{name} must be an array of numbers, not "
-                               f"{values!r:.80}") from None
+    def _array(self, values, name="values"):
+        """On the models' device, at least float32: float16 is too coarse for a sampler's sums.
 
-    def _array(self, values):
-        """On the models' device, at least float32: float16 is too coarse for a sampler's sums."""
-        dtype = np.promote_types(self.unet.dtype, np.float32)
-        return self.unet.xp.ascontiguousarray(self.unet.xp.asarray(values, dtype))
+        Raises TinyldmError, with the name, for what is no array of numbers.
+        """
+        xp, dtype = self.unet.xp, np.promote_types(self.unet.dtype, np.float32)
+        try:
+            return xp.ascontiguousarray(xp.asarray(values, dtype))
+        except (TypeError, ValueError, RuntimeError) as error:      # RuntimeError: a torch tensor
+            raise TinyldmError(f"{name} must be an array of numbers, not a "
+                               f"{type(values).__name__} ({error})") from None

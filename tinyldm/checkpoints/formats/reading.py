@@ -1,7 +1,6 @@
 """A weight file of any format: its first bytes tell which, not its name."""
-from pathlib import Path
-
 from ...errors import TinyldmError
+from ...files import as_path
 from .safetensors_file import read_safetensors
 from .torch_file import read_torch
 
@@ -14,7 +13,7 @@ def read_tensors(path):
 
     Raises TinyldmError for any other file, and as read_safetensors and read_torch do.
     """
-    path = Path(path)
+    path = as_path("a file of weights", path)
     try:
         with open(path, "rb") as file:
             head = file.read(len(LFS))

@@ -14,6 +14,11 @@ class State(NamedTuple):
     latents: Any        # after this step, in the sampler's own scale: see __init__.py
     pred_x0: Any        # x_start, the clean latents, as this call predicts them; for previews
 
+    def __repr__(self):                                 # without the numbers of the arrays
+        arrays = (f"{name}=<{x.dtype} {x.shape}>" if hasattr(x, "shape") else f"{name}={x!r}"
+                  for name, x in zip(self._fields[2:], self[2:]))
+        return f"State(step={self.step}, timestep={self.timestep:g}, {', '.join(arrays)})"
+
 
 class Origin(NamedTuple):
     """Where sampling begins: at noise alone, or at a picture with noise added to it.
