@@ -25,6 +25,7 @@ from tinyldm.checkpoints import hub as downloads
 from tinyldm.checkpoints import load_model, resolve, resolve_addon
 from tinyldm.checkpoints.components import find_weights
 from tinyldm.errors import TinyldmError
+from tinyldm.files import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -37,7 +38,7 @@ CLUTTER = ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp1
            "safety_checker/config.json", "safety_checker/model.safetensors",
            "feature_extractor/preprocessor_config.json", "vae_decoder/model.onnx", "README.md",
            "text_encoder_2/config.json", "text_encoder_2/model.safetensors",
-           "tokenizer/added_tokens.json", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors"]
+           "v1-5-pruned.ckpt", "v1-5-pruned.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,8 @@ def weights(tmp_path_factory):
     """A small pipeline together with the other files of a published repository."""
     folder = smallest(tmp_path_factory.mktemp("published"))
     put(folder, *CLUTTER)
+    words, end = read_json(folder / "tokenizer" / "vocab.json"), "<|endoftext|>"
+    write_json(folder / "tokenizer" / "added_tokens.json", {end: words[end]})
     change_json(folder / "model_index.json", text_encoder_2=[None, None],
                 safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
     return folder
@@ -98,8 +101,8 @@ def assert_same_weights(model, other):
 def test_a_pipeline_is_its_folder_and_is_fetched_once(hub, weights, offline, way):
     pipe, local = tinyldm.load("owner/small"), tinyldm.load(weights)
     assert np.array_equal(picture(pipe), picture(local))
-    tokenizer = [f"tokenizer/{file.name}" for file in (weights / "tokenizer").iterdir()
-                 if file.name != "added_tokens.json"]
+    tokenizer = [f"tokenizer/{file.name}" for file in (weights / "tokenizer").iterdir()]
+    assert "tokenizer/added_tokens.json" in tokenizer   # of older folders: learned words
     assert hub.fetched() == sorted([
         "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
         "unet/config.json", "vae/config.json", *tokenizer, *WEIGHTS])
