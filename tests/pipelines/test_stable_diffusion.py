@@ -317,18 +317,6 @@ def test_decode_refuses_what_are_no_latents(small, latents):
         small.decode(latents)
 
 
-def test_a_note_on_sizes_far_from_the_trained_one(small, recwarn):
-    def notes(**size):
-        small.stream("cat", num_inference_steps=2, **size)
-        return [str(recwarn.pop().message) for _ in range(len(recwarn))]
-
-    assert notes() == notes(width=12) == notes(width=20, height=12) == []
-    large, = notes(width=32)
-    assert "32x16 pixels, 2 times as many as the 16x16 of the weights: things may repeat" in large
-    assert notes(width=8) == ["8x16 pixels are 0.5 times as many as the 16x16 that the weights "
-                              "are made for: expect a broken or empty picture"]
-
-
 def test_options_by_name_and_by_position(small):
     options = list(inspect.signature(small.stream).parameters)
     assert options == [

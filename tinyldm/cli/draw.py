@@ -230,7 +230,8 @@ def with_progress(states, steps, left_out, sampler):
     made = steps - left_out
     # PNDM calls the model twice in its first step, Heun in all steps except the last: count once,
     # as diffusers does.
-    again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}.get(sampler, ())
+    again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}
+    again = again.get(sampler.partition("_")[0], ())
     with progress("drawing", BAR, made) as bar:
         for state in states:
             yield state

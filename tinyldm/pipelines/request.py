@@ -288,7 +288,7 @@ def _side(name, pixels, own, factor):
 
 
 def note_on_size(size, own, from_image):
-    """A note on a picture of more pixels than the model was made for, or of half as many.
+    """A note on a picture of more pixels than the model was made for.
 
     size, own: (width, height) of the picture and of the weights. from_image: the size is that of a
     given picture.
@@ -300,9 +300,6 @@ def note_on_size(size, own, from_image):
         note(f"{what} {size[0]}x{size[1]} pixels, {many} times as many as the {own[0]}x{own[1]} of "
              "the weights: things may repeat or fall apart, and it takes longer; a width and a "
              "height make it smaller")
-    elif times <= 0.5:
-        note(f"{size[0]}x{size[1]} pixels are {times:.2g} times as many as the {own[0]}x{own[1]} "
-             "that the weights are made for: expect a broken or empty picture")
 
 
 def check_latents(latents, shape, factor):

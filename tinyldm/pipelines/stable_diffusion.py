@@ -22,6 +22,7 @@ from ..diffusion.samplers import (
     check_sampler,
     default_sampler,
     find_sampler,
+    own_options,
 )
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
@@ -155,7 +156,8 @@ class StableDiffusion:
             schedule = replace(schedule, timestep_spacing=request.timestep_spacing)
         edit = self.edit(request.image, request.strength, request.mask, sampler)
         first = edit.steps_left_out(steps)
-        check_sampler(sampler, schedule, steps, first, edit.reach)
+        options = own_options(self.scheduler, sampler)
+        check_sampler(sampler, schedule, steps, first, edit.reach, options)
         latents = request.latents
         latents = None if latents is None else self._array(latents, "latents")
         size = self.size(request.width, request.height, request.image, latents)
@@ -179,7 +181,7 @@ class StableDiffusion:
                                                        draw_noise)
         predict = Predictor(self.unet, conditioning, request.guidance_scale,
                             request.guidance_rescale, extra_channels)
-        states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, origin)
+        states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, origin, **options)
         return finite_states(states, predict)
 
     __call__.__signature__ = stream.__signature__ = inspect.signature(Request.__init__).replace(
