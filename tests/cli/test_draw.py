@@ -63,7 +63,7 @@ def test_timestep_spacing_and_clip_skip(weights, out, capsys):
                               clip_skip=1, sampler="euler_ancestral")
     picture = Image.open(path)
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
-    assert ("Sampler: euler_ancestral, Timestep spacing: trailing, CFG scale: 7.5, Clip skip: 1, "
+    assert ("Sampler: euler_ancestral, Timestep spacing: trailing, CFG scale: 7.5, Clip skip: 2, "
             in picture.text["parameters"])
     assert main([*arguments, "--timestep-spacing", "middle"]) == 2
     assert "must be leading, linspace or trailing, not 'middle'" in capsys.readouterr().err

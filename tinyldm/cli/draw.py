@@ -7,6 +7,7 @@ not there.
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -17,10 +18,10 @@ from ..errors import TinyldmError, note
 from ..pipelines.interpolation import ends
 from .console import say, status
 from .options import interpolates, jobs, parse, request
+from .parameters import BUNDLED, number
 
 LARGEST_SIDE = 16384        # pixels, of an enlarged picture
 SHEET, GAP = 4096, 2        # pixels: the longest side of a contact sheet, between its pictures
-BUNDLED = "shapes"
 ANIMATED = (".gif", ".webp")
 # Seconds per step; tqdm's own format switches to steps per second for fast steps.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_inv_fmt}]"
@@ -255,33 +256,44 @@ def parameters(args, job, request, size, edit, spacing):
     lines = [str(ends(job.prompt)[0])]
     if args.negative:
         lines.append(f"Negative prompt: {args.negative}")
-    loras = ", ".join(f"{Path(file).stem}:{weight:g}" for file, weight in args.lora)
+    loras = ", ".join(f"{Path(file).stem}:{number(weight)}" for file, weight in args.lora)
     seed, *other_seed = ends(job.seed)
     values = {
         "Steps": request.num_inference_steps,
         "Sampler": request.sampler,
         "Timestep spacing": spacing,
-        "CFG scale": f"{request.guidance_scale:g}",
-        "CFG rescale": f"{args.guidance_rescale:g}" if args.guidance_rescale else None,
-        "Clip skip": args.clip_skip,
+        "CFG scale": number(request.guidance_scale),
+        "CFG rescale": number(args.guidance_rescale) if args.guidance_rescale else None,
+        # Web interfaces count the layer that is used, from the last one, which is 1.
+        "Clip skip": None if args.clip_skip is None else args.clip_skip + 1,
         "Seed": seed,
         "Variation seed": other_seed[0] if other_seed else None,
-        "Variation seed strength": f"{job.seed.weight:g}" if other_seed else None,
+        "Variation seed strength": number(job.seed.weight) if other_seed else None,
         "Size": f"{size[0]}x{size[1]}",
         "Scale": args.scale if args.scale > 1 else None,
-        "Model": Path(args.weights).resolve().name if args.weights else BUNDLED,
+        "Model": plain(Path(args.weights).resolve().name if args.weights else BUNDLED),
+        "VAE": plain(Path(args.vae).resolve().name) if args.vae else None,
+        "EMA": args.ema or None,
+        "Prediction type": args.prediction_type,
         "Noise": None if args.noise == "torch-cpu" else args.noise,
+        "Dtype": args.dtype,
+        "Low memory": args.low_memory or None,
         "Lora": quoted(loras or None),
         "Embeddings": quoted(", ".join(Path(file).stem for file in args.embedding) or None),
         "Image": args.image and quoted(args.image.name),
         "Mask": args.mask and quoted(args.mask.name),
-        "Denoising strength": f"{edit.strength:g}" if args.image else None,
+        "Denoising strength": number(edit.strength) if args.image else None,
         "To prompt": quoted(args.to_prompt),
         "To image": args.to_image and quoted(args.to_image.name),
-        "On the way": f"{job.weight:g}" if interpolates(args) else None,
+        "On the way": number(job.weight) if interpolates(args) else None,
     }
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items()
                                         if value is not None)])
+
+
+def plain(text):
+    """A name as it is, in quotes only where it could be misread."""
+    return quoted(text) if re.search(r'[,:"\n]|^[\s{[]|\s$', text) else text
 
 
 def quoted(text):

@@ -126,7 +126,13 @@ def parse(arguments):
                        ("the model", the_model), ("what to write and show", output),
                        ("the machine, and this program", machine)):
         add(parser.add_argument_group(title).add_argument)
+    parser.set_defaults(on_the_way=None)
     args = parser.parse_args(arguments)
+    if args.like or args.from_parameters is not None:
+        from .parameters import options
+
+        parser.set_defaults(**options(args))            # what is given in the command counts more
+        args = parser.parse_args(arguments)
     if args.random and args.prompt:
         raise TinyldmError("--random draws a prompt of its own: leave one of them out")
     if not args.random and not args.prompt:
@@ -156,6 +162,10 @@ def what_to_draw(add):
         "several prompts give several pictures; - reads them from standard input, one per line")
     add("--random", action="store_true", help="draw a prompt of the bundled model's language, "
         "by the seed")
+    add("--like", type=path, metavar="FILE", help="draw a picture again: its file tells how, if "
+        "tinyldm, a web interface or ComfyUI wrote it; the options given here count more")
+    add("--from-parameters", metavar="FILE", help="the same from a text: a prompt, Negative "
+        "prompt: ..., Steps: 20, Sampler: Euler a, ...; - reads it from standard input")
     add("--negative", default="", metavar="TEXT", help="what not to draw")
     add("--seed", type=seed, default=0, metavar="K", help="where the noise comes from: a whole "
         "number, or random (0)")
@@ -217,6 +227,8 @@ def the_model(add):
         "not say it: epsilon, v_prediction or sample")
     add("--lora", type=lora, action="append", default=[], metavar="FILE[:W]", help="a LoRA to add "
         "to the weights, times W (1); may be given several times")
+    add("--lora-folder", type=path, metavar="FOLDER", help="where the LoRAs lie that a prompt "
+        "names as <lora:NAME:W>: NAME.safetensors, in it or below it")
     add("--embedding", action="append", default=[], metavar="FILE", help="a textual inversion: a "
         "learned word to use in the prompt, the one in the file, else the file's name; may be "
         "given several times")
@@ -306,10 +318,15 @@ def jobs(args):
         raise TinyldmError("--variation and --to-... exclude each other: leave one out")
     if args.variation is not None and not 0 <= args.variation <= 1:
         raise TinyldmError(f"--variation must be from 0 to 1, not {args.variation:g}")
-    count = (INTERPOLATED if between_two else 1) if args.count is None else args.count
-    if count < 1 + between_two:
+    alone = args.on_the_way is not None                 # one picture of another command's series
+    count = (INTERPOLATED if between_two and not alone else 1) if args.count is None else args.count
+    if count < 1 + (between_two and not alone):
         raise TinyldmError(f"--count must be at least {1 + between_two}, not {count}")
     args.prompt = prompts(args)
+    if args.lora_folder:
+        from .parameters import with_loras
+
+        args.prompt = with_loras(args, args.prompt)
     if count * len(args.prompt) > MOST_PICTURES:
         raise TinyldmError(f"one command draws at most {MOST_PICTURES} pictures, not "
                            f"{count * len(args.prompt)}: draw them in parts, with --seed")
@@ -317,7 +334,8 @@ def jobs(args):
     mask = args.mask and open_image(args.mask, "L")
 
     def between(first, second, i):
-        return first if second is None else Between(first, second, i / (count - 1))
+        weight = args.on_the_way if alone else i / max(1, count - 1)
+        return first if second is None else Between(first, second, weight)
 
     found = []
     for prompt in args.prompt:
