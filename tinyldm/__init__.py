@@ -38,12 +38,16 @@ _HOMES = {"Between": "pipelines.interpolation",
           "to_pil": "images"}
 
 
-def __getattr__(name):
+def _get(name):
     if name == "noise":
         return importlib.import_module(".noise", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'tinyldm' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+if not TYPE_CHECKING:                   # so that they find a misspelt name
+    __getattr__ = _get
 
 
 def __dir__():

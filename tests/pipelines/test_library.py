@@ -3,6 +3,8 @@ import base64
 import inspect
 import io
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -94,6 +96,17 @@ def test_pictures_show_themselves_in_a_notebook(small):
     for picture, code in zip(pictures, shown, strict=True):
         decoded = Image.open(io.BytesIO(base64.b64decode(code)))
         assert np.array_equal(np.asarray(decoded), np.asarray(picture))
+
+
+def test_a_notebook_shows_a_progress_bar_of_the_steps(small, monkeypatch, capfd):
+    small("a red cat", num_inference_steps=3, sampler="heun")
+    assert capfd.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    small("a red cat", num_inference_steps=3, sampler="heun")
+    assert re.findall(r"drawing: +100%.* 3/3 ", capfd.readouterr().err)
+    small("a red cat", num_inference_steps=4, sampler="pndm", strength=0.5,
+          image=Image.new("RGB", (64, 64)))
+    assert re.findall(r"drawing: +100%.* 2/2 ", capfd.readouterr().err)
 
 
 def test_to_pil_is_public(small):

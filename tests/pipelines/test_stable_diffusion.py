@@ -345,11 +345,12 @@ def test_bad_loads(tmp_path):
 
 
 def test_unsupported_scheduler_still_draws_with_a_sampler(tmp_path):
-    folder = smallest(tmp_path / "deis")
+    folder = smallest(tmp_path / "flow")
     config = folder / "scheduler" / "scheduler_config.json"
-    change_json(config, _class_name="DEISMultistepScheduler")
+    change_json(config, _class_name="FlowMatchEulerDiscreteScheduler")
     pipe = load(folder)
-    with pytest.raises(TinyldmError, match="DEIS.*or choose a sampler: ddpm"):
+    assert "FlowMatchEulerDiscreteScheduler, 50 steps" in repr(pipe)
+    with pytest.raises(TinyldmError, match="FlowMatch.*or choose a sampler: ddpm"):
         pipe.stream("cat")
     assert len(list(pipe.stream("cat", num_inference_steps=2, sampler="euler"))) == 2
 

@@ -227,11 +227,10 @@ def advise(pipe):
 
 def with_progress(states, steps, left_out, sampler):
     """Pass on a stream's states, with a progress bar of the steps that are made."""
+    from ..pipelines.progress import second_calls
+
     made = steps - left_out
-    # PNDM calls the model twice in its first step, Heun in all steps except the last: count once,
-    # as diffusers does.
-    again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}
-    again = again.get(sampler.partition("_")[0], ())
+    again = second_calls(sampler, steps, made)
     with progress("drawing", BAR, made) as bar:
         for state in states:
             yield state

@@ -9,6 +9,7 @@ Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffus
 arXiv:2112.10752, figure 3.
 """
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -36,6 +37,7 @@ from .interpolation import ends
 from .language import Language
 from .parts import check_parts
 from .predictor import FunctionUNet, Predictor
+from .progress import with_bar
 from .request import (
     Request,
     check_finite,
@@ -46,13 +48,15 @@ from .request import (
     takes,
 )
 
+Place = str | os.PathLike[str]      # what weights are named by
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
 DISTILLED = 8               # the most steps that Turbo, Lightning and Hyper models are made for
 
 
-def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False, *, vae=None,
-         prediction_type=None) -> "StableDiffusion":
+def load(weights: Place | None = None, device: str = "cpu", dtype: Any = None,
+         low_memory: bool = False, ema: bool = False, *, vae: Place | None = None,
+         prediction_type: str | None = None) -> "StableDiffusion":
     """Read a pipeline's weights -> StableDiffusion.
 
     weights: None for the bundled model; a folder in the diffusers layout; a single file in the
@@ -142,8 +146,15 @@ class StableDiffusion:
 
     @takes(Request)
     def __call__(self, *arguments: Any, **options: Any) -> Pictures:
-        """Draw num_images pictures of a prompt -> list of PIL images. Arguments: see Request."""
-        for state in self.stream(*arguments, **options):
+        """Draw num_images pictures of a prompt -> list of PIL images. Arguments: see Request.
+
+        In a notebook a progress bar shows the steps.
+        """
+        request = self.complete(Request(*arguments, **own_names(options)))
+        steps, edit = request.num_inference_steps, (request.image, request.strength, request.mask)
+        made = steps - self.edit(*edit, request.sampler).steps_left_out(steps)
+        states = self.stream(**vars(request))
+        for state in with_bar(states, request.sampler, steps, made):
             latents = state.latents
         return to_pil(self.decode(latents))
 
@@ -273,7 +284,11 @@ class StableDiffusion:
         parts = ", ".join(f"{name} {sum(math.prod(p.shape) for p in model.parameters()) / 1e6:.3g}M"
                           for name, model in self.models.items())
         device = "cpu" if self.unet.xp is np else "cuda"
-        return f"<{kind}: {parts}; {self.unet.dtype} on {device}; {self.sampler()}, {steps} steps>"
+        try:
+            sampler = self.sampler()
+        except TinyldmError:                            # its own is not supported
+            sampler = self.scheduler.get("_class_name")
+        return f"<{kind}: {parts}; {self.unet.dtype} on {device}; {sampler}, {steps} steps>"
 
     @property
     def models(self):
