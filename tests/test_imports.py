@@ -11,10 +11,11 @@ from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 
 # What a room may import besides itself: cli → pipelines → models, diffusion, text, checkpoints →
 # layers → ops → kernels → backend. The programs' entry points may import all.
-BOTTOM = {"errors", "files", "backend"}
+BOTTOM = {"errors", "files", "backend", "configs"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "configs": {"errors"},
     "backend": {"errors"},
     "noise": {"errors"},
     "images": BOTTOM,
@@ -27,11 +28,11 @@ MAY_IMPORT = {
     "checkpoints": BOTTOM | {"kernels", "layers", "models"},
     "pipelines": BOTTOM | {"noise", "images", "ops", "layers", "models", "diffusion", "text",
                            "checkpoints"},
-    "cli": BOTTOM | {"noise", "images", "text", "layers", "models", "pipelines"},
+    "cli": BOTTOM | {"__version__", "noise", "images", "text", "layers", "models", "pipelines"},
     "inspect": BOTTOM | {"checkpoints", "cli"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "checkpoints"},
     "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
-                        "pipelines", "training"},
+                        "pipelines", "training", "cli"},
 }
 ENTRY_POINTS = {"__init__.py", "__main__.py", "training/__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.

@@ -28,9 +28,15 @@ def read_json(path):
 
 def write_json(path, content, indent=2):
     """Write an object as a JSON file, whole or not at all; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+def make_folder(path):
+    """Make a folder, and those above it, if missing. Raises TinyldmError if that fails."""
+    with _writing(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
 
 
 # ---- whole or not at all ---------------------------------------------------------------------

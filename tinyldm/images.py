@@ -281,3 +281,15 @@ def to_pil(images):
 
     pixels = (to_host(images).astype(np.float32) / 2 + 0.5).clip(0, 1)
     return [Image.fromarray(image) for image in (pixels * 255).round().astype(np.uint8)]
+
+
+def grid(images, columns, gap):
+    """PIL images of one size, so many per row, with `gap` pixels between them -> one PIL image."""
+    from PIL import Image
+
+    W, H = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (W + gap) - gap, rows * (H + gap) - gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * (W + gap), i // columns * (H + gap)))
+    return sheet

@@ -111,12 +111,19 @@ def test_the_weight_of_a_lora(text, expected):
     assert parse(["a cat", "--lora", text, "--lora", "b"]).lora == [expected, ("b", 1)]
 
 
+def test_a_lora_whose_name_ends_like_a_weight(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "style:0.5").touch()
+    parsed = parse(["a cat", "--lora", "style:0.5", "--lora", "style:0.5:-2", "--lora", "style:2"])
+    assert parsed.lora == [("style:0.5", 1), ("style:0.5", -2), ("style", 2)]
+
+
 def test_count_draws_consecutive_seeds(weights, out, capsys):
     assert main(["a cat", "--weights", str(weights), "--steps", "2", "--seed", "4", "--count", "3",
                  "--output", str(out / "many.png")]) == 0
     names = [f"many-{i}.png" for i in range(3)]
     assert capsys.readouterr().out.split() == [str(out / name) for name in names]
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert sorted(path.name for path in out.iterdir()) == [*names, "many-sheet.png"]
     expected = load(weights)("a cat", num_inference_steps=2, seed=4, num_images=3)
     for i, name in enumerate(names):
         picture = Image.open(out / name)
@@ -125,10 +132,14 @@ def test_count_draws_consecutive_seeds(weights, out, capsys):
 
 
 def draw(weights, out, *arguments):
-    """Run the command, with 2 steps, in this process -> its pictures, and the texts in them."""
+    """Run the command, with 2 steps, in this process -> its pictures, and the texts in them.
+
+    Several have a sheet beside them, which is left out.
+    """
     assert main([*map(str, arguments), "--weights", str(weights), "--steps", "2",
                  "--output", str(out / "out.png")]) == 0
     pictures = {path.name: Image.open(path) for path in sorted(out.glob("*.png"))}
+    assert (pictures.pop("out-sheet.png", None) is not None) == (len(pictures) > 1)
     return ([np.asarray(picture) for picture in pictures.values()],
             [picture.text["parameters"] for picture in pictures.values()])
 

@@ -19,7 +19,7 @@ IN = ROOT / "weights" / "shapes" / "samples.png"
 
 @pytest.mark.parametrize("arguments, message", [
     (["--width", 18], "width must be a multiple of 4, not 18: the nearest is 16 or 20"),
-    (["--height", 0], "height must be from 4 to 8192 pixels, not 0"),
+    (["--height", 0], "height must be from 1 to 8192 pixels, not 0"),
     (["--steps", 0], "from 1 to 1000, not 0"), (["--steps", 1001], "from 1 to 1000, not 1001"),
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--guidance", "nan"], "guidance_scale must be a finite number"),

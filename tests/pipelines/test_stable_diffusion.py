@@ -213,7 +213,7 @@ BAD = [
     ({"seed": 1.5}, "seed is a whole number"), ({"seed": None}, "seed is a whole number"),
     ({"width": 18}, "width must be a multiple of 4, not 18: the nearest is 16 or 20"),
     ({"height": 2}, "height must be a multiple of 4, not 2: the nearest is 4"),
-    ({"width": 0}, "from 4 to 8192 pixels, not 0"), ({"height": -8}, "not -8"),
+    ({"width": 0}, "from 1 to 8192 pixels, not 0"), ({"height": -8}, "not -8"),
     ({"height": 10**9}, "8192 pixels"), ({"width": 16.0}, "whole number of pixels"),
     ({"num_images": 0}, "num_images must be"), ({"num_images": None}, "num_images must be"),
     ({"sampler": "dpm2"}, f"unknown sampler 'dpm2'; known: {', '.join(SAMPLERS)}"),

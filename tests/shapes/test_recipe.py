@@ -1,6 +1,7 @@
 """Training: the optimiser against torch's, both losses' gradients, resuming, and export."""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -47,6 +48,87 @@ def test_command_line_says_what_is_missing(stage, tmp_path):
     assert done.stderr.startswith("error: ") and "tinyldm.training vae" in done.stderr
 
 
+def assert_killed_export_leaves_the_old_folder(run, output, monkeypatch):
+    """In the middle, the new VAE lay beside the old UNet under the real name."""
+    def contents():
+        return {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    before = contents()
+    for name in ("write_json", "plot_losses"):          # all models are written by then
+        def interrupted(*arguments, **options):
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(export, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                export.export(run, output)
+        assert contents() == before
+        assert {path.name for path in output.parent.iterdir()} == {run.name, output.name}
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["unet", "--batch", "0"], "--batch: expected a whole number from 1 to 10000, not '0'"),
+    (["unet", "--batch", "1000000000"], "--batch: expected a whole number from 1 to 10000"),
+    (["evaluate", "--prompts", "0"], "--prompts: expected a whole number from 1"),
+    (["evaluate", "--prompts", "-3"], "--prompts: expected .*'-3'"),
+    (["vae", "--steps", "-1"], "--steps: expected a whole number from 1"),
+    (["decoder", "--steps", "nan"], "--steps: expected a whole number from 1"),
+    (["vae", "--run", "file/run"], "cannot write file/run"),
+    (["evaluate", "--output", "file"], "cannot write file .File exists"),
+])
+def test_what_makes_no_training_is_said_at_once(arguments, message, tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "tinyldm.training", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()},
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(message, done.stderr.splitlines()[-1]), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("record", [
+    {}, {"vae": {"steps": 1, "loss": []}}, {"vae": 1, "unet": 1},
+    {"vae": {"steps": 1, "loss": []}, "unet": {"steps": "1", "loss": []}},
+    {"vae": {"steps": 1, "loss": []}, "unet": {"steps": 1, "loss": [1, 2]}},
+    {"vae": {"steps": 1, "loss": []}, "unet": {"steps": 1, "loss": [[1, "x"]]}},
+    {"vae": {"steps": 1, "loss": []}, "unet": {"steps": 1, "loss": []}, "x": {"steps": 1,
+                                                                             "loss": []}},
+])
+def test_a_record_that_restore_cannot_use(record, tmp_path):
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    with pytest.raises(TinyldmError, match="does not tell the steps and losses of stage"):
+        export.restore(tmp_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("changes", [{"ids": np.ones((3, 77), int)}, {"mean": np.ones(4)},
+                                     {"scaling_factor": np.nan}, {"std": np.ones((2, 16, 16, 4))}])
+def test_a_pool_that_is_none(changes, tmp_path):
+    pictures = np.ones((4, 16, 16, 4))
+    np.savez(tmp_path / "pool.npz", **{
+        "mean": pictures, "std": pictures, "ids": np.ones((4, 77), int),
+        "no_caption": np.ones(77, int), "scaling_factor": 1.0} | changes)
+    with pytest.raises(TinyldmError, match="pool.npz is no whole state of this training"):
+        unet_stage.make_pool(tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["vae", "decoder", "unet"])
+def test_no_stage_saves_what_is_not_finite(stage, tmp_path, monkeypatch):
+    """The first update of each makes its weights infinite; loss and gradient are finite."""
+    for module, name, value in ((vae_stage, "VAE", SMALL_VAE), (vae_stage, "BATCH", 4),
+                                (unet_stage, "UNET", SMALL_UNET), (unet_stage, "POOL", 64),
+                                (unet_stage, "TEXT_ENCODER", SMALL_TEXT)):
+        monkeypatch.setattr(module, name, value)
+    train = {"vae": vae_stage.train_vae, "decoder": vae_stage.train_decoder,
+             "unet": unet_stage.train_unet}
+    options = {"batch": 4} if stage == "unet" else {}
+    if stage != "vae":
+        vae_stage.train_vae(tmp_path, 1)
+    train[stage](tmp_path, 1, **options)
+    before = (tmp_path / f"{stage}.npz").read_bytes()
+    with (np.errstate(all="ignore"),
+          pytest.raises(TinyldmError, match=f"NaN or infinite.*{stage}.npz keeps the last good")):
+        train[stage](tmp_path, 2, learning_rate=1e300, **options)
+    assert (tmp_path / f"{stage}.npz").read_bytes() == before
+
+
 def test_from_training_to_a_folder(tmp_path, monkeypatch):
     """All stages, small and short: diffusers and tinyldm load the averaged weights they leave."""
     pytest.importorskip("matplotlib")                   # for the curve of the loss
@@ -62,7 +144,14 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
     before = (run / "vae.npz").read_bytes()
     vae_stage.train_decoder(run, 3)
     assert (run / "vae.npz").read_bytes() == before
+    output.mkdir()
+    (output / "README.md").write_text("mine")
+    with pytest.raises(TinyldmError, match="weights exists already"):
+        export.export(run, output)                      # a folder of something else
+    (output / "model_index.json").write_text("{}")
     export.export(run, output)
+    assert (output / "README.md").read_text() == "mine"
+    assert_killed_export_leaves_the_old_folder(run, output, monkeypatch)
 
     reference = diffusers.StableDiffusionPipeline.from_pretrained(output)
     factor = reference.vae.config.scaling_factor

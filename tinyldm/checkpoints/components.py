@@ -4,12 +4,13 @@ Whatever is wrong in such a folder becomes a TinyldmError here. folders.py puts 
 pipeline together.
 """
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from .. import backend
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..files import read_json, write_json
 from ..layers import Conv2d, Linear, check_fit, named_modules, shorten
 from ..layers import misfits as misfits
@@ -31,7 +32,8 @@ LARGE = 1 << 20                     # a weight of at least so many numbers may s
 def read_config(folder):
     """folder/config.json -> (the model class it names, its dict).
 
-    Raises TinyldmError, naming the class, if it is not supported.
+    Raises TinyldmError for a class that is not supported, and for a value that Settings.read of the
+    class refuses.
     """
     path = Path(folder) / "config.json"
     config = read_json(path)
@@ -39,16 +41,34 @@ def read_config(folder):
     name = "CLIPTextModel" if name == "clip_text_model" else name
     for model in MODELS:
         if model.__name__ == name:
+            with config_errors(path, f"{name} that is supported"):
+                model.Settings.read(config)
             return model, config
     raise TinyldmError(f"{path} names the model {name}, supported are "
                        f"{', '.join(model.__name__ for model in MODELS)}")
+
+
+@contextmanager
+def config_errors(path, described):
+    """TinyldmErrors of a config then name its file, and what it should have described."""
+    try:
+        yield
+    except TinyldmError as error:
+        raise TinyldmError(f"{path} does not describe a {described} ({error})") from error
+
+
+def note_unknown_keys(path, kind, config):
+    """Say once which keys of a config, read as a `kind` of Config, are unknown and play no part."""
+    if unknown := kind.unknown(config):
+        note(f"{path} has keys that are unknown here and play no part ({shorten(unknown)}): if "
+             "pictures look wrong, they may be the reason")
 
 
 def class_name(config):
     """The class that a config.json names: diffusers writes it as _class_name, transformers as
     architectures or only a model_type."""
     name = config.get("_class_name") or config.get("architectures") or config.get("model_type")
-    return name[0] if isinstance(name, list) else name
+    return name[0] if isinstance(name, list) and name else name
 
 
 def find_weights(folder, dtype=None, names=None):
@@ -151,15 +171,11 @@ def load_model(folder, dtype=np.float32, low_memory=False):
 def build_model(folder):
     """The model that folder/config.json names, without weights: its parameters have only shapes.
 
-    Raises TinyldmError as read_config does, and for a config that the class does not support.
+    Raises TinyldmError as read_config does; and notes keys that are unknown.
     """
     model, config = read_config(folder)
-    try:
-        return model(config)
-    except Exception as error:                          # whatever fails, the config is the cause
-        reason = error if isinstance(error, TinyldmError) else f"{type(error).__name__}: {error}"
-        raise TinyldmError(f"{Path(folder) / 'config.json'} does not describe a {model.__name__} "
-                           f"that is supported ({reason})") from error
+    note_unknown_keys(Path(folder) / "config.json", model.Settings, config)
+    return model(config)
 
 
 def save_model(module, folder, dtype=np.float16):

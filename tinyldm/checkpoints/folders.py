@@ -5,18 +5,28 @@
 A single file in the original layout holds only the weights of the models; see single_file/.
 """
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..configs import Config, one_of, within
 from ..errors import TinyldmError, note
 from ..files import read_json
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import hub
-from .components import check_fit, fill, find_weights, load_model, read_config
+from .components import (
+    check_fit,
+    config_errors,
+    fill,
+    find_weights,
+    load_model,
+    note_unknown_keys,
+    read_config,
+)
 from .formats.reading import read_tensors
 from .layout import fitted
 from .single_file.kinds import recognise
@@ -68,6 +78,7 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
 
 def _load_folder(folder, dtype, low_memory):
     index = read_index(folder)
+    note_unknown_keys(folder / "model_index.json", IndexConfig, index)
     xl = "XL" in index["_class_name"]
     components = {part: model for part, model in COMPONENTS.items() if xl or "_2" not in part}
     tokenizers = ["tokenizer", "tokenizer_2"][:1 + xl]
@@ -89,13 +100,43 @@ def _load_folder(folder, dtype, low_memory):
                          scheduler=scheduler, padding=None, index=index)
 
 
+Part = list[str] | list[None] | None                    # the library and the class that wrote it
+
+
+@dataclass(frozen=True)
+class IndexConfig(Config):
+    """The public model_index.json."""
+
+    UNUSED = frozenset({
+        "safety_checker", "requires_safety_checker", "feature_extractor",   # none here
+        "image_encoder",                                # for adapters that read pictures
+        "add_watermarker"})                             # none here
+
+    force_zeros_for_empty_prompt: bool | None = None
+    requires_aesthetics_score: bool | None = None
+    _num_inference_steps: int | None = within(1, 1000, None)
+    unet: Part = one_of(default=None, lengths=(2,))
+    vae: Part = one_of(default=None, lengths=(2,))
+    text_encoder: Part = one_of(default=None, lengths=(2,))
+    text_encoder_2: Part = one_of(default=None, lengths=(2,))
+    tokenizer: Part = one_of(default=None, lengths=(2,))
+    tokenizer_2: Part = one_of(default=None, lengths=(2,))
+    scheduler: Part = one_of(default=None, lengths=(2,))
+
+
 def read_index(folder):
-    """The dict of folder/model_index.json. Raises TinyldmError for a pipeline not supported."""
-    index = read_json(folder / "model_index.json")
+    """The dict of folder/model_index.json.
+
+    Raises TinyldmError for a pipeline that is not supported, and as IndexConfig.read does.
+    """
+    path = folder / "model_index.json"
+    index = read_json(path)
     name = index.get("_class_name")
     if name not in PIPELINES:
-        raise TinyldmError(f"{folder / 'model_index.json'} names the pipeline {name}, supported "
+        raise TinyldmError(f"{path} names the pipeline {name}, supported "
                            f"are {', '.join(PIPELINES)}")
+    with config_errors(path, f"{name} that is supported"):
+        IndexConfig.read(index)
     if index.get("requires_aesthetics_score"):
         raise TinyldmError(f"{folder} holds the refiner of Stable Diffusion XL, which is not "
                            "supported: use the base model")

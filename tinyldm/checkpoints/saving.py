@@ -17,6 +17,8 @@ def save(pipe, folder, dtype=None):
     dtype = float_type(dtype)
     tokenizers = {"tokenizer": pipe.tokenizer.save}
     settings = {"_num_inference_steps": pipe.num_inference_steps}
+    if pipe.language:
+        settings["_language"] = pipe.language.rule
     if pipe.tokenizer_2:
         tokenizers["tokenizer_2"] = pipe.tokenizer_2.save
         settings["force_zeros_for_empty_prompt"] = pipe.force_zeros_for_empty_prompt

@@ -1,21 +1,25 @@
 """python -m tinyldm "a prompt": draw pictures with a pipeline and save them.
 
 Wrong input ends in one line, `error: ...`, and exit status 2; Ctrl-C in exit status 130, a closed
-pipe in 141. Pictures are drawn and saved one by one, and a file is either whole or not there.
+pipe in 141: see console.py. Pictures are drawn and saved one by one, and a file is either whole or
+not there.
 """
 import json
 import math
 import os
-import shutil
 import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..errors import TinyldmError, note
 from ..pipelines.interpolation import ends
-from .options import interpolates, jobs, parse
+from .console import say, status
+from .options import interpolates, jobs, parse, request
 
+LARGEST_SIDE = 16384        # pixels, of an enlarged picture
+SHEET, GAP = 4096, 2        # pixels: the longest side of a contact sheet, between its pictures
 BUNDLED = "shapes"
 ANIMATED = (".gif", ".webp")
 LARGE = 4                   # times the weights' own number of pixels: worth a note
@@ -26,6 +30,11 @@ CLOCK = "{desc}: {elapsed_s:.1f} s"
 
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
+    return status(lambda: run(arguments))
+
+
+def run(arguments=None):
+    """The same, with an exception for what stops it: see console.status."""
     shown = set()
 
     def show_warning(message, *_):                      # in one line, once, without the source
@@ -34,41 +43,24 @@ def main(arguments=None):
             tqdm.write(f"note: {message}", file=sys.stderr)
         shown.add(str(message))
 
-    def run():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("always", UserWarning)
-                warnings.showwarning = show_warning
-                draw(parse(arguments))
-        except MemoryError:
-            raise TinyldmError("not enough memory: use --low-memory, or a smaller --width and "
-                               "--height") from None
-    return status(run)
-
-
-def status(run):
-    """Run a command -> exit status; what stops it is said in one line on standard error."""
     try:
-        try:
-            run()
-        finally:
-            sys.stdout.flush()                          # here, where an error can still be handled
-    except TinyldmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:                             # the output's reader, such as head, left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141                                      # 128 + SIGPIPE, as in shells
-    return 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = show_warning
+            draw(parse(arguments))
+    except MemoryError:
+        raise TinyldmError("not enough memory: use --low-memory, or a smaller --width and "
+                           "--height") from None
 
 
 def draw(args):
     """Draw and save every picture and print its path; then print the profile, if asked for."""
     from ..images import check_output
+    from .preview import obstacle
 
+    if args.show and (reason := obstacle()):
+        note(f"--show has no place to draw: {reason}")
+        args.show = False
     todo = jobs(args)
     paths = output_paths(args.output, len(todo))
     check_output(paths[0])
@@ -99,10 +91,9 @@ def draw_pictures(args, todo, paths, films, profile=None):
     """Draw and save the pictures of the jobs `todo` under `paths`, and the animations `films`."""
     timed = profile.stage if profile else nullcontext
     with timed("loading"), stage("loading"):
-        from ..images import save, to_pil
-        from ..pipelines.request import Request
+        from ..images import grid, save
         from ..pipelines.stable_diffusion import load
-        from .preview import Preview, half_blocks, save_film
+        from .preview import Live, Preview, save_film
         pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema)
         for file, weight in args.lora:
             pipe.load_lora(file, weight)
@@ -112,46 +103,114 @@ def draw_pictures(args, todo, paths, films, profile=None):
             advise(pipe)
     if profile:
         profile.add(pipe)
-    preview, frames, step_film = Preview(pipe), [], films and not interpolates(args)
+    if args.random:
+        todo = [job._replace(prompt=random_prompt(pipe, job.seed)) for job in todo]
+    picture = Picture(args, pipe, timed, Preview(pipe), Live() if args.show else None)
+    thumbnails, frames, step_film = [], [], films and not interpolates(args)
     for job, path in zip(todo, paths):
+        image, early, text = picture.draw(job, path, step_film)
+        with timed("saving"):
+            thumbnails.append(thumbnail(image, len(paths)))
+            if films:                                   # the picture replaces the last step's frame
+                frames = [*(early[:-1] if step_film else frames), image]
+                if step_film or job.weight == 1:
+                    save_film(frames, films.pop(0), text)
+                    frames = []
+        tell(path)
+    if len(paths) > 1:
+        save(grid(thumbnails, columns(len(paths)), GAP), sheet_path(args.output), text)
+
+
+def tell(path):
+    """Print a picture's path where programs read it; if that fails, where people do."""
+    try:
+        say(path, exact=True)
+    except TinyldmError as error:
+        print(f"note: {error}; the picture is there: {path}", file=sys.stderr)
+
+
+def random_prompt(pipe, seed):
+    if not pipe.language:
+        raise TinyldmError("--random needs a model that names its language, such as the bundled "
+                           "one: give a prompt")
+    prompt = pipe.language.sentence(ends(seed)[0])
+    print(f"prompt: {prompt}", file=sys.stderr)
+    return prompt
+
+
+class Picture(NamedTuple):
+    """How to draw and save one picture after another."""
+
+    args: Any
+    pipe: Any
+    timed: Any                                          # name -> a context that measures the time
+    preview: Any
+    live: Any                                           # None without --show
+
+    def draw(self, job, path, step_film):
+        """Draw and save a picture -> the image, the frames of a step_film, its parameters."""
+        from ..images import save, to_pil
+
+        args, pipe = self.args, self.pipe
+        frames = []
         reading = "reading the prompt" + " and the picture" * (job.image is not None)
-        with timed(reading), stage(reading):
+        with self.timed(reading), stage(reading):
             size = pipe.size(args.width, args.height, job.image)
-            request = pipe.complete(Request(
-                job.prompt, args.negative, args.steps, args.guidance, job.seed, *size,
-                sampler=args.sampler, noise=args.noise, image=job.image, mask=job.mask,
-                guidance_rescale=args.guidance_rescale, strength=args.strength,
-                timestep_spacing=args.timestep_spacing))
-            steps, sampler = request.num_inference_steps, request.sampler
-            states = pipe.stream(**vars(request))
+            check_scale(args.scale, size)
+            asked = pipe.complete(request(job, args))
+            steps, sampler = asked.num_inference_steps, asked.sampler
+            states = pipe.stream(**vars(asked))
             if job.image and args.width is None and args.height is None:
                 advise_on_size(pipe, size)
             edit = pipe.edit(job.image, args.strength, job.mask, sampler)
-            own = request.timestep_spacing == pipe.schedule.timestep_spacing
-            spacing = None if own else request.timestep_spacing
+            own = asked.timestep_spacing == pipe.schedule.timestep_spacing
+            spacing = None if own else asked.timestep_spacing
             text = parameters(args, job, steps, sampler, size, edit, spacing)
-        with timed("drawing"):
+        with self.timed("drawing"):
             for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
                 step = state.step + 1
                 wanted = args.preview and step % args.preview == 0
-                early = preview(state.pred_x0) if wanted or step_film else None
+                if wanted or step_film or self.live:
+                    early = self.preview(state.pred_x0)
+                if self.live:
+                    self.live.show(early)
                 if step_film:
-                    frames.append(early)
+                    frames.append(enlarged(early, args.scale))
                 if wanted:
-                    save(early, path.with_name(f"{path.stem}-step{step}{path.suffix}"), text)
+                    save(enlarged(early, args.scale),
+                         path.with_name(f"{path.stem}-step{step}{path.suffix}"), text)
         with stage("decoding"):
-            with timed("decoding"):
+            with self.timed("decoding"):
                 image, = to_pil(pipe.decode(state.latents))
-            with timed("saving"):
-                save(image, path, text)
-                if films:                               # the picture replaces the last step's frame
-                    frames = [*(frames[:-1] if step_film else frames), image]
-                    if step_film or job.weight == 1:
-                        save_film(frames, films.pop(0), text)
-                        frames = []
-        if args.show:
-            print(half_blocks(image, *shutil.get_terminal_size()), file=sys.stderr)
-        print(path)
+            with self.timed("saving"):
+                save(enlarged(image, args.scale), path, text)
+        if self.live:
+            self.live.finish(image)
+        return enlarged(image, args.scale), frames, text
+
+
+def enlarged(image, scale):
+    """A PIL image with every pixel scale x scale times as large."""
+    return image.resize((image.width * scale, image.height * scale), 0) if scale > 1 else image
+
+
+def columns(count):
+    """Of a contact sheet: as many as rows, or one more."""
+    return math.ceil(math.sqrt(count))
+
+
+def thumbnail(image, count):
+    """A PIL image, smaller where `count` of them would make a sheet larger than SHEET pixels."""
+    most = max(SHEET // columns(count) - GAP, 1)
+    if max(image.size) <= most:
+        return image
+    return image.resize([max(side * most // max(image.size), 1) for side in image.size])
+
+
+def check_scale(scale, size):
+    if scale > 1 and max(size) * scale > LARGEST_SIDE:
+        raise TinyldmError(f"--scale {scale} would make a picture of {size[0]}x{size[1]} larger "
+                           f"than {LARGEST_SIDE} pixels: take at most {LARGEST_SIDE // max(size)}")
 
 
 def advise(pipe):
@@ -218,6 +277,7 @@ def parameters(args, job, steps, sampler, size, edit, spacing=None):
         "Variation seed": other_seed[0] if other_seed else None,
         "Variation seed strength": f"{job.seed.weight:g}" if other_seed else None,
         "Size": f"{size[0]}x{size[1]}",
+        "Scale": args.scale if args.scale > 1 else None,
         "Model": Path(args.weights).resolve().name if args.weights else BUNDLED,
         "Noise": None if args.noise == "torch-cpu" else args.noise,
         "Lora": quoted(loras or None),
@@ -249,3 +309,8 @@ def output_paths(output, count):
         if os.path.isdir(path):
             raise TinyldmError(f"cannot write {path}: it is a folder; name a file in it")
     return paths
+
+
+def sheet_path(output):
+    """Where all pictures together go: out.png -> out-sheet.png."""
+    return output.with_name(f"{output.stem}-sheet{output.suffix}")

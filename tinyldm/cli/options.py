@@ -3,94 +3,233 @@
 --help must be fast, so what takes long to import is imported inside functions.
 """
 import argparse
+import os
+import re
+import sys
+import textwrap
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import __version__
 from ..errors import TinyldmError, note
 from ..pipelines.interpolation import Between, ends
 
 INTERPOLATED = 8            # pictures from one prompt, seed or image to another
+MOST_PICTURES = 10_000      # of one command; more is a typing mistake
+MOST_BYTES = 1 << 22        # of prompts on standard input
+LARGEST_SCALE = 64
+RANDOM_SEEDS = 2**31        # valid for every kind of noise, with --count added to it
+
+# What other programs and Python call an option. An underscore is a dash, too.
+ALIASES = {
+    "--num-inference-steps": "--steps", "--guidance-scale": "--guidance", "--cfg": "--guidance",
+    "--cfg-scale": "--guidance", "--negative-prompt": "--negative", "--num-images": "--count",
+    "--num-images-per-prompt": "--count", "--scheduler": "--sampler", "--model": "--weights",
+}
+
+HELP = """Draw a picture of a prompt into out.png.
+
+The bundled model knows one language, and nothing else:
+
+    a {small|big} {colour} {shape}
+    [{above|below|left of|right of} a {small|big} {colour} {shape}]
+    on a {colour} background
+
+    colour: red, green, blue, yellow, orange, purple, white, black, pink, gray
+    shape: circle, square, triangle, star, heart, ring, cross, diamond
+
+--weights takes Stable Diffusion's, which know the world.
+
+examples:
+  python -m tinyldm "a big red star on a white background" --show
+  python -m tinyldm --random --count 9 --scale 4
+  python -m tinyldm "an astronaut" --weights stable-diffusion-v1-5/stable-diffusion-v1-5
+"""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors in one line like all others."""
+    """argparse with errors in one line like all others, and no abbreviations of options."""
+
+    unknown = ()                # arguments that look like options and are none
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [*(sys.argv[1:] if args is None else args)]
+        end = args.index("--") if "--" in args else len(args)
+        args[:end] = map(self._spelled, args[:end])
+        self.unknown = [arg for arg in args[:end] if self._is_unknown(arg)]
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        args, rest = self.parse_known_args(args, namespace)
+        if rest and not self.unknown:
+            self.error(f"{' '.join(rest)} is left over: arguments without -- stand together, and "
+                       "texts of several words in quotes")
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return args
 
     def error(self, message):
-        raise TinyldmError(f"{message} (--help lists the options)")
+        raise TinyldmError(f"{message}{self._hint()} (--help lists the options)")
+
+    def _spelled(self, arg):
+        """An argument with the option's own name in place of an alias."""
+        name, equals, value = arg.partition("=")
+        if not name.startswith("--") or name in self._names():
+            return arg
+        dashed = name.replace("_", "-")
+        own = ALIASES.get(dashed, dashed)
+        return f"{own}{equals}{value}" if own in self._names() else arg
+
+    def _is_unknown(self, arg):
+        return (re.match(r"-[^\s\d.]|-[\d.]+[^\d.]", arg) and " " not in arg
+                and arg.partition("=")[0] not in self._names())
+
+    def _names(self):
+        """Every option, also those of sub-commands."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action.choices, dict):
+                for parser in action.choices.values():
+                    yield from parser._names()
+
+    def _hint(self):
+        """What may be meant by the first unknown option; nothing if there is none."""
+        if not self.unknown:
+            return ""
+        name = self.unknown[0].partition("=")[0]
+        if name.startswith("--"):
+            names = [*dict.fromkeys(self._names())]
+            near = [other for other in names if other.startswith(name) and len(name) > 3]
+            near = near or get_close_matches(name, [*names, *ALIASES], 1, 0.75)
+            return f": did you mean {' or '.join(near[:3])}?" if near else ""
+        return (f": a prompt that begins with a dash stands last, after -- "
+                f"(-- \"{self.unknown[0]}\"), and such a value after = (--negative=\"-...\")")
 
 
 def parse(arguments):
-    parser = Parser("python -m tinyldm", description="Draw a picture of a prompt.")
-    parser.add_argument("prompt", nargs="+", help="what to draw, at any length: (word) and "
-                        "(word:1.3) count more, [word] less, BREAK starts a new chunk of 75 "
-                        r"tokens, and a bracket itself is \( \) \[ or \]; several prompts give "
-                        "several pictures")
-    parser.add_argument("--weights", help="a folder in the diffusers layout, a single file in "
-                        "the original one, or a name on the Hugging Face hub: owner/name, or "
-                        "owner/name/file for a single file there (the bundled model)")
-    parser.add_argument("--ema", action="store_true", help="if a single file has the UNet's "
-                        "weights twice, use those averaged over the training")
-    parser.add_argument("--lora", type=lora, action="append", default=[], metavar="FILE[:WEIGHT]",
-                        help="a LoRA to add to the weights, times WEIGHT (1); may be given several "
-                        "times")
-    parser.add_argument("--embedding", action="append", default=[], metavar="FILE",
-                        help="a textual inversion: a learned word to use in the prompt, the one "
-                        "in the file, else the file's name; may be given several times")
-    parser.add_argument("--output", type=path, default=Path("out.png"),
-                        help="the file to write, in any format of Pillow's (out.png)")
-    parser.add_argument("--steps", type=int, help="1 to 1000; more is slower and finer "
-                        "(what the weights recommend)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="how strongly to follow the "
-                        "prompt; up to 1 the negative prompt plays no part (7.5)")
-    parser.add_argument("--guidance-rescale", type=float, default=0.0, metavar="R",
-                        help="0 to 1: how much to undo of the over-saturation that guidance "
-                        "causes (0)")
-    parser.add_argument("--seed", type=int, default=0, help="where the noise comes from (0)")
-    parser.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
-    parser.add_argument("--width", type=int, help="in pixels (the weights' own)")
-    parser.add_argument("--height", type=int, help="in pixels (the weights' own)")
-    parser.add_argument("--count", type=int, help="how many pictures of each prompt, with the "
-                        "seeds K, K + 1, ...: out-0.png, out-1.png, ... (1; with --to-... "
-                        f"{INTERPOLATED})")
-    parser.add_argument("--image", type=path, metavar="FILE", help="a picture to begin from; the "
-                        "new one gets its size, unless --width and --height are given")
-    parser.add_argument("--strength", type=float, metavar="S", help="0 to 1: how much of the image "
-                        "to draw anew (0.8; with a mask 1)")
-    parser.add_argument("--mask", type=path, metavar="FILE", help="a picture, white where to paint "
-                        "and black where the image is to stay, as well as the VAE can render it")
-    parser.add_argument("--variation", type=float, metavar="V", help="0 to 1: draw --count "
-                        "variations of the seed's picture, with this share of other seeds' noise")
-    parser.add_argument("--to-prompt", metavar="TEXT", help="draw --count pictures that lead from "
-                        "the prompt to this one")
-    parser.add_argument("--to-seed", type=int, metavar="K", help="the same from seed to seed")
-    parser.add_argument("--to-image", type=path, metavar="FILE", help="the same from --image to "
-                        "this picture, by interpolating their latents")
-    parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, "
-                        "euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, "
-                        "dpmpp_2m_sde_karras, unipc or lcm (the weights' own)")
-    parser.add_argument("--timestep-spacing", metavar="NAME", help="how the steps are spread over "
-                        "the training timesteps: leading, trailing or linspace (the weights' own; "
-                        "for a single file in up to 8 steps without guidance, as Turbo models take "
-                        "them, trailing)")
-    parser.add_argument("--noise", metavar="NAME", default="torch-cpu", help="whose normal numbers "
-                        "the seed stands for: torch-cpu, torch-cuda or numpy (torch-cpu)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    parser.add_argument("--dtype", help="float16, float32 or float64, for weights and computation "
-                        "(float32, where large weights of float16 files stay float16; on cuda "
-                        "float16)")
-    parser.add_argument("--low-memory", action="store_true", help="use less memory and more time; "
-                        "decodes pictures larger than the weights' own in tiles, which changes "
-                        "them a little")
-    parser.add_argument("--preview", type=int, metavar="N", help="every N steps write the picture "
-                        "as predicted so far: out-step5.png, out-step10.png, ...")
-    parser.add_argument("--animate", type=path, metavar="FILE", help="write an animation, one "
-                        "frame per step, or with --to-... one frame per picture: a .gif or .webp "
-                        "file")
-    parser.add_argument("--show", action="store_true", help="also draw the picture in the "
-                        "terminal, which needs 24-bit colours")
-    parser.add_argument("--profile", action="store_true", help="at the end print where time and "
-                        "memory went: by stage, by block and by op")
-    return parser.parse_args(arguments)
+    """Arguments -> a namespace. Raises TinyldmError for what is wrong in one option alone."""
+    parser = Parser("python -m tinyldm", usage="python -m tinyldm \"PROMPT\" [options]",
+                    description=HELP, add_help=False, formatter_class=Formatter)
+    for title, add in (("what to draw", what_to_draw), ("how to draw it", how_to_draw),
+                       ("from a picture", from_a_picture), ("one after another", series),
+                       ("the model", the_model), ("what to write and show", output),
+                       ("the machine, and this program", machine)):
+        add(parser.add_argument_group(title).add_argument)
+    args = parser.parse_args(arguments)
+    if args.random and args.prompt:
+        raise TinyldmError("--random draws a prompt of its own: leave one of them out")
+    if not args.random and not args.prompt:
+        parser.error("the following arguments are required: prompt")
+    if args.seed == "random":
+        from secrets import randbelow
+
+        args.seed = randbelow(RANDOM_SEEDS)
+        print(f"seed: {args.seed}", file=sys.stderr)
+    return args
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """The description as it is; options in a narrow column, so that each takes a line or two."""
+
+    def __init__(self, prog, **options):
+        super().__init__(prog, **{"max_help_position": 25} | options)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(text, width, break_on_hyphens=False)       # names of files and options
+
+
+def what_to_draw(add):
+    add("prompt", nargs="*", metavar="PROMPT", help=r"at any length: (word) and (word:1.3) count "
+        r"more, [word] less, \( and \[ are plain brackets, BREAK starts a new chunk of 75 tokens; "
+        "several prompts give several pictures; - reads them from standard input, one per line")
+    add("--random", action="store_true", help="draw a prompt of the bundled model's language, "
+        "by the seed")
+    add("--negative", default="", metavar="TEXT", help="what not to draw")
+    add("--seed", type=seed, default=0, metavar="K", help="where the noise comes from: a whole "
+        "number, or random (0)")
+    add("--count", type=int, metavar="N", help="pictures per prompt, with the seeds K, K + 1, ...: "
+        "out-0.png, out-1.png, ... and all on one sheet, out-sheet.png (1; with --to-... "
+        f"{INTERPOLATED})")
+    add("--width", type=int, metavar="W", help="in pixels (the weights' own)")
+    add("--height", type=int, metavar="H", help="in pixels (the weights' own)")
+
+
+def how_to_draw(add):
+    add("--steps", type=int, metavar="N", help="1 to 1000; more is slower and finer (what the "
+        "weights recommend)")
+    add("--guidance", type=float, default=7.5, metavar="S", help="how strongly to follow the "
+        "prompt; up to 1 the negative prompt plays no part (7.5)")
+    add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much to undo "
+        "of the over-saturation that guidance causes (0)")
+    add("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, euler_ancestral, heun, lms, "
+        "dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, dpmpp_2m_sde_karras, unipc or lcm (the weights' "
+        "own)")
+    add("--timestep-spacing", metavar="NAME", help="how the steps are spread over the training "
+        "timesteps: leading, trailing or linspace (the weights' own; for a single file in up to 8 "
+        "steps without guidance, as Turbo models take them, trailing)")
+    add("--noise", metavar="NAME", default="torch-cpu", help="whose normal numbers the seed "
+        "stands for: torch-cpu, torch-cuda or numpy (torch-cpu)")
+
+
+def from_a_picture(add):
+    add("--image", type=path, metavar="FILE", help="a picture to begin from; the new one gets its "
+        "size, unless --width and --height are given")
+    add("--strength", type=float, metavar="S", help="0 to 1: how much of it to draw anew (0.8; "
+        "with a mask 1)")
+    add("--mask", type=path, metavar="FILE", help="a picture, white where to paint and black where "
+        "the image is to stay, as well as the VAE can render it")
+
+
+def series(add):
+    add("--variation", type=float, metavar="V", help="0 to 1: draw --count variations of the "
+        "seed's picture, with this share of other seeds' noise")
+    add("--to-prompt", metavar="TEXT", help="draw --count pictures that lead from the prompt to "
+        "this one")
+    add("--to-seed", type=int, metavar="K", help="the same from seed to seed")
+    add("--to-image", type=path, metavar="FILE", help="the same from --image to this picture, by "
+        "interpolating their latents")
+
+
+def the_model(add):
+    add("--weights", metavar="W", help="a folder in the diffusers layout, a single file in the "
+        "original one, or a name on the Hugging Face hub: owner/name, or owner/name/file for a "
+        "single file there (the bundled model)")
+    add("--ema", action="store_true", help="if a single file has the UNet's weights twice, use "
+        "those averaged over the training")
+    add("--lora", type=lora, action="append", default=[], metavar="FILE[:W]", help="a LoRA to add "
+        "to the weights, times W (1); may be given several times")
+    add("--embedding", action="append", default=[], metavar="FILE", help="a textual inversion: a "
+        "learned word to use in the prompt, the one in the file, else the file's name; may be "
+        "given several times")
+
+
+def output(add):
+    add("--output", type=path, default=Path("out.png"), metavar="FILE", help="in any picture "
+        "format that Pillow writes (out.png)")
+    add("--scale", type=int, default=1, metavar="N", help="write every pixel N x N times as large, "
+        "for small pictures (1)")
+    add("--show", action="store_true", help="draw in the terminal, too, while the picture emerges; "
+        "needs 24-bit colours")
+    add("--preview", type=int, metavar="N", help="every N steps write the picture as predicted so "
+        "far: out-step5.png, out-step10.png, ...")
+    add("--animate", type=path, metavar="FILE", help="write a .gif or .webp of the steps, or with "
+        "--to-... of the pictures")
+    add("--profile", action="store_true", help="at the end print where time and memory went: by "
+        "stage, by block and by op")
+
+
+def machine(add):
+    add("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
+    add("--dtype", metavar="NAME", help="float16, float32 or float64, for weights and computation "
+        "(float32, where large weights of float16 files stay float16; on cuda float16)")
+    add("--low-memory", action="store_true", help="less memory, more time; decodes pictures larger "
+        "than the weights' own in tiles, which changes them a little")
+    add("--version", action="version", version=f"tinyldm {__version__}", help="print it and leave")
+    add("-h", "--help", action="help", help="print this and leave")
 
 
 def path(text):
@@ -98,12 +237,25 @@ def path(text):
 
 
 def lora(text):
-    """FILE or FILE:WEIGHT -> (file, weight): what follows the last colon, if it is a number."""
+    """FILE or FILE:WEIGHT -> (file, weight): what follows the last colon, if it is a number.
+
+    A file may itself be named so: it counts if it is there.
+    """
+    if os.path.isfile(text):
+        return text, 1.0
     file, colon, weight = text.rpartition(":")
     try:
         return (file, float(weight)) if colon else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def seed(text):
+    try:
+        return text if text == "random" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a seed is a whole number, or random, not {text!r}"
+                                         ) from None
 
 
 class Job(NamedTuple):
@@ -122,10 +274,17 @@ class Job(NamedTuple):
 
 def jobs(args):
     """The pictures that the arguments ask for -> [Job]. Raises TinyldmError for a wrong argument.
+
+    With --random the prompts are empty: they are drawn when the model's language is known.
     """
     from ..images import open_image
 
     between_two = interpolates(args)
+    if args.random and args.weights and not os.path.isdir(args.weights):
+        raise TinyldmError("--random is for a model with a little language of its own, such as "
+                           "the bundled one: give a prompt, or leave --weights out")
+    if not 1 <= args.scale <= LARGEST_SCALE:
+        raise TinyldmError(f"--scale must be from 1 to {LARGEST_SCALE}, not {args.scale}")
     if args.to_image and not args.image:
         raise TinyldmError("--to-image needs an --image to lead from: give both")
     if args.variation is not None and between_two:
@@ -135,9 +294,10 @@ def jobs(args):
     count = (INTERPOLATED if between_two else 1) if args.count is None else args.count
     if count < 1 + between_two:
         raise TinyldmError(f"--count must be at least {1 + between_two}, not {count}")
-    if len(args.prompt) > 1 and not any(" " in prompt for prompt in args.prompt):
-        note(f"{len(args.prompt)} prompts of one word each are drawn: put a prompt of several "
-             "words in quotes")
+    texts = prompts(args)
+    if count * len(texts) > MOST_PICTURES:
+        raise TinyldmError(f"one command draws at most {MOST_PICTURES} pictures, not "
+                           f"{count * len(texts)}: draw them in parts, with --seed")
     image, to_image = (file and open_image(file) for file in (args.image, args.to_image))
     mask = args.mask and open_image(args.mask, "L")
 
@@ -145,7 +305,7 @@ def jobs(args):
         return first if second is None else Between(first, second, i / (count - 1))
 
     found = []
-    for prompt in args.prompt:
+    for prompt in texts:
         for i in range(count):
             if between_two:
                 seed = between(args.seed, args.to_seed, i)
@@ -155,21 +315,51 @@ def jobs(args):
                 seed = args.seed + i
             found.append(Job(between(prompt, args.to_prompt, i), seed,
                              between(image, to_image, i), mask))
-    check_prompts_and_seeds(found, args.noise)
+    check(found, args)
     return found
 
 
-def check_prompts_and_seeds(found, noise):
-    """Raise TinyldmError for a wrong one in any job, before the first picture is drawn."""
-    from ..noise import get_generator
+def prompts(args):
+    """The prompts of the arguments, with standard input's in the place of "-"."""
+    if args.random:
+        return [""]
+    if "-" not in args.prompt:
+        if len(args.prompt) > 1 and not any(" " in prompt for prompt in args.prompt):
+            note(f"{len(args.prompt)} prompts of one word each are drawn: put a prompt of several "
+                 "words in quotes")
+        return args.prompt
+    try:
+        content = sys.stdin.buffer.read(MOST_BYTES + 1).decode("utf-8-sig")
+    except (AttributeError, OSError, ValueError) as error:      # closed, or no text
+        raise TinyldmError(f"cannot read prompts from standard input ({error}): give one UTF-8 "
+                           "line per prompt") from None
+    if len(content) > MOST_BYTES:
+        raise TinyldmError(f"standard input has more than {MOST_BYTES >> 20} MiB: give one prompt "
+                           "per line")
+    lines = [line.strip() for line in content.split("\n") if line.strip()]
+    if not lines:
+        raise TinyldmError("standard input holds no prompt: give one per line")
+    return [text for prompt in args.prompt for text in (lines if prompt == "-" else [prompt])]
+
+
+def check(found, args):
+    """Raise TinyldmError for what is wrong in any job, before anything is loaded."""
     from ..text.prompt import parse as parse_prompt
 
-    generator = get_generator(noise)
     for job in found:
-        for text in ends(job.prompt):
-            parse_prompt(text)
-        for seed in ends(job.seed):
-            generator(seed)
+        request(job, args).generators()
+    for text in dict.fromkeys(text for job in found for text in ends(job.prompt)):
+        parse_prompt(text)
+
+
+def request(job, args):
+    """The Request of a picture, which checks the options as from Python."""
+    from ..pipelines.request import Request
+
+    return Request(job.prompt, args.negative, args.steps, args.guidance, job.seed, args.width,
+                   args.height, sampler=args.sampler, noise=args.noise, image=job.image,
+                   guidance_rescale=args.guidance_rescale, strength=args.strength, mask=job.mask,
+                   timestep_spacing=args.timestep_spacing)
 
 
 def interpolates(args):

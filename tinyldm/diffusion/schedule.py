@@ -19,12 +19,57 @@ from itertools import pairwise
 import numpy as np
 
 from ..backend import asarray, to_host
+from ..configs import Config, one_of, within
 from ..errors import TinyldmError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
 FINAL_SIGMAS = ("zero", "sigma_min")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig(Config):
+    """The public scheduler_config.json of any class: which values its keys may have.
+
+    What they mean is read below, and in samplers/__init__.py, where each class has defaults and
+    switches of its own. None stands for an absent key.
+    """
+
+    CHANGES = {"thresholding": (False, None)}           # of pixels; latents have no fixed range
+
+    _class_name: str | None = None
+    num_train_timesteps: int = within(1, 100_000, 1000)
+    beta_start: float = within(0, 1, 1e-4)
+    beta_end: float = within(0, 1, 0.02)
+    beta_schedule: str | None = one_of(*BETA_SCHEDULES, default=None)
+    trained_betas: list[float] | None = within(0, 1, None, lengths=range(1, 100_001))
+    rescale_betas_zero_snr: bool | None = None
+    prediction_type: str | None = one_of(*PREDICTION_TYPES, default=None)
+    timestep_spacing: str | None = one_of(*SPACINGS, default=None)
+    steps_offset: int = within(0, 100_000, 0)
+    set_alpha_to_one: bool | None = None
+    clip_sample: bool | None = None
+    clip_sample_range: float = within(0, 1e6, 1.0)
+    final_sigmas_type: str | None = one_of(*FINAL_SIGMAS, default=None)
+    # Of single classes.
+    skip_prk_steps: bool | None = None
+    use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
+    use_flow_sigmas: bool | None = None
+    use_lu_lambdas: bool | None = None
+    lower_order_final: bool | None = None
+    euler_at_final: bool | None = None
+    predict_x0: bool | None = None
+    solver_order: int | None = within(1, 3, None)
+    solver_type: str | None = None
+    algorithm_type: str | None = None
+    variance_type: str | None = None
+    interpolation_type: str | None = None
+    timestep_type: str | None = None
+    original_inference_steps: int | None = within(1, 100_000, None)
+    timestep_scaling: float | None = within(0, 1e6, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,21 +92,23 @@ class Schedule:
     def from_config(cls, config):
         """Read the dict of a scheduler_config.json; its `_class_name` plays no part.
 
-        Raises TinyldmError for an unknown value of a field, and lists the known values.
+        Raises TinyldmError for a value that SchedulerConfig refuses, and for betas that do not
+        describe a schedule.
         """
-        if config.get("thresholding"):
-            raise TinyldmError("the scheduler config asks for thresholding, which is meant for "
-                               "pixels and is not supported: set it to false")
-        spacing = config.get("timestep_spacing")
+        try:
+            config = SchedulerConfig.read(config)
+            betas = _betas(config)
+        except TinyldmError as error:
+            raise TinyldmError(f"scheduler_config.json: {error}") from None
         return cls(
-            betas=_betas(config),
-            prediction_type=_known(config, "prediction_type", PREDICTION_TYPES),
-            timestep_spacing=spacing and _known(config, "timestep_spacing", SPACINGS),
-            steps_offset=_number(config, "steps_offset", 0, int),
-            set_alpha_to_one=config.get("set_alpha_to_one"),
-            clip_sample=config.get("clip_sample"),
-            clip_sample_range=_number(config, "clip_sample_range", 1.0),
-            final_sigmas_type=_known(config, "final_sigmas_type", FINAL_SIGMAS),
+            betas=betas,
+            prediction_type=config.prediction_type or PREDICTION_TYPES[0],
+            timestep_spacing=config.timestep_spacing,
+            steps_offset=config.steps_offset,
+            set_alpha_to_one=config.set_alpha_to_one,
+            clip_sample=config.clip_sample,
+            clip_sample_range=config.clip_sample_range,
+            final_sigmas_type=config.final_sigmas_type or FINAL_SIGMAS[0],
         )
 
     def __post_init__(self):
@@ -135,36 +182,30 @@ class Schedule:
 # ---- betas ----------------------------------------------------------------------------------
 
 def _betas(config):
-    """(T,) float32 betas of a scheduler config.
+    """(T,) float32 betas of a SchedulerConfig.
 
     scaled_linear: evenly spaced in sqrt(beta), from latent diffusion's own code.
     squaredcos_cap_v2: the cosine schedule of Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
     """
-    T = _number(config, "num_train_timesteps", 1000, int)
-    start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
-    schedule = _known(config, "beta_schedule", BETA_SCHEDULES)
-    if T < 1:
-        raise TinyldmError(f"the scheduler config's num_train_timesteps must be positive, not {T}")
-    if config.get("trained_betas") is not None:
-        try:
-            betas = np.array(config["trained_betas"], np.float32).reshape(T)
-            if not ((betas > 0) & (betas < 1)).all():
-                raise ValueError
-        except (TypeError, ValueError):
-            raise TinyldmError(f"the scheduler config's trained_betas must be {T} numbers "
-                               "(num_train_timesteps) between 0 and 1") from None
+    T, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
+    schedule = config.beta_schedule or BETA_SCHEDULES[0]
+    if config.trained_betas is not None:
+        if len(config.trained_betas) != T:
+            raise TinyldmError(f"trained_betas must be {T} numbers (num_train_timesteps), "
+                               f"not {len(config.trained_betas)}")
+        betas = np.array(config.trained_betas, np.float32)
     elif schedule == "squaredcos_cap_v2":
         alpha_bar = [math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(T + 1)]
         ratios = [after / before for before, after in pairwise(alpha_bar)]
         betas = np.array([min(1 - ratio, 0.999) for ratio in ratios], np.float32)
-    elif not (0 < start < 1 and 0 < end < 1):
-        raise TinyldmError("the scheduler config's beta_start and beta_end must lie between 0 and "
-                           f"1, not {start} and {end}")
     elif schedule == "linear":
         betas = _linspace(start, end, T)
     else:
         betas = _linspace(start ** 0.5, end ** 0.5, T) ** 2
-    return _zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas
+    if not ((1 - betas > 0) & (1 - betas < 1)).all():   # in float32
+        raise TinyldmError("beta_start, beta_end or trained_betas are too near to 0 or 1 for a "
+                           "schedule: those of Stable Diffusion are 0.00085 and 0.012")
+    return _zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
 
 
 def _linspace(start, end, count):
@@ -188,22 +229,3 @@ def _zero_terminal_snr(betas):
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     alpha_bar = root ** 2
     return 1 - np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
-
-
-# ---- reading the config ---------------------------------------------------------------------
-
-def _known(config, key, known):
-    """config[key], or the first known value where the file leaves it out."""
-    value = config.get(key) or known[0]
-    if value not in known:
-        raise TinyldmError(f"the scheduler config's {key} {value!r} is not supported; "
-                           f"supported: {', '.join(known)}")
-    return value
-
-
-def _number(config, key, default, kind=float):
-    try:
-        return kind(config.get(key, default))
-    except (TypeError, ValueError, OverflowError):
-        raise TinyldmError(f"the scheduler config's {key} must be a number, "
-                           f"not {config[key]!r}") from None

@@ -25,7 +25,7 @@ from ..checkpoints.components import (
 from ..checkpoints.formats.reading import read_tensors
 from ..checkpoints.layout import fitted
 from ..checkpoints.single_file.kinds import family, layout_of
-from ..cli.draw import status
+from ..cli.console import say, status
 from ..cli.options import Parser
 from ..errors import TinyldmError, clean
 from ..files import read_json
@@ -44,7 +44,7 @@ def main(arguments=None):
 
     def run():
         for line in describe(parser.parse_args(arguments).file):
-            print(clean(line, LONGEST_LINE))
+            say(clean(line, LONGEST_LINE))
     return status(run)
 
 

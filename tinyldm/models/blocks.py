@@ -1,36 +1,15 @@
-"""What the models share: reading a config.json, residual block, attention, down- and upsampling."""
-from dataclasses import MISSING, fields
-
+"""What the models share: residual block, attention, down- and upsampling."""
 from .. import ops
 from ..backend import add_up
 from ..errors import TinyldmError
 from ..layers import NO_TAPE, Activation, Conv2d, GroupNormSiLU, Linear, Module, Sequence, Upsample
 
 
-class Config:
-    """A config.json as a frozen dataclass: one field for each key that this package reads."""
-
-    @staticmethod
-    def allowed(config):
-        """{key: values} of keys that change the architecture: only these values are built here.
-
-        An absent key is fine. What is neither here nor a field is ignored.
-        """
-        return {}
-
-    @classmethod
-    def read(cls, config):
-        """Raises TinyldmError for what is not built, and for a missing key without a default."""
-        name = config.get("_class_name", "config.json")
-        for key, values in cls.allowed(config).items():
-            if key in config and config[key] not in values:
-                raise TinyldmError(f"{name}: {key} = {config[key]!r} is not supported, "
-                                   f"only {' or '.join(map(repr, values))}")
-        given = {field.name: config[field.name] for field in fields(cls) if field.name in config}
-        if missing := [field.name for field in fields(cls)
-                       if field.default is MISSING and field.name not in given]:
-            raise TinyldmError(f"{name} lacks {', '.join(missing)}: get the whole file again")
-        return cls(**given)
+def check_groups(widths, groups):
+    """Raise TinyldmError for a config whose group norms cannot divide the channels evenly."""
+    if wrong := [width for width in widths if width % groups]:
+        raise TinyldmError(f"norm_num_groups must divide every entry of block_out_channels, but "
+                           f"{groups} does not divide {wrong[0]}")
 
 
 def check_condition(layer, option, projection, name, value):

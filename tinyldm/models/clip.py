@@ -8,32 +8,63 @@ from dataclasses import dataclass
 
 from .. import ops
 from ..backend import add_up, get_xp
+from ..configs import Config, one_of, within
+from ..errors import TinyldmError
 from ..layers import NO_TAPE, Activation, Embedding, LayerNorm, Linear, Module, Sequence
-from .blocks import Config
+
+# Keys that transformers writes into every config: the training of a model, the texts that a
+# language model writes, the form of an output. A picture needs none of them.
+TRANSFORMERS = frozenset("""
+    architectures model_type transformers_version dtype torch_dtype torchscript return_dict
+    output_hidden_states output_attentions use_bfloat16 use_cache use_return_dict
+    tie_word_embeddings pruned_heads cross_attention_hidden_size chunk_size_feed_forward
+    tf_legacy_loss problem_type id2label label2id num_labels finetuning_task
+    task_specific_params tokenizer_class prefix is_encoder_decoder is_decoder
+    add_cross_attention tie_encoder_decoder decoder_start_token_id sep_token_id bad_words_ids
+    suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id max_length
+    min_length do_sample early_stopping num_beams num_beam_groups num_return_sequences
+    temperature top_k top_p typical_p length_penalty repetition_penalty diversity_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    remove_invalid_values return_dict_in_generate output_scores name_or_path
+    """.split())
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(Config):
     """The public text_encoder/config.json. Defaults are those of transformers."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int = 77                   # the prompt length CLIP was trained with
-    hidden_act: str = "quick_gelu"                      # OpenAI's models; OpenCLIP's say "gelu"
-    layer_norm_eps: float = 1e-5
-    eos_token_id: int = 2                               # means the largest id, see below
+    CHANGES = {"quantization_config": (None,)}
+    UNUSED = TRANSFORMERS | {
+        "initializer_range", "initializer_factor",      # of new weights
+        "attention_dropout", "dropout",                 # drawing has none, nor has training here
+        "bos_token_id", "pad_token_id",                 # the tokenizer's files decide
+        "eos_token_id", "projection_dim"}               # for models with a projection, see below
 
-    @staticmethod
-    def allowed(config):
-        return {"hidden_act": ("quick_gelu", "gelu")}
+    vocab_size: int = within(1, 10**7)
+    hidden_size: int = within(1, 65536)
+    intermediate_size: int = within(1, 10**6)
+    num_hidden_layers: int = within(1, 256)
+    num_attention_heads: int = within(1, 65536)
+    max_position_embeddings: int = within(1, 65536, 77)     # the length CLIP was trained with
+    hidden_act: str = one_of("quick_gelu", "gelu", default="quick_gelu")    # OpenCLIP's is "gelu"
+    layer_norm_eps: float = within(0, 1, 1e-5)
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise TinyldmError(f"num_attention_heads must divide hidden_size, {self.hidden_size}, "
+                               f"but {self.num_attention_heads} does not")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextProjectionConfig(CLIPTextConfig):
-    projection_dim: int
+    projection_dim: int = within(1, 65536)
+    eos_token_id: int = within(0, 10**7, 2)             # 2 means the largest id, see below
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eos_token_id >= self.vocab_size:
+            raise TinyldmError(f"eos_token_id must be below vocab_size, {self.vocab_size}, "
+                               f"not {self.eos_token_id}")
 
 
 class CLIPTextModel(Module):
@@ -45,7 +76,8 @@ class CLIPTextModel(Module):
     Raises TinyldmError for a config that is not supported.
     """
 
-    settings = property(lambda self: CLIPTextConfig.read(self.config))
+    Settings = CLIPTextConfig
+    settings = property(lambda self: self.Settings.read(self.config))
 
     def __init__(self, config):
         self.config = config
@@ -70,7 +102,8 @@ class CLIPTextModelWithProjection(Module):
     Raises TinyldmError for a config that is not supported.
     """
 
-    settings = property(lambda self: CLIPTextProjectionConfig.read(self.config))
+    Settings = CLIPTextProjectionConfig
+    settings = property(lambda self: self.Settings.read(self.config))
 
     def __init__(self, config):
         self.config = config

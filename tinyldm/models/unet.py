@@ -17,10 +17,12 @@ Stable Diffusion 1.x with latents of 64×64 (on the right the skips, channels on
 """
 from collections import namedtuple
 from dataclasses import dataclass
+from operator import attrgetter
 from types import SimpleNamespace
 
 from .. import ops
 from ..backend import wide
+from ..configs import Config, one_of, within
 from ..errors import TinyldmError
 from ..layers import (
     NO_TAPE,
@@ -35,11 +37,11 @@ from ..layers import (
 )
 from .blocks import (
     Attention,
-    Config,
     Downsample2D,
     ResnetBlock2D,
     Upsample2D,
     check_condition,
+    check_groups,
 )
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}      # name -> has attention
@@ -52,53 +54,67 @@ Level = namedtuple("Level", "width layers has_attention transformer")
 class UNetConfig(Config):
     """The public unet/config.json. Defaults are those of diffusers. Lists: one item per level."""
 
-    in_channels: int
-    out_channels: int
-    block_out_channels: list
-    down_block_types: list
-    up_block_types: list
-    cross_attention_dim: int | list
-    norm_num_groups: int
-    norm_eps: float
-    layers_per_block: int | list = 2
-    attention_head_dim: int | list = 8                  # the number of heads, despite its name
-    num_attention_heads: int | list | None = None       # the same, in newer files
-    transformer_layers_per_block: int | list = 1        # Stable Diffusion XL has more
+    CHANGES = dict.fromkeys((
+        "class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type",
+        "time_embedding_dim", "cross_attention_norm", "timestep_post_act", "time_embedding_act_fn",
+        "reverse_transformer_layers_per_block", "quantization_config"), (None,)) | {
+        "act_fn": ("silu", "swish"), "center_input_sample": (False,), "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",),
+        "dual_cross_attention": (False,), "only_cross_attention": (False,),
+        "mid_block_only_cross_attention": (None, False), "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,), "attention_type": ("default",),
+        "class_embeddings_concat": (False,), "resnet_out_scale_factor": (1,),
+        "resnet_skip_time_act": (False,)}
+    UNUSED = frozenset({
+        "dropout",                                      # drawing has none, nor has training here
+        "upcast_attention",                             # the softmax here is float32 at least
+        "addition_embed_type_num_heads"})               # for types of embedding refused below
+
+    in_channels: int = within(1, 1024)
+    out_channels: int = within(1, 1024)
+    block_out_channels: list[int] = within(4, 65536)
+    down_block_types: list[str] = one_of(*DOWN_BLOCKS)
+    up_block_types: list[str] = one_of(*(name.replace("Down", "Up") for name in DOWN_BLOCKS))
+    cross_attention_dim: int | list[int] = within(1, 65536)
+    norm_num_groups: int = within(1, 65536)
+    norm_eps: float = within(0, 1)
+    layers_per_block: int | list[int] = within(1, 8, 2)
+    # The number of heads, despite its name; newer files have the second key.
+    attention_head_dim: int | list[int] = within(1, 65536, 8)
+    num_attention_heads: int | list[int] | None = within(1, 65536, None)
+    transformer_layers_per_block: int | list[int] = within(1, 24, 1)    # SDXL has more
     use_linear_projection: bool = False                 # True from Stable Diffusion 2 on
     flip_sin_to_cos: bool = True                        # cosines first; Ho et al.: sines
-    freq_shift: int = 0                                 # Ho et al.: 1
-    sample_size: int | list | None = None               # of latents; a number or [height, width]
-    time_cond_proj_dim: int | None = None               # Latent Consistency Models only
-    addition_embed_type: str | None = None              # "text_time" in Stable Diffusion XL only
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-
-    @staticmethod
-    def allowed(config):
-        absent = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type",
-                  "time_embedding_dim", "cross_attention_norm", "timestep_post_act",
-                  "time_embedding_act_fn")
-        return dict.fromkeys(absent, (None,)) | dict(
-            act_fn=("silu",), center_input_sample=(False,), downsample_padding=(1,),
-            mid_block_scale_factor=(1,), mid_block_type=("UNetMidBlock2DCrossAttn",),
-            resnet_time_scale_shift=("default",), time_embedding_type=("positional",),
-            dual_cross_attention=(False,), only_cross_attention=(False,),
-            addition_embed_type=(None, "text_time"), conv_in_kernel=(3,), conv_out_kernel=(3,),
-            attention_type=("default",), dropout=(0,), class_embeddings_concat=(False,),
-            resnet_out_scale_factor=(1,), resnet_skip_time_act=(False,))
+    freq_shift: int = within(0, 1, 0)                   # Ho et al.: 1
+    # Of latents; a number or [height, width].
+    sample_size: int | list[int] | None = within(1, 1024, None, lengths=(2,))
+    time_cond_proj_dim: int | None = within(4, 65536, None)     # Latent Consistency Models only
+    addition_embed_type: str | None = one_of("text_time", default=None)     # SDXL only
+    addition_time_embed_dim: int | None = within(4, 65536, None)
+    projection_class_embeddings_input_dim: int | None = within(1, 10**6, None)
 
     def __post_init__(self):
         widths, down, up = self.block_out_channels, self.down_block_types, self.up_block_types
-        for name in down:
-            if name not in DOWN_BLOCKS:
-                raise TinyldmError(f"UNet block {name!r} is not supported, "
-                                   f"only {', '.join(DOWN_BLOCKS)}")
         if not len(widths) == len(down) == len(up):
             raise TinyldmError("block_out_channels, down_block_types and up_block_types have "
                                f"{len(widths)}, {len(down)} and {len(up)} entries: "
                                "expected as many of each")
         if list(up) != [name.replace("Down", "Up") for name in reversed(down)]:
             raise TinyldmError(f"up_block_types {up} do not mirror down_block_types {down}")
+        for key in ("cross_attention_dim", "layers_per_block", "attention_head_dim",
+                    "num_attention_heads", "transformer_layers_per_block"):
+            value = getattr(self, key)
+            if isinstance(value, (list, tuple)) and len(value) != len(widths):
+                raise TinyldmError(f"{key} has {len(value)} entries, but block_out_channels "
+                                   f"{len(widths)}: expected as many")
+        check_groups(widths, self.norm_num_groups)
+        *levels, last = self.levels                     # the middle block attends like the last
+        for level in [*filter(attrgetter("has_attention"), levels), last]:
+            if level.width % (num_heads := level.transformer["num_heads"]):
+                raise TinyldmError("the number of heads (attention_head_dim or num_attention_heads)"
+                                   f" must divide block_out_channels, but {num_heads} does not "
+                                   f"divide {level.width}")
         sizes = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
         if self.addition_embed_type and None in sizes:
             raise TinyldmError("addition_embed_type needs addition_time_embed_dim and "
@@ -134,7 +150,8 @@ class UNet2DConditionModel(Module):
     Raises TinyldmError for a config that is not supported.
     """
 
-    settings = property(lambda self: UNetConfig.read(self.config))
+    Settings = UNetConfig
+    settings = property(lambda self: self.Settings.read(self.config))
 
     def __init__(self, config):
         self.config = config

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from .. import ops
 from ..backend import get_xp
+from ..configs import Config, one_of, within
+from ..errors import TinyldmError
 from ..layers import NO_TAPE, Conv2d, GroupNorm, GroupNormSiLU, Module, Sequence
-from .blocks import Attention, Config, Downsample2D, ResnetBlock2D, Upsample2D
+from .blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D, check_groups
 
 EPS = 1e-6      # every norm of the VAE; the UNet's residual blocks use 1e-5
 OVERLAP = 0.25  # the share of a tile's side that it has in common with the next tile
@@ -21,29 +23,46 @@ OVERLAP = 0.25  # the share of a tile's side that it has in common with the next
 class VAEConfig(Config):
     """The public vae/config.json. Defaults are those of diffusers."""
 
-    block_out_channels: list
-    latent_channels: int
-    in_channels: int = 3                                # RGB
-    out_channels: int = 3
-    layers_per_block: int = 1                           # Stable Diffusion says 2
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215                     # Stable Diffusion 1; its old files lack it
-    sample_size: int | list | None = 32                 # pixels; a number or [height, width]
+    CHANGES = {"act_fn": ("silu", "swish"), "mid_block_add_attention": (True,),
+               "shift_factor": (None, 0), "use_quant_conv": (True,),
+               "use_post_quant_conv": (True,), "norm_type": ("group",),
+               "quantization_config": (None,)}
 
-    @staticmethod
-    def allowed(config):
-        levels = len(config.get("block_out_channels", []))
-        return dict(act_fn=("silu",), mid_block_add_attention=(True,), shift_factor=(None,),
-                    use_quant_conv=(True,), use_post_quant_conv=(True,), norm_type=("group",),
-                    down_block_types=(["DownEncoderBlock2D"] * levels,),
-                    up_block_types=(["UpDecoderBlock2D"] * levels,))
+    block_out_channels: list[int] = within(1, 65536)
+    latent_channels: int = within(1, 256)
+    in_channels: int = within(1, 1024, 3)               # RGB
+    out_channels: int = within(1, 1024, 3)
+    layers_per_block: int = within(1, 8, 1)             # Stable Diffusion says 2
+    norm_num_groups: int = within(1, 65536, 32)
+    down_block_types: list[str] | None = one_of("DownEncoderBlock2D", default=None)
+    up_block_types: list[str] | None = one_of("UpDecoderBlock2D", default=None)
+    scaling_factor: float = within(0, 1e4, 0.18215)     # Stable Diffusion 1; its old files lack it
+    # The mean and the standard deviation of each latent channel.
+    latents_mean: list[float] | None = within(-1e4, 1e4, None, lengths=range(1, 257))
+    latents_std: list[float] | None = within(0, 1e4, None, lengths=range(1, 257))
+    # In pixels; a number or [height, width].
+    sample_size: int | list[int] | None = within(1, 65536, 32, lengths=(2,))
+    force_upcast: bool | None = None                    # float32 in a pipeline of float16
+
+    def __post_init__(self):
+        for key, count in [("down_block_types", len(self.block_out_channels)),
+                           ("up_block_types", len(self.block_out_channels)),
+                           ("latents_mean", self.latent_channels),
+                           ("latents_std", self.latent_channels)]:
+            value = getattr(self, key)
+            if value is not None and len(value) != count:
+                raise TinyldmError(f"{key} has {len(value)} entries: expected {count}, as many as "
+                                   "the VAE has levels (block_out_channels) or latent channels")
+        if (self.latents_mean is None) != (self.latents_std is None):
+            raise TinyldmError("latents_mean and latents_std must be given both, or neither")
+        check_groups(self.block_out_channels, self.norm_num_groups)
 
 
 class AutoencoderKL(Module):
     """config: the dict of the public vae/config.json; settings: the same as a VAEConfig.
 
-    Latents here are unscaled. The pipeline multiplies them by `scaling_factor`, so that the UNet
-    sees variance 1.
+    z, the latents here, is unscaled. to_latents gives it variance 1, as the UNet sees it; to_z
+    undoes that.
 
     encode: images (B,H,W,3) in [-1, 1] -> mean, logvar (B,H/f,W/f,4). f = 2^(levels - 1) is
             `vae_scale_factor`, pixels per latent in each direction; H and W are multiples of f.
@@ -52,7 +71,8 @@ class AutoencoderKL(Module):
     Raises TinyldmError for a config that is not supported.
     """
 
-    settings = property(lambda self: VAEConfig.read(self.config))
+    Settings = VAEConfig
+    settings = property(lambda self: self.Settings.read(self.config))
 
     def __init__(self, config):
         self.config = config
@@ -66,6 +86,26 @@ class AutoencoderKL(Module):
         self.vae_scale_factor = 2 ** (len(settings.block_out_channels) - 1)
         side = min(size) if isinstance(size, (list, tuple)) else size
         self.tile = max(1, side // self.vae_scale_factor)               # its side, in latents
+
+    def to_latents(self, z):
+        """z (B,h,w,C) -> latents (z - latents_mean) * scaling_factor / latents_std, for the UNet.
+
+        Most configs have only the factor. diffusers 0.42.1 reads the other two in Stable Diffusion
+        XL alone; here they count in every pipeline, as a VAE means the same in all.
+        """
+        if self.settings.latents_std is not None:
+            z = (z - self._per_channel("latents_mean", z)) / self._per_channel("latents_std", z)
+        return z * self.scaling_factor
+
+    def to_z(self, latents):
+        """The inverse of to_latents."""
+        z = latents / self.scaling_factor
+        if self.settings.latents_std is not None:
+            z = z * self._per_channel("latents_std", z) + self._per_channel("latents_mean", z)
+        return z
+
+    def _per_channel(self, key, like):                  # -> (C,)
+        return get_xp(like).asarray(getattr(self.settings, key), like.dtype)
 
     def encode(self, images, tape=NO_TAPE):
         return self._distribution(self._moments(images, tape), tape)

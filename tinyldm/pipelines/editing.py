@@ -8,9 +8,9 @@ import math
 from ..backend import get_xp
 from ..diffusion.samplers.shared import NO_PICTURE, Origin
 from ..errors import TinyldmError
-from ..images import check_image, check_mask_size, from_pil, mask_from_pil
+from ..images import check_mask_size, from_pil, mask_from_pil
 from .interpolation import ends, lerp, mixed
-from .request import check_fraction
+from .request import check_edit
 
 STRENGTH = 0.8              # without a mask
 
@@ -27,19 +27,14 @@ class Edit:
 
     def __init__(self, image, strength, mask, inpaints, spread=False):
         self.image, self.mask, self.inpaints = image, mask, inpaints
-        for end in [] if image is None else ends(image):
-            check_image("image", end)
-        if image is None and (mask is not None or strength is not None):
-            raise TinyldmError("a mask or a strength needs an image: give one")
+        check_edit(image, strength, mask)
         if inpaints and mask is None:
             raise TinyldmError("this model is made for inpainting: give an image and a mask, white "
                                "where to paint")
         if mask is not None:
-            check_image("mask", mask)
             check_mask_size(mask, ends(image)[0])
         if strength is None:
             strength = STRENGTH if mask is None else 1.0
-        check_fraction("strength", strength)
         self.strength = strength
         self.spread = bool(spread) and image is not None and mask is None
         self.reach = strength if self.spread else 1.0

@@ -7,6 +7,10 @@ from ..errors import TinyldmError
 def check_parts(readers, unet, vae):
     """Raise TinyldmError for parts that do not fit: [(tokenizer, text encoder)], UNet and VAE."""
     texts, unet = [encoder.settings for _, encoder in readers], unet.settings
+    colours = vae.settings.in_channels, vae.settings.out_channels
+    if colours != (3, 3):
+        raise TinyldmError(f"the VAE's in_channels and out_channels are {colours}, but a picture "
+                           "has 3 colours: use another VAE")
     C, D = vae.settings.latent_channels, sum(text.hidden_size for text in texts)
     for key, fitting, reason in [
             ("in_channels", (C, 2 * C + 1), f"VAE's latent_channels is {C}"),

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from ..backend import is_finite
+from ..diffusion.samplers import check_name
 from ..diffusion.schedule import SPACINGS
 from ..errors import TinyldmError
-from ..images import decoded
+from ..images import check_image, decoded
 from ..noise import get_generator
 from .interpolation import Between, BetweenGenerator, ends, mixed
 
 LARGEST = 8192              # pixels per side; more is a typing mistake, not a picture
+MOST_STEPS, MOST_IMAGES = 1000, 10_000                  # the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +74,22 @@ class Request:
     timestep_spacing: str | None = None
 
     def __post_init__(self):
-        for name in ("image", "mask"):                  # decoded here, once, for all that read them
-            object.__setattr__(self, name, _decoded(name, getattr(self, name)))
+        if self.num_inference_steps is not None:
+            check_whole("the number of steps", self.num_inference_steps, 1, MOST_STEPS)
         check_finite("guidance_scale", self.guidance_scale)
         check_fraction("guidance_rescale", self.guidance_rescale)
-        if not isinstance(self.num_images, (int, np.integer)) or self.num_images < 1:
-            raise TinyldmError(f"num_images must be a whole number from 1, not {self.num_images!r}")
+        check_whole("num_images", self.num_images, 1, MOST_IMAGES)
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                check_pixels(name, getattr(self, name))
+        if self.sampler is not None:
+            check_name(self.sampler)
         if self.timestep_spacing not in (None, *SPACINGS):
             raise TinyldmError(f"timestep_spacing must be {', '.join(SPACINGS[:-1])} or "
                                f"{SPACINGS[-1]}, not {self.timestep_spacing!r}")
+        check_edit(self.image, self.strength, self.mask)
+        for name in ("image", "mask"):                  # decoded here, once, for all that read them
+            object.__setattr__(self, name, _decoded(name, getattr(self, name)))
 
     def generators(self):
         """One generator of normal numbers per image; raises TinyldmError for a wrong seed."""
@@ -102,6 +111,34 @@ def check_finite(name, value):
         finite = False
     if not finite:
         raise TinyldmError(f"{name} must be a finite number, not {value!r}")
+
+
+def check_whole(name, value, least, most):
+    if not isinstance(value, (int, np.integer)) or not least <= value <= most:
+        raise TinyldmError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+
+
+def check_pixels(name, pixels, least=1):
+    """-> pixels as an int; raises TinyldmError unless it is one from least to LARGEST."""
+    try:
+        pixels = operator.index(pixels)
+    except TypeError:
+        raise TinyldmError(f"{name} must be a whole number of pixels, not {pixels!r}") from None
+    if not 0 < pixels <= LARGEST:
+        raise TinyldmError(f"{name} must be from {least} to {LARGEST} pixels, not {pixels}")
+    return pixels
+
+
+def check_edit(image, strength, mask):
+    """Raise TinyldmError for values, or for pairs of them, that are wrong for every pipeline."""
+    if image is None and (mask is not None or strength is not None):
+        raise TinyldmError("a mask or a strength needs an image: give one")
+    for end in [] if image is None else ends(image):
+        check_image("image", end)
+    if mask is not None:
+        check_image("mask", mask)
+    if strength is not None:
+        check_fraction("strength", strength)
 
 
 def check_fraction(name, value):
@@ -128,12 +165,7 @@ def picture_size(width, height, image, own, factor):
 def _side(name, pixels, own, factor):
     if pixels is None and own is None:
         raise TinyldmError(f"the weights name no size: {name} must be given")
-    try:
-        pixels = operator.index(own * factor if pixels is None else pixels)
-    except TypeError:
-        raise TinyldmError(f"{name} must be a whole number of pixels, not {pixels!r}") from None
-    if not 0 < pixels <= LARGEST:
-        raise TinyldmError(f"{name} must be from {factor} to {LARGEST} pixels, not {pixels}")
+    pixels = check_pixels(name, own * factor if pixels is None else pixels, factor)
     if pixels % factor:
         near = [n for n in (pixels // factor * factor, -(-pixels // factor) * factor) if n]
         raise TinyldmError(f"{name} must be a multiple of {factor}, not {pixels}: "

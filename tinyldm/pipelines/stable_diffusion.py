@@ -22,6 +22,8 @@ from ..images import to_pil
 from .conditioning import Conditioner
 from .editing import Edit
 from .finite import check_output, finite_states
+from .interpolation import ends
+from .language import Language
 from .parts import check_parts
 from .predictor import Predictor
 from .request import Request, check_finite, check_latents, picture_size
@@ -61,11 +63,13 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
     parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema)
     steps = parts.index.get("_num_inference_steps",
                             FEW_STEPS if parts.unet.settings.time_cond_proj_dim else STEPS)
+    rule = parts.index.get("_language")
     tokenizer = Tokenizer.from_folder(parts.tokenizer, parts.padding)
     tokenizer_2 = parts.tokenizer_2 and Tokenizer.from_folder(parts.tokenizer_2, parts.padding_2)
     pipe = StableDiffusion(tokenizer, parts.text_encoder, parts.unet, parts.vae, parts.scheduler,
                            steps, low_memory, tokenizer_2, parts.text_encoder_2,
-                           parts.index.get("force_zeros_for_empty_prompt", True))
+                           parts.index.get("force_zeros_for_empty_prompt", True),
+                           rule and Language(rule))
     for model in pipe.models.values():
         move(model, xp)
     return pipe
@@ -84,17 +88,18 @@ class StableDiffusion:
     num_inference_steps: the default number of steps; a folder may recommend its own as
     `_num_inference_steps` in model_index.json. low_memory: decode in tiles. tokenizer_2,
     text_encoder_2: only in Stable Diffusion XL. force_zeros_for_empty_prompt: see Conditioner.
+    language: the Language of a model that knows no other; other prompts get a note.
     Raises TinyldmError for parts that do not fit together.
     """
 
     def __init__(self, tokenizer, text_encoder, unet, vae, scheduler, num_inference_steps=STEPS,
                  low_memory=False, tokenizer_2=None, text_encoder_2=None,
-                 force_zeros_for_empty_prompt=True):
+                 force_zeros_for_empty_prompt=True, language=None):
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.scheduler, self.num_inference_steps = scheduler, num_inference_steps
-        self.low_memory = low_memory
+        self.low_memory, self.language = low_memory, language
         check_parts(self._readers, unet, vae)
         # Old files have other values of these two. The public pipeline corrects them too, except
         # those of SDXL and Latent Consistency Models.
@@ -131,6 +136,11 @@ class StableDiffusion:
         draw_noise = partial(self._draw, request.generators(), shape)       # () -> (B,h,w,C)
         conditioning = self._conditioner(request.prompt, request.negative_prompt,
                                          request.guidance_scale, *size)
+        if self.language:
+            # No word at all is the usual negative prompt, and was trained as one.
+            texts = [*ends(request.prompt), *filter(None, ends(request.negative_prompt))]
+            for text in dict.fromkeys(texts):
+                self.language.check(text)
         latents, origin, extra_channels = edit.prepare(self.encode, first, size, latents,
                                                        draw_noise)
         predict = Predictor(self.unet, conditioning, request.guidance_scale,
@@ -169,7 +179,7 @@ class StableDiffusion:
         encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
         images = self._array(images).astype(self.vae.dtype)
         mean, logvar = (self._array(moment) for moment in encode(images))
-        latents = (mean + self.unet.xp.exp(logvar / 2) * noise) * self.vae.scaling_factor
+        latents = self.vae.to_latents(mean + self.unet.xp.exp(logvar / 2) * noise)
         check_output(latents, "the picture is encoded to NaN or infinity", self.vae,
                      partial(encode, images))
         return latents
@@ -184,7 +194,7 @@ class StableDiffusion:
         if latents.ndim != 4 or latents.shape[-1] != channels:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = (self._array(latents) / self.vae.scaling_factor).astype(self.vae.dtype)
+        z = self.vae.to_z(self._array(latents)).astype(self.vae.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         if self.low_memory:
             free_scratch()                              # what the UNet used
@@ -219,6 +229,7 @@ class StableDiffusion:
         check_finite("weight", weight)
         path = resolve_addon(path, "pytorch_lora_weights")
         merge_lora(self.models, path, float(weight), self.unet.dtype, self._encoders)
+        self.language = None                            # it may know more now
 
     def load_textual_inversion(self, path, token=None):
         """Add a learned word to the vocabulary, for use in prompts.
@@ -232,6 +243,7 @@ class StableDiffusion:
         from ..checkpoints import add_word, resolve_addon
 
         add_word(self._encoders, resolve_addon(path, "learned_embeds"), token)
+        self.language = None                            # it knows one word more
 
     @property
     def _encoders(self):

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from ..backend import parallel
 from ..diffusion.schedule import Schedule
 from ..models import CLIPTextModel, UNet2DConditionModel
-from ..text.tokenizer import Tokenizer
-from ..training.loop import SHARDS, Trainer, split_batch, write_npz
+from ..text.tokenizer import MAX_LENGTH, Tokenizer
+from ..training.loop import SHARDS, Trainer, split_batch
 from ..training.objectives import diffusion_loss
 from ..training.optim import initialise
+from ..training.state import check_writable, read_npz, unusable, write_npz
 from . import drawing
 from .autoencoder import load_vae
 from .configs import SCHEDULER, TEXT_ENCODER, UNET
@@ -41,6 +42,7 @@ def make_pool(run):
     path = run / "pool.npz"
     if not path.exists():
         vae = load_vae(run)
+        check_writable(path)
         write_tokenizer(run / "tokenizer")
         tokenizer = Tokenizer.from_folder(run / "tokenizer")
         rng = np.random.default_rng(2)
@@ -54,8 +56,12 @@ def make_pool(run):
         variance = mean.astype(np.float64).var() + (std.astype(np.float64) ** 2).mean()
         write_npz(path, mean=mean, std=std, ids=np.stack(ids).astype(np.int16),
                   no_caption=tokenizer("")[0], scaling_factor=variance ** -0.5)
-    with np.load(path) as pool:
-        return dict(pool)
+    pictures = None, None, None, None
+    pool = read_npz(path, {"mean": pictures, "std": pictures, "ids": (None, MAX_LENGTH),
+                           "no_caption": (MAX_LENGTH,), "scaling_factor": ()})
+    if pool["mean"].shape != pool["std"].shape or not 0 < len(pool["ids"]) == len(pool["mean"]):
+        raise unusable(path, "its arrays are of different numbers of pictures")
+    return pool
 
 
 def build(pool):

@@ -9,8 +9,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..checkpoints import load_model, resolve
-from ..files import write_json
-from ..images import to_pil
+from ..cli.console import say
+from ..files import make_folder, write_json
+from ..images import grid, to_pil
 from ..pipelines.stable_diffusion import load
 from .drawing import to_images
 from .judge import score
@@ -26,6 +27,8 @@ def evaluate(weights, prompts, output, round_trip=False):
     round_trip: in place of the model's pictures, true drawings after the VAE's round trip: the best
     that the latents allow.
     """
+    if output:
+        make_folder(output)                             # before anything is drawn
     scenes = held_out_scenes(prompts, seed=0)
     prompts = list(scenes)
     if round_trip:
@@ -37,11 +40,12 @@ def evaluate(weights, prompts, output, round_trip=False):
                     for seed, prompt in enumerate(tqdm(prompts, desc="drawing"))]
     accuracies = {name: round(value, 4) for name, value in score(pictures, prompts).items()}
     report = {"prompts": len(prompts), **accuracies}
-    print(json.dumps(report, indent=2))
     if output:
         write_json(output / "accuracy.json", report)
-        grid(pictures[:SHOWN]).save(output / "samples.png")
+        shown = [Image.fromarray(picture) for picture in pictures[:SHOWN]]
+        grid(shown, COLUMNS, GAP).save(output / "samples.png")
         (output / "samples.txt").write_text("\n".join(prompts[:SHOWN]) + "\n")
+    say(json.dumps(report, indent=2))
 
 
 def reconstruct(vae, scenes, at_once=10):
@@ -51,14 +55,3 @@ def reconstruct(vae, scenes, at_once=10):
         mean, _ = vae.encode(to_images(scenes[start:start + at_once]))
         pictures += map(np.asarray, to_pil(vae.decode(mean)))
     return pictures
-
-
-def grid(pictures):
-    """Pictures, uint8 (H,W,3) of one size -> one PIL image with COLUMNS of them per row."""
-    H, W, _ = pictures[0].shape
-    rows = -(-len(pictures) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (W + GAP) - GAP, rows * (H + GAP) - GAP), "white")
-    for i, picture in enumerate(pictures):
-        at = (i % COLUMNS * (W + GAP), i // COLUMNS * (H + GAP))
-        sheet.paste(Image.fromarray(picture), at)
-    return sheet

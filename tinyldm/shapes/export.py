@@ -5,14 +5,15 @@
 import numpy as np
 
 from ..checkpoints import load_model, write_pipeline
-from ..errors import TinyldmError
-from ..files import read_json, write_json
-from ..training.loop import trained, write_npz
+from ..errors import TinyldmError, note
+from ..files import new_folder, read_json, write_json
+from ..training.loop import trained
 from ..training.optim import AdamW, load_ema
+from ..training.state import read_npz, write_npz
 from .autoencoder import decoder_parameters, load_vae
 from .configs import LATENT_CHANNELS, SCHEDULER
 from .denoiser import build, make_pool, named_parameters
-from .vocabulary import write_tokenizer
+from .vocabulary import LANGUAGE, write_tokenizer
 from .widen import widen
 
 STAGES = ("vae", "unet", "decoder")
@@ -22,21 +23,24 @@ STEPS = 25                  # that this model needs per picture
 def export(run, output):
     """Write the run's averaged weights, float16, and all configs into the folder `output`.
 
-    Raises TinyldmError where a stage has not been run.
+    It appears when it is complete. A pipeline that lies there is replaced as a whole; files of
+    other names, such as a README, are kept.
+    Raises TinyldmError where a stage has not been run, and where something else lies there.
     """
     for stage in ("vae", "unet"):
         trained(run, stage)
-    pool = make_pool(run)
-    vae = load_vae(run, round(float(pool["scaling_factor"]), 6))
-    text_encoder, unet = build(pool)
-    load_ema(run / "unet.npz", named_parameters(text_encoder, unet))
-    write_pipeline(output, {"vae": vae, "text_encoder": text_encoder, "unet": unet},
-                   {"tokenizer": write_tokenizer}, SCHEDULER, {"_num_inference_steps": STEPS},
-                   np.float16)
-    record = {stage: _history(run / f"{stage}.npz") for stage in STAGES
-              if (run / f"{stage}.npz").exists()}
-    write_json(output / "training.json", record, indent=None)
-    plot_losses(record, output / "loss.png")
+    with new_folder(output, marker="model_index.json") as folder:
+        pool = make_pool(run)
+        vae = load_vae(run, round(float(pool["scaling_factor"]), 6))
+        text_encoder, unet = build(pool)
+        load_ema(run / "unet.npz", named_parameters(text_encoder, unet))
+        write_pipeline(folder, {"vae": vae, "text_encoder": text_encoder, "unet": unet},
+                       {"tokenizer": write_tokenizer}, SCHEDULER,
+                       {"_num_inference_steps": STEPS, "_language": LANGUAGE}, np.float16)
+        record = {stage: _history(run / f"{stage}.npz") for stage in STAGES
+                  if (run / f"{stage}.npz").exists()}
+        write_json(folder / "training.json", record, indent=None)
+        plot_losses(record, folder / "loss.png")
 
 
 def restore(weights, run):
@@ -44,11 +48,11 @@ def restore(weights, run):
 
     The averaged weights become the trained ones. The optimiser's averages begin anew, with a
     warm-up. Models with fewer than LATENT_CHANNELS are widened, and their steps count from 0.
-    Raises TinyldmError where `run` holds a training already.
+    Raises TinyldmError where `run` holds a training already, or anything else.
     """
     if any((run / f"{stage}.npz").exists() for stage in STAGES):
         raise TinyldmError(f"{run} holds a training already: name another folder with --run")
-    record = read_json(weights / "training.json")
+    record = _read_record(weights / "training.json")
     vae, text_encoder, unet = (load_model(weights / part)
                                for part in ("vae", "text_encoder", "unet"))
     if vae.settings.latent_channels < LATENT_CHANNELS:
@@ -56,15 +60,32 @@ def restore(weights, run):
         record = {stage: {"steps": 0, "loss": []} for stage in ("vae", "unet")}
     parameters = {"vae": vae.named_parameters(), "decoder": decoder_parameters(vae),
                   "unet": named_parameters(text_encoder, unet)}
-    for stage in record:
-        write_npz(run / f"{stage}.npz", history=record[stage]["loss"],
-                  begun=record[stage]["steps"], **AdamW(parameters[stage]).state())
+    with new_folder(run) as folder:
+        for stage in record:
+            write_npz(folder / f"{stage}.npz", history=record[stage]["loss"],
+                      begun=record[stage]["steps"], **AdamW(parameters[stage]).state())
+
+
+def _read_record(path):
+    """{stage: {"steps": their number, "loss": its points}} of a file that `export` wrote."""
+    record = read_json(path)
+    for stage in ("vae", "unet", *record):
+        try:
+            steps, loss = record[stage]["steps"], np.asarray(record[stage]["loss"], np.float64)
+            good = stage in STAGES and isinstance(steps, int) and steps >= 0
+            good = good and (not loss.size or loss.shape[1:] == (2,)) and np.isfinite(loss).all()
+        except (KeyError, TypeError, ValueError):
+            good = False
+        if not good:
+            raise TinyldmError(f"{path} does not tell the steps and losses of stage {stage!r}: "
+                               "--weights names a folder that export wrote")
+    return record
 
 
 def _history(path):
     """The number of a stage's steps, and its loss as about 100 points [step, mean loss]."""
-    with np.load(path) as state:
-        history, steps = state["history"], int(state["begun"] + state["steps"])
+    state = read_npz(path, {"history": (None, 2), "begun": (), "steps": ()})
+    history, steps = state["history"], int(state["begun"] + state["steps"])
     size = max(1, len(history) // 100)
     points = history[:len(history) // size * size].reshape(-1, size, 2).mean(axis=1)
     loss = [[round(step), round(value, 5)] for step, value in points.tolist()]
@@ -72,8 +93,12 @@ def _history(path):
 
 
 def plot_losses(record, path):
-    """Plot the loss of every stage over its steps into a picture file."""
-    from matplotlib.figure import Figure
+    """Plot the loss of every stage over its steps into a picture file, if matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        note(f"without matplotlib {path.name} is left out")
+        return
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     for axes, (stage, values) in zip(figure.subplots(1, len(record)), record.items()):

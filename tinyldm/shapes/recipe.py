@@ -1,25 +1,27 @@
 """python -m tinyldm.training STAGE: the recipe of the bundled model, one command per stage."""
 import argparse
-import sys
 from pathlib import Path
 
-from ..errors import TinyldmError
+from ..cli.options import Parser
 from .autoencoder import train_decoder, train_vae
 from .denoiser import train_unet
 from .evaluation import evaluate
 from .export import export, restore
 
+MOST_STEPS = 10 ** 9
+MOST_AT_ONCE = 10_000       # latents per batch, prompts to draw
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(prog="python -m tinyldm.training", description=__doc__)
+
+def parse(arguments):
+    parser = Parser(prog="python -m tinyldm.training", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     vae = stages.add_parser("vae", help="1. train the autoencoder")
-    vae.add_argument("--steps", type=int, default=2000)
+    vae.add_argument("--steps", type=whole(MOST_STEPS), default=2000)
     unet = stages.add_parser("unet", help="2. train the UNet and the text transformer")
-    unet.add_argument("--steps", type=int, default=20000)
-    unet.add_argument("--batch", type=int, default=64, help="latents per step")
+    unet.add_argument("--steps", type=whole(MOST_STEPS), default=20000)
+    unet.add_argument("--batch", type=whole(MOST_AT_ONCE), default=64, help="latents per step")
     decoder = stages.add_parser("decoder", help="3. train the autoencoder's decoder further")
-    decoder.add_argument("--steps", type=int, default=2000)
+    decoder.add_argument("--steps", type=whole(MOST_STEPS), default=2000)
     export = stages.add_parser("export", help="4. write the weights in the public layout")
     export.add_argument("--output", type=Path, default=Path("weights/shapes"))
     restore = stages.add_parser("restore", help="turn weights back into a training")
@@ -29,26 +31,30 @@ def parse_arguments():
                            help="folder of the training's state, from which it resumes")
     evaluate = stages.add_parser("evaluate", help="5. measure how well held-out prompts are drawn")
     evaluate.add_argument("--weights", help="folder of weights (default: the bundled model)")
-    evaluate.add_argument("--prompts", type=int, default=200)
+    evaluate.add_argument("--prompts", type=whole(MOST_AT_ONCE), default=200)
     evaluate.add_argument("--round-trip", action="store_true",
                           help="judge true drawings, encoded and decoded by the VAE, instead")
     evaluate.add_argument("--output", type=Path, help="folder for accuracy.json and samples.png")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def whole(most):
+    """The type of an option: text -> a whole number from 1 to `most`."""
+    def parsed(text):
+        try:
+            if 1 <= int(text) <= most:
+                return int(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, not {text!r}")
+    return parsed
 
 
 COMMANDS = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder, "export": export,
             "restore": restore, "evaluate": evaluate}
 
 
-def run():
-    """The command: a bad input ends in one line and status 2, Ctrl-C in 130."""
-    options = vars(parse_arguments())
-    stage = COMMANDS[options.pop("stage")]
-    try:
-        stage(**options)
-    except TinyldmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes", file=sys.stderr)
-        sys.exit(130)
+def run(arguments=None):
+    """Run one stage. Raises TinyldmError for a bad input."""
+    options = vars(parse(arguments))
+    COMMANDS[options.pop("stage")](**options)

@@ -1,4 +1,4 @@
-"""The toy world's tokenizer, in CLIP's file format."""
+"""The toy world's language as a rule, and its tokenizer in CLIP's file format."""
 import json
 from collections import Counter
 from itertools import pairwise
@@ -6,6 +6,11 @@ from pathlib import Path
 
 from ..text.tokenizer import MAX_LENGTH, SPECIAL_TOKENS
 from .scenes import COLOURS, RELATIONS, SHAPES, SIZES
+
+# Scene.caption as a rule, for people and for pipelines/language.py.
+OBJECT = f"a {{{'|'.join(SIZES)}}} {{colour}} {{shape}}"
+LANGUAGE = {"sentence": f"{OBJECT} [{{{'|'.join(RELATIONS)}}} {OBJECT}] on a {{colour}} background",
+            "colour": [*COLOURS], "shape": [*SHAPES]}
 
 
 def write_tokenizer(folder):

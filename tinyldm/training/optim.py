@@ -10,6 +10,7 @@ import numpy as np
 
 from ..backend import asarray, get_xp, is_finite, parallel, to_host
 from ..errors import TinyldmError
+from .state import read_npz
 
 BLOCK = 1 << 16         # numbers that a worker updates at a time: four such arrays fit into L2
 # Of residual blocks, transformers, the VAE's attention, CLIP's attention and perceptron.
@@ -120,6 +121,7 @@ class AdamW:
     def load_state(self, state):
         for name in self.STATE:
             array = getattr(self, name)
+            assert state[name].shape == array.shape, (name, state[name].shape, array.shape)
             array[...] = asarray(state[name], like=array)
         self.steps = int(state["steps"])
 
@@ -177,14 +179,17 @@ def orthogonal(matrix, rounds=5):
 
 
 def load_ema(path, named_parameters):
-    """Give parameters, in the order of their training, the averaged weights of its state file."""
-    with np.load(path) as state:
-        ema, start = state["ema"], 0
+    """Give parameters, in the order of their training, the averaged weights of its state file.
+
+    Raises TinyldmError for a file that holds no whole state, or one of other parameters.
+    """
+    named_parameters = list(named_parameters)
+    size = sum(math.prod(parameter.shape) for _, parameter in named_parameters)
+    ema, start = read_npz(path, {"ema": (size,)})["ema"], 0
     for _, parameter in named_parameters:
         end = start + math.prod(parameter.shape)
         parameter.data = ema[start:end].reshape(parameter.shape)
         start = end
-    assert start == ema.size, f"{path} holds {ema.size} numbers, the parameters {start}"
 
 
 def learning_rate(step, peak, warmup, total, begun=0):

@@ -12,6 +12,7 @@ from tests.support.addons import WORD, vectors, write
 from tests.support.drawing import STEPS, Reference, assert_same_pictures
 from tests.support.tolerance import assert_close
 from tinyldm.checkpoints import add_word, load_model, save_model
+from tinyldm.checkpoints.addons.textual_inversion import vectors_of
 from tinyldm.errors import TinyldmError
 from tinyldm.models import CLIPTextModel, CLIPTextModelWithProjection
 from tinyldm.pipelines.stable_diffusion import load
@@ -24,6 +25,11 @@ TEXTS = [f"a photo of {WORD} riding a horse", f"{WORD}{WORD}, red", f"on{WORD}s"
 @pytest.fixture
 def pipe(folder):
     return load(folder)
+
+
+@pytest.fixture(scope="module")
+def xl_folder(tmp_path_factory):
+    return small_pipelines.sdxl(tmp_path_factory.mktemp("xl"))
 
 
 def web_interface(rows, **more):
@@ -102,10 +108,68 @@ def test_another_word_than_the_files(pipe, reference, tmp_path):
         assert pipe.tokenizer.ids(text) == ids
 
 
+L, G = vectors(2, 16), vectors(2, 24)                   # for the small SDXL's two encoders
+BOTH = {
+    "clip_l and clip_g": {"clip_l": L, "clip_g": G},
+    "text_encoder and text_encoder_2": {"text_encoder": L, "text_encoder_2": G},
+    "te1 and te2": {"te2": G, "te1": L},
+    "text_encoders_0 and _1, of diffusers' training": {"text_encoders_0": L, "text_encoders_1": G},
+    "emb_params with their encoders": {"clip_l.emb_params": L, "clip_g.emb_params": G},
+    "emb_params, numbered": {"emb_params": G, "emb_params_2": L},
+    "the word in front": {"xq-toy.clip_l": L, "xq-toy.clip_g": G},
+    "any names": {"one": G, "two": L},
+    "the web interface's": web_interface({"clip_g": G, "clip_l": L}, name="xq-toy")}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_both_encoders_under_every_name(kind, ending, xl_folder, tmp_path):
+    """Their widths tell the encoders apart."""
+    if ending == "safetensors" and "string_to_param" in BOTH[kind]:
+        pytest.skip("a dict in a dict: only a pickle holds it")
+    pipe = load(xl_folder)
+    first = len(pipe.tokenizer)
+    pipe.load_textual_inversion(write(BOTH[kind], tmp_path / f"xq-toy.{ending}"))
+    for tokenizer_, model, rows in [(pipe.tokenizer, pipe.text_encoder, L),
+                                    (pipe.tokenizer_2, pipe.text_encoder_2, G)]:
+        assert tokenizer_.ids("xq-toy") == [first, first + 1]
+        table = model.text_model.embeddings.token_embedding.weight.data
+        np.testing.assert_array_equal(table[first:], rows)
+
+
+@pytest.mark.parametrize("names", [("clip_g", "clip_l"), ("te2", "te1"),
+                                   ("text_encoder_2", "text_encoder")])
+def test_encoders_of_one_width_are_told_apart_by_their_names(names):
+    first, second = (SimpleNamespace(shape=(2, 8)) for _ in range(2))
+    found = vectors_of("a", dict(zip(names, (first, second))),
+                       {"text_encoder": 8, "text_encoder_2": 8})
+    assert found == {"text_encoder_2": first, "text_encoder": second}
+    with pytest.raises(TinyldmError, match="is no textual inversion"):
+        vectors_of("a", {"one": first, "two": second}, {"text_encoder": 8, "text_encoder_2": 8})
+
+
+@pytest.mark.parametrize("content, message", [
+    ({WORD: L}, "vectors for 1 text encoders, but this model has 2"),
+    ({"clip_g": G}, "vectors for 1 text encoders"),
+    ({"clip_l": L, "clip_g": L}, "width 16.*width 24"),
+    ({"clip_l": L, "clip_g": G, "clip_x": L}, "is no textual inversion: .* found 3"),
+    ({"clip_l": L, "clip_g": G[None]}, "is no textual inversion"),
+    ({"clip_l": L, "clip_g": G[:0]}, "is no textual inversion"),
+    ({"clip_l": L, "clip_g": G / 0}, "clip_g holds NaN")])
+def test_what_does_not_fit_both_encoders(content, message, xl_folder, tmp_path):
+    pipe = load(xl_folder)
+    before = len(pipe.tokenizer), len(pipe.tokenizer_2)
+    with pytest.raises(TinyldmError, match=message):
+        pipe.load_textual_inversion(write(content, tmp_path / "xq-toy.safetensors"))
+    assert (len(pipe.tokenizer), len(pipe.tokenizer_2)) == before
+
+
 # ---- what diffusers does not do -------------------------------------------------------------
 
 @pytest.mark.parametrize("name, content", [
     ("xq-style.safetensors", {"emb_params": vectors()}),
+    ("xq-style.safetensors", {"string_to_param.*": vectors()}),
+    ("xq-style.safetensors", {"*": vectors()}), ("xq-style.safetensors", {"clip_l": vectors()}),
     ("xq-style.pt", web_interface(vectors(), name=None)),
     ("xq-style.pt", {key: value for key, value in web_interface(vectors()).items()
                      if key != "name"})])

@@ -141,10 +141,17 @@ SINGLE_FILE = "single file"                             # all the models of a pi
 HINTS = {"LoRA": "; --lora adds it to one", "textual inversion": "; --embedding adds it to one"}
 # A part of some key -> the layout, and what the file holds. The first line that matches decides.
 LAYOUTS = (
+    (".dora_scale", "LyCORIS", "DoRA (not supported)"),
+    (".lora_magnitude_vector", "peft", "DoRA (not supported)"),
+    (".oft_", "LyCORIS or peft", "OFT or BOFT (not supported)"),
+    (".hada_w1", "LyCORIS, LoHa", "LoRA"),
+    (".lokr_w", "LyCORIS, LoKr", "LoRA"),
     ("lora_unet_", "kohya", "LoRA"),
     ("lora_te", "kohya", "LoRA"),
     (".lora_A.", "peft", "LoRA"),
     (".lora.down.", "diffusers", "LoRA"),
+    ("_lora.down.", "diffusers, oldest", "LoRA"),
+    (".lora_linear_layer.", "diffusers", "LoRA"),
     ("joint_blocks.", "original", "Stable Diffusion 3 (not supported)"),
     ("double_blocks.", "original", "Flux (not supported)"),
     ("single_blocks.", "original", "Flux (not supported)"),
@@ -162,6 +169,8 @@ LAYOUTS = (
     ("vision_model.", "transformers", "image encoder"),
     ("encoder.layers.", "transformers", "text encoder"),
     ("emb_params", "web interface", "textual inversion"),
+    ("string_to_param", "web interface", "textual inversion"),
+    ("clip_g", "web interface", "textual inversion"),
 )
 # By the width of the UNet's context, and by the number of its input channels.
 FAMILIES = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name,

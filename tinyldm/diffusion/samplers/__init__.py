@@ -24,6 +24,7 @@ sigma noise with sigma = s / a, and scale it for the model. Both describe the sa
 in x is DDIM in x_t.
 """
 import math
+from difflib import get_close_matches
 from functools import partial
 
 import numpy as np
@@ -85,13 +86,20 @@ CLASSES = {
 }
 
 
+def check_name(name):
+    """Raise TinyldmError for a sampler that is not one of SAMPLERS."""
+    if not isinstance(name, str) or name not in SAMPLERS:
+        near = get_close_matches(str(name).lower(), SAMPLERS, 1)
+        raise TinyldmError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}"
+                           f"{near and f'; did you mean {near[0]}?' or ''}")
+
+
 def check_sampler(name, schedule, num_inference_steps, first=0, reach=1.0):
     """Raise TinyldmError for an unknown name, or a schedule or number of steps it cannot take.
 
     The sampler makes its first step on a zero, without a model. first, reach: see Origin.
     """
-    if name not in SAMPLERS:
-        raise TinyldmError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    check_name(name)
     zero, origin = np.zeros(1, np.float32), Origin(first=first, reach=reach)
     next(SAMPLERS[name](lambda x_t, t: x_t, zero, schedule, num_inference_steps, lambda: zero,
                         origin))

@@ -1,0 +1,143 @@
+"""What all programs share: their exit status, and output that cannot be written.
+
+    def run(): ...; say("a line of the result")
+    sys.exit(status(run))
+
+It imports nothing that takes time: what runs inside `run`, imports too, can be interrupted.
+"""
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager, redirect_stderr, suppress
+
+from ..errors import TinyldmError
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, like Ctrl-C: whoever saves or removes files after that does so here."""
+
+
+def status(run, interrupted="interrupted"):
+    """Run a program -> exit status; what stops it is said in one line on standard error.
+
+    2 for bad input, 130 for Ctrl-C and 143 for SIGTERM, 141 where the reader of standard output
+    left. interrupted: what to say after Ctrl-C.
+    """
+    with redirect_stderr(Lenient(sys.stderr)):
+        try:
+            with _terminable():
+                return _run(run)
+        except TinyldmError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except Terminated as signalled:
+            print("\nterminated", file=sys.stderr)
+            return 128 + signalled.args[0]              # as in shells
+        except KeyboardInterrupt:
+            print(f"\n{interrupted}", file=sys.stderr)
+            return 130
+        except BrokenPipeError:                         # the output's reader, such as head, left
+            discard(sys.stdout)
+            return 141                                  # 128 + SIGPIPE
+
+
+def _run(run):
+    try:
+        run()
+        code = 0
+    except SystemExit as exit:                          # argparse, after --help
+        code = exit.code or 0
+    with _writing():
+        if sys.stdout:
+            sys.stdout.flush()
+    return code
+
+
+@contextmanager
+def _terminable():
+    """Inside, SIGTERM and SIGHUP raise Terminated, unless the caller has set them otherwise."""
+    def stop(number, frame):
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)        # a second one must not stop the cleaning
+        raise Terminated(number)
+
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.SIG_DFL for number in numbers
+              if main and number and signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- output -----------------------------------------------------------------------------------
+
+def say(text, exact=False):
+    """Print on standard output.
+
+    Characters that its encoding lacks become escapes such as \\u56f3. exact: the text is a path,
+    which other programs read, so they are an error.
+    Raises TinyldmError if the text cannot be written.
+    """
+    with _writing():
+        if sys.stdout is None:
+            raise OSError("it is closed")
+        if hasattr(sys.stdout, "reconfigure"):
+            # surrogateescape: the bytes of a path that is no valid text
+            sys.stdout.reconfigure(errors="surrogateescape" if exact else "backslashreplace")
+        print(text, flush=True)
+
+
+@contextmanager
+def _writing():
+    """Errors of standard output become a TinyldmError; only BrokenPipeError stays."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except UnicodeEncodeError as error:
+        raise TinyldmError(f"standard output cannot take every character in its encoding "
+                           f"{error.encoding}: set PYTHONIOENCODING=utf-8") from None
+    except (OSError, ValueError) as error:              # full; closed
+        discard(sys.stdout)
+        reason = getattr(error, "strerror", None) or error
+        raise TinyldmError(f"standard output cannot be written ({reason}): send it elsewhere"
+                           ) from None
+
+
+class Lenient:
+    """Standard error that drops what cannot be written: it is closed, full, or nobody reads it.
+
+    The program goes on: its pictures are worth more than its progress bar.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self._try("write", text)
+
+    def flush(self):
+        return self._try("flush")
+
+    def _try(self, method, *arguments):
+        try:
+            return getattr(self.stream, method)(*arguments)
+        except (AttributeError, OSError, ValueError):   # None where the process began without one
+            discard(self.stream)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def discard(stream):
+    """Send what is still in the stream's buffer nowhere, or Python complains of it at exit."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

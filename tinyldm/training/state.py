@@ -1,0 +1,77 @@
+"""What a training keeps on disk, and the signals that must not interrupt its writing."""
+import signal
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+
+from ..errors import TinyldmError
+from ..files import make_folder, replacing, temporary_beside
+
+
+def write_npz(path, **arrays):
+    """Write arrays by name into one .npz file, whole or not at all."""
+    make_folder(path.parent)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def check_writable(path):
+    """Make the folder of a file and try to write there, before hours of work end in it."""
+    make_folder(path.parent)
+    with temporary_beside(path):
+        pass
+
+
+def read_npz(path, shapes):
+    """Read arrays from an .npz file -> {name: array}.
+
+    shapes: {name: shape}, where None stands for any length, also of an empty array of other axes.
+    Raises TinyldmError for a file that is damaged, and for arrays that are missing, of another
+    shape, no numbers or not finite: NumPy would stretch an array of one number over all weights.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files if name in shapes}
+    except Exception as error:                          # NumPy's and zipfile's share no base
+        raise unusable(path, f"it cannot be read, {error}") from None
+    for name, shape in shapes.items():
+        if name not in arrays:
+            raise unusable(path, f"it lacks {name!r}")
+        found = arrays[name]
+        fits = len(found.shape) == len(shape) and all(
+            side in (None, length) for side, length in zip(shape, found.shape))
+        if not fits and not (None in shape and found.size == 0):
+            raise unusable(path, f"{name!r} has the shape {found.shape}, not {shape}")
+        if found.dtype.kind not in "iuf" or not np.isfinite(found).all():
+            raise unusable(path, f"{name!r} is not made of finite numbers")
+    return arrays
+
+
+def unusable(path, reason):
+    """The TinyldmError about a state file that does not belong to this training."""
+    return TinyldmError(f"{path} is no whole state of this training: {reason}; delete it to begin "
+                        "anew, or name another folder with --run")
+
+
+@contextmanager
+def held_signals():
+    """Hold back Ctrl-C and SIGTERM inside -> a list of those that came; deliver one at the end.
+
+    So nothing inside is interrupted, neither an update nor the saving of its result. Where an
+    exception ends the block, that is what the caller hears. In other threads nothing is held back:
+    Python delivers signals to the main thread.
+    """
+    came, before = [], {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)    # Windows has no SIGHUP
+                if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    before[number] = signal.signal(number, lambda number, _: came.append(number))
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
