@@ -20,6 +20,7 @@ import tinyldm
 from tests.support.extra import diffusers
 from tests.support.hub_server import serving
 from tests.support.small_pipelines import change_json, smallest
+from tests.test_imports import imports
 from tinyldm.checkpoints import hub as downloads
 from tinyldm.checkpoints import load_model, resolve, resolve_addon
 from tinyldm.checkpoints.components import find_weights
@@ -393,6 +394,16 @@ def test_refusals(status, code, expected, word, hub):
     assert str(error.value).startswith("owner/small is not here and could not be downloaded from "
                                        "the Hugging Face hub: ")
     assert re.search(expected, str(error.value)) and "\n" not in str(error.value)
+
+
+def test_the_libraries_of_older_days():
+    """Before 0.25 there is no module huggingface_hub.errors; utils has had the classes since 0.16.
+
+    The refusals above were tried with 0.16, 0.19, 0.23, 0.24 and 0.25.
+    """
+    names = imports("checkpoints/hub.py", Path(downloads.__file__).read_text(encoding="utf-8"))
+    assert {name for name in names if name.startswith("huggingface_hub.")} == {
+        "huggingface_hub.utils"}
 
 
 def test_a_name_that_the_hub_would_not_give(hub):
