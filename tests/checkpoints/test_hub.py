@@ -334,6 +334,18 @@ def test_an_addon_by_the_name_of_its_repository(files, expected, hub, tmp_path, 
     assert resolve_addon(f"owner/toy/{expected}", "learned_embeds").read_text() == expected
 
 
+@pytest.mark.parametrize("file, beside", [
+    ("adapter_model.safetensors", "adapter_config.json"),
+    ("unet/adapter_model.safetensors", "unet/adapter_config.json"),
+    ("learned_embeds.safetensors", "learned_embeds_2.safetensors")])
+def test_what_belongs_beside_an_addon_comes_with_it(file, beside, hub, tmp_path):
+    put(tmp_path / "toy", file, beside, "README.md", "other_config.json")
+    hub.repositories["owner/toy"] = tmp_path / "toy"
+    path = resolve_addon(f"owner/toy/{file}", "learned_embeds")
+    assert path.read_text() == file and (path.parent / Path(beside).name).read_text() == beside
+    assert hub.fetched() == sorted([file, beside])
+
+
 def test_a_pipeline_loads_addons_from_the_hub(hub, weights, tmp_path):
     """The bytes that the hub sends change the model as the local file does."""
     folder = tmp_path / "toy"

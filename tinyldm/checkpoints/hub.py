@@ -22,13 +22,14 @@ SETTINGS = {"config.json", "scheduler_config.json", "vocab.json", "merges.txt", 
 CHECKPOINTS = (".safetensors", ".ckpt")
 
 
-def download_file(name, file):
+def download_file(name, file, beside=()):
     """The local path of one file of the repository `name`.
 
+    beside: files that are downloaded, too, if the repository has them.
     Raises TinyldmError if there is none; the message lists the single files to choose from, of the
     folder `file` if it is one.
     """
-    folder = fetch(name, [file])
+    folder = fetch(name, [file, *beside])
     if (folder / file).is_file():
         return folder / file
     found = [other for other in _ask(name) or files_in(folder) if other.endswith(CHECKPOINTS)]

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from ..errors import TinyldmError
 from ..files import read_json
 from . import hub
+from .addons.adapter_settings import FILE as SETTINGS
 from .components import class_name, shorten
 from .folders import read_index
 
@@ -79,7 +80,9 @@ def resolve_addon(addon, usual):
     if not place.file:
         files = hub.list_files(place.name, [usual + ending for ending in ENDINGS])
         place = place._replace(file=choose(files, usual, place.name))
-    return hub.download_file(place.name, place.file)
+    file = PurePosixPath(place.file)
+    return hub.download_file(place.name, place.file, [
+        str(file.with_name(name)) for name in (SETTINGS, f"{file.stem}_2{file.suffix}")])
 
 
 def choose(files, usual, where):

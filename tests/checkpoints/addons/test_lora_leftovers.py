@@ -256,11 +256,30 @@ def test_without_its_config_alpha_is_the_rank_and_a_note_says_so(small, tmp_path
     ('{"lora_alpha": null}', "a number as alpha"), ('{"alpha_pattern": 5}', "a number as alpha"),
     ('{"lora_alpha": 1%s}' % ("0" * 500), "a number as alpha")])
 def test_a_config_that_makes_no_sense(config, message, small, tmp_path):
-    file = write(pair(f"base_model.model.{QUERY}", ("lora_A", "lora_B")),
-                 tmp_path / "adapter_model.safetensors")
+    file = write(pair(QUERY, ("lora_A", "lora_B")), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(TinyldmError, match=message):
         small.load_lora(file)
+
+
+@pytest.mark.parametrize("config", [
+    {"r": 0}, {"r": -2}, {"r": "2"}, {"r": 2, "alpha": [1]}, {"r": 2, "rank_pattern": {"to_q": 0}},
+    {"r": 1e-320, "alpha": 1e300}, {"r": 2, "rank_pattern": [2]}, {"r": -2, "use_rslora": True}])
+def test_a_rank_in_a_config_that_makes_no_sense(config, small, tmp_path):
+    """A LoKr of whole matrices has no other rank."""
+    file = write({f"{QUERY}.lokr_w1": torch.ones(2, 2), f"{QUERY}.lokr_w2": torch.ones(4, 4)},
+                 tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(TinyldmError, match="a number as alpha and one above 0 as rank|too large"):
+        small.load_lora(file)
+
+
+def test_one_layer_under_two_spellings(small, tmp_path):
+    """Both name the same layer, so one of the two sets would be lost."""
+    tensors = pair(f"lora_te_{TEXT.replace('.', '_')}") | pair(
+        f"text_encoder.{TEXT.removeprefix('text_model.')}", ("lora_A", "lora_B"))
+    with pytest.raises(TinyldmError, match="has two sets of matrices for one layer .2: text_enc"):
+        small.load_lora(write(PLAIN | tensors, tmp_path / "style.safetensors"))
 
 
 # ---- numbers that become too large, shapes that make no sense ---------------------------------

@@ -137,6 +137,20 @@ def test_both_encoders_under_every_name(kind, ending, xl_folder, tmp_path):
         np.testing.assert_array_equal(table[first:], rows)
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_the_two_files_that_diffusers_writes(ending, xl_folder, tmp_path):
+    """Its training script for SDXL: both have the word as their tensor's name."""
+    pipe = load(xl_folder)
+    first = len(pipe.tokenizer)
+    write({WORD: G}, tmp_path / f"learned_embeds_2.{ending}")
+    pipe.load_textual_inversion(write({WORD: L}, tmp_path / f"learned_embeds.{ending}"))
+    for tokenizer_, model, rows in [(pipe.tokenizer, pipe.text_encoder, L),
+                                    (pipe.tokenizer_2, pipe.text_encoder_2, G)]:
+        assert tokenizer_.ids(WORD) == [first, first + 1]
+        table = model.text_model.embeddings.token_embedding.weight.data
+        np.testing.assert_array_equal(table[first:], rows)
+
+
 @pytest.mark.parametrize("names", [("clip_g", "clip_l"), ("te2", "te1"),
                                    ("text_encoder_2", "text_encoder")])
 def test_encoders_of_one_width_are_told_apart_by_their_names(names):

@@ -56,30 +56,31 @@ def scale_of(settings, part, layer, change, tensors, path):
     LoKr of two whole matrices has no rank; LyCORIS does not scale it, peft does.
     Raises TinyldmError if a setting is not a number.
     """
-    def setting(names, pattern, default):
-        """patterns name layers by the ends of their names"""
-        values = [settings[key] for name in names for key in (f"{part}.{name}", name)
-                  if key in settings]
-        patterns = settings.get(f"{part}.{pattern}", settings.get(pattern)) or {}
-        if isinstance(patterns, dict):
-            values = [value for end, value in patterns.items()
-                      if f".{layer}".endswith(f".{end.removeprefix('^')}")] + values
-        value = [*values, default][0]
-        if (not isinstance(patterns, dict) or not isinstance(value, (int, float))
-                or not math.isfinite(value)):
-            raise TinyldmError(f"{path}: {FILE}, or {HEADER} in the header, must give {layer} a "
-                               "number as alpha and one as rank: get it again")
-        return value
+    rank = change.rank
+    if rank and "alpha" in tensors:
+        return read_number(tensors["alpha"]) / rank
+    r = setting(settings, part, layer, "r", "rank_pattern", None)
+    if not rank and (r is None or not change.kronecker):
+        return 1.0                                      # a difference, or LyCORIS' LoKr
+    rank = r if rank is None else rank
+    alpha = setting(settings, part, layer, "alpha", "alpha_pattern", rank)      # LoHa and LoKr
+    alpha = setting(settings, part, layer, "lora_alpha", "alpha_pattern", alpha)
+    if (not all(isinstance(value, (int, float)) and math.isfinite(value) for value in (alpha, rank))
+            or rank <= 0):
+        raise TinyldmError(f"{path}: {FILE}, or {HEADER} in the header, must give {layer} a number "
+                           "as alpha and one above 0 as rank: get it again")
+    rslora = setting(settings, part, layer, "use_rslora", None, False)
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
-    if change.rank is None and not (change.kronecker and {"r", f"{part}.r"} & settings.keys()):
-        return 1.0
-    rank = change.rank or setting(["r"], "rank_pattern", 1)
-    if change.rank and "alpha" in tensors:
-        alpha = read_number(tensors["alpha"])
-    else:
-        alpha = setting(["lora_alpha", "alpha"], "alpha_pattern", rank)
-    rslora = settings.get(f"{part}.use_rslora", settings.get("use_rslora"))
-    return alpha / (math.sqrt(rank) if rslora and "alpha" not in tensors else rank) if rank else 0.0
+
+def setting(settings, part, layer, name, pattern, default):
+    """A layer's value: that of a pattern which ends its name, else that of all layers."""
+    value = settings.get(f"{part}.{name}", settings.get(name, default))
+    patterns = settings.get(f"{part}.{pattern}", settings.get(pattern)) or {}
+    if not isinstance(patterns, dict):
+        return str(patterns)                            # no number, which the caller says
+    return next((own for end, own in patterns.items()
+                 if f".{layer}".endswith(f".{end.removeprefix('^')}")), value)
 
 
 def read_number(tensor):

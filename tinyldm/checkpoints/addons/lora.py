@@ -123,14 +123,14 @@ def read_lora(parts, path):
     settings = read_settings(path)
     check_relatives(path, stored)
     words, stored = textual_inversion.bundled(stored)
-    found, left_out, twice = find_layers(stored, path.parent.name)
+    layers = layers_by_spelling(parts)
+    found, left_out, twice = find_layers(stored, path.parent.name, layers)
     if not any(tensors.keys() - {"alpha"} for tensors in found.values()):
         raise no_lora(path, stored)
     if twice:
         raise TinyldmError(f"{path} has two sets of matrices for one layer ({shorten(twice)}): "
                            "keep one of them")
     check_width(path, found, parts["unet"])
-    layers = layers_by_spelling(parts)
     nowhere = [tensor.name for target, tensors in found.items() if target not in layers
                for tensor in tensors.values()]
     # A text encoder is often the same in other models: if there are layers of the UNet, they say
@@ -157,8 +157,8 @@ def find_changes(path, settings, fitting, layers):
         if not own:
             halves += [tensor.name for tensor in tensors.values()]
         for what in ("weight", "bias"):
-            parameter, here = getattr(layer, what), [change for change in own
-                                                     if change.what == what]
+            parameter = getattr(layer, what)
+            here = [change for change in own if change.what == what]
             if parameter is None:
                 no_bias += [f"{name}.bias"] * len(here)
             elif not all(fits(change, parameter, tensors) for change in here):
@@ -188,10 +188,11 @@ def fits(change, parameter, tensors):
 
 # ---- names ----------------------------------------------------------------------------------
 
-def find_layers(stored, folder):
+def find_layers(stored, folder, layers):
     """{name: StoredTensor} -> {target: {role: StoredTensor}}, names left out, names found twice.
 
-    Left out are names that are not a LoRA's. folder: the name of the file's folder.
+    Left out are names that are not a LoRA's. folder: the name of the file's folder. layers: as
+    from layers_by_spelling; a layer has one target, whatever the spelling in the file.
     """
     found, left_out, twice = {}, [], []
     for name, tensor in stored.items():
@@ -199,8 +200,10 @@ def find_layers(stored, folder):
         if not match:
             left_out.append(name)
             continue
-        role = ROLES.get(match[2], match[2] or match[3])
-        if found.setdefault(target_of(match[1], folder), {}).setdefault(role, tensor) is not tensor:
+        role, target = ROLES.get(match[2], match[2] or match[3]), target_of(match[1], folder)
+        if target in layers:
+            target = target[0], flat(layers[target][0])
+        if found.setdefault(target, {}).setdefault(role, tensor) is not tensor:
             twice.append(name)
     return found, left_out, twice
 

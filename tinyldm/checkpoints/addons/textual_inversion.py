@@ -8,7 +8,8 @@ The vectors (n,D) or (D,), one list per text encoder, are stored under many name
     clip_l, clip_g; te1, te2; text_encoder, text_encoder_2; ...     for SDXL's two encoders
     bundle_emb.<the word>.<one of these>                            beside a LoRA
 
-Where the names say no word, the file's name is the word.
+For SDXL, diffusers writes two files, learned_embeds and learned_embeds_2: the first one's name is
+enough. Where the names of tensors say no word, the file's name is the word.
 
 Source: Gal et al. 2022, "An Image is Worth One Word: Personalizing Text-to-Image Generation using
 Textual Inversion", arXiv:2208.01618; diffusers 0.42 (loaders/textual_inversion.py);
@@ -44,6 +45,10 @@ def add_word(encoders, path, word=None):
     """
     path = Path(path)
     stored = read_tensors(path)
+    second = path.with_name(f"{path.stem}_2{path.suffix}")
+    if len(encoders) == 2 and len(stored) == 1 and second.is_file():
+        stored = {f"{name}.{encoder}": tensor for file, encoder in ((path, "te1"), (second, "te2"))
+                  for name, tensor in read_tensors(file).items()}
     rows = rows_for(encoders, path, stored)
     learn(encoders, rows, word_of(stored, path.stem) if word is None else word)
 
