@@ -1,18 +1,41 @@
 """tinyldm: a latent diffusion model by hand, on NumPy.
 
     pipe = tinyldm.load()                       # the bundled model, a folder, or a name on the hub
-    pipe("a red circle on a blue background")[0].save("out.png")
+    pipe("a big red circle on a blue background")[0].save("out.png")
+
+The bundled model knows one language, and nothing else:
+
+    a {small|big} {colour} {shape} [{above|below|left of|right of} a {small|big} {colour} {shape}]
+    on a {colour} background
+
+    colour: red, green, blue, yellow, orange, purple, white, black, pink, gray
+    shape: circle, square, triangle, star, heart, ring, cross, diamond
+
+For all else load Stable Diffusion, such as load("stable-diffusion-v1-5/stable-diffusion-v1-5").
 
 Public names only. Each is imported when it is first used, so that `import tinyldm` is instant.
 """
 import importlib
 
+TYPE_CHECKING = False                   # editors and type checkers take it as true
+if TYPE_CHECKING:
+    from . import noise as noise
+    from .checkpoints import load_model as load_model
+    from .checkpoints import save as save
+    from .errors import TinyldmError as TinyldmError
+    from .images import to_pil as to_pil
+    from .pipelines.interpolation import Between as Between
+    from .pipelines.stable_diffusion import StableDiffusion as StableDiffusion
+    from .pipelines.stable_diffusion import load as load
+
 __version__ = "0.1.0"
-__all__ = ["Between", "StableDiffusion", "TinyldmError", "load", "load_model", "noise", "save"]
+__all__ = ["Between", "StableDiffusion", "TinyldmError", "load", "load_model", "noise", "save",
+           "to_pil"]
 
 _HOMES = {"Between": "pipelines.interpolation",
           "StableDiffusion": "pipelines.stable_diffusion", "TinyldmError": "errors",
-          "load": "pipelines.stable_diffusion", "load_model": "checkpoints", "save": "checkpoints"}
+          "load": "pipelines.stable_diffusion", "load_model": "checkpoints", "save": "checkpoints",
+          "to_pil": "images"}
 
 
 def __getattr__(name):
@@ -24,4 +47,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return [*globals(), *__all__]
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

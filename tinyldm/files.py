@@ -12,6 +12,23 @@ from pathlib import Path
 from .errors import TinyldmError
 
 
+def as_path(name, value):
+    """A path that a user gives -> Path, with ~ for the home folder.
+
+    Raises TinyldmError, with the name, for what no file system takes as a path.
+    """
+    try:
+        path = Path(value).expanduser()
+        encoded = os.fsencode(path)                     # refuses half of a surrogate pair
+    except (TypeError, ValueError, RuntimeError) as error:      # RuntimeError: the home of nobody
+        raise TinyldmError(f"{name} must be a path, a str or a pathlib.Path, not {value!r:.80} "
+                           f"({error})") from None
+    if b"\0" in encoded or value == "":
+        raise TinyldmError(f"{name} must be a path, but {value!r:.80} "
+                           f"{'holds a NUL character' if value else 'is empty'}")
+    return path
+
+
 def read_json(path):
     """The object in a JSON file. Raises TinyldmError for a missing or malformed file."""
     try:

@@ -2,15 +2,20 @@
 
 The conversions are those of diffusers' image processor. A bad file ends in a TinyldmError.
 """
+import base64
+import io
 import os
 import warnings
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import to_host
 from .errors import TinyldmError, note
 from .files import replacing, temporary_beside
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # ---- reading --------------------------------------------------------------------------------
 
@@ -275,12 +280,38 @@ def check_mask_size(mask, image):
              f"{image.width}x{image.height}: the mask is resized")
 
 
-def to_pil(images):
-    """Images (B,H,W,3) in [-1, 1] -> list of PIL images."""
+class Pictures(list["Image.Image"]):
+    """A list of PIL images, which a notebook shows as pictures."""
+
+    def _repr_html_(self):
+        return "".join(f'<img alt="picture {i}" src="data:image/png;base64,{_png(image)}">'
+                       for i, image in enumerate(self))
+
+
+def _png(image):
+    """A PIL image as a PNG in base64."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def to_pil(images: Any) -> Pictures:
+    """Images (B,H,W,3) in [-1, 1] -> Pictures, a list of PIL images.
+
+    What lies beyond -1 and 1 is clipped. Raises TinyldmError for anything else, also for NaN.
+    """
     from PIL import Image
 
-    pixels = (to_host(images).astype(np.float32) / 2 + 0.5).clip(0, 1)
-    return [Image.fromarray(image) for image in (pixels * 255).round().astype(np.uint8)]
+    try:
+        pixels = np.asarray(images.get() if hasattr(images, "get") else images, np.float32)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise TinyldmError("images must be an array of numbers (images, height, width, 3), not a "
+                           f"{type(images).__name__} ({error})") from None
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape or np.isnan(pixels).any():
+        raise TinyldmError("images must be numbers from -1 to 1 of shape (images, height, width, "
+                           f"3), not {'NaN in ' * bool(np.isnan(pixels).any())}{pixels.shape}")
+    pixels = (pixels / 2 + 0.5).clip(0, 1) * 255
+    return Pictures(Image.fromarray(image) for image in pixels.round().astype(np.uint8))
 
 
 def grid(images, columns, gap):

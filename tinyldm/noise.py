@@ -40,12 +40,20 @@ BLOCK = 16                  # torch's vector code: 8 radii and 8 angles give 16 
 A100_THREADS = 221184       # that fit on one: 108 multiprocessors with 2048 threads each
 
 
-def randn(shape, seed):
+def randn(shape: int | tuple[int, ...], seed: int) -> np.ndarray:
     """Draw standard normal numbers: torch.manual_seed(seed); torch.randn(shape).
 
     shape: a tuple (or one length); seed: as for Generator -> float32 array of that shape.
+    Raises TinyldmError for a shape that no array has, and for a seed that is none.
     """
-    return Generator(seed).randn(shape)
+    generator = Generator(seed)
+    try:
+        lengths = [operator.index(n) for n in (shape if hasattr(shape, "__len__") else [shape])]
+    except TypeError:
+        lengths = [-1]
+    if any(n < 0 for n in lengths):
+        raise TinyldmError(f"a shape is a tuple of whole numbers from 0, not {shape!r:.80}")
+    return generator.randn(lengths)
 
 
 class Generator:
@@ -151,8 +159,8 @@ GENERATORS = {"torch-cpu": Generator, "torch-cuda": CudaGenerator, "numpy": Nump
 
 def get_generator(name):
     """The class with a name in GENERATORS. Raises TinyldmError, with the names, for any other."""
-    if name not in GENERATORS:
-        raise TinyldmError(f"unknown noise {name!r}; known: {', '.join(GENERATORS)}")
+    if not isinstance(name, str) or name not in GENERATORS:
+        raise TinyldmError(f"unknown noise {name!r:.80}; known: {', '.join(GENERATORS)}")
     return GENERATORS[name]
 
 

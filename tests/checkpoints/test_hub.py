@@ -20,10 +20,12 @@ import tinyldm
 from tests.support.extra import diffusers
 from tests.support.hub_server import serving
 from tests.support.small_pipelines import change_json, smallest
+from tinyldm import checkpoints
 from tinyldm.checkpoints import hub as downloads
 from tinyldm.checkpoints import load_model, resolve, resolve_addon
 from tinyldm.checkpoints.components import find_weights
 from tinyldm.errors import TinyldmError
+from tinyldm.files import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -36,7 +38,7 @@ CLUTTER = ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp1
            "safety_checker/config.json", "safety_checker/model.safetensors",
            "feature_extractor/preprocessor_config.json", "vae_decoder/model.onnx", "README.md",
            "text_encoder_2/config.json", "text_encoder_2/model.safetensors",
-           "tokenizer/added_tokens.json", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors"]
+           "v1-5-pruned.ckpt", "v1-5-pruned.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,8 @@ def weights(tmp_path_factory):
     """A small pipeline together with the other files of a published repository."""
     folder = smallest(tmp_path_factory.mktemp("published"))
     put(folder, *CLUTTER)
+    words, end = read_json(folder / "tokenizer" / "vocab.json"), "<|endoftext|>"
+    write_json(folder / "tokenizer" / "added_tokens.json", {end: words[end]})
     change_json(folder / "model_index.json", text_encoder_2=[None, None],
                 safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
     return folder
@@ -61,8 +65,9 @@ def hub(weights, tmp_path, monkeypatch):
     """The server that this process uses as the hub, and an empty cache."""
     with serving({"owner/small": weights}) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                            server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        for module in (constants, file_download):       # before 1.0 each has a copy of its own
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", raising=False,
+                                value=server.url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield server
@@ -96,8 +101,8 @@ def assert_same_weights(model, other):
 def test_a_pipeline_is_its_folder_and_is_fetched_once(hub, weights, offline, way):
     pipe, local = tinyldm.load("owner/small"), tinyldm.load(weights)
     assert np.array_equal(picture(pipe), picture(local))
-    tokenizer = [f"tokenizer/{file.name}" for file in (weights / "tokenizer").iterdir()
-                 if file.name != "added_tokens.json"]
+    tokenizer = [f"tokenizer/{file.name}" for file in (weights / "tokenizer").iterdir()]
+    assert "tokenizer/added_tokens.json" in tokenizer   # of older folders: learned words
     assert hub.fetched() == sorted([
         "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
         "unet/config.json", "vae/config.json", *tokenizer, *WEIGHTS])
@@ -506,3 +511,36 @@ def test_progress_is_shown_in_a_terminal(weights, tmp_path):
 def test_what_these_tests_replace_is_there():
     """If the library moved its classes, these tests would talk to the real hub."""
     assert huggingface_hub.hf_hub_url("a/b", "c").startswith(constants.ENDPOINT)
+
+
+# ---- a VAE ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, file", [("owner/small", "vae/config.json"),
+                                        ("owner/vae", "config.json"),
+                                        ("owner/vae/other.safetensors", "other.safetensors")])
+def test_a_vae_from_the_hub(name, file, weights, hub, offline, tmp_path):
+    """The VAE of a pipeline, a repository of its own, or a file; and again from the cache."""
+    folder = shutil.copytree(weights / "vae", tmp_path / "vae")
+    put(folder, "README.md", "diffusion_pytorch_model.bin")
+    shutil.copy(folder / "diffusion_pytorch_model.safetensors", folder / "other.safetensors")
+    hub.repositories["owner/vae"] = folder
+    own = tinyldm.load(weights).vae
+    for way in (None, "HF_HUB_OFFLINE"):
+        if way:
+            offline(way)
+        found = checkpoints.resolve_vae(name)
+        vae = tinyldm.load(weights, vae=name).vae
+        assert all(np.array_equal(ours.data, theirs.data)
+                   for ours, theirs in zip(vae.parameters(), own.parameters()))
+        assert (found / "config.json").is_file() or found.name == "other.safetensors"
+        if not way:
+            part = "vae/" if file.startswith("vae/") else ""
+            expected = {file, f"{part}diffusion_pytorch_model.safetensors"}
+            assert set(hub.fetched()) == ({file} if name.endswith("ensors") else expected)
+
+
+def test_a_repository_without_a_vae(hub, tmp_path):
+    put(tmp_path / "other", "README.md", "model.safetensors")
+    hub.repositories["owner/other"] = tmp_path / "other"
+    with pytest.raises(TinyldmError, match="owner/other .* neither a vae folder nor a config.json"):
+        tinyldm.load(vae="owner/other")

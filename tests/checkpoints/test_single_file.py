@@ -1,5 +1,4 @@
 """Single files in the original layout: names against real checkpoints, pictures against folders."""
-import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from tests.support import single_files
 from tests.support.drawing import Reference, assert_same_drawing, ours
 from tests.support.extra import torch
 from tests.support.keys import CONFIGS, MODELS, original_rows
+from tests.support.single_files import as_file, assert_same_weights
 from tests.support.small_pipelines import change_json
 from tests.support.tolerance import assert_close
 from tinyldm.checkpoints import folders, load_pipeline_parts
@@ -135,29 +135,6 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def sd1_folder(tmp_path_factory):
     return single_files.sd1(tmp_path_factory.mktemp("sd1"))
-
-
-def as_file(folder, path, monkeypatch, **more):
-    """Write the folder's weights as a single file, and shrink the built-in configs to fit them."""
-    words = json.loads((folder / "tokenizer" / "vocab.json").read_text())
-    single_files.shrink(monkeypatch, len(words), words["<|endoftext|>"])
-    monkeypatch.setenv(folders.TOKENIZER_VARIABLE, str(folder / "tokenizer"))
-    tensors = single_files.original(folder) | more
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    if path.suffix == ".safetensors":
-        safetensors.numpy.save_file(tensors, path)
-    else:
-        tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
-        torch.save({"state_dict": tensors, "global_step": 1}, path)
-    return path
-
-
-def assert_same_weights(pipe, other):
-    assert (pipe.text_encoder_2 is None) == (other.text_encoder_2 is None)
-    for part in [part for part in MODELS if getattr(pipe, part)]:
-        theirs = dict(getattr(other, part).named_parameters())
-        for name, parameter in getattr(pipe, part).named_parameters():
-            assert np.array_equal(parameter.data, theirs[name].data), name
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])

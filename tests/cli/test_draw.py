@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +54,17 @@ def test_noise_of_another_kind_is_recorded(weights, out):
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
-def test_timestep_spacing(weights, out, capsys):
+def test_timestep_spacing_and_clip_skip(weights, out, capsys):
     path = out / "out.png"
     arguments = ["a cat", "--weights", str(weights), "--steps", "2", "--output", str(path)]
-    assert main([*arguments, "--timestep-spacing", "trailing"]) == 0
-    expected, = load(weights)("a cat", num_inference_steps=2, timestep_spacing="trailing")
+    assert main([*arguments, "--timestep-spacing", "trailing", "--clip-skip", "1",
+                 "--sampler", "Euler a"]) == 0
+    expected, = load(weights)("a cat", num_inference_steps=2, timestep_spacing="trailing",
+                              clip_skip=1, sampler="euler_ancestral")
     picture = Image.open(path)
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
-    assert ", Timestep spacing: trailing, " in picture.text["parameters"]
+    assert ("Sampler: euler_ancestral, Timestep spacing: trailing, CFG scale: 7.5, Clip skip: 2, "
+            in picture.text["parameters"])
     assert main([*arguments, "--timestep-spacing", "middle"]) == 2
     assert "must be leading, linspace or trailing, not 'middle'" in capsys.readouterr().err
 
@@ -218,7 +222,21 @@ def test_a_note_on_a_large_picture(weights, out, tmp_path, capsys):
     draw(weights, out, *image)
     assert note in capsys.readouterr().err
     draw(weights, out, *image, "--width", 20)
-    assert note not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert note not in said and "note: the picture has 20x32 pixels, 2.5 times as many" in said
+    draw(weights, out, *image, "--width", 16, "--height", 16)
+    assert "note: the picture has" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size, many", [
+    ((20, 16), "20x16 pixels, 1.2 times"), ((160, 16), "160x16 pixels, 10 times"),
+    ((16, 16), None), ((12, 20), None)])
+def test_a_note_on_a_size_beyond_the_weights(weights, size, many):
+    """Also from Python. A picture of another shape with as many pixels is fine."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        load(weights)("a cat", num_inference_steps=2, width=size[0], height=size[1])
+    assert [many in str(warning.message) for warning in said] == [True] * bool(many)
 
 
 def test_variations(weights, out):
@@ -300,6 +318,7 @@ def test_help_names_every_sampler():
     process = run("--help", folder=ROOT)
     words = re.split(r"[,\s]+", process.stdout)
     assert process.returncode == 0 and set(SAMPLERS) <= set(words)
+    assert {"--vae", "--prediction-type", "v_prediction"} <= set(words)
 
 
 def test_help_waits_for_no_library():

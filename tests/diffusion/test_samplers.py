@@ -8,6 +8,7 @@ The model is a fixed smooth function of x and t. The tests compare the samplers'
 whole loops, so that a difference at one step grows in the next. All arrays given to a sampler
 (latents, model outputs, noise) are read-only.
 """
+import dataclasses
 import inspect
 import math
 from contextlib import contextmanager
@@ -23,7 +24,14 @@ from diffusers.schedulers import scheduling_lms_discrete
 from tests.support.reference import float32_noise
 from tests.support.schedulers import SD, SD15, SD21, SDXL, TURBO
 from tests.support.tolerance import within
-from tinyldm.diffusion.samplers import SAMPLERS, check_sampler, default_sampler
+from tinyldm.diffusion.samplers import CLASSES as PUBLIC
+from tinyldm.diffusion.samplers import (
+    SAMPLERS,
+    check_sampler,
+    default_sampler,
+    find_sampler,
+    own_options,
+)
 from tinyldm.diffusion.samplers.shared import NO_PICTURE, Origin
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
@@ -36,7 +44,9 @@ CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMSchedu
            "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
            "dpmpp_2m_sde_karras": "DPMSolverMultistepScheduler",
            "unipc": "UniPCMultistepScheduler", "lcm": "LCMScheduler"}
-SAME_ROUNDING = ("euler", "euler_ancestral", "heun")    # float32 coefficients, as in diffusers
+CLASSES |= {name: CLASSES[name.rpartition("_")[0]] for name in SAMPLERS if name not in CLASSES}
+# float32 coefficients, as in diffusers
+SAME_ROUNDING = tuple(name for name in SAMPLERS if name.startswith(("euler", "heun")))
 BY_ALPHA_BAR = ("ddpm", "ddim", "pndm", "lcm")          # coefficients in the table's precision
 STEPS = (1, 2, 3, 4, 5, 10, 20, 50)
 SHAPE = (2, 8, 8, 4)
@@ -51,7 +61,7 @@ every_prediction = pytest.mark.parametrize("prediction", ["epsilon", "v_predicti
 def equal_sigmas(request):
     """For float32 coefficients that magnify a sigma's last bit, where torch's root may be off."""
     case = getattr(request.node, "callspec", None)
-    if case and case.params.get("name") in SAME_ROUNDING:
+    if case and case.params.get("name") in (*SAME_ROUNDING, "lms_karras", "lms_exponential"):
         request.getfixturevalue("exact_sqrt")
 
 
@@ -87,12 +97,13 @@ def noise_source(dtype=torch.float32, seed=1):
 def options_of(name):
     """The fields that make diffusers' class the sampler of this name."""
     return {**({"use_karras_sigmas": True} if name.endswith("_karras") else {}),
+            **({"use_exponential_sigmas": True} if name.endswith("_exponential") else {}),
             **({"algorithm_type": "sde-dpmsolver++"} if "_sde" in name else {})}
 
 
 def scheduler_of(name, config):
-    if name == "lms":
-        return lms_scheduler(config)
+    if name.startswith("lms"):
+        return lms_scheduler({**config, **options_of(name)})
     return getattr(diffusers, CLASSES[name]).from_config(config, **options_of(name))
 
 
@@ -163,14 +174,15 @@ def loop(scheduler, origin):
         yield t.item(), latents.numpy(), result.get("pred_original_sample", result.get("denoised"))
 
 
-def check(name, config, steps, scheduler=None, dtype=torch.float64, **options):
+def check(name, config, steps, scheduler=None, dtype=torch.float64, keywords=None, **options):
     """Compare the loops: timesteps, latents and predicted x_start. dtype: of ours."""
     scheduler = scheduler or scheduler_of(name, config)
     reference = list(reference_loop(scheduler, steps, **options))
     schedule, latents = Schedule.from_config(config), start(dtype)[1]
     if dtype == torch.float64 and name in BY_ALPHA_BAR:
         object.__setattr__(schedule, "alphas_cumprod", schedule.alphas_cumprod.astype(float))
-    states = list(SAMPLERS[name](predict, latents, schedule, steps, noise_source(dtype), **options))
+    states = list(SAMPLERS[name](predict, latents, schedule, steps, noise_source(dtype),
+                                 **(keywords or {}), **options))
     assert [state.step for state in states] == list(range(len(reference)))
     for state, (t, latents, x_start) in zip(states, reference):
         where = f"{name}, step {state.step} of {steps}, {config}"
@@ -189,7 +201,8 @@ def test_every_step_is_diffusers(name, prediction, spacing):
     config = {**SD, "prediction_type": prediction}
     if spacing:
         config["timestep_spacing"] = spacing
-    for steps in STEPS:
+    # 50 exponential steps magnify the rounding of diffusers' sigmas in polynomials of degree 3.
+    for steps in STEPS[:-1] if name == "lms_exponential" else STEPS:
         check(name, config, steps)
 
 
@@ -227,7 +240,8 @@ def test_final_sigma_min(name, prediction):
         check(name, config, steps)
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if "karras" not in name])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS
+                                  if not name.endswith(("karras", "exponential"))])
 @pytest.mark.parametrize("config", [
     {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},    # other fields missing
     {"beta_schedule": "squaredcos_cap_v2", "clip_sample": True, "clip_sample_range": 2.0},
@@ -246,7 +260,9 @@ def test_sample_prediction(name):
     check(name, {**SD, "prediction_type": "sample"}, 10)
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS
+                                  if name != "pndm" and not name.endswith("exponential")
+                                  and (name.startswith("dpm") or "karras" not in name)])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_zero_terminal_snr(name, spacing, exact_sqrt):
     """With one table for both: sigma = 4096 turns a table's last bit into 4e-4 of the latents.
@@ -286,7 +302,7 @@ def test_as_many_steps_as_training_timesteps(name):
         config = {**SD, "num_train_timesteps": T, "timestep_spacing": spacing}
         schedule = Schedule.from_config(config)
         states = list(SAMPLERS[name](predict, start()[1], schedule, T, noise_source()))
-        assert len(states) == {"pndm": T + 1, "heun": 2 * T - 1}.get(name, T)
+        assert len(states) == {"pndm": T + 1, "heun": 2 * T - 1}.get(name.partition("_")[0], T)
         assert np.isfinite(states[-1].latents).all()
 
 
@@ -339,6 +355,26 @@ def test_other_bad_input():
         refused("lcm", schedule, steps, message=f"lcm takes from 1 to 50 .*not {steps} of {T}")
 
 
+@pytest.mark.parametrize("name, expected", [
+    ("Euler a", "euler_ancestral"), ("DPM++ 2M Karras", "dpmpp_2m_karras"), ("euler", "euler"),
+    ("DPM++ 2M SDE Karras", "dpmpp_2m_sde_karras"), ("dpmpp_2m", "dpmpp_2m"), ("PLMS", "pndm"),
+    ("k_euler", "euler"), ("k_euler_ancestral", "euler_ancestral"), ("UniPC", "unipc"),
+    ("k_dpmpp_2m", "dpmpp_2m"), ("DDIM", "ddim"), ("ddim ", "ddim"), ("dpmpp-2m-sde",
+     "dpmpp_2m_sde"), ("DPM++ 2M", "dpmpp_2m"), ("sample_euler", "euler"), ("Heun", "heun"),
+    ("EulerDiscreteScheduler", "euler"), ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+    ("EulerAncestralDiscreteScheduler", "euler_ancestral"), ("LMS", "lms"), ("LCM", "lcm"),
+    ("UniPCMultistepScheduler", "unipc"), ("LMSDiscreteScheduler", "lms"), ("k_lms", "lms")])
+def test_names_as_people_write_them(name, expected):
+    assert find_sampler(name) == expected
+
+
+@pytest.mark.parametrize("name, meant", [("eular", "euler"), ("Euler anc", "euler_ancestral"),
+                                         ("dpm++ 2n", "dpmpp_2m"), ("unicp", "unipc")])
+def test_a_near_name_is_proposed(name, meant):
+    with pytest.raises(TinyldmError, match=f"unknown sampler .*; did you mean {meant}$"):
+        find_sampler(name)
+
+
 def refused(name, schedule, steps, message):
     """Both by check_sampler, which calls no model, and by the sampler's first step."""
     with pytest.raises(TinyldmError, match=message):
@@ -357,26 +393,85 @@ def test_default_sampler():
         "pndm", "ddim", "euler", "euler_ancestral"]
 
 
+@pytest.mark.parametrize("options", [
+    {"euler_at_final": True}, {"lower_order_final": False}, {"solver_order": 1},
+    {"solver_type": "heun"}, {"solver_type": "heun", "algorithm_type": "sde-dpmsolver++"}], ids=str)
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_options_of_the_weights_own_scheduler(options, final):
+    config = {**SD, "_class_name": "DPMSolverMultistepScheduler", "final_sigmas_type": final,
+              **options}
+    name = default_sampler(config)
+    assert name == ("dpmpp_2m_sde" if "algorithm_type" in options else "dpmpp_2m")
+    keywords = own_options(config, name)
+    assert keywords.items() >= {key: value for key, value in options.items()
+                                if key != "algorithm_type"}.items()
+    for steps in (1, 5, 20):
+        scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
+        check(name, config, steps, scheduler, keywords=keywords)
+    assert own_options(config, "euler") == own_options({"_class_name": "x"}, name) == {}
+
+
+@pytest.mark.parametrize("config, expected, message", [
+    ({"_class_name": "DEISMultistepScheduler"}, "dpmpp_2m", "DEISM.* nearest sampler, dpmpp_2m"),
+    ({"_class_name": "DEISMultistepScheduler", "use_karras_sigmas": True}, "dpmpp_2m_karras", ""),
+    ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2m", "DPMSolverSinglestepScheduler"),
+    ({"_class_name": "KDPM2DiscreteScheduler", "use_karras_sigmas": True}, "heun_karras", "KDPM2"),
+    ({"_class_name": "KDPM2AncestralDiscreteScheduler"}, "euler_ancestral", "KDPM2Ancestral"),
+    ({"_class_name": "PNDMScheduler"}, "pndm", "skip_prk_steps = False"),
+    ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "euler",
+     "EulerDiscreteScheduler with use_beta_sigmas = True is not built here: .* euler, and False"),
+    ({"_class_name": "EulerDiscreteScheduler", "sigma_max": 10.0}, "euler", "sigma_max = 10.0"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "dpmpp_2m",
+     "solver_order = 3 .* and 2"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "dpmpp_2m",
+     "algorithm_type = 'dpmsolver' .* and 'dpmsolver[+][+]'"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "dpmpp_2m", "lu_lamb"),
+    ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "unipc", "'bh1'"),
+    ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}, "unipc", "corrector"),
+])
+def test_the_nearest_sampler_is_taken_and_named(config, expected, message):
+    with pytest.warns(UserWarning, match=message) as said:
+        assert default_sampler(config) == expected
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("config, message", [
-    ({"_class_name": "DEISMultistepScheduler"}, "DEISMulti.*supported: DDPMScheduler"),
-    ({}, "None.*supported: DDPMScheduler"),
-    ({"_class_name": "PNDMScheduler"}, "skip_prk_steps"),
-    ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order = 3.*only 2"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
-     "algorithm_type = 'dpmsolver' .*only 'dpmsolver[+][+]'"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++",
-      "euler_at_final": True}, "euler_at_final = True"),
-    ({"_class_name": "HeunDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas"),
-    ({"_class_name": "LMSDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas"),
-    ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "solver_type = 'bh1'"),
-    ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}, "disable_corrector"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch.*supported: DDPMScheduler"),
+    ({}, "None.*supported: DDPMScheduler"), ({"_class_name": []}, "supported: DDPMScheduler"),
+    ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas = True"),
+    ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type = 'learned'"),
+    ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type"),
     ({"_class_name": "LCMScheduler", "original_inference_steps": 20}, "original_inference_steps"),
 ])
 def test_unsupported_classes(config, message):
     with pytest.raises(TinyldmError, match=message) as error:
         default_sampler(config)
     assert "\n" not in str(error.value) and "dpmpp_2m_karras" in str(error.value)
+
+
+# keys that change nothing, and why
+CHANGE_NOTHING = {
+    "dynamic_thresholding_ratio": "only with thresholding, which is refused",
+    "sample_max_value": "only with thresholding, which is refused",
+    "flow_shift": "only with use_flow_sigmas, which is refused",
+    "use_dynamic_shifting": "only with use_flow_sigmas, which is refused",
+    "time_shift_type": "only with use_flow_sigmas, which is refused",
+    "shift_terminal": "only with use_flow_sigmas, which is refused",
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_key_of_a_public_class_is_used_noted_or_refused(name):
+    sampler, options, noted, refused = PUBLIC[name]
+    cls = scheduling_lms_discrete.LMSDiscreteScheduler if sampler == "lms" else getattr(
+        diffusers, name)
+    keys = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    of_schedule = {item.name for item in dataclasses.fields(Schedule)} | {
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+        "rescale_betas_zero_snr", "thresholding"}       # the last is refused
+    names = {f"use_{spacing}_sigmas" for spacing in ("karras", "exponential")}
+    rest = keys - of_schedule - names - {*options} - noted.keys() - refused.keys()
+    assert rest <= CHANGE_NOTHING.keys()
 
 
 # ---- one trajectory under two names ---------------------------------------------------------

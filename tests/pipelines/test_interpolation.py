@@ -31,7 +31,7 @@ def array(images):
 
 
 def draw(pipe, prompt, **options):
-    return array(pipe(prompt, num_inference_steps=STEPS, **options))
+    return array(pipe(prompt, num_inference_steps=STEPS, guidance_scale=7.5, **options))
 
 
 def generator(seed):

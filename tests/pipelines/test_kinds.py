@@ -1,13 +1,19 @@
 """The other kinds of Stable Diffusion, each against diffusers' own pipeline for it."""
+import inspect
+from functools import partial
+
 import numpy as np
 import pytest
 
+from tests.support import small_pipelines
 from tests.support.drawing import NEGATIVE, PROMPT, Reference, assert_same_drawing, ours
-from tests.support.extra import torch
+from tests.support.extra import diffusers, torch
 from tests.support.models import spoil
-from tests.support.small_pipelines import change_json, lcm, sd_turbo, sdxl, sdxl_turbo
+from tests.support.pictures import hole, picture
+from tests.support.small_pipelines import change_json, lcm, sd1, sd_turbo, sdxl, sdxl_turbo
 from tests.support.tolerance import assert_close
 from tinyldm.errors import TinyldmError
+from tinyldm.pipelines.request import Request
 from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 from tinyldm.text.prompt import apply_weights
 
@@ -45,6 +51,62 @@ def test_an_empty_negative_prompt_may_be_read(tmp_path):
     read = ours(load(folder))
     assert_same_drawing(read, Reference(folder)(guidance_scale=7.5))
     assert abs(read[0][-1] - zeros[0][-1]).max() > 0.01
+
+
+@pytest.mark.parametrize("make", [sd1, sdxl], ids=lambda make: make.__name__)
+def test_clip_skip(make, tmp_path, monkeypatch):
+    """With text encoders of four layers, since Stable Diffusion XL never uses the last one."""
+    monkeypatch.setattr(small_pipelines, "make_text_encoder",
+                        partial(small_pipelines.make_text_encoder, num_hidden_layers=4))
+    folder = make(tmp_path)
+    pipe, reference = load(folder), Reference(folder)
+    encoder = reference.pipe.text_encoder
+    if not hasattr(encoder, "text_model"):              # of transformers 5; diffusers asks for it
+        encoder.__dict__["text_model"] = encoder
+    most = 3 if make is sd1 else 2
+    last = [ours(pipe, negative_prompt=NEGATIVE)[0][-1]]
+    for clip_skip in range(1, most + 1):
+        options = {"clip_skip": clip_skip, "guidance_scale": 7.5, "negative_prompt": NEGATIVE}
+        drawn = ours(pipe, **options)
+        assert_same_drawing(drawn, reference(**options))
+        last.append(drawn[0][-1])
+    assert all(abs(a - b).max() > 0.01 for a, b in zip(last, last[1:]))
+    assert np.array_equal(ours(pipe, negative_prompt=NEGATIVE, clip_skip=0)[0][-1], last[0])
+    with pytest.raises(TinyldmError, match=f"from 0 to {most}, as the text encoder has 4 layers"):
+        pipe.stream("cat", clip_skip=most + 1)
+
+
+@pytest.mark.parametrize("make, drawing, editing, inpainting", [
+    (sd1, (50, 7.5, None), (7.5, 0.8), (7.5, 1.0)),
+    (sdxl, (50, 5.0, None), (5.0, 0.3), (7.5, 0.9999)),
+    (lcm, (4, 8.5, None), (8.5, 0.8), (8.5, 1.0))], ids=["sd1", "sdxl", "lcm"])
+def test_defaults_are_those_of_the_public_pipeline(make, drawing, editing, inpainting, tmp_path):
+    """Read from the signatures of diffusers' pipelines, too."""
+    pipe = load(make(tmp_path))
+
+    def own(*names, **options):
+        request = pipe.complete(Request("cat", **options))
+        return tuple(getattr(request, name) for name in names)
+
+    name = {sd1: "StableDiffusion", sdxl: "StableDiffusionXL", lcm: "LatentConsistencyModel"}[make]
+    pair = ("guidance_scale", "strength")
+    for task, options, values in [("", {}, drawing[1:]),
+                                  ("Img2Img", {"image": picture()}, editing),
+                                  ("Inpaint", {"image": picture(), "mask": hole()}, inpainting)]:
+        assert own(*pair, **options) == values
+        theirs = getattr(diffusers, f"{name}{task}Pipeline", None)
+        if theirs:
+            expected = inspect.signature(theirs.__call__).parameters
+            assert values == tuple(expected[key].default if key in expected else None
+                                   for key in pair)
+            assert expected["num_inference_steps"].default == drawing[0]
+    assert own("num_inference_steps") == drawing[:1]
+    assert own(*pair, guidance_scale=3, image=picture(), strength=0.5) == (3, 0.5)
+
+
+def test_drawing_with_the_defaults_of_stable_diffusion_xl(xl):
+    pipe, reference = xl
+    assert_same_drawing(ours(pipe, guidance_scale=None), reference())
 
 
 def test_sdxl_turbo(tmp_path_factory):

@@ -13,6 +13,7 @@ from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 from tinyldm.noise import CudaGenerator, randn
+from tinyldm.pipelines.interpolation import Between
 from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -198,8 +199,11 @@ BAD = [
     ({"timestep_spacing": ["trailing"]}, r"or trailing, not \['trailing'\]"),
     ({"prompt": "(cat:1000)"}, "the weight 1000: use -100 to 100"),
     ({"negative_prompt": "(cat:1000)", "guidance_scale": 1}, "the weight 1000: use -100 to 100"),
-    ({"prompt": 5}, "prompt must be a string"), ({"prompt": ["a", "b"]}, "prompt must be a string"),
-    ({"negative_prompt": None}, "prompt must be a string"),
+    ({"prompt": 5}, "prompt must be a string"), ({"prompt": ["a", 5]}, "prompt must be a string"),
+    ({"prompt": [["a"], ["b"]]}, r"prompt must be a string .* got \['a'\]"),
+    ({"prompt": None}, "prompt must be a string"), ({"prompt": []}, "at least one: give one"),
+    ({"negative_prompt": ["a", "b"]}, "as long as prompt's, 1, not 2"),
+    ({"prompt": ["a", "b"], "negative_prompt": ["a"]}, "as long as prompt's, 2, not 1"),
     ({"negative_prompt": "\udcff", "guidance_scale": 1}, "valid Unicode"),
     ({"num_inference_steps": 0}, "from 1 to 1000, not 0"),
     ({"num_inference_steps": 1001}, "from 1 to 1000, not 1001"),
@@ -214,10 +218,32 @@ BAD = [
     ({"width": 18}, "width must be a multiple of 4, not 18: the nearest is 16 or 20"),
     ({"height": 2}, "height must be a multiple of 4, not 2: the nearest is 4"),
     ({"width": 0}, "from 1 to 8192 pixels, not 0"), ({"height": -8}, "not -8"),
-    ({"height": 10**9}, "8192 pixels"), ({"width": 16.0}, "whole number of pixels"),
+    ({"height": 10**9}, "8192 pixels"), ({"width": 16.5}, "whole number of pixels"),
+    ({"width": "16"}, "whole number of pixels"),
     ({"num_images": 0}, "num_images must be"), ({"num_images": None}, "num_images must be"),
     ({"sampler": "dpm2"}, f"unknown sampler 'dpm2'; known: {', '.join(SAMPLERS)}"),
     ({"sampler": "lcm", "num_inference_steps": 51}, "lcm takes from 1 to 50 steps .* not 51"),
+    ({"num_images": 10**9}, "num_images must be a whole number from 1 to 10000, not 1000000000"),
+    ({"prompt": ["a"] * 6000, "num_images": 2}, "images must be .* from 1 to 10000, not 12000"),
+    ({"seed": [1, 2]}, "one for each of 1 images, not 2"), ({"seed": [1.5]}, "a whole number"),
+    ({"seed": 2**64}, "a whole number"), ({"seed": -2**63 - 1}, "a whole number"),
+    ({"seed": 2**64 - 1, "num_images": 2}, "a whole number"),
+    ({"seed": np.random.default_rng(0)}, "a whole number"),
+    ({"seed": None, "num_images": 2}, "a whole number"),
+    ({"sampler": ["euler"]}, r"unknown sampler \['euler'\]"), ({"sampler": 5}, "unknown sampler 5"),
+    ({"sampler": "Euler b"}, "unknown sampler 'Euler b'; known: .*; did you mean euler"),
+    ({"noise": ["numpy"]}, r"unknown noise \['numpy'\]; known"),
+    ({"latents": [[1], [2, 3]]}, "latents must be an array of numbers, not a list"),
+    ({"latents": "noise"}, "latents must be an array of numbers, not a str"),
+    ({"clip_skip": -1}, "clip_skip must be a whole number from 0 to 100, not -1"),
+    ({"clip_skip": 1.5}, "not 1.5"), ({"clip_skip": "1"}, "not '1'"),
+    ({"clip_skip": 2}, "clip_skip must be from 0 to 1, as the text encoder has 2 layers, not 2"),
+    ({"generator": 5}, "no option generator: seed= is what generator= is elsewhere"),
+    ({"output_type": "np"}, "no option output_type: .* PIL images"),
+    ({"num_inference_step": 5}, "no option 'num_inference_step': did you mean num_inference_steps"),
+    ({"negative_promt": "x"}, "did you mean negative_prompt"),
+    ({"qqq": 5}, "no option 'qqq': known are prompt, negative_prompt, num_inference_steps"),
+    ({"steps": 5, "num_inference_steps": 5}, "num_inference_steps .*are one option"),
     ({"latents": np.zeros((2, 4, 4, 4))}, r"shape \(1, 4, 4, 4\) .*, not \(2, 4, 4, 4\)"),
     ({"latents": np.zeros((4, 4))}, "latents must be finite and of shape"),
     ({"latents": np.zeros((1, 4, 4, 4)), "width": 32}, r"shape \(1, 4, 8, 4\)"),
@@ -237,12 +263,66 @@ def test_a_schedule_that_the_sampler_cannot_take_is_refused_before_drawing(small
         small.stream("cat", sampler="pndm")
 
 
+def last_latents(pipe, *arguments, **options):
+    *_, state = pipe.stream(*arguments, num_inference_steps=2, **options)
+    return state.latents
+
+
+def test_options_as_other_programs_name_them(small):
+    expected = last_latents(small, "cat", "dog", guidance_scale=3.0, num_images=2, sampler="euler")
+    for other in (
+            {"negative": "dog", "guidance": 3.0, "count": 2, "sampler": "k_euler"},
+            {"negative_prompt": ["dog"], "cfg_scale": 3, "num_images_per_prompt": 2.0,
+             "scheduler": "EulerDiscreteScheduler", "width": 16.0, "height": np.int8(16)}):
+        assert np.array_equal(last_latents(small, "cat", **other), expected)
+    *_, state = small.stream("cat", "dog", steps=2, guidance=3, count=2, sampler_name="Euler")
+    assert np.array_equal(state.latents, expected)
+    assert np.array_equal(last_latents(small, "cat", negative_prompt=None),
+                          last_latents(small, "cat"))
+
+
+@pytest.mark.parametrize("seed", [np.int8(127), np.uint8(255), 255.0, np.array(255), -1])
+def test_seeds_of_any_type_do_not_wrap(small, seed):
+    latents = last_latents(small, "cat", seed=seed, num_images=2)
+    for i in (0, 1):
+        one = last_latents(small, "cat", seed=int(seed) + i)
+        assert_close(latents[i:i + 1], one, 1e-4)
+
+
+def test_a_seed_for_each_image(small):
+    latents = last_latents(small, "cat", seed=[7, np.uint8(3)], num_images=2)
+    for row, seed in zip(latents, (7, 3)):
+        assert_close(row[None], last_latents(small, "cat", seed=seed), 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:the prompt .* is read in . chunks")
+def test_a_list_of_prompts_draws_each_from_the_same_seeds(small):
+    prompts, negatives = ["cat", Between("red", "dog", 0.3), "word " * 100], ["", "dog", "red cat"]
+    latents = last_latents(small, prompts, negatives, seed=5, num_images=2)
+    assert latents.shape[0] == 6
+    for i, prompt in enumerate(prompts[:2]):
+        longer = last_latents(small, [prompt, prompts[2]], [negatives[i], ""], seed=5)
+        assert_close(latents[2 * i:2 * i + 1], longer[:1], 1e-4)        # to one length
+        assert not np.array_equal(latents[2 * i], latents[2 * i + 1])
+    two = last_latents(small, ("cat", "dog"), "red", seed=5)
+    for i, prompt in enumerate(("cat", "dog")):
+        assert_close(two[i:i + 1], last_latents(small, prompt, "red", seed=5), 1e-4)
+    assert len(small(["cat", "dog"], num_inference_steps=1, num_images=2)) == 4
+
+
+@pytest.mark.parametrize("latents", [[], "latents", [[1], [2, 3]], None, np.zeros((0, 4, 4, 4))],
+                         ids=repr)
+def test_decode_refuses_what_are_no_latents(small, latents):
+    with pytest.raises(TinyldmError, match="latents must "):
+        small.decode(latents)
+
+
 def test_options_by_name_and_by_position(small):
     options = list(inspect.signature(small.stream).parameters)
     assert options == [
         "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "width",
         "height", "num_images", "sampler", "latents", "noise", "guidance_rescale", "image",
-        "strength", "mask", "timestep_spacing"]
+        "strength", "mask", "timestep_spacing", "clip_skip"]
     values = ["cat", "dog", 2, 3.0, 5, 20, 24, 2, "ddim", None, "numpy", 0.5]
     by_position, by_name = small.stream(*values), small.stream(**dict(zip(options, values)))
     for one, other in zip(by_position, by_name, strict=True):

@@ -51,7 +51,9 @@ class Reference:
 
 
 def ours(pipe, **options):
-    """The same of ours, the latents by stream and the pictures by a call."""
+    """The same of ours, the latents by stream and the pictures by a call; by default with guidance
+    7.5, whatever the kind of model."""
+    options = {"guidance_scale": 7.5} | options
     states = list(pipe.stream(PROMPT, num_inference_steps=STEPS, **options))
     assert [state.step for state in states] == list(range(len(states)))
     images = pipe(PROMPT, num_inference_steps=STEPS, **options)

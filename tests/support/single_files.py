@@ -9,7 +9,9 @@ import json
 import numpy as np
 import safetensors.numpy
 
+from tests.support.extra import torch
 from tests.support.small_pipelines import make_unet, make_vae, save, save_xl, scheduler
+from tinyldm.checkpoints import folders
 from tinyldm.checkpoints.single_file import kinds
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -223,3 +225,30 @@ def shrink(monkeypatch, vocab_size, end):
             text_encoder=kind.text_encoder | text | {"hidden_size": width,
                                                      "intermediate_size": 2 * width},
             text_encoder_2=kind.text_encoder_2 and kind.text_encoder_2 | text | second))
+
+
+def as_file(folder, path, monkeypatch, metadata=None, drop="-", **more):
+    """Write the folder's weights as a single file, and shrink the built-in configs to fit them.
+
+    metadata: of a safetensors file's header. drop: the beginning of names to leave out. more: name
+    and array of further tensors.
+    """
+    words = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    shrink(monkeypatch, len(words), words["<|endoftext|>"])
+    monkeypatch.setenv(folders.TOKENIZER_VARIABLE, str(folder / "tokenizer"))
+    tensors = {name: np.require(tensor, requirements="C")
+               for name, tensor in (original(folder) | more).items() if not name.startswith(drop)}
+    if path.suffix == ".safetensors":
+        safetensors.numpy.save_file(tensors, path, metadata)
+    else:
+        tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+        torch.save({"state_dict": tensors, "global_step": 1}, path)
+    return path
+
+
+def assert_same_weights(pipe, other):
+    assert (pipe.text_encoder_2 is None) == (other.text_encoder_2 is None)
+    for part in [part for part in folders.COMPONENTS if getattr(pipe, part)]:
+        theirs = dict(getattr(other, part).named_parameters())
+        for name, parameter in getattr(pipe, part).named_parameters():
+            assert np.array_equal(parameter.data, theirs[name].data), name

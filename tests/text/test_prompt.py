@@ -1,5 +1,6 @@
 """Weights and chunks of a prompt: published examples, and contexts made by transformers."""
 import re
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -14,7 +15,13 @@ from tests.support.tolerance import assert_allclose, assert_close
 from tinyldm.errors import TinyldmError
 from tinyldm.images import to_pil
 from tinyldm.pipelines.stable_diffusion import load
-from tinyldm.text.prompt import apply_weights, parse, split_into_chunks, to_arrays
+from tinyldm.text.prompt import (
+    apply_weights,
+    note_foreign_syntax,
+    parse,
+    split_into_chunks,
+    to_arrays,
+)
 
 # ---- weights --------------------------------------------------------------------------------
 
@@ -101,6 +108,67 @@ def test_a_long_and_deep_prompt_takes_no_time():
         assert len(parse("([: 1" * 5_000 + "1" * 50_000 + " :" * 50_000)[0][0]) == 175_000
 
 
+@pytest.mark.parametrize("text, message", [
+    ("(" * 40_000 + "x" + ")" * 40_000, "brackets more than 100 deep: use one weight"),
+    ("[" * 90_000 + "x" + "]" * 90_000, "brackets more than 100 deep: use one weight"),
+    ("[(" * 101 + "x" + ")]" * 101, "brackets more than 100 deep"),
+    ("cat " * 60_000, "has 240000 characters, at most 200000 are read"),
+])
+def test_what_no_one_wrote_is_refused_at_once(text, message):
+    begin = time.process_time()
+    with pytest.raises(TinyldmError, match=message) as raised:
+        parse(text)
+    assert time.process_time() - begin < 1 and len(str(raised.value)) < 200
+
+
+def test_a_hundred_brackets_are_read():
+    assert parse("[(" * 50 + "x" + ")]" * 50)[0][1] == pytest.approx(1)
+
+
+def test_many_things_that_are_no_weights_are_one_note():
+    with pytest.warns(UserWarning, match=r"^':x0' in .* taken literally, and 999 more$") as said:
+        parse("".join(f"(a:x{i})" for i in range(1000)))
+    assert len(said) == 1
+
+
+# ---- prompts of other programs --------------------------------------------------------------
+
+@pytest.mark.parametrize("text, found, hint", [
+    ("a [cat|dog]", r"\[cat\|dog\]", ""), ("a [cat:dog:0.5]", r"\[cat:dog:0.5\]", ""),
+    ("[cat::10]", r"\[cat::10\]", ""), ("a cat AND a dog", "AND", "BREAK begins a new chunk"),
+    ("a cat <lora:ink:0.7>", "<lora:ink:0.7>", "--lora-folder"),
+    ("<LoRA:ink>", "<LoRA:ink>", "--lora-folder"), ("<hypernet:x:1>", "<hypernet:x:1>", ""),
+    ("a __animal__", "__animal__", ""), ("{red|blue} cat", r"\{red\|blue\}", ""),
+    ("a {cat}", r"\{cat\}", r"\(word\) gives weight"),
+    ("cat\nNegative prompt: dog\nSteps: 20", "Negative prompt:", "--from-parameters"),
+    ("cat\nSteps: 20, Sampler: Euler a", "Steps: 2", "--from-parameters"),
+    ("cat, embedding:bad-hands", "embedding:bad-hands", "--embedding"),
+    ("a cat --ar 16:9 --v 5", "--ar", "--width"),
+    ("[a|b] <lora:c:1>", r"<lora:c:1>, \[a\|b\]", "--lora-folder")])
+def test_what_other_programs_read_is_said_once(small, text, found, hint):
+    with pytest.warns(UserWarning) as said:
+        small.encode_prompt(text)
+    assert len(said) == 1
+    assert re.match(f"the prompt .* has {found}, which is drawn as words: .*{hint}.*BREAK$",
+                    str(said[0].message))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text", ["A CAT AND A DOG", "a cat and a dog", "16:9, (red:1.2) [low]",
+                                  "a snake_case word", "3 < 5 > 2", "a {", "steps: 5", "x -- y"])
+def test_ordinary_prompts_have_no_note(small, text):
+    small.encode_prompt(text)
+
+
+def test_searches_for_foreign_signs_are_linear():
+    begin = time.process_time()
+    for sign in ("[", "[|", "[a|", "[a:b:1", "{", "{a", "_", "__a", "<lora:", "AND", "--", "\n "):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            note_foreign_syntax(sign * (100_000 // len(sign)))
+    assert time.process_time() - begin < 3
+
+
 # ---- chunks ---------------------------------------------------------------------------------
 
 def letters(length=77):
@@ -132,6 +200,12 @@ def lengths(text, length=77):
 ])
 def test_where_a_prompt_is_cut(text, expected):
     assert lengths(text) == expected
+
+
+def test_the_number_of_chunks_is_bounded():
+    assert len(lengths("x BREAK " * 99 + "x")) == 100
+    with pytest.raises(TinyldmError, match="2001 chunks .*, at most 100 are read"):
+        lengths("x BREAK " * 2000 + "x")
 
 
 def test_the_shortest_rows():

@@ -23,7 +23,7 @@ from tests.support.words import (
     write_toy_vocabulary,
 )
 from tinyldm.errors import TinyldmError
-from tinyldm.text.tokenizer import Tokenizer
+from tinyldm.text.tokenizer import Tokenizer, engine_errors
 
 
 @pytest.fixture
@@ -199,3 +199,120 @@ def test_malformed_folders(toy, damage, message):
 def test_what_is_no_text(toy, text):
     with pytest.raises(TinyldmError, match="a prompt must be a string of valid Unicode, got"):
         Tokenizer.from_folder(toy)(text)
+
+
+# ---- learned words, and files of the wild ---------------------------------------------------
+
+def learned_by_older_transformers(toy, padding=END):
+    """Its files: added_tokens.json beside the vocabulary -> the new word's id."""
+    write_settings(toy, padding)
+    vocabulary = json.loads((toy / "vocab.json").read_text())
+    write_json(toy / "added_tokens.json", {"<frida>": len(vocabulary), END: vocabulary[END],
+                                           "<My-Cat>": len(vocabulary) + 1})
+    return len(vocabulary)
+
+
+LEARNED = ["a photo of <frida> cat", "<FRIDA>", "a<my-cat>!", f"<My-Cat> {END}", "frida", "<frida"]
+
+
+@pytest.mark.parametrize("padding", [END, "!"])
+def test_added_tokens_json_equals_transformers(toy, padding):
+    new = learned_by_older_transformers(toy, padding)
+    tokenizer = assert_equals_transformers(toy, LEARNED + TEXTS)
+    assert tokenizer.ids("<frida> <My-Cat>") == [new, new + 1]
+
+
+def test_added_tokens_beside_tokenizer_json(toy):
+    new = learned_by_older_transformers(toy)
+    added = (toy / "added_tokens.json").read_text()
+    (toy / "added_tokens.json").unlink()
+    transformers.CLIPTokenizer.from_pretrained(toy).save_pretrained(toy)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        (toy / name).unlink(missing_ok=True)
+    (toy / "added_tokens.json").write_text(added)
+    assert assert_equals_transformers(toy, LEARNED).ids("<frida>") == [new]
+
+
+def test_learned_words_inside_tokenizer_json(toy, tmp_path):
+    new = learned_by_older_transformers(toy)
+    transformers.CLIPTokenizer.from_pretrained(toy).save_pretrained(tmp_path / "new")
+    (tmp_path / "new" / "tokenizer_config.json").unlink()
+    tokenizer = Tokenizer.from_folder(tmp_path / "new")
+    assert [tokenizer.ids(text) for text in LEARNED] == [
+        Tokenizer.from_folder(toy).ids(text) for text in LEARNED]
+    assert tokenizer.ids("<frida>") == [new]
+
+
+def test_the_map_of_special_tokens_is_older_than_the_decoder(toy):
+    """With added_tokens_decoder, transformers takes the padding from tokenizer_config.json."""
+    write_settings(toy, "!")
+    config = json.loads((toy / "tokenizer_config.json").read_text())
+    write_json(toy / "tokenizer_config.json", {**config, "added_tokens_decoder": {}})
+    assert assert_equals_transformers(toy, ["a cat"]).padding == Tokenizer.from_folder(toy).end
+
+
+def test_learned_words_are_saved(toy, tmp_path):
+    new = learned_by_older_transformers(toy)
+    Tokenizer.from_folder(toy).save(tmp_path / "saved")
+    assert Tokenizer.from_folder(tmp_path / "saved").ids("<frida>") == [new]
+
+
+@pytest.mark.parametrize("changes", [
+    {"continuing_subword_prefix": "##########"}, {"dropout": 1.0}, {"unk_token": "no token"},
+    {"end_of_word_suffix": "?"}, {"byte_fallback": True}], ids=str)
+def test_other_settings_of_tokenizer_json_change_nothing(toy, changes):
+    """The first one made the library panic. transformers 5 reads none of them either."""
+    transformers.CLIPTokenizer.from_pretrained(toy).save_pretrained(toy)
+    content = json.loads((toy / "tokenizer.json").read_text())
+    expected = Tokenizer.from_folder(toy)("Lower red cat, 7!")
+    content["model"].update(changes)
+    content["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a|a)*$"},
+                                "behavior": "Isolated", "invert": False}
+    write_json(toy / "tokenizer.json", content)
+    np.testing.assert_array_equal(Tokenizer.from_folder(toy)("Lower red cat, 7!"), expected)
+
+
+SURROGATE = "\ud800"
+
+
+@pytest.mark.parametrize("damage, message", [
+    (spoil("added_tokens.json", '{"<frida>": "x"}'), "added_tokens.json must give every token a"),
+    (spoil("added_tokens.json", '{"<frida>": -1}'), "added_tokens.json: the added tokens must map"),
+    (spoil("added_tokens.json", '{"<frida>": 5000}'), "the id 5000, the vocabulary"),
+    (spoil("vocab.json", '{"a": -1}'), "must give every token a whole number"),
+    (spoil("vocab.json", '{"a": 4294967296}'), "must give every token a whole number"),
+    (spoil_settings(bos_token=SURROGATE), "special token must be a string"),
+    (spoil_settings(pad_token={"content": SURROGATE}), "special token must be a string"),
+    (spoil_settings(added_tokens_decoder={"9" * 5000: "a"}), "must map ids to tokens"),
+    (spoil_settings(added_tokens_decoder={"0": {"content": SURROGATE}}), "must be a string"),
+    (spoil_settings(model_max_length=float("nan")), "a number of at least 3, got nan"),
+    (spoil("tokenizer.json", '{"model": {"vocab": [], "merges": []}}'), "not a tokenizer of"),
+    (spoil("tokenizer.json", '{"model": {"vocab": {"a": 0.5}, "merges": []}}'), "whole number"),
+    (spoil("tokenizer.json", '{"model": {"vocab": {}, "merges": [1]}}'), "is not a tokenizer of"),
+    (spoil("tokenizer.json", '{"model": {"vocab": {}, "merges": ["a b"]}}'), "is not a tokenizer"),
+    (spoil("tokenizer.json", '{"model": {"vocab": {}, "merges": []}}'), "lacks the special token"),
+])
+def test_hostile_folders(toy, damage, message):
+    damage(toy)
+    with pytest.raises(TinyldmError, match=message) as raised:
+        Tokenizer.from_folder(toy)
+    assert str(toy) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_length_of_null_is_77(toy):
+    write_json(toy / "tokenizer_config.json", {"model_max_length": None})
+    assert Tokenizer.from_folder(toy).model_max_length == 77
+
+
+def test_what_the_library_raises_becomes_a_line(toy):
+    """A panic of its Rust code is a BaseException; Ctrl-C, another one, stays what it is."""
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+    for error in (panic("range end index"), OverflowError("out of range")):
+        with pytest.raises(TinyldmError, match=r"^no words \((range|out).*\): take others$"):
+            with engine_errors("no words", "take others"):
+                raise error
+    with pytest.raises(KeyboardInterrupt):
+        with engine_errors("no words", "take others"):
+            raise KeyboardInterrupt
+    tokenizer = Tokenizer.from_folder(toy)
+    assert tokenizer.ids("a\0cat")

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import backend
 from ..errors import TinyldmError, note
-from ..files import read_json, write_json
+from ..files import as_path, read_json, write_json
 from ..layers import Conv2d, Linear, check_fit, named_modules, shorten
 from ..layers import misfits as misfits
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -19,7 +19,8 @@ from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import layout
 from .formats.reading import read_tensors
-from .formats.safetensors_file import write_safetensors
+from .formats.safetensors_file import read_metadata, write_safetensors
+from .single_file.alone import one_component
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
 # The names that diffusers and transformers give, pickles last. The float16 variant of name.end is
@@ -157,25 +158,53 @@ def float_type(dtype):
     return None if dtype is None else np.dtype(dtype)
 
 
-def load_model(folder, dtype=np.float32, low_memory=False):
-    """The model that folder/config.json names, one of MODELS, with the folder's weights.
+def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
+    """The model in a component's folder, or in a file of one component: one of MODELS.
 
-    dtype, low_memory: see fill; dtype also selects the variant, see find_weights.
+    path: a folder with config.json and weights; one of the weight files of such a folder; or a
+    file without a config, such as a VAE published by itself, see single_file/alone.py.
+    dtype, low_memory: see fill; dtype also selects the variant, see find_weights. defaults: the
+    config of a VAE in a file, and what a VAE's folder leaves out of its config. None: as published
+    with Stable Diffusion 1, or XL if the file's header names it.
     Raises TinyldmError as build_model, find_weights and fill do.
     """
-    module = build_model(folder)
-    load_weights(module, find_weights(folder, dtype), dtype, low_memory)
+    path = as_path("the folder or file of a model", path)
+    if path.is_file() and not has_config(path):
+        alone = one_component(read_tensors(path), path, defaults, _is_xl(path))
+        module = alone.model(alone.config)
+        misfit = f"{path} does not fit the {alone.model.__name__} of Stable Diffusion"
+        tensors = layout.fitted(alone.tensors, dict(module.named_parameters()))
+        fill(module, tensors, misfit, dtype, low_memory)
+        return module
+    if (path / "model_index.json").is_file():
+        raise TinyldmError(f"{path} holds a whole pipeline: read it with tinyldm.load, or name one "
+                           "of its folders, such as unet")
+    folder, files = (path.parent, path) if path.is_file() else (path, None)
+    module = build_model(folder, defaults)
+    load_weights(module, files or find_weights(folder, dtype), dtype, low_memory)
     return module
 
 
-def build_model(folder):
+def has_config(file):
+    """Whether a weight file has the name of a component's own, beside a config.json."""
+    names = {name.partition(".")[0] for name in WEIGHT_FILES}
+    return file.name.partition(".")[0] in names and file.with_name("config.json").is_file()
+
+
+def _is_xl(file):
+    """Whether a file's header says that it belongs to Stable Diffusion XL."""
+    return "stable-diffusion-xl" in read_metadata(file).get("modelspec.architecture", "")
+
+
+def build_model(folder, defaults=None):
     """The model that folder/config.json names, without weights: its parameters have only shapes.
 
+    defaults: what holds where that config leaves something out.
     Raises TinyldmError as read_config does; and notes keys that are unknown.
     """
     model, config = read_config(folder)
     note_unknown_keys(Path(folder) / "config.json", model.Settings, config)
-    return model(config)
+    return model((defaults or {}) | config)
 
 
 def save_model(module, folder, dtype=np.float16):

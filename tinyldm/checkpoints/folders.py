@@ -23,14 +23,17 @@ from .components import (
     config_errors,
     fill,
     find_weights,
+    has_config,
     load_model,
     note_unknown_keys,
     read_config,
 )
 from .formats.reading import read_tensors
 from .layout import fitted
-from .single_file.kinds import recognise
+from .single_file import kinds
+from .single_file.alone import LABELS
 from .single_file.names import by_part, with_ema_weights
+from .single_file.statements import read_statements, told_scheduler
 
 COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL,
               "text_encoder_2": CLIPTextModelWithProjection}            # only Stable Diffusion XL
@@ -59,34 +62,44 @@ class PipelineParts(NamedTuple):
     padding_2: str | None = None
 
 
-def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False):
+def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False, vae=None,
+                        prediction_type=None):
     """Read the models of a pipeline and its scheduler's config -> PipelineParts.
 
     path: a folder, or a single file. dtype, low_memory: see fill; with float16, a VAE whose config
     says `force_upcast` is float32. ema: if a single file also holds the UNet's weights averaged
-    over the training, take these.
+    over the training, take these. vae: a folder or a file with the VAE to use in place of the
+    pipeline's own, see load_vae. prediction_type: what the UNet predicts, whatever the files say.
     Raises TinyldmError for a pipeline not in PIPELINES, and for anything missing or wrong in a
     component. All cheap checks come before the first weight.
     """
     if Path(path).is_file():
-        return _load_file(Path(path), dtype, low_memory, ema)
+        return _load_file(Path(path), dtype, low_memory, ema, vae, prediction_type)
     if ema:
         note(f"{path} has one set of weights: those averaged apart, ema, are for single files "
              "that hold both")
-    return _load_folder(Path(path), dtype, low_memory)
+    return _load_folder(Path(path), dtype, low_memory, vae, prediction_type)
 
 
-def _load_folder(folder, dtype, low_memory):
+def _load_folder(folder, dtype, low_memory, vae, prediction_type):
     index = read_index(folder)
     note_unknown_keys(folder / "model_index.json", IndexConfig, index)
     xl = "XL" in index["_class_name"]
-    components = {part: model for part, model in COMPONENTS.items() if xl or "_2" not in part}
+    components = {part: model for part, model in COMPONENTS.items()
+                  if (xl or "_2" not in part) and not (part == "vae" and vae)}
     tokenizers = ["tokenizer", "tokenizer_2"][:1 + xl]
     for part in (*components, *tokenizers, "scheduler"):
         if not (folder / part).is_dir():
+            hint = "; --vae (from Python vae=) puts in another" if part == "vae" else ""
             raise TinyldmError(f"expected a folder {folder / part}, found none: "
-                               f"is the download complete?")
+                               f"is the download complete?{hint}")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if prediction_type:
+        said = scheduler.get("prediction_type") or prediction_type
+        if said != prediction_type:
+            note(f"{folder} says that the model predicts {said}: {prediction_type} is used, as "
+                 "asked for")
+        scheduler = scheduler | {"prediction_type": prediction_type}
     dtypes = {}
     for part, expected in components.items():
         model, config = read_config(folder / part)
@@ -95,9 +108,46 @@ def _load_folder(folder, dtype, low_memory):
                                f"not a {model.__name__}: get it again")
         dtypes[part] = _dtype(config, dtype)
         find_weights(folder / part, dtypes[part])
-    models = {part: load_model(folder / part, dtypes[part], low_memory) for part in components}
+    models = {"vae": load_vae(vae, _own_vae_config(folder), dtype, low_memory)} if vae else {}
+    models |= {part: load_model(folder / part, dtypes[part], low_memory) for part in components}
     return PipelineParts(**models, **{name: folder / name for name in tokenizers},
                          scheduler=scheduler, padding=None, index=index)
+
+
+def _own_vae_config(folder):
+    """The config of the VAE in a pipeline's folder; without one, of its kind of UNet's VAE."""
+    if (folder / "vae" / "config.json").is_file():
+        return read_config(folder / "vae")[1]
+    width = read_config(folder / "unet")[1].get("cross_attention_dim")
+    return (kinds.SDXL if width == kinds.SDXL.unet["cross_attention_dim"] else kinds.SD1).vae
+
+
+def load_vae(path, own, dtype=np.float32, low_memory=False):
+    """The VAE in a folder or a file of its own, or of a whole pipeline's.
+
+    own: the config of the checkpoint's own VAE, or of its kind's. A file without a config has this
+    one, and a config without a `scaling_factor` has that of this one: the UNet was trained on
+    latents of that scale. A config that names another one is believed, with a note.
+    Raises TinyldmError as load_model does, and for anything other than a VAE.
+    """
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        path = path / "vae"
+    scale, config, defaults = AutoencoderKL.Settings.read(own).scaling_factor, own, own
+    if path.is_dir() or has_config(path):
+        model, config = read_config(path if path.is_dir() else path.parent)
+        if model is not AutoencoderKL:
+            raise TinyldmError(f"{path} holds a {model.__name__}, not a VAE: name a VAE's folder "
+                               "or file as vae")
+        defaults = {"scaling_factor": scale}
+    vae = load_model(path, _dtype(config, dtype), low_memory, defaults)
+    if not isinstance(vae, AutoencoderKL):
+        raise TinyldmError(f"{path} holds a {type(vae).__name__}, not a VAE: name a VAE's folder "
+                           "or file as vae")
+    if vae.scaling_factor != scale:
+        note(f"{path} says that its scaling_factor is {vae.scaling_factor:g}, the model's own VAE "
+             f"has {scale:g}: if the pictures look wrong, it was made for another model")
+    return vae
 
 
 Part = list[str] | list[None] | None                    # the library and the class that wrote it
@@ -148,15 +198,40 @@ def _dtype(config, dtype):
     return np.float32 if dtype == np.float16 and config.get("force_upcast") else dtype
 
 
-def _load_file(path, dtype, low_memory, ema):
+def _load_file(path, dtype, low_memory, ema, vae, prediction_type):
     stored = read_tensors(path)
-    kind = recognise(stored, path)
+    statements = read_statements(stored, path)
+    kind = kinds.recognise(stored, path, prediction_type or statements.prediction_type)
+    scheduler = told_scheduler(kind.scheduler, statements, prediction_type, path)
     if ema:
         stored = with_ema_weights(stored, path)
     tokenizer = _tokenizer_folder()
+    models, parameters, tensors = fit_file(stored, kind, statements, own_vae=not vae)
+    _check_parts(path, kind, models, tensors)
+    misfit = f"{path} does not fit {kind.name}"
+    check_fit(misfit, parameters, tensors)
+    other = {"vae": load_vae(vae, _vae_config(kind, statements), dtype, low_memory)} if vae else {}
+    for part, model in models.items():
+        own = {name: tensors[f"{part}.{name}"] for name, _ in model.named_parameters()}
+        fill(model, own, misfit, _dtype(model.config, dtype), low_memory)
+    # A Turbo's file looks like its base model's: see StableDiffusion.complete.
+    return PipelineParts(**models, **other, scheduler=scheduler | {"_assumed": True}, index={},
+                         tokenizer=tokenizer, padding=kind.padding, padding_2=kind.padding_2,
+                         tokenizer_2=tokenizer if kind.padding_2 else None)
+
+
+def fit_file(stored, kind, statements, own_vae=True):
+    """The models of a single file's kind -> {part: model}, {name: parameter}, {name: StoredTensor}.
+
+    The names are part.name; a tensor that is no parameter keeps its name in the file. own_vae: if
+    False, leave out the file's VAE, as another one takes its place.
+    """
     found, tensors = by_part(stored, kind.text_encoder["num_hidden_layers"])
-    models = {part: model(getattr(kind, part)) for part, model in COMPONENTS.items()
-              if getattr(kind, part)}
+    configs = kind._asdict() | {"vae": _vae_config(kind, statements)}
+    if not own_vae:
+        found.pop("vae", None)
+        configs.pop("vae")
+    models = {part: model(configs[part]) for part, model in COMPONENTS.items() if configs.get(part)}
     parameters = {}                                     # of all models together, as part.name
     for part, model in models.items():
         own = dict(model.named_parameters())
@@ -164,16 +239,31 @@ def _load_file(path, dtype, low_memory, ema):
         for name, tensor in fitted(found.pop(part, {}), own).items():
             tensors[f"{part}.{name}" if name in own else tensor.name] = tensor
     tensors |= {tensor.name: tensor for other in found.values() for tensor in other.values()}
-    misfit = f"{path} does not fit {kind.name}"
-    check_fit(misfit, parameters, tensors)
-    for part, model in models.items():
-        own = {name: tensors[f"{part}.{name}"] for name, _ in model.named_parameters()}
-        fill(model, own, misfit, _dtype(model.config, dtype), low_memory)
-    # A Turbo's file looks like its base model's: see StableDiffusion.complete.
-    scheduler = kind.scheduler | {"_assumed": True}
-    return PipelineParts(**models, scheduler=scheduler, tokenizer=tokenizer,
-                         padding=kind.padding, index={}, padding_2=kind.padding_2,
-                         tokenizer_2=tokenizer if kind.padding_2 else None)
+    return models, parameters, tensors
+
+
+def _vae_config(kind, statements):
+    measured = statements.scale_factor
+    return kind.vae if measured is None else kind.vae | {"scaling_factor": measured}
+
+
+def lacking(models, tensors):
+    """The parts of which {part.name: tensor} has no tensor at all."""
+    return [part for part in models if not any(name.startswith(f"{part}.") for name in tensors)]
+
+
+def _check_parts(path, kind, models, tensors):
+    """Raise TinyldmError, one line, if the file has no tensor at all of one of the models."""
+    absent = lacking(models, tensors)
+    if absent == ["vae"]:
+        raise TinyldmError(f"{path} ({kind.name}) holds no VAE: name one with --vae (from Python "
+                           "vae=), a file, a folder or a name on the hub")
+    if absent:
+        lacks = " and no ".join(LABELS[part] for part in absent)
+        holds = " and ".join(LABELS[part] for part in models if part not in absent)
+        alone = "; load_model reads the UNet alone" if holds == LABELS["unet"] else ""
+        raise TinyldmError(f"{path} holds only the {holds} of {kind.name}, no {lacks}: get the "
+                           f"whole checkpoint, or that model as a folder{alone}")
 
 
 def _tokenizer_folder():

@@ -18,7 +18,7 @@ from .components import find_weights, shorten
 INDEX = "model_index.json"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 SETTINGS = {"config.json", "scheduler_config.json", "vocab.json", "merges.txt", "tokenizer.json",
-            "tokenizer_config.json", "special_tokens_map.json"}
+            "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 CHECKPOINTS = (".safetensors", ".ckpt")
 
 
@@ -75,6 +75,23 @@ def download_parts(name, folder, index, dtype=None):
         raise TinyldmError(f"{name} on the Hugging Face hub{where}: {error}") from None
     settings = _paths(parts, SETTINGS.__contains__)
     return fetch(name, [INDEX, *settings, *indexes, *weights])
+
+
+def download_vae(name, dtype=None):
+    """The local folder of the VAE in the repository `name`: the whole of it, or a pipeline's part.
+
+    dtype: see find_weights. Raises TinyldmError for a failed download, and if there is no VAE.
+    """
+    configs = ["vae/config.json", "config.json"]
+    listed = _ask(name) or files_in(fetch(name, configs))
+    config = next((config for config in configs if config in listed), None)
+    if config is None:
+        raise TinyldmError(f"{name} on the Hugging Face hub has neither a vae folder nor a "
+                           f"config.json: name a file of it, as {name}/FILE")
+    part = config.removesuffix("config.json")           # vae/, or none
+    inside = {file.removeprefix(part) for file in listed if file.startswith(part)}
+    weights = find_weights(Path(part), dtype, inside)
+    return fetch(name, [config, *(path.as_posix() for path in weights)]) / part
 
 
 def _paths(parts, wanted):

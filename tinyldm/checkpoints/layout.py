@@ -2,7 +2,8 @@
 
 The models use today's public names, so most names are equal. Published files have three older
 habits: VAE attention is named query/key/value/proj_attn, text encoders lack the `text_model.`
-prefix, and the constant list of positions 0 to 76 is stored too.
+prefix, and the constant list of positions 0 to 76 is stored too. Programs that train and merge
+models leave more beside the weights: see is_leftover.
 """
 import re
 
@@ -10,7 +11,22 @@ from ..layers import OUR_AXES as OUR_AXES  # the axes of one weight: layers.py
 from ..layers import file_shape as file_shape
 from ..layers import to_file as to_file
 
-POSITION_IDS = "text_model.embeddings.position_ids"     # stored by transformers < 4.31
+# What says nothing about a model. Any word of a name, between dots, decides.
+LEFTOVERS = "|".join((
+    r"position_ids|attn_mask|causal_(attention_)?mask",         # constants of a text encoder
+    r"logit_scale|logit_bias",                                  # only for training CLIP
+    r"betas|alphas(_cumprod)?(_prev)?|(log_)?sigmas|sqrt_\w+|log_one_minus_\w+|posterior_\w+|"
+    r"logvar|lvlb_weights",                                     # tables of the noise schedule
+    r"\w*loss(es)?|lpips|\w*discriminator|\w*perceptual\w*",    # what the VAE was trained with
+    r"optimi[sz]er\w*|lr_scheduler\w*|(grad_)?scaler|global_step|epoch|num_updates",
+    r"safety_checker|safety_model|v_pred|ztsnr",                # the last two: see statements.py
+))
+LEFTOVER = re.compile(rf"(.*\.)?({LEFTOVERS})(\..*)?|(.*[._])?ema([._].*)?")
+# CLIP's other half, which sees pictures; no text encoder here uses it.
+CLIP_LEFTOVER = re.compile(r"(.*\.)?(vision_model|visual|visual_projection)(\..*)?")
+TEXT_PROJECTION = re.compile(r"(.*\.)?text_projection(\.weight)?")
+# torch puts these words before the names of a module that it compiled or wrapped.
+WRAPPER = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|module)\.")
 # diffusers before 0.17 -> since then
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_NAME = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
@@ -19,30 +35,53 @@ VAE_ATTENTION_WEIGHT = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\
                                   r"(to_q|to_k|to_v|to_out\.0)\.weight")
 
 
+def is_leftover(name):
+    """Whether a name says that its tensor is no weight of a model: a table, a loss, an average."""
+    return LEFTOVER.fullmatch(name) is not None
+
+
 def fitted(stored, wanted):
     """{name in the file: StoredTensor} -> {name in the model: StoredTensor in the model's shape}.
 
-    wanted: the names of the model's parameters. A name that no rule turns into one of these is
-    kept, and so is a second name of the same weight; strict loading reports both as unexpected.
+    wanted: the names of the model's parameters. What is_leftover says, and what of CLIP the model
+    has no use for, is left out. Any other name that no rule turns into a parameter's is kept, and
+    so is a second name of the same weight; strict loading reports both as unexpected.
     """
     tensors = {}
     for name, tensor in stored.items():
         public = _public_name(name, wanted)
-        if public is not None:
-            public = name if public in stored else public
+        if public in wanted or not (is_leftover(name) or _is_unused(name, wanted)):
+            public = name if public in stored or public in tensors else public
             tensors[public] = _squeezed(public, tensor)
     return tensors
 
 
+def ignored(stored, tensors):
+    """The names of stored tensors that no StoredTensor in `tensors` comes from."""
+    used = {tensor.name for tensor in tensors}
+    return [name for name, tensor in stored.items() if tensor.name not in used]
+
+
+def _is_unused(name, wanted):
+    """Whether a text encoder has no use for a part of CLIP: its projection, the other half."""
+    if not any(parameter.startswith("text_model.") for parameter in wanted):
+        return False
+    projects = "text_projection.weight" in wanted
+    return bool(CLIP_LEFTOVER.fullmatch(name)
+                or not projects and TEXT_PROJECTION.fullmatch(name))
+
+
 def _public_name(name, wanted):
-    """The public name for any name in a file; None for the list of positions."""
+    """The public name for any name in a file; the name itself if no rule fits."""
     if name in wanted:
         return name
-    prefixed = name if name.startswith("text_model.") else f"text_model.{name}"
+    bare = WRAPPER.sub(r"\1", name)
+    if bare != name:
+        public = _public_name(bare, wanted)
+        return public if public in wanted else name
+    prefixed = f"text_model.{name}"
     if prefixed in wanted:
         return prefixed
-    if prefixed == POSITION_IDS:
-        return None
     old = OLD_NAME.fullmatch(name)
     if old and (renamed := f"{old[1]}.{OLD_ATTENTION[old[2]]}.{old[3]}") in wanted:
         return renamed

@@ -62,6 +62,22 @@ def resolve(weights=None, dtype=None):
     return hub.download_file(place.name, place.file)
 
 
+def resolve_vae(vae, dtype=None):
+    """What a user calls a VAE -> the path of its file, its folder, or a pipeline's folder.
+
+    dtype: see find_weights. Raises TinyldmError as resolve does; reading the path checks the rest.
+    """
+    path = local_path(vae)
+    if os.path.isdir(path):
+        return snapshot(path)
+    place = None if os.path.isfile(path) else hub_place(vae)
+    if place is None:
+        return resolve(vae, dtype)
+    if not place.file:
+        return hub.download_vae(place.name, dtype)
+    return hub.download_file(place.name, place.file)
+
+
 def resolve_addon(addon, usual):
     """What a user calls a LoRA or a textual inversion -> the path of its file.
 

@@ -1,7 +1,7 @@
 """Write a whole pipeline as a folder in the public diffusers layout, which folders.py reads."""
-from pathlib import Path
-
-from ..files import new_folder, write_json
+from ..errors import TinyldmError
+from ..files import as_path, new_folder, write_json
+from ..models.unet import UNet2DConditionModel
 from .components import class_name, float_type, save_model
 
 
@@ -14,7 +14,13 @@ def save(pipe, folder, dtype=None):
     Raises TinyldmError for a folder that is not empty or cannot be written, and for weights that
     are not finite in dtype; nothing is left behind then.
     """
-    dtype = float_type(dtype)
+    dtype, folder = float_type(dtype), as_path("the folder", folder)
+    if not hasattr(pipe, "unet"):
+        raise TinyldmError("save takes a pipeline and then a folder, not a "
+                           f"{type(pipe).__name__} first: tinyldm.save(pipe, folder)")
+    if not isinstance(pipe.unet, UNet2DConditionModel):
+        raise TinyldmError("the pipeline's UNet is a function, which no folder can hold: set "
+                           "pipe.unet to a UNet2DConditionModel")
     tokenizers = {"tokenizer": pipe.tokenizer.save}
     settings = {"_num_inference_steps": pipe.num_inference_steps}
     if pipe.language:
@@ -22,7 +28,7 @@ def save(pipe, folder, dtype=None):
     if pipe.tokenizer_2:
         tokenizers["tokenizer_2"] = pipe.tokenizer_2.save
         settings["force_zeros_for_empty_prompt"] = pipe.force_zeros_for_empty_prompt
-    with new_folder(Path(folder).expanduser()) as temporary:
+    with new_folder(folder) as temporary:
         write_pipeline(temporary, pipe.models, tokenizers, pipe.scheduler, settings, dtype)
 
 

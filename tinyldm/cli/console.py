@@ -14,8 +14,12 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from ..errors import TinyldmError
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, like Ctrl-C: whoever saves or removes files after that does so here."""
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the program: whoever saves or cleans after Ctrl-C does so for all.
+
+    It is a class of its own because Python, at its exit, sends itself the signal of a plain
+    KeyboardInterrupt that went through an `exec`, as in the imports of many libraries.
+    """
 
 
 def status(run, interrupted="interrupted"):
@@ -24,22 +28,23 @@ def status(run, interrupted="interrupted"):
     2 for bad input, 130 for Ctrl-C and 143 for SIGTERM, 141 where the reader of standard output
     left. interrupted: what to say after Ctrl-C.
     """
-    with redirect_stderr(Lenient(sys.stderr)):
+    with redirect_stderr(Lenient(sys.stderr)), _signals() as came:
         try:
-            with _terminable():
-                return _run(run)
-        except TinyldmError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except Terminated as signalled:
-            print("\nterminated", file=sys.stderr)
-            return 128 + signalled.args[0]              # as in shells
-        except KeyboardInterrupt:
-            print(f"\n{interrupted}", file=sys.stderr)
-            return 130
-        except BrokenPipeError:                         # the output's reader, such as head, left
-            discard(sys.stdout)
-            return 141                                  # 128 + SIGPIPE
+            return _run(run)
+        except BaseException as error:
+            # An import that a signal stopped may end in another exception, such as ImportError.
+            if came or isinstance(error, KeyboardInterrupt):
+                number = came[0] if came else signal.SIGINT
+                said = interrupted if number == signal.SIGINT else "terminated"
+                print(f"\n{said}", file=sys.stderr)
+                return 128 + number                     # as in shells
+            if isinstance(error, BrokenPipeError):      # the output's reader, such as head, left
+                discard(sys.stdout)
+                return 141                              # 128 + SIGPIPE
+            if isinstance(error, TinyldmError):
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            raise
 
 
 def _run(run):
@@ -55,21 +60,27 @@ def _run(run):
 
 
 @contextmanager
-def _terminable():
-    """Inside, SIGTERM and SIGHUP raise Terminated, unless the caller has set them otherwise."""
-    def stop(number, frame):
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)        # a second one must not stop the cleaning
-        raise Terminated(number)
+def _signals():
+    """Inside, Ctrl-C, SIGTERM and SIGHUP raise Stopped, unless the caller has set them otherwise.
 
-    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.SIG_DFL for number in numbers
-              if main and number and signal.getsignal(number) == signal.SIG_DFL}
+    Gives the list of the signals that came.
+    """
+    came, before = [], {}
+
+    def stop(number, _):
+        came.append(number)
+        raise Stopped(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):    # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            handler = number and signal.getsignal(number)
+            if number and handler in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = handler
     try:
         for number in before:
             signal.signal(number, stop)
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -100,9 +111,9 @@ def _writing():
         yield
     except BrokenPipeError:
         raise
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError:
         raise TinyldmError(f"standard output cannot take every character in its encoding "
-                           f"{error.encoding}: set PYTHONIOENCODING=utf-8") from None
+                           f"{sys.stdout.encoding}: set PYTHONIOENCODING=utf-8") from None
     except (OSError, ValueError) as error:              # full; closed
         discard(sys.stdout)
         reason = getattr(error, "strerror", None) or error

@@ -7,6 +7,7 @@ not there.
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -17,12 +18,11 @@ from ..errors import TinyldmError, note
 from ..pipelines.interpolation import ends
 from .console import say, status
 from .options import interpolates, jobs, parse, request
+from .parameters import BUNDLED, number
 
 LARGEST_SIDE = 16384        # pixels, of an enlarged picture
 SHEET, GAP = 4096, 2        # pixels: the longest side of a contact sheet, between its pictures
-BUNDLED = "shapes"
 ANIMATED = (".gif", ".webp")
-LARGE = 4                   # times the weights' own number of pixels: worth a note
 # Seconds per step; tqdm's own format switches to steps per second for fast steps.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_inv_fmt}]"
 CLOCK = "{desc}: {elapsed_s:.1f} s"
@@ -64,8 +64,9 @@ def draw(args):
     todo = jobs(args)
     paths = output_paths(args.output, len(todo))
     check_output(paths[0])
+    written = [*paths, *(output_paths(sheet_path(args.output), 1) if len(paths) > 1 else [])]
     for file in filter(None, (args.image, args.mask, args.to_image)):
-        if any(path.exists() and path.samefile(file) for path in paths):
+        if any(path.exists() and path.samefile(file) for path in written):
             raise TinyldmError(f"--output would replace {file}, which is read: name another file")
     if args.preview is not None and args.preview < 1:
         raise TinyldmError(f"--preview must be at least 1 step, not {args.preview}")
@@ -77,7 +78,7 @@ def draw(args):
         # One film per prompt of its pictures, or one per picture of its steps.
         films = output_paths(args.animate, len(args.prompt) if interpolates(args) else len(todo))
         check_output(films[0])
-        if same := {*paths} & {*films}:
+        if same := {*written} & {*films}:
             raise TinyldmError(f"--animate and --output both name {min(same)}: name two files")
     if not args.profile:
         return draw_pictures(args, todo, paths, films)
@@ -94,7 +95,8 @@ def draw_pictures(args, todo, paths, films, profile=None):
         from ..images import grid, save
         from ..pipelines.stable_diffusion import load
         from .preview import Live, Preview, save_film
-        pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema)
+        pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema,
+                    vae=args.vae, prediction_type=args.prediction_type)
         for file, weight in args.lora:
             pipe.load_lora(file, weight)
         for file in args.embedding:
@@ -103,11 +105,11 @@ def draw_pictures(args, todo, paths, films, profile=None):
             advise(pipe)
     if profile:
         profile.add(pipe)
-    if args.random:
-        todo = [job._replace(prompt=random_prompt(pipe, job.seed)) for job in todo]
     picture = Picture(args, pipe, timed, Preview(pipe), Live() if args.show else None)
     thumbnails, frames, step_film = [], [], films and not interpolates(args)
     for job, path in zip(todo, paths):
+        if args.random:
+            job = job._replace(prompt=random_prompt(pipe, job.seed))
         image, early, text = picture.draw(job, path, step_film)
         with timed("saving"):
             thumbnails.append(thumbnail(image, len(paths)))
@@ -119,6 +121,7 @@ def draw_pictures(args, todo, paths, films, profile=None):
         tell(path)
     if len(paths) > 1:
         save(grid(thumbnails, columns(len(paths)), GAP), sheet_path(args.output), text)
+        print(f"all on one sheet: {sheet_path(args.output)}", file=sys.stderr)
 
 
 def tell(path):
@@ -160,12 +163,10 @@ class Picture(NamedTuple):
             asked = pipe.complete(request(job, args))
             steps, sampler = asked.num_inference_steps, asked.sampler
             states = pipe.stream(**vars(asked))
-            if job.image and args.width is None and args.height is None:
-                advise_on_size(pipe, size)
-            edit = pipe.edit(job.image, args.strength, job.mask, sampler)
+            edit = pipe.edit(job.image, asked.strength, job.mask, sampler)
             own = asked.timestep_spacing == pipe.schedule.timestep_spacing
             spacing = None if own else asked.timestep_spacing
-            text = parameters(args, job, steps, sampler, size, edit, spacing)
+            text = parameters(args, job, asked, size, edit, spacing)
         with self.timed("drawing"):
             for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
                 step = state.step + 1
@@ -224,23 +225,13 @@ def advise(pipe):
              f"--steps 1 --guidance 0 does better than {STEPS} steps")
 
 
-def advise_on_size(pipe, size):
-    """A note on a photograph that would take minutes per step."""
-    if pipe.unet.settings.sample_size:
-        own = pipe.size()
-        times = math.prod(size) / math.prod(own)
-        if times > LARGE:
-            note(f"the image is drawn at its {size[0]}x{size[1]} pixels, {times:.0f} times as "
-                 f"many as the {own[0]}x{own[1]} of the weights: --width and --height make it "
-                 "smaller")
-
-
 def with_progress(states, steps, left_out, sampler):
     """Pass on a stream's states, with a progress bar of the steps that are made."""
     made = steps - left_out
     # PNDM calls the model twice in its first step, Heun in all steps except the last: count once,
     # as diffusers does.
-    again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}.get(sampler, ())
+    again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}
+    again = again.get(sampler.partition("_")[0], ())
     with progress("drawing", BAR, made) as bar:
         for state in states:
             yield state
@@ -260,37 +251,49 @@ def stage(name):
         bar.update()
 
 
-def parameters(args, job, steps, sampler, size, edit, spacing=None):
+def parameters(args, job, request, size, edit, spacing):
     """How a picture was made, in the format that web interfaces store in PNG files and read."""
     lines = [str(ends(job.prompt)[0])]
     if args.negative:
         lines.append(f"Negative prompt: {args.negative}")
-    loras = ", ".join(f"{Path(file).stem}:{weight:g}" for file, weight in args.lora)
+    loras = ", ".join(f"{Path(file).stem}:{number(weight)}" for file, weight in args.lora)
     seed, *other_seed = ends(job.seed)
     values = {
-        "Steps": steps,
-        "Sampler": sampler,
+        "Steps": request.num_inference_steps,
+        "Sampler": request.sampler,
         "Timestep spacing": spacing,
-        "CFG scale": f"{args.guidance:g}",
-        "CFG rescale": f"{args.guidance_rescale:g}" if args.guidance_rescale else None,
+        "CFG scale": number(request.guidance_scale),
+        "CFG rescale": number(args.guidance_rescale) if args.guidance_rescale else None,
+        # Web interfaces count the layer that is used, from the last one, which is 1.
+        "Clip skip": None if args.clip_skip is None else args.clip_skip + 1,
         "Seed": seed,
         "Variation seed": other_seed[0] if other_seed else None,
-        "Variation seed strength": f"{job.seed.weight:g}" if other_seed else None,
+        "Variation seed strength": number(job.seed.weight) if other_seed else None,
         "Size": f"{size[0]}x{size[1]}",
         "Scale": args.scale if args.scale > 1 else None,
-        "Model": Path(args.weights).resolve().name if args.weights else BUNDLED,
+        "Model": plain(Path(args.weights).resolve().name if args.weights else BUNDLED),
+        "VAE": plain(Path(args.vae).resolve().name) if args.vae else None,
+        "EMA": args.ema or None,
+        "Prediction type": args.prediction_type,
         "Noise": None if args.noise == "torch-cpu" else args.noise,
+        "Dtype": args.dtype,
+        "Low memory": args.low_memory or None,
         "Lora": quoted(loras or None),
         "Embeddings": quoted(", ".join(Path(file).stem for file in args.embedding) or None),
         "Image": args.image and quoted(args.image.name),
         "Mask": args.mask and quoted(args.mask.name),
-        "Denoising strength": f"{edit.strength:g}" if args.image else None,
+        "Denoising strength": number(edit.strength) if args.image else None,
         "To prompt": quoted(args.to_prompt),
         "To image": args.to_image and quoted(args.to_image.name),
-        "On the way": f"{job.weight:g}" if interpolates(args) else None,
+        "On the way": number(job.weight) if interpolates(args) else None,
     }
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items()
                                         if value is not None)])
+
+
+def plain(text):
+    """A name as it is, in quotes only where it could be misread."""
+    return quoted(text) if re.search(r'[,:"\n]|^[\s{[]|\s$', text) else text
 
 
 def quoted(text):

@@ -5,6 +5,7 @@
 import argparse
 import os
 import re
+import shutil
 import sys
 import textwrap
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from .. import __version__
 from ..errors import TinyldmError, note
 from ..pipelines.interpolation import Between, ends
+from .console import say
 
 INTERPOLATED = 8            # pictures from one prompt, seed or image to another
 MOST_PICTURES = 10_000      # of one command; more is a typing mistake
@@ -75,6 +77,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise TinyldmError(f"{message}{self._hint()} (--help lists the options)")
 
+    def _print_message(self, message, file=None):       # of --help and --version
+        say(message.rstrip("\n"))
+
     def _spelled(self, arg):
         """An argument with the option's own name in place of an alias."""
         name, equals, value = arg.partition("=")
@@ -101,12 +106,14 @@ class Parser(argparse.ArgumentParser):
         if not self.unknown:
             return ""
         name = self.unknown[0].partition("=")[0]
+        if name == "--prompt":
+            return ": a prompt stands by itself, without a name"
         if name.startswith("--"):
             names = [*dict.fromkeys(self._names())]
             near = [other for other in names if other.startswith(name) and len(name) > 3]
             near = near or get_close_matches(name, [*names, *ALIASES], 1, 0.75)
             return f": did you mean {' or '.join(near[:3])}?" if near else ""
-        return (f": a prompt that begins with a dash stands last, after -- "
+        return (": options have two dashes; a prompt that begins with a dash stands last, after -- "
                 f"(-- \"{self.unknown[0]}\"), and such a value after = (--negative=\"-...\")")
 
 
@@ -119,7 +126,13 @@ def parse(arguments):
                        ("the model", the_model), ("what to write and show", output),
                        ("the machine, and this program", machine)):
         add(parser.add_argument_group(title).add_argument)
+    parser.set_defaults(on_the_way=None)
     args = parser.parse_args(arguments)
+    if args.like or args.from_parameters is not None:
+        from .parameters import options
+
+        parser.set_defaults(**options(args))            # what is given in the command counts more
+        args = parser.parse_args(arguments)
     if args.random and args.prompt:
         raise TinyldmError("--random draws a prompt of its own: leave one of them out")
     if not args.random and not args.prompt:
@@ -136,7 +149,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """The description as it is; options in a narrow column, so that each takes a line or two."""
 
     def __init__(self, prog, **options):
-        super().__init__(prog, **{"max_help_position": 25} | options)
+        width = min(shutil.get_terminal_size().columns - 2, 98)
+        super().__init__(prog, **{"max_help_position": 25, "width": width} | options)
 
     def _split_lines(self, text, width):
         return textwrap.wrap(text, width, break_on_hyphens=False)       # names of files and options
@@ -148,6 +162,10 @@ def what_to_draw(add):
         "several prompts give several pictures; - reads them from standard input, one per line")
     add("--random", action="store_true", help="draw a prompt of the bundled model's language, "
         "by the seed")
+    add("--like", type=path, metavar="FILE", help="draw a picture again: its file tells how, if "
+        "tinyldm, a web interface or ComfyUI wrote it; the options given here count more")
+    add("--from-parameters", metavar="FILE", help="the same from a text: a prompt, Negative "
+        "prompt: ..., Steps: 20, Sampler: Euler a, ...; - reads it from standard input")
     add("--negative", default="", metavar="TEXT", help="what not to draw")
     add("--seed", type=seed, default=0, metavar="K", help="where the noise comes from: a whole "
         "number, or random (0)")
@@ -161,8 +179,9 @@ def what_to_draw(add):
 def how_to_draw(add):
     add("--steps", type=int, metavar="N", help="1 to 1000; more is slower and finer (what the "
         "weights recommend)")
-    add("--guidance", type=float, default=7.5, metavar="S", help="how strongly to follow the "
-        "prompt; up to 1 the negative prompt plays no part (7.5)")
+    add("--guidance", type=float, metavar="S", help="how strongly to follow the prompt; up to 1 "
+        "the negative prompt plays no part (7.5; Stable Diffusion XL 5, Latent Consistency "
+        "Models 8.5)")
     add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much to undo "
         "of the over-saturation that guidance causes (0)")
     add("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, euler_ancestral, heun, lms, "
@@ -171,6 +190,8 @@ def how_to_draw(add):
     add("--timestep-spacing", metavar="NAME", help="how the steps are spread over the training "
         "timesteps: leading, trailing or linspace (the weights' own; for a single file in up to 8 "
         "steps without guidance, as Turbo models take them, trailing)")
+    add("--clip-skip", type=int, metavar="N", help="how many of the text encoder's last layers to "
+        "leave out, counted as in diffusers (0)")
     add("--noise", metavar="NAME", default="torch-cpu", help="whose normal numbers the seed "
         "stands for: torch-cpu, torch-cuda or numpy (torch-cpu)")
 
@@ -178,8 +199,8 @@ def how_to_draw(add):
 def from_a_picture(add):
     add("--image", type=path, metavar="FILE", help="a picture to begin from; the new one gets its "
         "size, unless --width and --height are given")
-    add("--strength", type=float, metavar="S", help="0 to 1: how much of it to draw anew (0.8; "
-        "with a mask 1)")
+    add("--strength", type=float, metavar="S", help="0 to 1: how much of it to draw anew (0.8, "
+        "with a mask 1; Stable Diffusion XL 0.3, with a mask 0.9999)")
     add("--mask", type=path, metavar="FILE", help="a picture, white where to paint and black where "
         "the image is to stay, as well as the VAE can render it")
 
@@ -200,8 +221,14 @@ def the_model(add):
         "single file there (the bundled model)")
     add("--ema", action="store_true", help="if a single file has the UNet's weights twice, use "
         "those averaged over the training")
+    add("--vae", metavar="VAE", help="the VAE to use in place of the weights' own, which single "
+        "files may lack: a file, a folder, or a name on the Hugging Face hub")
+    add("--prediction-type", metavar="TYPE", help="what the UNet predicts, where the weights do "
+        "not say it: epsilon, v_prediction or sample")
     add("--lora", type=lora, action="append", default=[], metavar="FILE[:W]", help="a LoRA to add "
         "to the weights, times W (1); may be given several times")
+    add("--lora-folder", type=path, metavar="FOLDER", help="where the LoRAs lie that a prompt "
+        "names as <lora:NAME:W>: NAME.safetensors, in it or below it")
     add("--embedding", action="append", default=[], metavar="FILE", help="a textual inversion: a "
         "learned word to use in the prompt, the one in the file, else the file's name; may be "
         "given several times")
@@ -291,21 +318,27 @@ def jobs(args):
         raise TinyldmError("--variation and --to-... exclude each other: leave one out")
     if args.variation is not None and not 0 <= args.variation <= 1:
         raise TinyldmError(f"--variation must be from 0 to 1, not {args.variation:g}")
-    count = (INTERPOLATED if between_two else 1) if args.count is None else args.count
-    if count < 1 + between_two:
+    alone = args.on_the_way is not None                 # one picture of another command's series
+    count = (INTERPOLATED if between_two and not alone else 1) if args.count is None else args.count
+    if count < 1 + (between_two and not alone):
         raise TinyldmError(f"--count must be at least {1 + between_two}, not {count}")
-    texts = prompts(args)
-    if count * len(texts) > MOST_PICTURES:
+    args.prompt = prompts(args)
+    if args.lora_folder:
+        from .parameters import with_loras
+
+        args.prompt = with_loras(args, args.prompt)
+    if count * len(args.prompt) > MOST_PICTURES:
         raise TinyldmError(f"one command draws at most {MOST_PICTURES} pictures, not "
-                           f"{count * len(texts)}: draw them in parts, with --seed")
+                           f"{count * len(args.prompt)}: draw them in parts, with --seed")
     image, to_image = (file and open_image(file) for file in (args.image, args.to_image))
     mask = args.mask and open_image(args.mask, "L")
 
     def between(first, second, i):
-        return first if second is None else Between(first, second, i / (count - 1))
+        weight = args.on_the_way if alone else i / max(1, count - 1)
+        return first if second is None else Between(first, second, weight)
 
     found = []
-    for prompt in texts:
+    for prompt in args.prompt:
         for i in range(count):
             if between_two:
                 seed = between(args.seed, args.to_seed, i)
@@ -344,8 +377,11 @@ def prompts(args):
 
 def check(found, args):
     """Raise TinyldmError for what is wrong in any job, before anything is loaded."""
+    from ..pipelines.request import check_finite
     from ..text.prompt import parse as parse_prompt
 
+    for _, weight in args.lora:
+        check_finite("weight", weight)
     for job in found:
         request(job, args).generators()
     for text in dict.fromkeys(text for job in found for text in ends(job.prompt)):
@@ -359,7 +395,7 @@ def request(job, args):
     return Request(job.prompt, args.negative, args.steps, args.guidance, job.seed, args.width,
                    args.height, sampler=args.sampler, noise=args.noise, image=job.image,
                    guidance_rescale=args.guidance_rescale, strength=args.strength, mask=job.mask,
-                   timestep_spacing=args.timestep_spacing)
+                   timestep_spacing=args.timestep_spacing, clip_skip=args.clip_skip)
 
 
 def interpolates(args):

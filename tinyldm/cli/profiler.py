@@ -1,7 +1,7 @@
 """The profiler: where a run's time and memory go, by stage, by block and by op.
 
     with Profiler(pipe) as profile:                     # or of one model: Profiler(pipe.unet)
-        pipe("a red circle on a blue background")
+        pipe("a big red circle on a blue background")
     print(profile)
 
 A run is cut into pieces wherever a layer begins or ends. Each piece, with its arithmetic, belongs

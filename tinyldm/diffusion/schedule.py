@@ -164,8 +164,10 @@ class Schedule:
     def scales_like(self, x, timesteps):
         """x (B,...), timesteps (B,) -> the scales, two arrays (B,1,...,1) of x's dtype and device.
         """
-        timesteps = to_host(timesteps)
-        assert timesteps.shape == x.shape[:1], (timesteps.shape, x.shape)
+        timesteps = np.asarray(to_host(timesteps))
+        if timesteps.shape != x.shape[:1] or timesteps.dtype.kind not in "iu":
+            raise TinyldmError(f"timesteps must be {len(x)} whole numbers, one for each sample, "
+                               f"not {timesteps!r:.80}")
         shape = (-1, *[1] * (x.ndim - 1))
         return tuple(asarray(scale.reshape(shape).astype(x.dtype), like=x)
                      for scale in self.scales(timesteps))

@@ -16,9 +16,9 @@ from .. import ops
 from ..backend import get_xp, is_finite
 from ..errors import TinyldmError, note
 from ..models.clip import CLIPTextModelWithProjection
-from ..text.prompt import apply_weights, split_into_chunks, to_arrays
+from ..text.prompt import apply_weights, note_foreign_syntax, split_into_chunks, to_arrays
 from .finite import check_output
-from .interpolation import ends, lerp, mixed
+from .interpolation import as_list, ends, lerp, mixed
 
 
 class Conditioner:
@@ -34,30 +34,39 @@ class Conditioner:
         self.readers, self.zeros_if_empty = readers, zeros_if_empty and len(readers) == 2
         self.guidance_width = guidance_width
 
-    def __call__(self, prompt, negative_prompt, guidance_scale, width, height):
-        """-> list of {name: array of one row}: the prompt's; with guidance, before it the negative
-        prompt's.
+    def __call__(self, prompt, negative_prompt, guidance_scale, width, height, clip_skip=None):
+        """-> list of {name: array (prompts,...)}: the prompts'; with guidance, before it the
+        negative prompts'.
 
-        width, height: of the picture, in pixels.
-        Raises TinyldmError as split_into_chunks does, for either prompt, and as context does.
+        prompt, negative_prompt: one each, or lists of one length. width, height: of the picture, in
+        pixels. clip_skip: see Request; all layers read the negative prompts, as in diffusers.
+        Raises TinyldmError as split_into_chunks does, for any prompt, and as context does; and for
+        a clip_skip that leaves no layer.
         """
-        if self.guidance_width and negative_prompt:
+        self._check_clip_skip(clip_skip)
+        prompts, negative_prompts = as_list(prompt), as_list(negative_prompt)
+        if self.guidance_width and any(negative_prompts):
             note("this model imitates guidance, so the negative prompt plays no part")
         guided = guidance_scale > 1 and not self.guidance_width
-        texts = [*ends(prompt), *ends(negative_prompt)]
-        chunks = {text: self._split(text) for text in texts}            # checks both prompts
-        used = texts if guided else ends(prompt)
-        longest = max(len(own) for text in used for own in chunks[text])
+        texts = [end for text in (*prompts, *negative_prompts) for end in ends(text)]
+        chunks = {text: self._split(text) for text in texts}            # checks all prompts
+        used = [*prompts, *negative_prompts] if guided else prompts
+        longest = max(len(own) for text in used for end in ends(text) for own in chunks[end])
 
-        def read(prompt):               # to one length, as both predictions are made in one batch
-            return mixed(prompt, lambda text: self._encode(text, chunks[text], longest), _lerp_all)
+        def read(texts, clip_skip=None):    # to one length: all predictions are made in one batch
+            rows = {text: mixed(text, lambda end: self._encode(end, chunks[end], longest,
+                                                               clip_skip), _lerp_all)
+                    for text in dict.fromkeys(texts)}
+            xp = get_xp(rows[texts[0]]["context"])
+            return {name: xp.concatenate([rows[text][name] for text in texts])
+                    for name in rows[texts[0]]}
 
-        conditioning = [read(prompt)]
-        if guided and self.zeros_if_empty and not negative_prompt:
+        conditioning = [read(prompts, clip_skip)]
+        if guided and self.zeros_if_empty and not any(negative_prompts):
             xp = get_xp(conditioning[0]["context"])
             conditioning.insert(0, {name: xp.zeros_like(x) for name, x in conditioning[0].items()})
         elif guided:
-            conditioning.insert(0, read(negative_prompt))
+            conditioning.insert(0, read(negative_prompts))
         common = self._common(conditioning[0]["context"], guidance_scale, width, height)
         return [own | common for own in conditioning]
 
@@ -72,9 +81,19 @@ class Conditioner:
 
     def _split(self, text):
         """The text's chunks for each tokenizer; they may differ, as their padding tokens do."""
-        return [split_into_chunks(text, tokenizer) for tokenizer, _ in self.readers]
+        chunks = [split_into_chunks(text, tokenizer) for tokenizer, _ in self.readers]
+        note_foreign_syntax(text)
+        return chunks
 
-    def _encode(self, text, chunks, length):
+    def _check_clip_skip(self, clip_skip):
+        fewest = min(encoder.settings.num_hidden_layers for _, encoder in self.readers)
+        # At least one layer is used; of two encoders the last one never is.
+        most = max(fewest - len(self.readers), 0)
+        if clip_skip is not None and clip_skip > most:
+            raise TinyldmError(f"clip_skip must be from 0 to {most}, as the text encoder has "
+                               f"{fewest} layers, not {clip_skip}")
+
+    def _encode(self, text, chunks, length, clip_skip=None):
         """A text, its chunks for each reader, how many to fill up to -> {"context": (1,77n,D)}.
 
         Also "text_embeds" (1,P) if an encoder has a projection. A prompt has only one such vector:
@@ -91,8 +110,12 @@ class Conditioner:
             if isinstance(encoder, CLIPTextModelWithProjection):
                 features, text_embeds = encoder(ids)                    # (n,77,D), (n,P)
                 conditioning["text_embeds"] = text_embeds[:1]
+                if clip_skip:
+                    features = encoder.text_model(ids, skip=clip_skip + 1)
             else:                                       # of two, both leave out the last layer
-                features = encoder(ids, skip=len(self.readers) - 1)     # (n,77,D)
+                features = encoder(ids, skip=(clip_skip or 0) + len(self.readers) - 1)  # (n,77,D)
+                if clip_skip and len(self.readers) == 1:
+                    features = encoder.text_model.final_layer_norm(features)
             message = f"the text encoder's output is NaN or infinite for {text!a:.80}"
             for output in (features, *conditioning.values()):
                 check_output(output, message, encoder, partial(encoder, ids))

@@ -12,16 +12,14 @@ from ..images import check_mask_size, from_pil, mask_from_pil
 from .interpolation import ends, lerp, mixed
 from .request import check_edit
 
-STRENGTH = 0.8              # without a mask
-
 
 class Edit:
     """What the options image, strength and mask of a Request ask for.
 
-    strength: from 0 to 1, or None. inpaints: whether the model is made for inpainting; its UNet
-    also reads the mask and the latents of the masked picture. spread: make all steps, over the
-    strength's share of the timesteps, and leave none out; few-step models change pictures so, if
-    there is no mask.
+    strength: from 0 to 1; None only without an image. inpaints: whether the model is made for
+    inpainting; its UNet also reads the mask and the latents of the masked picture. spread: make all
+    steps, over the strength's share of the timesteps, and leave none out; few-step models change
+    pictures so, if there is no mask.
     Raises TinyldmError for arguments that are wrong or do not go together.
     """
 
@@ -33,8 +31,6 @@ class Edit:
                                "where to paint")
         if mask is not None:
             check_mask_size(mask, ends(image)[0])
-        if strength is None:
-            strength = STRENGTH if mask is None else 1.0
         self.strength = strength
         self.spread = bool(spread) and image is not None and mask is None
         self.reach = strength if self.spread else 1.0

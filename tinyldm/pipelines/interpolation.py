@@ -26,6 +26,12 @@ def ends(value):
     return [value.first, value.second] if isinstance(value, Between) else [value]
 
 
+def as_list(value):
+    """A list or a tuple as a list; [value] of anything else, also of a Between."""
+    several = isinstance(value, (list, tuple)) and not isinstance(value, Between)
+    return list(value) if several else [value]
+
+
 def mixed(value, function, mix):
     """function(value); of a Between mix(function(first), function(second), weight).
 

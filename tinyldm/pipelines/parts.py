@@ -30,6 +30,10 @@ def check_parts(readers, unet, vae):
             _misfit(f"the UNet's projection_class_embeddings_input_dim is {expected}, but six "
                     f"sizes and the second text encoder's projection make {width}")
     for (tokenizer, _), text in zip(readers, texts):
+        every = max(tokenizer.start, tokenizer.end, tokenizer.padding)      # in every prompt
+        if every >= text.vocab_size:
+            _misfit(f"the tokenizer's special token {every} is beyond the text encoder's "
+                    f"vocab_size, {text.vocab_size}")
         length, limit = tokenizer.model_max_length, text.max_position_embeddings
         if length > limit:
             _misfit(f"the tokenizer's model_max_length is {length}, but the text encoder has only "

@@ -1,6 +1,8 @@
 """The UNet as a sampler calls it, with the conditioning and guidance inside."""
 from ..backend import get_xp
 from ..diffusion.guidance import classifier_free, rescale
+from ..errors import TinyldmError
+from ..layers import NO_TAPE, Module
 
 
 class Predictor:
@@ -8,8 +10,9 @@ class Predictor:
 
     conditioning: [the prompt's], or with guidance [the negative prompt's, the prompt's], predicted
     in one batch; each a dict of the UNet's keyword arguments besides latents and timesteps, such as
-    context (1,M,D). extra_channels: None, or what an inpainting UNet reads behind x_t, (B,H,W,c).
-    The last inputs are kept in `inputs`, for the search for NaN.
+    context (prompts,M,D), each prompt for as many latents. extra_channels: None, or what an
+    inpainting UNet reads behind x_t, (B,H,W,c). The last inputs are kept in `inputs`, for the
+    search for NaN.
     """
 
     def __init__(self, unet, conditioning, guidance_scale, guidance_rescale=0.0,
@@ -21,7 +24,7 @@ class Predictor:
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
         xp, n = get_xp(x_t), len(self.conditioning)
-        conditioning = {name: xp.concatenate([own[name].repeat(len(x_t), axis=0)
+        conditioning = {name: xp.concatenate([own[name].repeat(len(x_t) // len(own[name]), axis=0)
                                               for own in self.conditioning])    # (nB,...)
                         for name in self.conditioning[0]}
         latents = [x_t] if self.extra_channels is None else [x_t, self.extra_channels]
@@ -34,3 +37,37 @@ class Predictor:
         uncond, cond = xp.split(model_output, 2)
         guided = classifier_free(uncond, cond, self.guidance_scale)
         return rescale(guided, cond, self.guidance_rescale) if self.guidance_rescale else guided
+
+
+class FunctionUNet(Module):
+    """Any function in place of the UNet `like`, whose settings, dtype and device it keeps.
+
+    function(latents (B,H,W,C), timesteps (B,), context (B,M,D), **further conditions) -> array or
+    tensor (B,H,W,O): what the replaced UNet predicts, the noise or v.
+    Raises TinyldmError for what cannot be called, and if there is no UNet that it replaces.
+    """
+
+    settings = dtype = xp = None                        # not those of parameters: there are none
+
+    def __init__(self, function, like):
+        if not callable(function):
+            raise TinyldmError("the UNet must be a model or a function of (latents, timesteps, "
+                               f"context), not a {type(function).__name__}")
+        if like is None:
+            raise TinyldmError("a pipeline is built with a UNet2DConditionModel: set pipe.unet to "
+                               "the function afterwards")
+        self.function = function
+        self.settings, self.dtype, self.xp = like.settings, like.dtype, like.xp
+
+    def forward(self, latents, timesteps, context, tape=NO_TAPE, **conditions):
+        output = self.function(latents, timesteps, context, **conditions)
+        output = output.detach() if hasattr(output, "detach") else output
+        expected = (*latents.shape[:3], self.settings.out_channels)
+        if getattr(output, "shape", None) != expected:
+            raise TinyldmError("the function in place of the UNet must return an array of shape "
+                               f"{expected}, channels last, not {_described(output)}")
+        return self.xp.asarray(output, latents.dtype)
+
+
+def _described(value):
+    return f"one of {tuple(value.shape)}" if hasattr(value, "shape") else repr(type(value).__name__)

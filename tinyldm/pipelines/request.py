@@ -2,41 +2,83 @@
 
 What depends on the pipeline's models is checked in stable_diffusion.py and editing.py.
 """
+import difflib
+import inspect
 import math
 import operator
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ..backend import is_finite
-from ..diffusion.samplers import check_name
+from ..diffusion.samplers import find_sampler
 from ..diffusion.schedule import SPACINGS
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..images import check_image, decoded
 from ..noise import get_generator
-from .interpolation import Between, BetweenGenerator, ends, mixed
+from .interpolation import Between, BetweenGenerator, as_list, ends, mixed
 
 LARGEST = 8192              # pixels per side; more is a typing mistake, not a picture
-MOST_STEPS, MOST_IMAGES = 1000, 10_000                  # the same
+MOST_STEPS, MOST_IMAGES, MOST_LAYERS = 1000, 10_000, 100        # the same
+
+# Names on the command line and in other programs -> the same option here.
+SYNONYMS = {
+    "steps": "num_inference_steps", "guidance": "guidance_scale", "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale", "cfg_rescale": "guidance_rescale",
+    "negative": "negative_prompt", "count": "num_images", "batch_size": "num_images",
+    "num_images_per_prompt": "num_images", "scheduler": "sampler", "sampler_name": "sampler",
+    "init_image": "image", "mask_image": "mask", "denoising_strength": "strength",
+    "spacing": "timestep_spacing",
+}
+# Options of other programs with another meaning -> what to use here.
+ELSEWHERE = {
+    "generator": "seed= is what generator= is elsewhere, a whole number such as seed=5",
+    "eta": "sampler='ddpm' or 'euler_ancestral' adds fresh noise in each step",
+    "output_type": "the call gives PIL images; pipe.decode(state.latents) gives arrays",
+    "return_dict": "the call gives a list of PIL images",
+    "callback": "for state in pipe.stream(...) shows each step",
+    "callback_on_step_end": "for state in pipe.stream(...) shows each step",
+    "prompt_embeds": "give the prompt itself, with weights such as (word:1.3)",
+    "prompt_2": "both text encoders read the same prompt",
+    "timesteps": "num_inference_steps and timestep_spacing choose the timesteps",
+    "sigmas": "a sampler such as 'dpmpp_2m_karras' chooses the sigmas",
+}
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def takes(options: Callable[P, object]
+          ) -> Callable[[Callable[..., T]], Callable[Concatenate[Any, P], T]]:
+    """Decorator: the method takes self and what `options` takes, for editors and for inspect."""
+    def decorate(method):
+        own = list(inspect.signature(options).parameters.values())
+        self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        method.__signature__ = inspect.Signature([self, *own])
+        return method
+    return decorate
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
     """The options, in the order in which they may be given by position.
 
-    prompt: what to draw, at any length, with weights such as (word:1.3): see text/prompt.py.
-    negative_prompt: what to move away from, in the same form.
+    prompt: what to draw, at any length, with weights such as (word:1.3): see text/prompt.py. A list
+        of prompts draws num_images of each, from the same seeds.
+    negative_prompt: what to move away from, in the same form; or a list, one for each prompt.
     num_inference_steps: 1 to 1000; more is slower and finer. PNDM makes one model call more, Heun
         nearly two per step. Default: the weights' own number.
     guidance_scale: how strongly to follow the prompt. Up to 1 there is no guidance, and the
         negative prompt plays no part. A model that imitates guidance (LCM) gets this number as an
-        input and ignores the negative prompt.
-    seed: image i is drawn from seed + i, and equals the single image of that seed.
+        input and ignores the negative prompt. Default: the public pipeline's, 7.5; 5 for Stable
+        Diffusion XL without a mask, 8.5 for a Latent Consistency Model.
+    seed: image i is drawn from seed + i, and equals the single image of that seed; or a list of
+        seeds, one for each image.
     width, height: pixels, multiples of the VAE's downsampling factor. Default: the image's size,
         rounded down, or without an image the weights' own.
-    sampler: a key of diffusion.samplers.SAMPLERS. Default: the weights' own.
-    latents: standard normal numbers to start from in place of the seed's, of shape (num_images,
+    sampler: a key of diffusion.samplers.SAMPLERS, or its name elsewhere, such as "Euler a" or
+        "DPM++ 2M Karras". Default: the weights' own.
+    latents: standard normal numbers to start from in place of the seed's, of shape (images,
         height / factor, width / factor, channels).
     noise: whose normal numbers a seed stands for, a key of noise.GENERATORS: torch's on the CPU
         ("torch-cpu") or on a GPU ("torch-cuda"), or NumPy's ("numpy").
@@ -45,12 +87,17 @@ class Request:
     strength: 0 to 1, how much of the image to draw anew: the share of the steps to make. The noise
         added to the image is that of the first of them (SDEdit, see Origin). A Latent Consistency
         Model makes all steps, from as little noise. With a mask, 1 begins from noise alone.
-        Default: 0.8, with a mask 1.
+        Default: the public pipeline's, 0.8, and with a mask 1; for Stable Diffusion XL 0.3, and
+        with a mask 0.9999.
     mask: a PIL image, white where to paint and black where the image is to stay. A model made for
         inpainting requires an image and a mask.
     timestep_spacing: how the steps are spread over the training timesteps, "leading", "trailing" or
         "linspace". Default: the weights' own. A single file does not say its own: there, few steps
         without guidance take "trailing", as Turbo, Lightning and Hyper models need.
+    clip_skip: how many of the last layers of the text encoder to leave out for the prompt, counted
+        as in diffusers: 1 takes the output of the layer before the last one, and in Stable
+        Diffusion XL, which leaves the last one out anyway, that of one layer before. The negative
+        prompt is read by all layers.
 
     The prompts, the seed and the image may each be an interpolation.Between, which mixes two.
     Raises TinyldmError for a value that is wrong for every pipeline.
@@ -59,7 +106,7 @@ class Request:
     prompt: Any
     negative_prompt: Any = ""
     num_inference_steps: int | None = None
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     seed: Any = 0
     width: int | None = None
     height: int | None = None
@@ -72,30 +119,113 @@ class Request:
     strength: float | None = None
     mask: Any = None
     timestep_spacing: str | None = None
+    clip_skip: int | None = None
 
     def __post_init__(self):
+        for name in ("num_inference_steps", "num_images", "width", "height", "clip_skip"):
+            object.__setattr__(self, name, whole(getattr(self, name)))
+        if self.negative_prompt is None:
+            object.__setattr__(self, "negative_prompt", "")
         if self.num_inference_steps is not None:
             check_whole("the number of steps", self.num_inference_steps, 1, MOST_STEPS)
-        check_finite("guidance_scale", self.guidance_scale)
+        if self.guidance_scale is not None:
+            check_finite("guidance_scale", self.guidance_scale)
         check_fraction("guidance_rescale", self.guidance_rescale)
         check_whole("num_images", self.num_images, 1, MOST_IMAGES)
+        self._check_prompts()
         for name in ("width", "height"):
             if getattr(self, name) is not None:
                 check_pixels(name, getattr(self, name))
         if self.sampler is not None:
-            check_name(self.sampler)
+            find_sampler(self.sampler)
         if self.timestep_spacing not in (None, *SPACINGS):
             raise TinyldmError(f"timestep_spacing must be {', '.join(SPACINGS[:-1])} or "
                                f"{SPACINGS[-1]}, not {self.timestep_spacing!r}")
+        if self.clip_skip is not None:
+            check_whole("clip_skip", self.clip_skip, 0, MOST_LAYERS)
         check_edit(self.image, self.strength, self.mask)
         for name in ("image", "mask"):                  # decoded here, once, for all that read them
             object.__setattr__(self, name, _decoded(name, getattr(self, name)))
 
+    def _check_prompts(self):
+        prompts, negatives = len(self.prompts), len(self.negative_prompts)
+        check_whole("the number of images", prompts * self.num_images, 1, MOST_IMAGES)
+        if negatives != prompts:
+            raise TinyldmError(f"negative_prompt must be one text, or a list as long as prompt's, "
+                               f"{prompts}, not {negatives}")
+        for text in (end for own in (*self.prompts, *self.negative_prompts) for end in ends(own)):
+            if not isinstance(text, str):
+                raise TinyldmError("a prompt must be a string of valid Unicode, got "
+                                   f"{text!r}: pass plain text, or a list of such")
+
+    @property
+    def prompts(self):
+        """A list, of one prompt or several."""
+        prompts = as_list(self.prompt)
+        if not prompts:
+            raise TinyldmError("a list of prompts must have at least one: give one")
+        return prompts
+
+    @property
+    def negative_prompts(self):
+        """A list, one for each prompt, where one text is for all."""
+        texts = as_list(self.negative_prompt)
+        return texts if texts != [self.negative_prompt] else texts * len(self.prompts)
+
+    def seeds(self):
+        """One for each image: those given, or for each prompt seed, seed + 1, ..., as Python ints.
+
+        NumPy's small integers would wrap around. Raises TinyldmError for a list of another length.
+        """
+        count = len(self.prompts) * self.num_images
+        seeds = as_list(self.seed)
+        if seeds == [self.seed]:
+            seed = mixed(self.seed, whole, Between)
+            return [mixed(seed, lambda end, i=i: end + i if isinstance(end, int) else end,
+                          Between) for i in range(self.num_images)] * len(self.prompts)
+        if len(seeds) != count:
+            raise TinyldmError(f"a list of seeds must have one for each of {count} images, not "
+                               f"{len(seeds)}: give as many, or one seed")
+        return [mixed(seed, whole, Between) for seed in seeds]
+
     def generators(self):
         """One generator of normal numbers per image; raises TinyldmError for a wrong seed."""
         generator = get_generator(self.noise)
-        return [mixed(self.seed, lambda seed, i=i: generator(seed + i if i else seed),
-                      BetweenGenerator) for i in range(self.num_images)]
+        return [mixed(seed, generator, BetweenGenerator) for seed in self.seeds()]
+
+
+class UnknownOption(TinyldmError, TypeError):
+    """A keyword that a call does not take; a TypeError, as from any other function."""
+
+
+def own_names(options):
+    """{name: value} of a call's options, with the names of other programs replaced by ours.
+
+    Raises UnknownOption, which says what is meant, for an unknown name and for one given twice.
+    """
+    known, own = [field.name for field in fields(Request)], {}
+    for name, value in options.items():
+        mine = SYNONYMS.get(name, name)
+        if mine in own:
+            raise UnknownOption(f"{name} and {mine} are one option: give one of them")
+        if mine in ELSEWHERE:
+            raise UnknownOption(f"there is no option {name}: {ELSEWHERE[name]}")
+        if mine not in known:
+            near = difflib.get_close_matches(name, [*known, *SYNONYMS], 1)
+            meant = f"did you mean {SYNONYMS.get(*near * 2)}?" if near else "known are "
+            raise UnknownOption(f"there is no option {name!r}: {meant}"
+                                + ("" if near else ", ".join(known)))
+        own[mine] = value
+    return own
+
+
+def whole(value):
+    """A whole number of any type, such as np.int8 or 512.0, as a Python int; else the value."""
+    try:
+        return int(value) if isinstance(value, float) and value.is_integer() else (
+            operator.index(value))
+    except TypeError:
+        return value
 
 
 def _decoded(name, image):
@@ -114,7 +244,7 @@ def check_finite(name, value):
 
 
 def check_whole(name, value, least, most):
-    if not isinstance(value, (int, np.integer)) or not least <= value <= most:
+    if not isinstance(value, int) or not least <= value <= most:
         raise TinyldmError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
 
 
@@ -173,7 +303,23 @@ def _side(name, pixels, own, factor):
     return pixels
 
 
+def note_on_size(size, own, from_image):
+    """A note on a picture of more pixels than the model was made for.
+
+    size, own: (width, height) of the picture and of the weights. from_image: the size is that of a
+    given picture.
+    """
+    times = math.prod(size) / math.prod(own)
+    if times > 1:
+        many = f"{times:.2g}" if times < 10 else f"{times:,.0f}"
+        what = "the image is drawn at its" if from_image else "the picture has"
+        note(f"{what} {size[0]}x{size[1]} pixels, {many} times as many as the {own[0]}x{own[1]} of "
+             "the weights: things may repeat or fall apart, and it takes longer; a width and a "
+             "height make it smaller")
+
+
 def check_latents(latents, shape, factor):
+    """Raise TinyldmError unless the latents are finite and of that shape."""
     if latents.shape != shape or not is_finite(latents):
         raise TinyldmError(f"latents must be finite and of shape {shape} (num_images, height / "
                            f"{factor}, width / {factor}, channels), not {latents.shape}")

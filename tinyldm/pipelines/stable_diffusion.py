@@ -8,32 +8,51 @@
 Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
 arXiv:2112.10752, figure 3.
 """
-import inspect
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from ..backend import array_library, free_scratch, keep_freed_memory
-from ..diffusion.samplers import OWN_TIMESTEPS, SAMPLERS, check_sampler, default_sampler
+from ..diffusion.samplers import (
+    OWN_TIMESTEPS,
+    SAMPLERS,
+    check_sampler,
+    default_sampler,
+    find_sampler,
+    own_options,
+)
+from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
-from ..images import to_pil
+from ..images import Pictures, to_pil
 from .conditioning import Conditioner
 from .editing import Edit
 from .finite import check_output, finite_states
 from .interpolation import ends
 from .language import Language
 from .parts import check_parts
-from .predictor import Predictor
-from .request import Request, check_finite, check_latents, picture_size
+from .predictor import FunctionUNet, Predictor
+from .request import (
+    Request,
+    check_finite,
+    check_latents,
+    note_on_size,
+    own_names,
+    picture_size,
+    takes,
+)
 
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
 DISTILLED = 8               # the most steps that Turbo, Lightning and Hyper models are made for
 
 
-def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
+def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False, *, vae=None,
+         prediction_type=None) -> "StableDiffusion":
     """Read a pipeline's weights -> StableDiffusion.
 
     weights: None for the bundled model; a folder in the diffusers layout; a single file in the
@@ -50,17 +69,31 @@ def load(weights=None, device="cpu", dtype=None, low_memory=False, ema=False):
         CPU freed memory goes back to the system, and weights whose dtype is the file's stay in its
         memory map.
     ema: if a single file has two sets of the UNet's weights, use the averaged one.
+    vae: another VAE than the weights' own, or the one that a single file lacks: a file in either
+        layout, a folder, or a name on the hub, as for weights. Its scaling factor is that of its
+        own config, or else of the model that it is used in.
+    prediction_type: "epsilon", "v_prediction" or "sample", what the UNet predicts, where the
+        weights do not say it or are wrong.
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Imported here, so that `import tinyldm` need not wait for the libraries behind them.
-    from ..checkpoints import float_type, load_pipeline_parts, resolve
+    from ..checkpoints import (
+        check_prediction_type,
+        float_type,
+        load_pipeline_parts,
+        resolve,
+        resolve_vae,
+    )
     from ..text.tokenizer import Tokenizer
 
+    check_prediction_type(prediction_type)
     if not low_memory:
         keep_freed_memory()
     xp = array_library(device)
     dtype = float_type(np.float16 if dtype is None and xp is not np else dtype)
-    parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema)
+    parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema,
+                                None if vae is None else resolve_vae(vae, dtype),
+                                prediction_type)
     steps = parts.index.get("_num_inference_steps",
                             FEW_STEPS if parts.unet.settings.time_cond_proj_dim else STEPS)
     rule = parts.index.get("_language")
@@ -107,51 +140,56 @@ class StableDiffusion:
         corrected = {} if newer else {"steps_offset": 1, "clip_sample": False}
         self.schedule = Schedule.from_config({"clip_sample": False} | scheduler | corrected)
 
-    def __call__(self, *arguments, **options):
+    @takes(Request)
+    def __call__(self, *arguments: Any, **options: Any) -> Pictures:
         """Draw num_images pictures of a prompt -> list of PIL images. Arguments: see Request."""
         for state in self.stream(*arguments, **options):
             latents = state.latents
         return to_pil(self.decode(latents))
 
-    def stream(self, *arguments, **options):
+    @takes(Request)
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
         """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
 
         The arguments are the fields of Request, in their order: see request.py.
         Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
         finite, with the step and the layer.
         """
-        request = self.complete(Request(*arguments, **options))
+        request = self.complete(Request(*arguments, **own_names(options)))
         steps, sampler, schedule = request.num_inference_steps, request.sampler, self.schedule
         if request.timestep_spacing not in (None, schedule.timestep_spacing):
             schedule = replace(schedule, timestep_spacing=request.timestep_spacing)
         edit = self.edit(request.image, request.strength, request.mask, sampler)
         first = edit.steps_left_out(steps)
-        check_sampler(sampler, schedule, steps, first, edit.reach)
-        latents = None if request.latents is None else self._array(request.latents)
+        options = own_options(self.scheduler, sampler)
+        check_sampler(sampler, schedule, steps, first, edit.reach, options)
+        latents = request.latents
+        latents = None if latents is None else self._array(latents, "latents")
         size = self.size(request.width, request.height, request.image, latents)
+        if self.unet.settings.sample_size:
+            note_on_size(size, self.size(), request.image is not None
+                         and request.width is request.height is latents is None)
         f = self.vae.vae_scale_factor
-        shape = request.num_images, size[1] // f, size[0] // f, self.vae.settings.latent_channels
+        seeds = request.generators()
+        shape = len(seeds), size[1] // f, size[0] // f, self.vae.settings.latent_channels
         if latents is not None:
             check_latents(latents, shape, f)
-        draw_noise = partial(self._draw, request.generators(), shape)       # () -> (B,h,w,C)
-        conditioning = self._conditioner(request.prompt, request.negative_prompt,
-                                         request.guidance_scale, *size)
+        draw_noise = partial(self._draw, seeds, shape)       # () -> (B,h,w,C)
+        conditioning = self._conditioner(request.prompts, request.negative_prompts,
+                                         request.guidance_scale, *size, request.clip_skip)
         if self.language:
             # No word at all is the usual negative prompt, and was trained as one.
-            texts = [*ends(request.prompt), *filter(None, ends(request.negative_prompt))]
-            for text in dict.fromkeys(texts):
-                self.language.check(text)
+            texts = [*request.prompts, *filter(None, request.negative_prompts)]
+            for word in dict.fromkeys(end for text in texts for end in ends(text)):
+                self.language.check(word)
         latents, origin, extra_channels = edit.prepare(self.encode, first, size, latents,
                                                        draw_noise)
         predict = Predictor(self.unet, conditioning, request.guidance_scale,
                             request.guidance_rescale, extra_channels)
-        states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, origin)
+        states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, origin, **options)
         return finite_states(states, predict)
 
-    __call__.__signature__ = stream.__signature__ = inspect.signature(Request.__init__).replace(
-        return_annotation=inspect.Signature.empty)      # self, prompt, negative_prompt="", ...
-
-    def encode_prompt(self, text):
+    def encode_prompt(self, text: Any) -> Any:
         """Text -> context (1, 77 * chunks, D), which the UNet attends to.
 
         It is the text transformer's last hidden state, weighted, with the chunks of a long prompt
@@ -177,24 +215,34 @@ class StableDiffusion:
         tile at a time.
         """
         encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
-        images = self._array(images).astype(self.vae.dtype)
+        images, f = self._array(images, "images"), self.vae.vae_scale_factor
+        noise = self._array(noise, "noise")
+        if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape or any(
+                side % f for side in images.shape[1:3]):
+            raise TinyldmError("images must have the shape (images, height, width, 3), with sides "
+                               f"that are multiples of {f}, not {images.shape}")
+        expected = images.shape[1] // f, images.shape[2] // f, self.vae.settings.latent_channels
+        if noise.shape[1:] != expected:
+            raise TinyldmError(f"noise must have the shape (images, {', '.join(map(str, expected))}"
+                               f") for these images, not {noise.shape}")
+        images = images.astype(self.vae.dtype)
         mean, logvar = (self._array(moment) for moment in encode(images))
         latents = self.vae.to_latents(mean + self.unet.xp.exp(logvar / 2) * noise)
         check_output(latents, "the picture is encoded to NaN or infinity", self.vae,
                      partial(encode, images))
         return latents
 
-    def decode(self, latents):
+    def decode(self, latents: Any) -> Any:
         """Clean latents (B,h,w,C) -> images (B,f*h,f*w,3) in [-1, 1], f the VAE's factor.
 
         One picture at a time, as the VAE has the largest arrays of the whole pipeline; with
         low_memory one tile at a time.
         """
-        channels = self.vae.settings.latent_channels
-        if latents.ndim != 4 or latents.shape[-1] != channels:
+        latents, channels = self._array(latents, "latents"), self.vae.settings.latent_channels
+        if latents.ndim != 4 or latents.shape[-1] != channels or 0 in latents.shape:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
-        z = self.vae.to_z(self._array(latents)).astype(self.vae.dtype)
+        z = self.vae.to_z(latents).astype(self.vae.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         if self.low_memory:
             free_scratch()                              # what the UNet used
@@ -204,6 +252,28 @@ class StableDiffusion:
             check_output(image, f"picture {i} is decoded to NaN or infinity", self.vae,
                          partial(decode, z[i:i + 1]))
         return self.unet.xp.concatenate(images).clip(-1, 1)
+
+    @property
+    def unet(self) -> Any:
+        """The noise predictor. A function may be set in its place: see FunctionUNet."""
+        return vars(self)["unet"]
+
+    @unet.setter
+    def unet(self, unet: Any) -> None:
+        if not hasattr(unet, "settings"):
+            unet = FunctionUNet(unet, like=vars(self).get("unet"))
+        vars(self)["unet"] = unet
+
+    def __repr__(self) -> str:
+        settings, steps = self.unet.settings, self.num_inference_steps
+        kind = "Stable Diffusion" + " XL" * (len(self._readers) == 2)
+        if settings.time_cond_proj_dim:
+            kind = "Latent Consistency Model" + kind.removeprefix("Stable Diffusion")
+        kind += " for inpainting" * (settings.in_channels != settings.out_channels)
+        parts = ", ".join(f"{name} {sum(math.prod(p.shape) for p in model.parameters()) / 1e6:.3g}M"
+                          for name, model in self.models.items())
+        device = "cpu" if self.unet.xp is np else "cuda"
+        return f"<{kind}: {parts}; {self.unet.dtype} on {device}; {self.sampler()}, {steps} steps>"
 
     @property
     def models(self):
@@ -254,9 +324,10 @@ class StableDiffusion:
     def complete(self, request):
         """Fill in what the request leaves to the model -> Request.
 
-        The number of steps, the sampler and the timestep spacing. Raises TinyldmError for a wrong
-        number of steps.
+        The number of steps, the guidance scale, the strength, the sampler and the timestep spacing.
+        Raises TinyldmError for a wrong number of steps.
         """
+        guidance_scale, strength = self._own_scale_and_strength(request)
         steps, spacing = request.num_inference_steps, request.timestep_spacing
         steps = self.num_inference_steps if steps is None else steps
         self.schedule.check_steps(steps)
@@ -268,7 +339,7 @@ class StableDiffusion:
             spacing = None
         elif spacing is None:
             spacing = self.schedule.timestep_spacing
-            few = steps <= DISTILLED and request.guidance_scale <= 1
+            few = steps <= DISTILLED and guidance_scale <= 1
             if few and spacing != "trailing" and not self.unet.settings.time_cond_proj_dim:
                 suited = (f"few steps ({steps}) without guidance suit Turbo, Lightning and Hyper "
                           "models")
@@ -283,11 +354,29 @@ class StableDiffusion:
                     note(f"{suited}: if this is one, choose the timestep spacing trailing, as the "
                          "weights' own begins below the noisiest timestep")
         return replace(request, num_inference_steps=steps, sampler=sampler,
-                       timestep_spacing=spacing)
+                       timestep_spacing=spacing, guidance_scale=guidance_scale, strength=strength)
+
+    def _own_scale_and_strength(self, request):
+        """The request's guidance scale and strength, or the defaults of diffusers' pipelines.
+
+        Source: diffusers' StableDiffusionPipeline, StableDiffusionXLPipeline,
+        LatentConsistencyModelPipeline, and those for image to image and inpainting beside them.
+        """
+        guidance_scale, strength = request.guidance_scale, request.strength
+        xl, masked = self.text_encoder_2 is not None, request.mask is not None
+        if guidance_scale is None:
+            imitates = self.unet.settings.time_cond_proj_dim
+            guidance_scale = 8.5 if imitates else 5.0 if xl and not masked else 7.5
+        if strength is None and request.image is not None:
+            strength = (0.9999 if masked else 0.3) if xl else 1.0 if masked else 0.8
+        return guidance_scale, strength
 
     def sampler(self, name=None):
-        """The name of the sampler that will draw: the given one, or the weights' own."""
-        return default_sampler(self.scheduler) if name is None else name
+        """The name of the sampler that will draw: the given one, or the weights' own.
+
+        name: as find_sampler takes it, or None. Raises TinyldmError for an unknown one.
+        """
+        return default_sampler(self.scheduler) if name is None else find_sampler(name)
 
     def edit(self, image=None, strength=None, mask=None, sampler=None):
         """The Edit that these options ask for. Raises TinyldmError."""
@@ -312,7 +401,14 @@ class StableDiffusion:
         noise = np.concatenate([generator.randn((1, C, h, w)) for generator in generators])
         return self._array(noise.transpose(0, 2, 3, 1))
 
-    def _array(self, values):
-        """On the models' device, at least float32: float16 is too coarse for a sampler's sums."""
-        dtype = np.promote_types(self.unet.dtype, np.float32)
-        return self.unet.xp.ascontiguousarray(self.unet.xp.asarray(values, dtype))
+    def _array(self, values, name="values"):
+        """On the models' device, at least float32: float16 is too coarse for a sampler's sums.
+
+        Raises TinyldmError, with the name, for what is no array of numbers.
+        """
+        xp, dtype = self.unet.xp, np.promote_types(self.unet.dtype, np.float32)
+        try:
+            return xp.ascontiguousarray(xp.asarray(values, dtype))
+        except (TypeError, ValueError, RuntimeError) as error:      # RuntimeError: a torch tensor
+            raise TinyldmError(f"{name} must be an array of numbers, not a "
+                               f"{type(values).__name__} ({error})") from None

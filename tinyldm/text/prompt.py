@@ -25,10 +25,29 @@ BRACKET_WEIGHTS = {"(": 1.1, "[": 1 / 1.1}
 OPENERS = {")": "(", "]": "["}
 LARGEST = 100.0             # weight; a larger one is a typing error, or a number in the text
 COMMA_RANGE = 20            # a chunk ends at a comma if there is one in its last 20 tokens
+# No prompt that somebody wrote is near these; they bound time and memory.
+LONGEST = 200_000           # characters
+DEEPEST = 100               # brackets around brackets
+MOST_CHUNKS = 100
 
 NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
-TOKENS = re.compile(rf"\\([()\[\]\\])|:\s*({NUMBER})\s*\)|\bBREAK\b|.", re.DOTALL)
+TOKENS = re.compile(rf"\\([()\[\]\\])|:\s*({NUMBER})\s*\)|\bBREAK\b|[^\\:()\[\]B]+|.",
+                    re.DOTALL)
 NO_WEIGHT = re.compile(rf"(:(?!{NUMBER}\))[^\s:()\[\]\\]+)[)\]]")       # ":abc" of "(word:abc)"
+
+# What other programs read in a prompt, and the option that helps here, if there is one. In every
+# pattern each part ends before the next begins, so that no search is slower than linear.
+EDITING = r"\[[^\[\]:|]*:[^\[\]:|]*:\s*[\d.]+\s*\]"          # [from:to:when]
+FOREIGN = [(re.compile(pattern, re.MULTILINE), hint) for pattern, hint in [
+    (r"(?i:<(?:lora|lyco):[^<>]*>)", "--lora FILE or --lora-folder FOLDER adds LoRAs"),
+    (r"(?i:<hypernet:[^<>]*>)", None),
+    (r"\bembedding:[\w.-]+", "--embedding FILE adds a learned word, which is then written alone"),
+    (r"^[ \t]*(?:Negative prompt:|Steps: *\d)", "--from-parameters reads a whole pasted block"),
+    (r"(?<!\S)--(?:ar|v|q|s|no|niji|stylize|chaos|aspect)(?!\S)",
+     "options such as --width stand outside of the quoted prompt"),
+    (r"\[[^\[\]|]*\|[^\[\]]*\]", None), (EDITING, None),           # [a|b]
+    (r"\{[^{}|]*\|[^{}]*\}", None), (r"\{[^{}|]+\}", "(word) gives weight to a word"),
+    (r"__[\w/*.-]{1,60}?__", None), (r"\bAND\b", "BREAK begins a new chunk")]]
 
 
 def parse(text):
@@ -38,8 +57,12 @@ def parse(text):
         [("a ", 1.0), ("red ", 1.5), ("big", 1.364), (" cat (tabby)", 1.0)]
 
     Neighbours of equal weight are joined. Warns if it takes a bracket or something like a weight
-    literally. Raises TinyldmError for a weight beyond LARGEST.
+    literally. Raises TinyldmError for a weight beyond LARGEST, and for a text that is longer than
+    LONGEST or nested deeper than DEEPEST.
     """
+    if len(text) > LONGEST:
+        raise TinyldmError(f"the prompt {text:.40}... has {len(text)} characters, at most "
+                           f"{LONGEST} are read: shorten it")
     fragments, opened, alone = [], {"(": [], "[": []}, ""
     for match in TOKENS.finditer(text):
         token, (escaped, number) = match[0], match.groups()
@@ -49,26 +72,45 @@ def parse(text):
             fragments[start][0] = ""                    # the opening bracket itself
             for fragment in fragments[start:]:
                 fragment[1] *= float(number) if number else BRACKET_WEIGHTS[opener]
+                fragment[2] += 1
+                if fragment[2] > DEEPEST:               # also bounds the time that this loop takes
+                    raise TinyldmError(f"the prompt {text:.40}... has brackets more than {DEEPEST} "
+                                       "deep: use one weight, as in (word:1.3)")
             continue
         if token in opened:
             opened[token].append(len(fragments))
         elif opener:
             alone += token[-1]
-        fragments.append([None if token == "BREAK" else escaped or token, 1.0])
+        fragments.append([None if token == "BREAK" else escaped or token, 1.0, 0])
 
     alone += "".join(bracket for bracket, places in opened.items() if places)
     if alone:
         note(f"unbalanced {' '.join(sorted(set(alone)))} in the prompt {text!r:.60}: "
              "taken literally")
-    for found in dict.fromkeys(NO_WEIGHT.findall(text)):
-        note(f"{found!r:.30} in the prompt {text!r:.60} is no weight: taken literally")
-    return join(fragments)
+    if found := list(dict.fromkeys(NO_WEIGHT.findall(re.sub(EDITING, "", text)))):
+        note(f"{found[0]!r:.30} in the prompt {text!r:.60} is no weight: taken literally"
+             + f", and {len(found) - 1} more" * (len(found) > 1))
+    return join(fragment[:2] for fragment in fragments if fragment[0] != "")
+
+
+def note_foreign_syntax(text):
+    """Say once what in a prompt other programs read, but is drawn as words here."""
+    found, hints = [], []
+    for pattern, hint in FOREIGN:
+        if match := pattern.search(text):
+            if match[0] == "AND" and text == text.upper():
+                continue                                # a prompt in capitals: an ordinary word
+            found.append(match[0].strip())
+            hints.append(hint)
+    if found:
+        hints = [*dict.fromkeys(filter(None, hints)), "prompts have (word:1.3), [word], BREAK"]
+        note(f"the prompt {text!r:.60} has {', '.join(f'{word:.40}' for word in found)}, which is "
+             f"drawn as words: {'; '.join(hints)}")
 
 
 def join(fragments):
-    """[[text, weight]] -> [(text, weight)], neighbours of equal weight joined, no empty text."""
+    """[[text, weight]] -> [(text, weight)], neighbours of equal weight joined."""
     joined = []
-    fragments = [fragment for fragment in fragments if fragment[0] != ""]
     for (is_break, weight), group in groupby(fragments, lambda item: (item[0] is None, item[1])):
         texts = [text for text, _ in group]
         if is_break:
@@ -100,6 +142,9 @@ def split_into_chunks(text, tokenizer):
     if not parts[-1] and len(parts) > 1:
         parts.pop()                                     # nothing follows the last BREAK
     chunks = [chunk for part in parts for chunk in cut(part, size, tokenizer.comma)]
+    if len(chunks) > MOST_CHUNKS:
+        raise TinyldmError(f"the prompt {text!r:.60} makes {len(chunks)} chunks of at most {size} "
+                           f"tokens, at most {MOST_CHUNKS} are read: shorten it")
     if len(chunks) > 1:
         note(f"the prompt {text!r:.60} is read in {len(chunks)} chunks of at most {size} tokens, "
              "joined")
@@ -111,14 +156,15 @@ def split_into_chunks(text, tokenizer):
 def cut(tokens, size, comma):
     """[(token id, weight)] -> lists of at most `size` of them; a list ends at a comma if one is in
     range."""
-    while len(tokens) > size:
+    start = 0
+    while len(tokens) - start > size:
         # If the first token after a full chunk is a comma, the chunk stays full.
         near = range(max(size - COMMA_RANGE, 0), size + 1)
-        ends = [min(i + 1, size) for i in near if tokens[i][0] == comma]
-        end = ends[-1] if ends else size
-        yield tokens[:end]
-        tokens = tokens[end:]
-    yield tokens
+        ends = [min(i + 1, size) for i in near if tokens[start + i][0] == comma]
+        end = start + (ends[-1] if ends else size)
+        yield tokens[start:end]
+        start = end
+    yield tokens[start:]
 
 
 def to_arrays(chunks, tokenizer):

@@ -12,6 +12,7 @@ arXiv:1508.07909; Radford et al. 2021 (CLIP), arXiv:2103.00020; the file format 
 `tokenizer` folder of published Stable Diffusion weights.
 """
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,10 @@ SPECIAL_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
                   "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 MAX_LENGTH = 77
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-FILES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json", *SETTINGS)
-NO_LIMIT = 10**6            # folders written without a length have 10**30
+ADDED = "added_tokens.json"                             # of transformers < 4.34
+FILES = ("vocab.json", "merges.txt", "tokenizer.json", ADDED, *SETTINGS)
+NO_LIMIT = 10**6            # folders written without a length have 10**30, or null
+PROBE = "a Cat's 7, \u00e9\u732b!\0"                     # whatever an encoder may stumble over
 
 # Special tokens, English endings, words, single digits, runs of anything else except spaces.
 WORDS = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
@@ -54,28 +57,40 @@ class Tokenizer:
         """Read a tokenizer folder: tokenizer.json, or vocab.json and merges.txt.
 
         tokenizer_config.json and special_tokens_map.json are optional. If they disagree, the latter
-        decides: only there does Stable Diffusion 2 say that its padding token is "!". padding: a
-        padding token to use instead. Raises TinyldmError, naming the file, if it is missing or
-        malformed, and for a special token that the vocabulary lacks.
+        decides: only there does Stable Diffusion 2 say that its padding token is "!". Learned words
+        are in the former's added_tokens_decoder; only where it has none, the latter and
+        added_tokens.json count, which older versions of transformers wrote. padding: a padding
+        token to use instead. Raises TinyldmError, naming the file, if it is missing or malformed,
+        and for a special token that the vocabulary lacks.
         """
         folder = Path(path)
         config_file, map_file = (folder / name for name in SETTINGS)
-        config, special = (read_json(file) if file.exists() else {}
-                           for file in (config_file, map_file))
+        config = read_json(config_file) if config_file.exists() else {}
+        newer = config.get("added_tokens_decoder") is not None
+        special = read_json(map_file) if map_file.exists() and not newer else {}
         special = {name: special.get(name) or config.get(name) or default
                    for name, default in SPECIAL_TOKENS.items()}
         special["pad_token"] = padding or special["pad_token"]
         special = {name: added_token(entry, True, folder) for name, entry in special.items()}
 
-        backend = read_backend(folder, special["unk_token"].content)
-        add_declared_tokens(backend, config.get("added_tokens_decoder", {}), config_file)
-        add_special_tokens(backend, special.values(), folder)
-
         length = config.get("model_max_length", MAX_LENGTH)
-        if not isinstance(length, (int, float)) or length < 3:
+        length = NO_LIMIT if length is None else length
+        if not isinstance(length, (int, float)) or not length >= 3:     # also true for NaN
             raise TinyldmError(f"{config_file}: model_max_length must be a number of at least 3, "
                                f"got {length!r}: correct or remove it")
-        return cls(backend, special, int(length) if length < NO_LIMIT else MAX_LENGTH, folder)
+        with engine_errors(f"the tokenizer in {folder} cannot be used", "get its files again"):
+            backend, declared = read_engine(folder, special["unk_token"].content)
+            if newer:
+                add_declared_tokens(backend, config["added_tokens_decoder"], config_file)
+            elif (folder / ADDED).exists():
+                names = {token.content for token in special.values()}
+                declared = read_added_tokens(folder / ADDED, names) | declared
+                add_declared_tokens(backend, declared, folder / ADDED)
+            else:
+                add_declared_tokens(backend, declared, folder / "tokenizer.json")
+            add_special_tokens(backend, special.values(), folder)
+            backend.encode(PROBE, add_special_tokens=False)
+            return cls(backend, special, int(length) if length < NO_LIMIT else MAX_LENGTH, folder)
 
     def save(self, path):
         """Copy the files that from_folder read into a new folder, with the padding token and the
@@ -124,7 +139,9 @@ class Tokenizer:
     def ids(self, text):
         """text -> the list of its token ids, of any length, without start and end token."""
         self.check(text)
-        found = self.backend.encode(text, add_special_tokens=False).ids
+        with engine_errors(f"the tokenizer in {self.folder} cannot read {text!r:.40}",
+                           "get its files again, or leave out the word"):
+            found = self.backend.encode(text, add_special_tokens=False).ids
         return [number for first in found for number in self.learned.get(first, [first])]
 
     def __len__(self):
@@ -173,47 +190,95 @@ class Tokenizer:
                                f"got {text!a:.80}: pass plain text") from None
 
 
-def read_backend(folder, unk_token):
-    """A folder's byte-pair encoder: a tokenizers.Tokenizer that neither truncates nor pads."""
+@contextmanager
+def engine_errors(failed, advice):
+    """Turn what the tokenizers library raises into TinyldmErrors, one line each.
+
+    It has no class of its own for errors. Where its code in Rust panics, it raises a BaseException
+    that is no Exception.
+    """
+    try:
+        yield
+    except TinyldmError:
+        raise
+    except BaseException as error:
+        panic = type(error).__module__ == "pyo3_runtime"
+        if not panic and not isinstance(error, Exception):
+            raise                                       # Ctrl-C
+        raise TinyldmError(f"{failed} ({error}): {advice}") from None
+
+
+def read_engine(folder, unk_token):
+    """A folder's byte-pair encoder -> tokenizers.Tokenizer, added tokens as added_tokens_decoder.
+
+    Of tokenizer.json only the vocabulary, the merges and the added tokens are read, as transformers
+    5 does: CLIP's other steps are always the same.
+    """
     file = folder / "tokenizer.json"
     if not file.exists():
-        return build_backend(folder / "vocab.json", folder / "merges.txt", unk_token)
+        return build_engine(folder / "vocab.json", folder / "merges.txt", unk_token), {}
+    content = read_json(file)
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:                          # the library has no class of its own
-        raise TinyldmError(f"{file} is not a tokenizer ({error}): get it again") from None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+        model, added = content["model"], content.get("added_tokens") or []
+        vocab = check_vocab(model["vocab"], file)
+        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+                  for merge in model["merges"]]
+        declared = {str(token["id"]): token for token in added}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise TinyldmError(f"{file} is not a tokenizer of byte pairs with a vocabulary and merges "
+                           f"({type(error).__name__}: {error}): get it again") from None
+    with engine_errors(f"{file} is not a tokenizer", "get it again"):
+        return clip_engine(models.BPE(vocab, merges, unk_token=unk_token, end_of_word_suffix="</w>",
+                                      continuing_subword_prefix="")), declared
 
 
-def build_backend(vocab_file, merges_file, unk_token):
-    """CLIP's steps with a given vocabulary: clean, cut into words, write as bytes, join pairs."""
-    vocab = read_json(vocab_file)
-    if not all(type(number) is int and 0 <= number < 2**32 for number in vocab.values()):
-        raise TinyldmError(f"{vocab_file} must give every token a whole number: get it again")
+def build_engine(vocab_file, merges_file, unk_token):
+    """The same of vocab.json and merges.txt."""
+    check_vocab(read_json(vocab_file), vocab_file)
     if not merges_file.exists():
         raise TinyldmError(f"{merges_file} is missing: a tokenizer folder holds vocab.json and "
                            "merges.txt, or tokenizer.json")
-    try:
-        model = models.BPE.from_file(str(vocab_file), str(merges_file), unk_token=unk_token,
-                                     continuing_subword_prefix="", end_of_word_suffix="</w>")
-    except Exception as error:                          # vocab.json is fine: it was just read
-        raise TinyldmError(f"{merges_file} is not a list of merges for vocab.json ({error}): "
-                           "get both again") from None
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.Sequence([
+    with engine_errors(f"{merges_file} is not a list of merges for vocab.json", "get both again"):
+        return clip_engine(models.BPE.from_file(
+            str(vocab_file), str(merges_file), unk_token=unk_token, end_of_word_suffix="</w>",
+            continuing_subword_prefix=""))
+
+
+def check_vocab(vocab, file):
+    if not all(type(number) is int and 0 <= number < 2**32 for number in vocab.values()):
+        raise TinyldmError(f"{file} must give every token a whole number: get it again")
+    return vocab
+
+
+def clip_engine(model):
+    """CLIP's steps around a vocabulary: clean, cut into words, write as bytes, join pairs."""
+    engine = tokenizers.Tokenizer(model)
+    engine.normalizer = normalizers.Sequence([
         normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
+    engine.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),    # keeps the words
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    return backend
+    return engine
+
+
+def read_added_tokens(file, special):
+    """added_tokens.json, {token: id} -> as added_tokens_decoder: {id: the token and its flags}.
+
+    special: the names of the special tokens. Source: transformers 5.24, PreTrainedTokenizerBase.
+    """
+    added = read_json(file)
+    if not all(type(number) is int for number in added.values()):
+        raise TinyldmError(f"{file} must give every token a whole number: get it again")
+    return {str(number): {"content": name, "normalized": name not in special,
+                          "special": name in special} for name, number in added.items()}
 
 
 def add_declared_tokens(backend, declared, file):
-    """Add the tokens that newer folders list by id in tokenizer_config.json."""
-    if not isinstance(declared, dict) or not all(number.isdecimal() for number in declared):
-        raise TinyldmError(f"{file}: added_tokens_decoder must map ids to tokens: get it again")
+    """Add the tokens that a folder lists by id, with their flags, from one of three files."""
+    if not isinstance(declared, dict) or not all(
+            number.isdecimal() and len(number) < 10 for number in declared):
+        key = "added_tokens_decoder" if file.name == SETTINGS[0] else "the added tokens"
+        raise TinyldmError(f"{file}: {key} must map ids to tokens: get it again")
     for number in sorted(declared, key=int):
         entry = declared[number]
         token = added_token(entry, isinstance(entry, dict) and entry.get("special", False), file)
@@ -242,7 +307,8 @@ def added_token(entry, special, place):
     """An AddedToken from what a file gives: its name, or a dict with "content" and flags."""
     if isinstance(entry, str):
         entry = {"content": entry, "normalized": False}
-    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+    if (not isinstance(entry, dict) or not isinstance(entry.get("content"), str)
+            or not entry["content"].isprintable()):     # no surrogate, which the engine cannot take
         raise TinyldmError(f"{place}: a special token must be a string or have a \"content\", "
                            f"got {entry!r:.80}: correct {' or '.join(SETTINGS)}")
     flags = {flag: bool(entry[flag]) for flag in ("normalized", "lstrip", "rstrip", "single_word")

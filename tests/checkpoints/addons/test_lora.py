@@ -276,11 +276,12 @@ def test_every_name_of_a_kohya_file_for_sd15_finds_its_weight():
 
 
 def test_every_name_of_a_kohya_file_for_sdxl_finds_its_weight():
-    """Its UNet has the original names; all weights are tried, also those of convolutions."""
+    """Its UNet has the original names; all weights are tried, also convolutions' and norms'."""
     layers, counts = layers_by_spelling(real_model("SDXL")), Counter()
     start = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     for part, theirs, _, name, shape, what in original_rows("sdxl"):
-        if part in start and what != "drop" and len(shape) > 1 and "embeddings" not in name:
+        if (part in start and what != "drop" and name.endswith(".weight")
+                and "embeddings" not in name):
             counts[part] += is_trained(part, name, shape)
             flat = (theirs.removeprefix("model.diffusion_model.") if part == "unet" else name
                     ).removesuffix(".weight").replace(".", "_")

@@ -227,6 +227,15 @@ def test_an_alpha_of_any_number_type(alpha, expected, small, tmp_path):
     assert_allclose(added["unet", f"{QUERY}.weight"], np.full((D, D), expected), atol=1e-6)
 
 
+@pytest.mark.parametrize("ways, alpha", [
+    (("lora_A", "lora_B"), "alpha"), (("lora_A.default", "lora_B.default"), "alpha.default"),
+    (("lora.down", "lora.up"), "lora.alpha"), (("lora.down", "lora.up"), "alpha")])
+def test_an_alpha_under_other_names(ways, alpha, small, tmp_path):
+    tensors = pair(f"unet.{QUERY}", ways) | {f"unet.{QUERY}.{alpha}": torch.tensor(6.0)}
+    added = change(small, write(tensors, tmp_path / "style.safetensors"))
+    assert_allclose(added["unet", f"{QUERY}.weight"], np.full((D, D), 6.0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("config, expected", [
     ({"r": 2, "lora_alpha": 4}, 4.0), ({"lora_alpha": 3, "alpha_pattern": {"attn1.to_q": 8}}, 8.0),
     ({"lora_alpha": 4, "use_rslora": True}, 4 * 2 ** 0.5), ({}, 2.0),

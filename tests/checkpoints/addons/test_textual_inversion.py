@@ -285,6 +285,8 @@ BAD = [
     ("a.safetensors", {"<|endoftext|>": vectors()}, "'<|endoftext|>' is a token"),
     ("a.safetensors", {" ": vectors()}, "a new word must have a letter or sign, got ' '"),
     ("a.safetensors", {}, "is no textual inversion: .* found none"),
+    ("a.safetensors", {"lora_unet_a.lora_up.weight": vectors(), "b": vectors()},
+     "is no textual inversion but of the kind LoRA: expected"),
     ("a.safetensors", {"a": vectors(), "b": vectors(2)}, r"found 2: a \[3, 32\], b \[2, 32\]"),
     ("a.safetensors", {WORD: vectors()[None]}, r"is no textual inversion: .* \[1, 3, 32\]"),
     ("a.safetensors", {WORD: torch.tensor(1.0)}, "is no textual inversion"),

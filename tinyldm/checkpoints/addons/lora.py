@@ -39,7 +39,7 @@ from .products import changes_of
 
 # The end of a name: which of a layer's tensors it is. peft may add the name of the adapter.
 KEY = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.[^.]+)?\.weight|"
-                 r"\.(alpha|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12])|"
+                 r"(?:[._]lora)?\.(alpha|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12])|"
                  r"diff|diff_b|w_norm|b_norm)(?:\.[^.]+)?)")
 ROLES = {"A": "down", "B": "up"}
 # The beginning of a name -> the part of the pipeline.
@@ -163,7 +163,7 @@ def find_changes(path, settings, fitting, layers):
                 no_bias += [f"{name}.bias"] * len(here)
             elif not all(fits(change, parameter, tensors) for change in here):
                 sizes = " and ".join(f"{role} {tensors[role].shape}"
-                                     for role in sorted(tensors, reverse=True))
+                                     for role in sorted(tensors, key=lambda role: role != "up"))
                 wrong.append(f"{name} (expected {file_shape(parameter)}, found {sizes})")
             elif here:
                 changes.append((f"{name}.{what}", parameter, [

@@ -23,7 +23,7 @@ from ...errors import TinyldmError
 from ..components import shorten
 from ..formats.reading import read_tensors
 from ..formats.torch_file import NAMELESS
-from ..single_file.kinds import model_of_width
+from ..single_file.kinds import layout_of, model_of_width
 
 # What files call the text encoders -> the part of the pipeline.
 ENCODERS = {name: part for part, names in {
@@ -114,8 +114,11 @@ def vectors_of(path, stored, widths):
             or any(len(tensor.shape) not in (1, 2) or 0 in tensor.shape
                    for tensor in parts.values())):
         found = [f"{name} {list(tensor.shape)}" for name, tensor in stored.items()]
-        raise TinyldmError(f"{path} is no textual inversion: expected one list of vectors under a "
-                           f"word, {NAMELESS}, or clip_l and clip_g, found {shorten(found)}")
+        _, kind = layout_of(stored)
+        kind = "" if kind in (None, "textual inversion") else f" but of the kind {kind}"
+        raise TinyldmError(f"{path} is no textual inversion{kind}: expected one list of vectors "
+                           f"under a word, {NAMELESS}, or clip_l and clip_g, found "
+                           f"{shorten(found)}")
     if parts.keys() != widths.keys():
         raise TinyldmError(f"{path} has vectors for {len(parts)} text encoders, but this model "
                            f"has {len(widths)}: use a textual inversion made for it")

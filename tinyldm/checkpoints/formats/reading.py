@@ -1,7 +1,6 @@
 """A weight file of any format: its first bytes tell which, not its name."""
-from pathlib import Path
-
 from ...errors import TinyldmError
+from ...files import as_path
 from .foreign import HEAD, UNFINISHED, refuse_foreign, refuse_quantised
 from .safetensors_file import LONGEST_HEADER, read_safetensors
 from .torch_file import read_torch
@@ -13,14 +12,14 @@ def read_tensors(path):
     Raises TinyldmError for any other file, saying what it is if its first bytes or its name tell,
     for quantised weights, and as read_safetensors and read_torch do.
     """
+    path = as_path("a file of weights", path)
     tensors = read_any(path)
     refuse_quantised(path, tensors)
     return tensors
 
 
 def read_any(path):
-    """The same, with quantised weights, too: their numbers mean nothing by themselves."""
-    path = Path(path)
+    """The same of a Path, with quantised weights, too: their numbers mean nothing by themselves."""
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD)

@@ -92,21 +92,37 @@ SDXL_INPAINTING = SDXL._replace(
 KNOWN = "Stable Diffusion 1, 2 and XL in the original layout (model.diffusion_model.*)"
 
 
-def recognise(stored, path):
+def recognise(stored, path, prediction_type=None):
     """The Kind of a single file, from its {name: StoredTensor}.
 
+    prediction_type: if known; it tells a Stable Diffusion 2 from its base.
     Raises TinyldmError for any other model: with its name if known, else with what was found.
     """
     layout, content = layout_of(stored)
     if content not in (SINGLE_FILE, None):
         raise TinyldmError(f"{path} holds another kind of weights, {content} in the {layout} "
                            f"layout: supported single files are {KNOWN}{HINTS.get(content, '')}")
+    kind = None if content is None else kind_of_unet(stored, path, prediction_type)
+    if kind is None:
+        raise _unknown(stored, path)
+    return kind
+
+
+def _unknown(stored, path):
+    found = [f"{name} {list(tensor.shape)}" for name, tensor in list(stored.items())[:4]]
+    kind = ", ".join(filter(None, ["an unknown kind of model", family(stored)]))
+    return TinyldmError(f"{path} holds {kind}: found {len(stored)} tensors "
+                        f"({', '.join(found)} ...), known are {KNOWN}")
+
+
+def kind_of_unet(stored, path, prediction_type=None):
+    """The Kind that a UNet in either layout belongs to; None if no tensor shows it.
+
+    Raises TinyldmError for the UNet of a model that is not supported.
+    """
     width, channels = unet_shape(stored)
-    if content is None or width is None or channels is None:
-        found = [f"{name} {list(tensor.shape)}" for name, tensor in list(stored.items())[:4]]
-        kind = ", ".join(filter(None, ["an unknown kind of model", family(stored)]))
-        raise TinyldmError(f"{path} holds {kind}: found {len(stored)} tensors "
-                           f"({', '.join(found)} ...), known are {KNOWN}")
+    if width is None or channels is None:
+        return None
     kinds = {kind.unet["cross_attention_dim"]: (kind, inpainting) for kind, inpainting in
              ((SD1, SD1_INPAINTING), (SD2, SD2_INPAINTING), (SDXL, SDXL_INPAINTING))}
     if width not in kinds:
@@ -115,7 +131,8 @@ def recognise(stored, path):
                            f"supported are {', '.join(known)}")
     for kind in kinds[width]:
         if kind.unet["in_channels"] == channels:
-            return SD2_BASE if kind is SD2 and not _predicts_v(stored) else kind
+            is_v = prediction_type == "v_prediction" if prediction_type else _predicts_v(stored)
+            return SD2_BASE if kind is SD2 and not is_v else kind
     purpose = f" (made {MADE_FOR[channels]})" if channels in MADE_FOR else ""
     raise TinyldmError(f"{path} holds a {kinds[width][0].name} of {channels} input channels"
                        f"{purpose}: this is not supported, only 4 and 9 (for inpainting)")
@@ -132,13 +149,17 @@ def _predicts_v(stored):
     ComfyUI, too, decides by the standard deviation of this bias; its authors are not sure why that
     works. Source: ComfyUI, comfy/supported_models.py, SD20.
     """
-    return LAST_NORM in stored and stored[LAST_NORM].read(np.float32).std() > LARGEST_STD
+    own = LAST_NORM.removeprefix("model.diffusion_model.")
+    norm = next((tensor for name, tensor in stored.items() if name.endswith(own)), None)
+    return norm is not None and norm.read(np.float32).std() > LARGEST_STD
 
 
 # ---- any file of weights --------------------------------------------------------------------
 
 SINGLE_FILE = "single file"                             # all the models of a pipeline
-HINTS = {"LoRA": "; --lora adds it to one", "textual inversion": "; --embedding adds it to one"}
+HINTS = {"LoRA": "; --lora adds it to one", "textual inversion": "; --embedding adds it to one",
+         "VAE": "; --vae (from Python vae=) puts it into one",
+         "UNet": "; load_model reads it", "text encoder": "; load_model reads it"}
 # A part of some key -> the layout, and what the file holds. The first line that matches decides.
 LAYOUTS = (
     (".dora_scale", "LyCORIS", "DoRA (not supported)"),
@@ -158,6 +179,11 @@ LAYOUTS = (
     ("single_transformer_blocks.", "diffusers", "Flux (not supported)"),
     (".attn.add_k_proj.", "diffusers", "Stable Diffusion 3 (not supported)"),
     ("controlnet_", "diffusers", "ControlNet (not supported)"),
+    ("control_model.", "original", "ControlNet (not supported)"),
+    ("time_embed.cond_proj.", "original",
+     "Latent Consistency Model (supported only as a folder)"),
+    ("edm_mean", "original", "Playground 2.5, of other noise levels (not supported)"),
+    ("edm_vpred.", "original", "CosXL, of other noise levels (not supported)"),
     ("model.diffusion_model.", "original", SINGLE_FILE),
     ("first_stage_model.", "original", "VAE"),
     ("cond_stage_model.", "original", "text encoder"),
@@ -168,6 +194,7 @@ LAYOUTS = (
     ("down_blocks.", "diffusers", "UNet"),
     ("vision_model.", "transformers", "image encoder"),
     ("encoder.layers.", "transformers", "text encoder"),
+    ("transformer.resblocks.", "original", "text encoder"),
     ("emb_params", "web interface", "textual inversion"),
     ("string_to_param", "web interface", "textual inversion"),
     ("clip_g", "web interface", "textual inversion"),

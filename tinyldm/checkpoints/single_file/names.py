@@ -4,20 +4,22 @@
     first_stage_model.*         the VAE; the decoder's levels are numbered from the picture
     cond_stage_model.*          the text encoder: CLIP with its public names, or OpenCLIP
 
-SDXL has `conditioner.embedders.0.*` and `.1.*` in place of the last one.
+SDXL has `conditioner.embedders.0.*` and `.1.*` in place of the last one. Some programs put
+the words of WRAPPERS before all of these.
 Source: CompVis/latent-diffusion and Stability-AI/stablediffusion (openaimodel.py, model.py),
 mlfoundations/open_clip (transformer.py).
 """
 import re
 
 from ...errors import TinyldmError
+from ..layout import is_leftover
 
 LAYERS = 2                  # residual blocks per level of the encoder, in every Stable Diffusion
 VAE_LEVELS = 4
 
-# Left over from training: the tables of the noise schedule, and the averaged weights.
-LEFTOVER = re.compile(r"(sqrt_\w+|log_one_minus_\w+|posterior_\w+|alphas_cumprod(_prev)?|betas|"
-                      r"logvar|denoiser\.sigmas|model_ema\..+)")
+WRAPPERS = re.compile(r"(?:(?:model|module|_orig_mod|state_dict|net)\.)+"
+                      r"(?=(?:model\.diffusion_model|first_stage_model|cond_stage_model|"
+                      r"conditioner)\.)")
 
 UNET_NAMES = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
               "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
@@ -48,10 +50,12 @@ def by_part(stored, text_layers):
     how many of its layers the model uses; the next layer and what follows it are dropped. A matrix
     with q, k and v in its rows becomes three.
     """
-    found = {}
+    found, names = {}, {}
     for name, tensor in stored.items():
-        if LEFTOVER.fullmatch(name):
-            continue
+        if not is_leftover(name) and not _is_marker(name, tensor):
+            bare = _unwrapped(name)
+            names[name if bare in names or bare != name and bare in stored else bare] = tensor
+    for name, tensor in names.items():
         prefix, part, rename = next(row for row in PREFIXES if name.startswith(row[0]))
         inner, tensors = name.removeprefix(prefix), found.setdefault(part, {})
         if rename is open_clip_names:
@@ -60,24 +64,46 @@ def by_part(stored, text_layers):
         else:
             renamed = {rename(inner) if rename else inner: tensor}
         for public, piece in renamed.items():
-            tensors[name if public in tensors else public] = piece
+            tensors[tensor.name if public in tensors else public] = piece
     rest = found.pop(None, {})
     return found, rest
+
+
+def _unwrapped(name):
+    """A name without words of WRAPPERS before it, nor torch.compile's in it."""
+    name = WRAPPERS.sub("", name, count=1) if WRAPPERS.match(name) else name
+    return name.replace("._orig_mod.", ".")
+
+
+def _is_marker(name, tensor):
+    """Whether a tensor beside the models holds at most one number: a counter, a flag."""
+    return tensor.shape in ((), (0,)) and "." not in name
 
 
 def with_ema_weights(stored, path):
     """The tensors, with the UNet's EMA (averaged) weights in place of the trained ones.
 
-    Their names are model_ema. and the UNet's name without `model.` and without its dots.
+    The original code names them model_ema. and the UNet's name without `model.` and its dots.
+    Others keep the dots, or write ema., ema_model. or _ema anywhere in the name.
     Raises TinyldmError for a file that does not hold all of them.
     """
-    unet = [name for name in stored if name.startswith("model.diffusion_model.")]
-    averages = {name: f"model_ema.{name.removeprefix('model.').replace('.', '')}" for name in unet}
-    found = {name: stored[average] for name, average in averages.items() if average in stored}
-    if len(found) < len(unet):
+    unet = [name for name in stored if not is_leftover(name)
+            and _unwrapped(name).startswith("model.diffusion_model.")]
+    averages = {_short(name): tensor for name, tensor in stored.items() if EMA_WORD.search(name)}
+    found = {name: averages[_short(name)] for name in unet if _short(name) in averages}
+    if len(found) < len(unet) or not unet:
         raise TinyldmError(f"{path} holds averaged weights (model_ema.*) of {len(found)} of the "
                            f"UNet's {len(unet)} tensors: load it without ema")
     return stored | found
+
+
+EMA_WORD = re.compile(r"(^|[._])ema(?=[._]|$)")
+
+
+def _short(name):
+    """The name of a UNet's tensor, trained or averaged, without dots and what stands before."""
+    letters = re.sub(r"[._]", "", EMA_WORD.sub("", name))
+    return re.sub(r"^(model|unet)+", "", letters.rpartition("diffusionmodel")[2])
 
 
 # ---- the UNet and the VAE -------------------------------------------------------------------
@@ -126,7 +152,7 @@ def vae_name(name):
         inner = inner.replace("block.", "resnets.", 1).replace("nin_shortcut", "conv_shortcut")
         inner = re.sub(r"^(down|up)sample\.", r"\1samplers.0.", inner)
         return f"{side}.{way}_blocks.{level}.{inner}"
-    return name.replace("norm_out", "conv_norm_out")
+    return name.replace(".norm_out.", ".conv_norm_out.")
 
 
 def _renamed(name, words):
@@ -157,10 +183,9 @@ def open_clip_names(name, tensor):
 
 
 def _is_dropped(part, name, text_layers):
-    """Whether an OpenCLIP weight has no effect on the UNet: logit_scale; and if OpenCLIP is alone
-    (Stable Diffusion 2), its last layer and the projection after it."""
-    return name == "logit_scale" or part == "text_encoder" and (
-        name == "text_projection" or name.startswith(f"transformer.resblocks.{text_layers}."))
+    """Whether an OpenCLIP weight has no effect on the UNet: if OpenCLIP is alone (Stable Diffusion
+    2), its last layer. The projection after it is dropped by layout.fitted."""
+    return part == "text_encoder" and name.startswith(f"transformer.resblocks.{text_layers}.")
 
 
 # The beginning of a name, the part it belongs to, and the rule for the rest of the name, if any.
@@ -173,5 +198,9 @@ PREFIXES = (
     ("conditioner.embedders.0.transformer.", "text_encoder", None),
     ("conditioner.embedders.0.model.", "text_encoder", open_clip_names),
     ("conditioner.embedders.1.model.", "text_encoder_2", open_clip_names),
+    ("conditioner.embedders.1.transformer.", "text_encoder_2", None),
+    ("conditioner.embedders.1.", "text_encoder_2", None),
+    ("conditioner.embedders.0.", "text_encoder", None),
+    ("cond_stage_model.", "text_encoder", None),
     ("", None, None),                                   # of no part
 )

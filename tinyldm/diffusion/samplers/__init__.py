@@ -23,13 +23,14 @@ with a^2 + s^2 = 1, as the model gets it. euler, heun and lms hold x = x_t / a =
 sigma noise with sigma = s / a, and scale it for the model. Both describe the same trajectory: Euler
 in x is DDIM in x_t.
 """
+import difflib
 import math
-from difflib import get_close_matches
+import re
 from functools import partial
 
 import numpy as np
 
-from ...errors import TinyldmError
+from ...errors import TinyldmError, note
 from .ddim import ddim
 from .ddpm import ddpm
 from .dpm_solver import dpmpp_2m
@@ -50,78 +51,141 @@ SAMPLERS = {
     "heun": heun,
     "lms": lms,
     "dpmpp_2m": dpmpp_2m,
-    "dpmpp_2m_karras": partial(dpmpp_2m, use_karras_sigmas=True),
     "dpmpp_2m_sde": partial(dpmpp_2m, sde=True),
-    "dpmpp_2m_sde_karras": partial(dpmpp_2m, sde=True, use_karras_sigmas=True),
     "unipc": unipc,
     "lcm": lcm,
 }
+# whose sigmas may be spaced otherwise, each also as NAME_karras and NAME_exponential
+RESPACED = ("euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+SPACED = ("karras", "exponential")
+SAMPLERS |= {f"{name}_{spacing}": partial(SAMPLERS[name], **{f"use_{spacing}_sigmas": True})
+             for name in RESPACED for spacing in SPACED}
 
 # which choose their timesteps themselves, whatever the schedule's spacing
-OWN_TIMESTEPS = ("dpmpp_2m_karras", "dpmpp_2m_sde_karras", "lcm")
+OWN_TIMESTEPS = ("lcm", *(f"{name}_{spacing}" for name in RESPACED[3:] for spacing in SPACED))
 
-# switches that must be off
-EVENLY = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-
-# the class in public files -> the name here, and the one supported value of each switch
+# Of a class in public files: the name here; the keys that are options of that sampler; keys with
+# their one value here, where another is drawn so and noted; and keys where another is refused, as
+# the model would be used wrongly.
+FLOW = {"use_flow_sigmas": False}
+SIGMAS = {"use_beta_sigmas": False, "sigma_min": None, "sigma_max": None}
+DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_beta_sigmas": False,
+       "use_lu_lambdas": False, "lambda_min_clipped": -math.inf}
+DPM_OPTIONS = ("solver_order", "solver_type", "lower_order_final", "euler_at_final")
+LATENT_CONSISTENCY = {"original_inference_steps": LCM_TIMESTEPS, "timestep_scaling": 10.0}
 CLASSES = {
-    "DDPMScheduler": ("ddpm", {"variance_type": "fixed_small"}),
-    "DDIMScheduler": ("ddim", {}),
-    "PNDMScheduler": ("pndm", {"skip_prk_steps": True}),
-    "EulerDiscreteScheduler": ("euler", {
-        **EVENLY, "interpolation_type": "linear", "timestep_type": "discrete"}),
-    "EulerAncestralDiscreteScheduler": ("euler_ancestral", {}),
-    "HeunDiscreteScheduler": ("heun", EVENLY),
-    "LMSDiscreteScheduler": ("lms", EVENLY),
-    "DPMSolverMultistepScheduler": ("dpmpp_2m", {
-        "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
-        "lower_order_final": True, "euler_at_final": False, "lambda_min_clipped": -math.inf,
-        "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
-        "use_flow_sigmas": False}),
-    "UniPCMultistepScheduler": ("unipc", {
-        **EVENLY, "solver_order": 2, "solver_type": "bh2", "predict_x0": True,
-        "lower_order_final": True, "disable_corrector": [], "solver_p": None,
-        "use_flow_sigmas": False}),
-    "LCMScheduler": ("lcm", {"original_inference_steps": LCM_TIMESTEPS, "timestep_scaling": 10.0}),
+    "DDPMScheduler": ("ddpm", (), {}, {"variance_type": "fixed_small"}),
+    "DDIMScheduler": ("ddim", (), {}, {}),
+    "PNDMScheduler": ("pndm", (), {"skip_prk_steps": True}, {}),
+    "EulerDiscreteScheduler": ("euler", (), SIGMAS | {"interpolation_type": "linear"},
+                               {"timestep_type": "discrete"}),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", (), {}, {}),
+    "HeunDiscreteScheduler": ("heun", (), SIGMAS, {}),
+    "LMSDiscreteScheduler": ("lms", (), SIGMAS, {}),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", DPM_OPTIONS, DPM, {"variance_type": None} | FLOW),
+    "UniPCMultistepScheduler": ("unipc", (), SIGMAS | {
+        "solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True,
+        "disable_corrector": [], "solver_p": None}, FLOW),
+    "LCMScheduler": ("lcm", (), {}, LATENT_CONSISTENCY),
+}
+# classes that are not built here -> the nearest sampler
+NEAREST = {
+    "DEISMultistepScheduler": "dpmpp_2m", "DPMSolverSinglestepScheduler": "dpmpp_2m",
+    "SASolverScheduler": "dpmpp_2m_sde", "DPMSolverSDEScheduler": "dpmpp_2m_sde",
+    "KDPM2DiscreteScheduler": "heun", "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
+    "DDPMParallelScheduler": "ddpm", "DDIMParallelScheduler": "ddim", "TCDScheduler": "lcm",
 }
 
 
-def check_name(name):
-    """Raise TinyldmError for a sampler that is not one of SAMPLERS."""
-    if not isinstance(name, str) or name not in SAMPLERS:
-        near = get_close_matches(str(name).lower(), SAMPLERS, 1)
-        raise TinyldmError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}"
-                           f"{near and f'; did you mean {near[0]}?' or ''}")
+# names elsewhere, as _plain spells them, where they are not those here
+ALIASES = {"eulera": "euler_ancestral", "plms": "pndm", "dpmsolver": "dpmpp_2m",
+           "dpmsolverpp": "dpmpp_2m", "dpmpp": "dpmpp_2m", "consistency": "lcm"}
 
 
-def check_sampler(name, schedule, num_inference_steps, first=0, reach=1.0):
+def find_sampler(name):
+    """The key of SAMPLERS that is meant: "Euler a", "DPM++ 2M Karras", "k_euler", a class's name.
+
+    Raises TinyldmError for any other name, with the nearest one.
+    """
+    if name in (known := list(SAMPLERS)):
+        return name
+    names = {_plain(key): key for key in known} | ALIASES
+    plain = _plain(name) if isinstance(name, str) else ""
+    for spelled in (plain, plain.removeprefix("k"), plain.removeprefix("sample")):
+        if spelled in names:
+            return names[spelled]
+    near = difflib.get_close_matches(plain, names, 1)
+    meant = f"; did you mean {names[near[0]]}" if near else ""
+    raise TinyldmError(f"unknown sampler {name!r:.80}; known: {', '.join(known)}{meant}")
+
+
+def _plain(name):
+    """"DPM++ 2M Karras" -> "dpmpp2mkarras", "EulerDiscreteScheduler" -> "euler"."""
+    name = re.sub("[^a-z0-9]", "", name.lower().replace("+", "p"))
+    return re.sub("discrete|multistep|scheduler$|sampler$", "", name)
+
+
+def check_sampler(name, schedule, num_inference_steps, first=0, reach=1.0, options=None):
     """Raise TinyldmError for an unknown name, or a schedule or number of steps it cannot take.
 
-    The sampler makes its first step on a zero, without a model. first, reach: see Origin.
+    name: a key of SAMPLERS. The sampler makes its first step on a zero, without a model. first,
+    reach: see Origin. options: further keywords of the sampler.
     """
-    check_name(name)
+    name = find_sampler(name)
     zero, origin = np.zeros(1, np.float32), Origin(first=first, reach=reach)
     next(SAMPLERS[name](lambda x_t, t: x_t, zero, schedule, num_inference_steps, lambda: zero,
-                        origin))
+                        origin, **(options or {})))
 
 
 def default_sampler(config):
     """The name of the sampler that a scheduler_config.json (a dict) asks for.
 
-    Raises TinyldmError for a class, or a variant of it, that is not supported.
+    A note says what is drawn otherwise. Raises TinyldmError for a class that has no sampler near to
+    it, or a variant of one for which the model would be used wrongly.
     """
     name = config.get("_class_name")
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in {*CLASSES, *NEAREST}:
         raise TinyldmError(f"the scheduler class {name!r} is not supported; supported: "
                            f"{', '.join(CLASSES)}; or choose a sampler: {', '.join(SAMPLERS)}")
-    sampler, switches = CLASSES[name]
-    config = {"skip_prk_steps": False, **config}        # the public class's default
-    if sde := sampler == "dpmpp_2m" and config.get("algorithm_type") == "sde-dpmsolver++":
-        switches = switches | {"algorithm_type": "sde-dpmsolver++"}
-    for key, supported in switches.items():
-        value = config.get(key)
-        if value is not None and value != supported:
-            raise TinyldmError(f"{name} with {key} = {value!r} is not supported, only "
-                               f"{supported!r}; or choose a sampler: {', '.join(SAMPLERS)}")
-    karras = sampler == "dpmpp_2m" and config.get("use_karras_sigmas")
-    return sampler + "_sde" * sde + "_karras" * bool(karras)
+    if name in NEAREST:
+        sampler = NEAREST[name]
+        note(f"the weights' scheduler {name} is not built here: drawn with the nearest sampler, "
+             f"{sampler}")
+        refused = FLOW
+    else:
+        sampler, options, noted, refused = CLASSES[name]
+        config = {"skip_prk_steps": False} | config     # the public class's default
+        if config.get("algorithm_type") == "sde-dpmsolver++" and sampler == "dpmpp_2m":
+            sampler, noted = "dpmpp_2m_sde", noted | {"algorithm_type": "sde-dpmsolver++"}
+        if config.get("solver_order") == 1 and "solver_order" in options:
+            noted = noted | {"solver_order": 1}
+        for key, built in noted.items():
+            if not _is(config.get(key), built):
+                note(f"the weights' {name} with {key} = {config[key]!r} is not built here: drawn "
+                     f"with the nearest sampler, {sampler}, and {built!r}")
+    for key, built in refused.items():
+        if not _is(config.get(key), built):
+            raise TinyldmError(f"{name} with {key} = {config[key]!r} is not supported, only "
+                               f"{built!r}; or choose a sampler: {', '.join(SAMPLERS)}")
+    for spacing in SPACED:
+        if config.get(f"use_{spacing}_sigmas") and sampler in RESPACED:
+            return f"{sampler}_{spacing}"
+    return sampler
+
+
+def own_options(config, name):
+    """{keyword: value} of a scheduler_config.json for its own class's sampler, if `name` is that.
+
+    name: a key of SAMPLERS; with other names {}.
+    """
+    sampler, options, *_ = CLASSES.get(config.get("_class_name"), ("", ()))
+    if not options or not name.startswith(sampler):
+        return {}
+    own = {key: config[key] for key in options if config.get(key) is not None}
+    own["solver_type"] = "heun" if own.get("solver_type") == "heun" else "midpoint"
+    return own
+
+
+def _is(value, built):
+    """Whether a config's value is the one built here; an absent key is."""
+    return value is None or value == built or isinstance(value, float) and value == -math.inf

@@ -8,11 +8,12 @@ import math
 import numpy as np
 
 from ..objective import to_x_start_and_noise
-from .shared import NO_PICTURE, State, final_sigma, sigmas_at, to_ints
+from .shared import NO_PICTURE, State, final_sigma, respaced, sigmas_at, spacing_of, to_ints
 
 
 def dpmpp_2m(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE,
-             use_karras_sigmas=False, sde=False):
+             use_karras_sigmas=False, sde=False, use_exponential_sigmas=False, solver_order=2,
+             solver_type="midpoint", lower_order_final=True, euler_at_final=False):
     """DPM-Solver++(2M): x_start is extrapolated from two calls, the rest is solved exactly.
 
         h = log(sigma / sigma_to),  r = (the h before) / h
@@ -26,20 +27,28 @@ def dpmpp_2m(predict, latents, schedule, num_inference_steps, draw_noise, origin
 
         x_to = s_to / s e^-h x_t - a_to (e^-2h - 1) D + s_to sqrt(1 - e^-2h) z
 
+    The other options are those of the public scheduler: solver_order 1 never looks back;
+    solver_type "heun" weights the slope of x_start as the exact solution weights it, by
+    1 / (1 - e^-h) - 1 / h in place of 1/2; lower_order_final = False keeps the last of few steps,
+    and euler_at_final drops that of many.
+
     Source: Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion
     Probabilistic Models", arXiv:2211.01095, algorithm 2; its SDE-DPM-Solver++(2M). The Karras
-    sigmas: see _karras_sigmas.
+    sigmas: see shared.respaced.
     """
     n, first = num_inference_steps, origin.first
-    timesteps, sigmas, x_t = begin_dpm(schedule, n, latents, origin, use_karras_sigmas)
-    first_order_last = sigmas[-1] == 0 or n < 15
+    spacing = spacing_of(use_karras_sigmas, use_exponential_sigmas)
+    timesteps, sigmas, x_t = begin_dpm(schedule, n, latents, origin, spacing)
+    first_order_last = sigmas[-1] == 0 or euler_at_final or lower_order_final and n < 15
     x_start_before = h_before = None
     for step, t in origin.remaining(timesteps):
         sigma, sigma_to = sigmas[step], sigmas[step + 1]
         x_start = dpm_x_start(predict, x_t, t, sigma, schedule)
         h, D = log_ratio(sigma, sigma_to), x_start
-        if step > first and not (step == n - 1 and first_order_last):
-            D = x_start + h / h_before / 2 * (x_start - x_start_before)
+        if solver_order > 1 and step > first and not (step == n - 1 and first_order_last):
+            k = 2 * h if sde else h
+            weight = -1 / math.expm1(-k) - 1 / k if solver_type == "heun" else 1 / 2
+            D = x_start + weight * h / h_before * (x_start - x_start_before)
         if sde:
             _, noise_scale_to = scales_of(sigma_to)
             fresh = max(-math.expm1(-2 * h), 0.0) ** 0.5    # 0 may round to -1e-7
@@ -52,11 +61,18 @@ def dpmpp_2m(predict, latents, schedule, num_inference_steps, draw_noise, origin
         yield State(step - first, t, x_t, x_start)
 
 
-def begin_dpm(schedule, n, latents, origin, use_karras_sigmas=False):
-    """n whole timesteps; their sigmas and the final one, n + 1 python floats; the first x_t."""
+def begin_dpm(schedule, n, latents, origin, spacing=None):
+    """n whole timesteps; their sigmas and the final one, n + 1 python floats; the first x_t.
+
+    spacing: of the sigmas, over the whole schedule, see shared.respaced. The timesteps of
+    "exponential" ones are cut to whole numbers, those of "karras" rounded, as in public schedulers.
+    """
     timesteps = schedule.timesteps(n, "linspace", spare=1)
-    if use_karras_sigmas:
-        sigmas, timesteps = _karras_sigmas(schedule, n)
+    if spacing:
+        high, low = (float(sigma) for sigma in schedule.sigmas[[-1, 0]])
+        sigmas, timesteps = respaced(schedule, high, low, n, spacing)
+        sigmas = sigmas.astype(np.float32)
+        timesteps = np.floor(timesteps) if spacing == "exponential" else timesteps
     else:
         sigmas = sigmas_at(schedule, timesteps.round())
     x_t = origin.begin(latents, *scales_of(float(sigmas[origin.first])))
@@ -82,16 +98,3 @@ def dpm_step(x_t, D, sigma, sigma_to, h):
 
 def log_ratio(sigma, sigma_to):
     return math.log(sigma / sigma_to) if sigma_to > 0 else math.inf
-
-
-def _karras_sigmas(schedule, n, rho=7.0):
-    """n sigmas evenly spaced in sigma^(1/rho) over the whole schedule, and their timesteps.
-
-    A timestep is found by interpolating log sigma.
-    Source: Karras et al. 2022, arXiv:2206.00364, eq. 5.
-    """
-    log_sigmas = np.log(schedule.sigmas)
-    low, high = (float(sigma) ** (1 / rho) for sigma in schedule.sigmas[[0, -1]])
-    sigmas = (high + np.linspace(0, 1, n) * (low - high)) ** rho
-    timesteps = np.interp(np.log(sigmas), log_sigmas, np.arange(len(log_sigmas)))
-    return sigmas.astype(np.float32), timesteps

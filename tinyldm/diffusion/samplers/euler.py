@@ -1,15 +1,17 @@
 """Euler, and Euler ancestral with fresh noise. Karras et al. 2022; Crowson's k-diffusion."""
-from .shared import NO_PICTURE, State, begin_at_sigma, denoise, final_sigma
+from .shared import NO_PICTURE, State, begin_at_sigma, denoise, final_sigma, spacing_of
 
 
-def euler(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE):
+def euler(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE,
+          use_karras_sigmas=False, use_exponential_sigmas=False):
     """Euler's method for the differential equation dx/dsigma = (x - x_start) / sigma.
 
     Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
     arXiv:2206.00364, algorithm 2 with S_churn = 0 and without its second-order correction.
     """
     timesteps, sigmas, x = begin_at_sigma(schedule, num_inference_steps, latents,
-                                          final_sigma(schedule), origin)
+                                          final_sigma(schedule), origin,
+                                          spacing_of(use_karras_sigmas, use_exponential_sigmas))
     for step, t in origin.remaining(timesteps):
         sigma, sigma_to = sigmas[step], sigmas[step + 1]
         x_start = denoise(predict, x, t, sigma, schedule)

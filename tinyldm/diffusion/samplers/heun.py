@@ -1,8 +1,9 @@
 """Heun's method: Euler's step, corrected by a second call. Karras et al. 2022."""
-from .shared import NO_PICTURE, State, begin_at_sigma, clip, denoise
+from .shared import NO_PICTURE, State, begin_at_sigma, clip, denoise, spacing_of
 
 
-def heun(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE):
+def heun(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE,
+         use_karras_sigmas=False, use_exponential_sigmas=False):
     """Make Euler's step, then make it again with the mean of the slopes at both of its ends.
 
         d = (x - x_start) / sigma,  x' = x + d (sigma_to - sigma)
@@ -15,7 +16,9 @@ def heun(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_
     Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
     arXiv:2206.00364, algorithm 1.
     """
-    timesteps, sigmas, x = begin_at_sigma(schedule, num_inference_steps, latents, 0.0, origin)
+    timesteps, sigmas, x = begin_at_sigma(
+        schedule, num_inference_steps, latents, 0.0, origin,
+        spacing_of(use_karras_sigmas, use_exponential_sigmas))
     for step, t in origin.remaining(timesteps):
         sigma, sigma_to = sigmas[step], sigmas[step + 1]
         x_start = clip(denoise(predict, x, t, sigma, schedule), schedule, by_default=False)

@@ -1,10 +1,11 @@
 """LMS, a linear multistep method. Crowson's k-diffusion."""
 import numpy as np
 
-from .shared import NO_PICTURE, State, begin_at_sigma, denoise
+from .shared import NO_PICTURE, State, begin_at_sigma, denoise, spacing_of
 
 
-def lms(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE):
+def lms(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE,
+        use_karras_sigmas=False, use_exponential_sigmas=False):
     """Linear multistep: integrate the polynomial through the last four slopes.
 
         d_i = (x - x_start) / sigma_i at the i-th call
@@ -17,7 +18,9 @@ def lms(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_P
     in the public scheduler.
     Source: Crowson, k-diffusion, sample_lms; the method is Adams and Bashforth's, for uneven steps.
     """
-    timesteps, sigmas, x = begin_at_sigma(schedule, num_inference_steps, latents, 0.0, origin)
+    timesteps, sigmas, x = begin_at_sigma(
+        schedule, num_inference_steps, latents, 0.0, origin,
+        spacing_of(use_karras_sigmas, use_exponential_sigmas))
     slopes = []                                             # newest first
     for step, t in origin.remaining(timesteps):
         x_start = denoise(predict, x, t, sigmas[step], schedule)

@@ -14,6 +14,11 @@ class State(NamedTuple):
     latents: Any        # after this step, in the sampler's own scale: see __init__.py
     pred_x0: Any        # x_start, the clean latents, as this call predicts them; for previews
 
+    def __repr__(self):                                 # without the numbers of the arrays
+        arrays = (f"{name}=<{x.dtype} {x.shape}>" if hasattr(x, "shape") else f"{name}={x!r}"
+                  for name, x in zip(self._fields[2:], self[2:]))
+        return f"State(step={self.step}, timestep={self.timestep:g}, {', '.join(arrays)})"
+
 
 class Origin(NamedTuple):
     """Where sampling begins: at noise alone, or at a picture with noise added to it.
@@ -82,14 +87,44 @@ def final_sigma(schedule):
     return 0.0 if schedule.final_sigmas_type == "zero" else float(schedule.sigmas[0])
 
 
-def begin_at_sigma(schedule, num_inference_steps, latents, last_sigma, origin):
+def respaced(schedule, high, low, n, spacing, rho=7.0):
+    """n sigmas from high to low, and their timesteps, (n,) float64 each.
+
+    spacing: "karras" is even in sigma^(1/rho), "exponential" in log sigma. A timestep is
+    found by interpolating log sigma.
+    Source: Karras et al. 2022, arXiv:2206.00364, eq. 5; Crowson, k-diffusion,
+    get_sigmas_exponential.
+    """
+    if spacing == "karras":
+        first, last = high ** (1 / rho), low ** (1 / rho)
+        sigmas = (first + np.linspace(0, 1, n) * (last - first)) ** rho
+    else:
+        sigmas = np.exp(np.linspace(np.log(high), np.log(low), n))
+    log_sigmas = np.log(schedule.sigmas)
+    return sigmas, np.interp(np.log(sigmas), log_sigmas, np.arange(len(log_sigmas)))
+
+
+def spacing_of(use_karras_sigmas, use_exponential_sigmas):
+    """The word of a public scheduler's switches for `respaced`; None if both are off."""
+    return "karras" if use_karras_sigmas else "exponential" if use_exponential_sigmas else None
+
+
+def begin_at_sigma(schedule, num_inference_steps, latents, last_sigma, origin, spacing=None):
     """For x = x_start + sigma noise: the timesteps, their sigmas with the last one, the first x.
+
+    spacing: of the sigmas between the first and the last timestep's, see respaced; None takes those
+    of the timesteps.
 
     Without a picture the first x is noise times the largest sigma; with "leading" spacing, which
     begins below the noisiest timestep, times sqrt(sigma^2 + 1), as x then holds some picture too.
     """
     timesteps = schedule.timesteps(num_inference_steps, "linspace").astype(np.float32)
-    sigmas = np.append(sigmas_at(schedule, timesteps), np.float32(last_sigma))
+    sigmas = sigmas_at(schedule, timesteps)
+    if spacing:
+        ends = np.interp(timesteps[[0, -1]], np.arange(len(schedule.sigmas)), schedule.sigmas)
+        sigmas, timesteps = respaced(schedule, *ends, num_inference_steps, spacing)
+        timesteps = timesteps.astype(np.float32)
+    sigmas = np.append(sigmas.astype(np.float32), np.float32(last_sigma))
     leading = schedule.timestep_spacing == "leading"
     only_noise_scale = float((sigmas[0] ** 2 + leading) ** 0.5)
     x = origin.begin(latents, 1.0, sigmas[origin.first], only_noise_scale)

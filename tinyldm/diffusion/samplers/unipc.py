@@ -3,10 +3,11 @@ import math
 from itertools import pairwise
 
 from .dpm_solver import begin_dpm, dpm_step, dpm_x_start, log_ratio, scales_of
-from .shared import NO_PICTURE, State
+from .shared import NO_PICTURE, State, spacing_of
 
 
-def unipc(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE):
+def unipc(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE,
+          use_karras_sigmas=False, use_exponential_sigmas=False):
     """UniPC-2: DPM-Solver++(2M), with each step made again once the model was called at its end.
 
     The predictor is dpmpp_2m's step. The corrector starts from the same x and has one x_start more.
@@ -25,7 +26,10 @@ def unipc(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO
     with B(h) = e^h - 1.
     """
     n, first = num_inference_steps, origin.first
-    timesteps, sigmas, x_t = begin_dpm(schedule, n, latents, origin)
+    spacing = spacing_of(use_karras_sigmas, use_exponential_sigmas)
+    timesteps, sigmas, x_t = begin_dpm(schedule, n, latents, origin, spacing)
+    if spacing and sigmas[-1] > 0:
+        sigmas[-1] = sigmas[-2]                         # as in the public scheduler
     h = [log_ratio(sigma, sigma_to) for sigma, sigma_to in pairwise(sigmas)]
     x_before, past = None, []                       # past: earlier x_start, newest first
     for step, t in origin.remaining(timesteps):
