@@ -20,7 +20,7 @@ from tests.support.files import Toy, toy_tensors
 from tinyldm.checkpoints import load_weights, read_tensors
 from tinyldm.checkpoints.single_file.kinds import recognise
 from tinyldm.errors import TinyldmError
-from tinyldm.inspect.__main__ import describe
+from tinyldm.inspect.describe import describe
 
 MEGABYTE = 1 << 20
 HUGE = [2**62, 2**63, 2**64 - 1, 2**40, 10**400]
