@@ -412,6 +412,15 @@ def test_refusals(status, code, expected, word, hub):
     assert re.search(expected, str(error.value)) and "\n" not in str(error.value)
 
 
+def test_the_libraries_of_older_days():
+    """Before 0.25 there is no module huggingface_hub.errors; utils has had the classes since 0.16.
+
+    The refusals above were tried with 0.16, 0.19, 0.23, 0.24 and 0.25.
+    """
+    source = Path(downloads.__file__).read_text(encoding="utf-8")
+    assert set(re.findall(r"from huggingface_hub import (\w+)", source)) == {"utils"}
+
+
 def test_a_name_that_the_hub_would_not_give(hub):
     with pytest.raises(TinyldmError, match="owner/a--b is not here .*there is none of that name"):
         tinyldm.load("owner/a--b")

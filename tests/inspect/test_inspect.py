@@ -178,7 +178,7 @@ def test_a_header_as_long_as_a_pickles_first_bytes(tmp_path, said):
 
 
 def test_names_of_tensors_do_not_steer_the_terminal(tmp_path, said):
-    names = ["a\x1b[2J.b", "c\n  total 9 9", "d\u202e.e", "total", "x" * 1_000_000]
+    names = ["a\x1b[2J.b", "c\n  total 9 9", "d\u202e.e", "total", "x" * 1000]
     write_safetensors({name: np.ones(2, np.float32) for name in names}, tmp_path / "a.safetensors")
     lines = said(tmp_path / "a.safetensors")
     assert max(map(len, lines)) < 1000 and all(map(str.isprintable, lines))
@@ -237,10 +237,10 @@ def test_a_damaged_picture(tmp_path, capsys):
 # ---- what cannot be inspected ---------------------------------------------------------------
 
 @pytest.mark.parametrize("content, message", [
-    (None, "cannot read .*No such file"), (b"", "missing, truncated or corrupt"),
+    (None, "cannot read .*No such file"), (b"", "is empty, a truncated or corrupt download"),
     (b"\xff" * 99, "missing, truncated or corrupt"), (b"PK\x03\x04" + b"\0" * 99, "corrupt"),
     (b"\x80\x02}q\0X" + b"\0" * 99, "bare pickle"), (b"\x80\x04\x95", "bare pickle"),
-    (b"\x89PNG\r\n\x1a\n", "is a damaged PNG"), (b"GIF89a" + b"\0" * 99, "corrupt")])
+    (b"\x89PNG\r\n\x1a\n", "is a damaged PNG"), (b"GIF89a" + b"\0" * 99, "is a picture")])
 def test_other_files(content, message, tmp_path, capsys):
     path = tmp_path / "file"
     if content is not None:

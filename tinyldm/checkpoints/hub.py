@@ -141,7 +141,7 @@ def _repository(name):
 
 def _reason(name, error):
     """Why a download failed, and what to do next."""
-    from huggingface_hub import utils as errors  # the module `errors` is new in 0.25
+    from huggingface_hub import utils as errors  # `huggingface_hub.errors` is new in 0.25
 
     unanswered = isinstance(error, errors.LocalEntryNotFoundError)
     if unanswered and error.__cause__:                  # the reason for looking in the cache
@@ -159,7 +159,7 @@ def _reason(name, error):
     if status in (401, 403):
         return (f"access was denied ({status}): run `hf auth login` with a token that may read "
                 f"{name}")
-    if isinstance(error, errors.OfflineModeIsEnabled):
+    if type(error).__name__ == "OfflineModeIsEnabled":      # which old versions keep elsewhere
         return "HF_HUB_OFFLINE is set, and not all of it is in the cache: unset it"
     if unanswered:
         return f"no answer ({said}), and not all of it is in the cache: check the network"

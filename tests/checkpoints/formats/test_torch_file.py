@@ -566,7 +566,9 @@ def test_files_of_another_kind(tmp_path):
         refused(path, "is a bare pickle")
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
     refused(path, "git lfs pull")
-    for content in (b"", b"<!DOCTYPE html><html>", b"cos\nsystem\n(S'touch x'\ntR.", b"\0" * 100):
+    for content, match in [(b"", "empty, a truncated or corrupt"), (b"<!DOCTYPE html><html>",
+                           "is a web page"), (b"cos\nsystem\n(S'touch x'\ntR.", "bare pickle"),
+                           (b"\0" * 100, "begins with zeros"), (b"\1\2\3", "truncated or corrupt")]:
         path.write_bytes(content)
-        refused(path, "missing, truncated or corrupt")
+        refused(path, match)
     assert not made.exists()

@@ -15,7 +15,9 @@ from safetensors.numpy import save_file
 
 from ...errors import TinyldmError
 from ...files import replacing
-from .stored import StoredTensor, map_file, row_major
+from .stored import StoredTensor, checked, map_file, row_major
+
+LONGEST_HEADER = 100_000_000    # bytes; the library's own limit
 
 
 def read_safetensors(path):
@@ -30,7 +32,7 @@ def read_safetensors(path):
         mapped = map_file(path)
     except (SafetensorError, OSError) as error:
         raise TinyldmError(f"expected a whole safetensors file, but {path} is missing, truncated "
-                           f"or corrupt ({error}): get it again") from None
+                           f"or corrupt ({missing_bytes(path) or error}): get it again") from None
     length = int.from_bytes(mapped[:8], "little")
     header = json.loads(mapped[8:8 + length])
     header.pop("__metadata__", None)
@@ -41,7 +43,21 @@ def read_safetensors(path):
         itemsize = (stop - start) // max(1, math.prod(shape))
         tensors[name] = StoredTensor(path, name, mapped, entry["dtype"], shape,
                                      row_major(shape, itemsize), start, stop)
-    return tensors
+    return checked(path, tensors)
+
+
+def missing_bytes(path):
+    """How much of a truncated file is there, by its header; "" if the header does not tell."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        whole = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+        return f"it has {size:,} of {whole:,} bytes" if size < whole else ""
+    except Exception:                                   # a header may be any JSON
+        return ""
 
 
 def read_metadata(path):

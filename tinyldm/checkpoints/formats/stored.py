@@ -34,6 +34,11 @@ def _float8_values():
 FLOAT8 = _float8_values()
 
 
+# Beyond what any model has. NumPy's own limits are 64 axes and 2**63 bytes, and Python refuses to
+# read a number of more than 4,300 digits, such as one in a name.
+LONGEST_NAME, MOST_AXES, MOST_NUMBERS = 1000, 8, 1 << 40
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file, not read yet."""
 
@@ -99,6 +104,27 @@ class StoredTensor(NamedTuple):
             last = self.stop // mmap.PAGESIZE * mmap.PAGESIZE           # at the edges are shared
             if first < last:
                 self.mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def checked(path, tensors):
+    """{name: StoredTensor}, if no name and no shape is beyond what any model has.
+
+    An empty tensor may have any length on its other axes, which says nothing about the file's size.
+    Raises TinyldmError.
+    """
+    for name, tensor in tensors.items():
+        shape = tensor.shape
+        if len(name) > LONGEST_NAME:
+            raise TinyldmError(f"{path}: the tensor {name} has a name of {len(name)} characters, "
+                               f"more than the {LONGEST_NAME} that any model needs: use another "
+                               "file")
+        if len(shape) > MOST_AXES:
+            raise TinyldmError(f"{path}: the tensor {name} has {len(shape)} axes, more than the "
+                               f"{MOST_AXES} that any model needs: use another file")
+        if math.prod(max(1, length) for length in shape) > MOST_NUMBERS:
+            raise TinyldmError(f"{path}: the tensor {name} has the shape {list(shape)}, larger "
+                               "than any model's: use another file")
+    return tensors
 
 
 def map_file(path):

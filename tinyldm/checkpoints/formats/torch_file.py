@@ -7,18 +7,17 @@ the archive first; then the numbers are read from a memory map of the file.
 Source: torch 2.13, torch/serialization.py and torch/_utils.py.
 """
 import math
-import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import TinyldmError
-from .stored import StoredTensor, map_file
+from .foreign import zip_content
+from .stored import MOST_AXES, MOST_NUMBERS, StoredTensor, checked, map_file
 from .unpickle import Global, unpickle
 
 NAMELESS = "emb_params"         # a textual inversion's vectors, where the file name is the word
 LARGEST_PICKLE = 1 << 24        # bytes; a checkpoint has about 200 per tensor
-MOST_AXES = 8
 ENCRYPTED = 1                   # a bit of a zip entry's flags
 # torch's name -> the dtype in safetensors' words, bytes per number
 STORAGES = {"torch.DoubleStorage": ("F64", 8), "torch.FloatStorage": ("F32", 4),
@@ -69,8 +68,8 @@ def read_torch(path):
     if not isinstance(content, dict):
         raise TinyldmError(f"{path} must hold tensors by name, not a {type(content).__name__}: "
                            "use another file")
-    return {name: tensor._replace(name=name) for name, tensor in content.items()
-            if isinstance(tensor, StoredTensor)}
+    return checked(path, {name: tensor._replace(name=name) for name, tensor in content.items()
+                          if isinstance(tensor, StoredTensor)})
 
 
 class Archive:
@@ -82,8 +81,8 @@ class Archive:
             self.mapped = map_file(path)
             with zipfile.ZipFile(path) as archive:
                 self.entries = {entry.filename: entry for entry in archive.infolist()}
-                self._check_entries()
                 pickle = self._the_pickle()
+                self._check_entries(pickle)
                 self.root = pickle.filename.removesuffix("data.pkl")
                 self.pickle = archive.read(pickle)      # with its checksum
                 order = self.entries.get(f"{self.root}byteorder")
@@ -96,7 +95,7 @@ class Archive:
             raise TinyldmError(f"{path} has the byte order {order.decode('ascii', 'replace')!a}, "
                                "expected was 'little': save it again on a common processor")
 
-    def _check_entries(self):
+    def _check_entries(self, pickle):
         for entry in self.entries.values():
             if (entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED
                     or entry.file_size != entry.compress_size):
@@ -105,16 +104,23 @@ class Archive:
         total = sum(entry.file_size for entry in self.entries.values())
         if total > len(self.mapped):
             raise self._damaged(f"entries of {total} bytes in a file of {len(self.mapped)}")
+        if pickle.file_size > LARGEST_PICKLE:
+            raise TinyldmError(f"{self.path}: its pickle has {pickle.file_size} bytes, more than "
+                               f"the {LARGEST_PICKLE} that any checkpoint needs: use another file")
 
     def _the_pickle(self):
         found = [entry for name, entry in self.entries.items()
                  if name.endswith("/data.pkl") and name.count("/") == 1]
-        if len(found) != 1:
+        if not found:
+            raise TinyldmError(f"expected a zip as torch.save writes it, but {self.path} holds "
+                               "0 pickles named <folder>/data.pkl: it is "
+                               f"{zip_content(self.entries)}")
+        if len(found) > 1:
             raise TinyldmError(f"expected a zip as torch.save writes it, but {self.path} holds "
                                f"{len(found)} pickles named <folder>/data.pkl: use another file")
-        if found[0].file_size > LARGEST_PICKLE:
-            raise TinyldmError(f"{self.path}: its pickle has {found[0].file_size} bytes, more than "
-                               f"the {LARGEST_PICKLE} that any checkpoint needs: use another file")
+        if f"{found[0].filename.removesuffix('data.pkl')}constants.pkl" in self.entries:
+            raise TinyldmError(f"{self.path} is a program for TorchScript, which is not run: use "
+                               "the file of its weights")
         return found[0]
 
     def _damaged(self, reason):
@@ -176,7 +182,7 @@ class Archive:
 
 
 def _whole(number):
-    """Check that a value from a pickle is a whole number of at least 0, and return it."""
-    if type(number) is not int or not 0 <= number <= sys.maxsize:
+    """Check that a value from a pickle is a whole number in sane bounds, and return it."""
+    if type(number) is not int or not 0 <= number <= MOST_NUMBERS:
         raise ValueError(f"a {type(number).__name__} that is no count")
     return number

@@ -15,6 +15,7 @@ from ...errors import TinyldmError
 
 MOST_INSTRUCTIONS = 1 << 20     # a checkpoint has about 50 per tensor; a million need under 100 MB
 MOST_ARGUMENTS = 8              # of a call
+LONGEST_GLOBAL = 1000           # characters of the name of something to import
 LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
             "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
             "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
@@ -124,7 +125,10 @@ class Machine:
             case "GLOBAL":                              # argument: "module name"
                 stack.append(Global(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
-                stack.append(Global(".".join(self.pop(2))))
+                module, name = self.pop(2)
+                if len(module) + len(name) > LONGEST_GLOBAL:    # joining joined names would double
+                    raise ValueError("a name too long to import")
+                stack.append(Global(".".join([module, name])))
             case "REDUCE":
                 self.call(*self.pop(2))
             case "OBJ":
