@@ -19,6 +19,7 @@ from tests.support.pictures import picture as make_picture
 from tests.support.small_pipelines import change_json
 from tests.support.tolerance import assert_same_pixels
 from tinyldm import Between
+from tinyldm.cli import draw
 from tinyldm.cli.draw import main
 from tinyldm.cli.options import parse
 from tinyldm.diffusion.samplers import SAMPLERS

@@ -154,11 +154,10 @@ def module_of(name):
 
 def describe_picture(path):
     """Lines on a picture: its size, and how it was made. Raises TinyldmError if it is damaged."""
-    from ..images import read_parameters, size_and_mode  # take long to import
+    from ..cli.parameters import look_at  # takes long to import
 
     try:
-        text = read_parameters(path)
-        (width, height), mode = size_and_mode(path)
+        (width, height), mode, text = look_at(path)
     except TinyldmError as error:
         with open(path, "rb") as file:
             what = "a damaged PNG" if file.read(len(PNG)) == PNG else "a picture that is damaged"
