@@ -121,6 +121,9 @@ def choose(files, usual, where):
 
 def local_path(name):
     """A user's text or path -> Path: ~ and file:// are replaced, a missing extension is added."""
+    if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
+        raise TinyldmError("a path, or a name on the Hugging Face hub, must be a str or a "
+                           f"pathlib.Path that is not empty, not {name!r:.80}: give one")
     text = str(name)
     if (match := URL.fullmatch(text)) and match[1] == "file":
         text = unquote(f"/{match[2]}")
