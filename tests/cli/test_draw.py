@@ -19,7 +19,6 @@ from tests.support.pictures import picture as make_picture
 from tests.support.small_pipelines import change_json
 from tests.support.tolerance import assert_same_pixels
 from tinyldm import Between
-from tinyldm.cli import draw
 from tinyldm.cli.draw import main
 from tinyldm.cli.options import parse
 from tinyldm.diffusion.samplers import SAMPLERS
@@ -371,6 +370,7 @@ def test_the_bundled_model(tmp_path):
 
 
 def test_warnings_of_other_libraries_are_safe_to_print(monkeypatch, capsys):
-    monkeypatch.setattr(draw, "draw", lambda args: warnings.warn("a \x1b[2J\nb", stacklevel=1))
-    assert draw.main(["a cat"]) == 0
+    monkeypatch.setattr("tinyldm.cli.draw.draw",
+                        lambda args: warnings.warn("a \x1b[2J\nb", stacklevel=1))
+    assert main(["a cat"]) == 0
     assert capsys.readouterr().err == "note: a ?[2J b\n"
