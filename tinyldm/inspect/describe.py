@@ -154,10 +154,11 @@ def module_of(name):
 
 def describe_picture(path):
     """Lines on a picture: its size, and how it was made. Raises TinyldmError if it is damaged."""
-    from ..cli.parameters import look_at  # takes long to import
+    from ..images import read_parameters, size_and_mode  # takes long to import
 
     try:
-        (width, height), mode, text = look_at(path)
+        text = read_parameters(path)                    # first: it reads the whole file
+        (width, height), mode = size_and_mode(path)
     except TinyldmError as error:
         with open(path, "rb") as file:
             what = "a damaged PNG" if file.read(len(PNG)) == PNG else "a picture that is damaged"
