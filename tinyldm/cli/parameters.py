@@ -229,6 +229,15 @@ def read_nodes(text):
                                     for name, value in values.items()})
 
 
+def look_at(picture):
+    """A picture's (width, height), Pillow's mode, and the text in it or None. Raises TinyldmError.
+    """
+    from ..images import read_parameters, size_and_mode
+
+    text = read_parameters(picture)                     # first: it reads the whole file
+    return *size_and_mode(picture), text
+
+
 # ---- from a text to options -----------------------------------------------------------------
 
 def options(args):
