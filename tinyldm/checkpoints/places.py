@@ -16,7 +16,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from ..errors import TinyldmError
-from ..files import read_json
+from ..files import as_path, read_json
 from . import hub
 from .addons.adapter_settings import FILE as SETTINGS
 from .components import class_name, shorten
@@ -119,7 +119,11 @@ def choose(files, usual, where):
 # ---- on this machine ------------------------------------------------------------------------
 
 def local_path(name):
-    """A user's text or path -> Path: ~ and file:// are replaced, a missing extension is added."""
+    """A user's text or path -> Path: ~ and file:// are replaced, a missing extension is added.
+
+    Raises TinyldmError for what is no text or path.
+    """
+    as_path("the weights", name)
     text = str(name)
     if (match := URL.fullmatch(text)) and match[1] == "file":
         text = unquote(f"/{match[2]}")
@@ -180,6 +184,10 @@ def snapshot(path):
 def nothing_here(path, name):
     """The message for a name that is no path here and no name on the hub."""
     what = "file" if path.suffix in ENDINGS else "folder"
+    if os.path.lexists(path):
+        there = ("no file or folder, but a device or a pipe" if os.path.exists(path) else
+                 "a link to something that is not there")
+        return f"expected weights to be a folder or a file, but {name} is {there}: name another"
     try:
         near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
     except (OSError, ValueError):
@@ -212,6 +220,8 @@ def hub_place(name):
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
     if host.lower() in {*HOSTS, endpoint} - {""} and scheme != "hf":
         return hub_page(page, text)
+    if scheme == "file":
+        return None
     if scheme not in (None, "hf"):
         raise TinyldmError(f"{text} is not on the Hugging Face hub, and tinyldm downloads from "
                            "there alone: download it yourself, and name the file")

@@ -68,6 +68,7 @@ class Tokenizer:
         config = read_json(config_file) if config_file.exists() else {}
         newer = config.get("added_tokens_decoder") is not None
         special = read_json(map_file) if map_file.exists() and not newer else {}
+        more = more_special_tokens(special, map_file) + more_special_tokens(config, config_file)
         special = {name: special.get(name) or config.get(name) or default
                    for name, default in SPECIAL_TOKENS.items()}
         special["pad_token"] = padding or special["pad_token"]
@@ -89,6 +90,7 @@ class Tokenizer:
             else:
                 add_declared_tokens(backend, declared, folder / "tokenizer.json")
             add_special_tokens(backend, special.values(), folder)
+            backend.add_tokens([added_token(entry, True, folder) for entry in more])
             backend.encode(PROBE, add_special_tokens=False)
             return cls(backend, special, int(length) if length < NO_LIMIT else MAX_LENGTH, folder)
 
@@ -301,6 +303,18 @@ def add_special_tokens(backend, tokens, folder):
                                f"{token.content!r}: name another in special_tokens_map.json")
         if token.content not in known:
             backend.add_tokens([token])
+
+
+def more_special_tokens(settings, file):
+    """The special tokens beyond SPECIAL_TOKENS; those that no vocabulary has get the next ids."""
+    found = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(key) or []
+        if not isinstance(listed, (list, dict)):
+            raise TinyldmError(f"{file}: {key} must be a list of tokens, not {listed!r:.80}: "
+                               "correct or remove it")
+        found += listed.values() if isinstance(listed, dict) else listed
+    return found
 
 
 def added_token(entry, special, place):
