@@ -237,7 +237,7 @@ def test_missing_parts_are_named(part, folder_copy):
 
 
 def test_a_config_that_an_editor_marked_as_utf_8(folder_copy):
-    for file in ("model_index.json", "unet/config.json", "tokenizer/vocab.json"):
+    for file in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
         text = (folder_copy / file).read_text()
         (folder_copy / file).write_text(text, encoding="utf-8-sig")
     assert load_pipeline_parts(folder_copy).index == json.loads(

@@ -155,7 +155,7 @@ class Tokenizer:
         Raises TinyldmError for a word that is not a text or is blank, and for a name that is taken.
         Case does not distinguish added tokens, because they are found in lower-case text.
         """
-        self.check(word)
+        self.check(word, "a new word")
         if not word.strip():
             raise TinyldmError(f"a new word must have a letter or sign, got {word!r:.40}: give it "
                                "another name")
@@ -183,12 +183,12 @@ class Tokenizer:
         return np.array([ids], np.int64)
 
     @staticmethod
-    def check(text):
+    def check(text, what="a prompt"):
         """Raise TinyldmError for what is not a string, or has a lone surrogate."""
         try:
             text.encode()
         except (AttributeError, UnicodeEncodeError):
-            raise TinyldmError("a prompt must be a string of valid Unicode, "
+            raise TinyldmError(f"{what} must be a string of valid Unicode, "
                                f"got {text!a:.80}: pass plain text") from None
 
 

@@ -17,7 +17,7 @@ HEADER, FILE, WEIGHTS = "lora_adapter_metadata", "adapter_config.json", "adapter
 KINDS = ("LORA", "LOHA", "LOKR", None)                  # peft_type
 # Ways to begin a training that change the model's own weights, too.
 CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq")
-WHOLE_NUMBERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}  # an alpha's
+WHOLE_NUMBERS = {"I64": "<i8", "I32": "<i4"}            # an alpha may be one
 # A pattern is a regular expression of a layer's name. One from a file could take for ever, so only
 # those are matched that consist of these signs, do not repeat groups, and have few choices to make.
 SIGNS, REPEATED_GROUP, CHOICES = (re.compile(pattern) for pattern in (
