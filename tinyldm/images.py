@@ -170,13 +170,13 @@ def read_parameters(path):
     """What a picture's file says about how it was drawn -> text, or None if it says nothing.
 
     It is the chunk "parameters" of a PNG, the EXIF user comment of a JPEG or a WebP, or the comment
-    of a GIF, as tinyldm and the web interfaces write them; or the JSON of ComfyUI's nodes.
+    of a GIF, as tinyldm and the web interfaces write them; or InvokeAI's or ComfyUI's JSON.
     Raises TinyldmError for a file that is missing, damaged or not a picture.
     """
     with _opened(path) as image, _reading(path):
         if image.format == "PNG":
             image.load()                                # chunks may follow the pixels
-        for name in ("parameters", "prompt", "comment"):
+        for name in ("parameters", "invokeai_metadata", "prompt", "comment"):
             text = image.info.get(name)
             if isinstance(text, bytes):
                 text = text.decode("utf-8", "replace")
@@ -230,14 +230,17 @@ def write(image, path, temporary, text, **options):
     Image.preinit()                                     # the usual formats; loading all takes 0.2 s
     image_format = Image.EXTENSION.get(suffix) or Image.registered_extensions().get(suffix)
     if image_format not in Image.SAVE:
-        known = sorted(end for end, name in Image.EXTENSION.items() if name in Image.SAVE)
-        raise TinyldmError(f"{path} must end as a picture format that Pillow writes: "
-                           f"{' '.join(known)}")
+        raise TinyldmError(f"{path} must end as a picture format that Pillow writes, such as .gif "
+                           ".jpg .pdf .png .tif or .webp")
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("parameters", text)
     options |= {"PNG": {"pnginfo": chunks}, "JPEG": {"quality": 95}}.get(image_format, {})
     try:
         image.save(temporary, image_format, **options)
+    except OSError as error:
+        if error.errno:                                 # the system's own
+            raise
+        raise TinyldmError(f"cannot write {path} ({error}): choose another format") from None
     except (KeyError, ValueError) as error:             # from plugins, for a mode or a size
         raise TinyldmError(f"cannot write {path}: {image_format} does not take this picture "
                            f"({error}): choose another format") from None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import tinyldm
 from tests.support.command import ROOT
 from tinyldm.checkpoints import resolve, resolve_addon
 from tinyldm.checkpoints.places import hub_place
@@ -110,6 +111,13 @@ def test_a_name_that_is_nearly_right(tmp_path):
     refused("models/dreamshaper_8.ckpt", "there is no file models/dreamshaper_8.ckpt: "
             r"did you mean models/dreamshaper_8.safetensors\?$")
     refused("models/qqq.ckpt", "check the path$")
+
+
+def test_what_is_neither_a_folder_nor_a_file(tmp_path):
+    with pytest.raises(TinyldmError, match="but /dev/null is a device or a pipe: name another"):
+        tinyldm.load("/dev/null")
+    with pytest.raises(TinyldmError, match=r"has no file of weights \(.*\): name another"):
+        tinyldm.load().load_lora(tmp_path)
 
 
 def test_an_address_of_a_file_here(tmp_path):

@@ -203,6 +203,20 @@ def test_standard_input_without_prompts(given, said, tmp_path, monkeypatch, caps
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_standard_input_is_read_once(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a cat\nSteps: 1, Seed: 4")))
+    assert main(["-", "--from-parameters", "-"]) == 2
+    assert "cannot hold both the prompts and the parameters" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["-"]) == 2
+    assert "cannot read prompts from standard input (it is closed)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["Random", " RANDOM"])
+def test_random_in_capitals(text):
+    assert 0 <= parse(["a cat", "--seed", text]).seed < 2**31
+
+
 def test_films_of_prompts_on_standard_input(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a cat\na dog\n")))
     assert main(["-", "--weights", str(weights), "--to-prompt", "a cow", "--count", "2", "--steps",

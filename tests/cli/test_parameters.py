@@ -207,6 +207,11 @@ def test_json_that_is_not_simple(text):
     (["--from-parameters", "plain.png"], "cannot read parameters from plain.png .*--like reads"),
     (["--from-parameters", "."], "cannot read parameters from . .Is a directory"),
     (["--from-parameters", "empty.txt"], "empty.txt holds no parameters"),
+    (["--from-parameters", " "], "--from-parameters is empty: give a file, - or a text"),
+    (["--from-parameters", "~nobody-has-this/x"], "cannot read parameters from ~nobody-has-this"),
+    (["--from-parameters", "https://a.org/x.txt"], "is an address, not a file on this machine"),
+    (["--like", "text.txt"], "--from-parameters reads a text"),
+    (["a cat", "--lora-folder", "none"], "there is no folder none: --lora-folder names one"),
     (["--from-parameters", "text.txt", "--like", "plain.png"], "leave one out"),
     (["--from-parameters", "edited.txt"], "name the picture photo.png, which is not here"),
     (["a <lora:ink>", "--lora-folder", "."], r"\. holds no LoRA ink.safetensors"),
@@ -226,6 +231,49 @@ def test_what_cannot_be_read(arguments, message, weights, tmp_path, monkeypatch,
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and sorted(tmp_path.iterdir()) == before
     assert re.search(message, error), error
+
+
+ONE = "a cat, 16:9 Negative prompt: dog Steps: 5, Sampler: Euler, Seed: 1"
+INVOKE = {"positive_prompt": "a cat", "negative_prompt": "dog", "width": 64, "height": 48,
+          "seed": 7, "cfg_scale": 6.5, "steps": 5, "scheduler": "euler_a", "clip_skip": 1}
+FOOOCUS = {"prompt": "a cat", "negative_prompt": "dog", "guidance_scale": 6.5, "steps": 5,
+           "resolution": "(64, 48)", "sampler": "dpmpp_2m_sde_gpu", "scheduler": "karras",
+           "seed": "7", "clip_skip": 2, "refiner_model": "None"}
+EASY = {"prompt": "a cat", "negative_prompt": "dog", "num_inference_steps": 5, "seed": 7, "vae": "",
+        "guidance_scale": 6.5, "width": 64, "height": 48, "sampler_name": "euler_a"}
+SWARM = {"sui_image_params": {"prompt": "a cat", "negativeprompt": "dog", "seed": 7, "steps": 5,
+                              "cfgscale": 6.5, "width": 64, "height": 48, "sampler": "euler_a"}}
+
+
+@pytest.mark.parametrize("program, sampler, clip_skip", [
+    (INVOKE, "euler_ancestral", 1), (EASY, "euler_ancestral", None),
+    (FOOOCUS, "dpmpp_2m_sde_karras", 1), (SWARM, "euler_ancestral", None)])
+def test_the_json_of_other_programs(program, sampler, clip_skip, tmp_path):
+    file = tmp_path / "block.json"
+    file.write_text(json.dumps(program))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # of Fooocus' refiner
+        args = parse(["--from-parameters", str(file)])
+    assert (args.prompt, args.negative, args.seed, args.steps) == (["a cat"], "dog", 7, 5)
+    assert (args.guidance, args.width, args.height) == (6.5, 64, 48)
+    assert (args.sampler, args.clip_skip) == (sampler, clip_skip)
+
+
+def test_the_json_of_invokeai_in_a_picture(tmp_path):
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("invokeai_metadata", json.dumps(INVOKE))
+    picture().save(tmp_path / "a.png", pnginfo=chunks)
+    assert parse(["--like", str(tmp_path / "a.png")]).seed == 7
+
+
+@pytest.mark.parametrize("text", [
+    ONE, ONE.replace(" Neg", "\nNeg"), f"Prompt: {ONE}".replace(" Steps", "\nSteps"),
+    f"positive prompt:{ONE}", f"{ONE}, Hires Steps: 3".replace(" Steps", "\nSteps", 1)])
+@pytest.mark.filterwarnings("ignore:of the parameters .* Hires Steps. 3")
+def test_a_block_that_lost_its_line_breaks(text):
+    args = parse(["--from-parameters", text])
+    assert (args.prompt, args.steps, args.seed) == (["a cat, 16:9"], 5, 1)
+    assert args.negative == "dog"
 
 
 # ---- LoRAs by their names -------------------------------------------------------------------

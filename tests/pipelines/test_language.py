@@ -61,6 +61,16 @@ def test_a_prompt_of_the_language(language, prompt):
     assert language.problem(prompt) is None
 
 
+@pytest.mark.parametrize("prompt", [f"{STAR} <lora:ink:0.7>", "<lora:ink>", f"{STAR}{{big}}"])
+def test_what_other_programs_read_is_no_unknown_word(prompt):
+    [said] = said_by(lambda: tinyldm.load()(prompt, num_inference_steps=1))
+    assert "drawn as words" in said
+
+
+def test_unknown_words_beside_what_other_programs_read(language):
+    assert "does not know (cat)" in language.problem("a cat <lora:ink:0.7>")
+
+
 def test_all_captions_of_the_toy_world_are_in_it(language):
     for caption in held_out_scenes(200, seed=3):
         assert language.problem(caption) is None

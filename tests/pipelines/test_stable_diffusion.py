@@ -273,7 +273,8 @@ def test_options_as_other_programs_name_them(small):
     for other in (
             {"negative": "dog", "guidance": 3.0, "count": 2, "sampler": "k_euler"},
             {"negative_prompt": ["dog"], "cfg_scale": 3, "num_images_per_prompt": 2.0,
-             "scheduler": "EulerDiscreteScheduler", "width": 16.0, "height": np.int8(16)}):
+             "scheduler": "EulerDiscreteScheduler", "width": np.float32(16),
+             "height": np.int8(16)}):
         assert np.array_equal(last_latents(small, "cat", **other), expected)
     *_, state = small.stream("cat", "dog", steps=2, guidance=3, count=2, sampler_name="Euler")
     assert np.array_equal(state.latents, expected)
@@ -330,6 +331,12 @@ def test_options_by_name_and_by_position(small):
         np.testing.assert_array_equal(one.latents, other.latents)
     with pytest.raises(TypeError, match="'colour'"):
         small.stream("cat", colour="red")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_latents_that_are_not_finite_are_not_decoded(small, value):
+    with pytest.raises(TinyldmError, match="latents must be finite, but they hold NaN or infinity"):
+        small.decode(np.full((1, 2, 2, 4), value))
 
 
 def test_bad_latents_for_decode(small):

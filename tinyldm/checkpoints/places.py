@@ -110,8 +110,9 @@ def choose(files, usual, where):
         if len({PurePosixPath(file).with_suffix("") for file in few}) == 1:
             return few[0]                               # one, or the same in several formats
     if not found:
-        raise TinyldmError(f"{where} has no file of weights ({', '.join(ENDINGS)}), only "
-                           f"{shorten(sorted(files))}: name another")
+        has = f", only {shorten(sorted(files))}" if files else ""
+        raise TinyldmError(f"{where} has no file of weights ({', '.join(ENDINGS)}){has}: name "
+                           "another")
     raise TinyldmError(f"{where} has several files of weights, {shorten(found)}: name one, such as "
                        f"{where}/{found[0]}")
 
@@ -183,6 +184,9 @@ def snapshot(path):
 
 def nothing_here(path, name):
     """The message for a name that is no path here and no name on the hub."""
+    if os.path.exists(path):
+        return (f"expected weights to be a folder, a file, or a name or page of the Hugging Face "
+                f"hub (owner/name), but {name} is a device or a pipe: name another")
     what = "file" if path.suffix in ENDINGS else "folder"
     if os.path.lexists(path):
         there = ("no file or folder, but a device or a pipe" if os.path.exists(path) else

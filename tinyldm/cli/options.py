@@ -9,6 +9,7 @@ import shutil
 import sys
 import textwrap
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, allow_abbrev=False, **options)
+        self.register("type", int, partial(number, int, "a whole number, such as 4"))
+        self.register("type", float, partial(number, float, "a number, such as 0.5"))
 
     def parse_known_args(self, args=None, namespace=None):
         args = [*(sys.argv[1:] if args is None else args)]
@@ -235,8 +238,8 @@ def the_model(add):
 
 
 def output(add):
-    add("--output", type=path, default=Path("out.png"), metavar="FILE", help="in any picture "
-        "format that Pillow writes (out.png)")
+    add("--output", type=output_path, default=Path("out.png"), metavar="FILE", help="in any "
+        "picture format that Pillow writes (out.png)")
     add("--scale", type=int, default=1, metavar="N", help="write every pixel N x N times as large, "
         "for small pictures (1)")
     add("--show", action="store_true", help="draw in the terminal, too, while the picture emerges; "
@@ -259,8 +262,28 @@ def machine(add):
     add("-h", "--help", action="help", help="print this and leave")
 
 
+def number(kind, expected, text):
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}; give "
+                                         f"{expected}") from None
+
+
 def path(text):
-    return Path(text).expanduser()
+    if address := re.match(r"(\w+)://", text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is an address, not a file on this machine: "
+            + ("name the file by its path" if address[1] == "file" else "name one; what is on the "
+               "web must be downloaded first"))
+    return Path(os.path.expanduser(text))               # Path's own fails for unknown users
+
+
+def output_path(text):
+    if text.endswith(("/", os.sep)) and not os.path.isdir(path(text)):
+        raise argparse.ArgumentTypeError(f"there is no folder {text}: make it, and name a file in "
+                                         f"it, such as {text}out.png")
+    return path(text)
 
 
 def lora(text):
@@ -279,7 +302,7 @@ def lora(text):
 
 def seed(text):
     try:
-        return text if text == "random" else int(text)
+        return "random" if text.strip().lower() == "random" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"a seed is a whole number, or random, not {text!r}"
                                          ) from None
@@ -326,6 +349,9 @@ def jobs(args):
     if args.lora_folder:
         from .parameters import with_loras
 
+        if not args.lora_folder.is_dir():
+            raise TinyldmError(f"there is no folder {args.lora_folder}: --lora-folder names one "
+                               "with LoRAs")
         args.prompt = with_loras(args, args.prompt)
     if count * len(args.prompt) > MOST_PICTURES:
         raise TinyldmError(f"one command draws at most {MOST_PICTURES} pictures, not "
@@ -361,9 +387,14 @@ def prompts(args):
             note(f"{len(args.prompt)} prompts of one word each are drawn: put a prompt of several "
                  "words in quotes")
         return args.prompt
+    if args.from_parameters == "-":
+        raise TinyldmError("standard input cannot hold both the prompts and the parameters: put "
+                           "the parameters into a file")
     try:
+        if sys.stdin is None:
+            raise ValueError("it is closed")
         content = sys.stdin.buffer.read(MOST_BYTES + 1).decode("utf-8-sig")
-    except (AttributeError, OSError, ValueError) as error:      # closed, or no text
+    except (OSError, ValueError) as error:              # closed, or no text
         raise TinyldmError(f"cannot read prompts from standard input ({error}): give one UTF-8 "
                            "line per prompt") from None
     if len(content) > MOST_BYTES:

@@ -4,10 +4,11 @@
     Negative prompt: the same
     Steps: 20, Sampler: Euler a, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 512x512
 
-So tinyldm and the web interfaces store it in pictures, and so people paste it. ComfyUI stores its
-nodes, as JSON. `options` reads both.
+So tinyldm and the web interfaces store it in pictures, and so people paste it. Others store JSON:
+ComfyUI its nodes, and InvokeAI, Fooocus or Easy Diffusion one object. `options` reads all of them.
 """
 import json
+import os
 import re
 import sys
 from difflib import get_close_matches
@@ -21,6 +22,7 @@ MOST_BYTES = 1 << 22                                    # of a pasted text
 NAME = re.compile(r'\s*([^:,"\n]{1,60}?)\s*:\s*')
 VALUE = re.compile(r'"(?:\\.|[^"\\])*"|[^,\n]*')
 PAIR = re.compile(r"(.{1,255}?):(-?[\d.]+(?:e[+-]?\d+)?)(?:, |$)")     # of "ink:0.7, dots:1"
+ONE_LINE = re.compile(r"(?<=\s)(?=Negative prompt:|Steps: *\d+\s*(?:,|$))")
 TAG = re.compile(r"<(?:lora|lyco):([^:<>]+)((?::[^:<>]*)*)>", re.IGNORECASE)
 
 
@@ -48,6 +50,9 @@ NAMED = {"model": "weights", "vae": "vae", "embeddings": "embedding"}    # whose
 # They change nothing, and need no note.
 SILENT = ("version", "model hash", "vae hash", "hashes", "lora hashes", "ti hashes", "user",
           "created date", "civitai resources", "civitai metadata")
+# Names in the JSON of other programs -> the same here.
+JSON_NAMES = {"cfgscale": "CFG scale", "num inference steps": "Steps", "sampler name": "Sampler",
+              "sampler": "Sampler"}
 SERIES = ("to_prompt", "to_seed", "to_image", "on_the_way")
 KNOWN = {*OPTIONS, *SPECIAL, *PICTURES, *NAMED, *SILENT}
 # What web interfaces call torch's generators.
@@ -71,10 +76,11 @@ def number(value):
 # ---- reading a text -------------------------------------------------------------------------
 
 def read(text):
-    """A pasted text, or the JSON of ComfyUI's nodes -> Block. Raises TinyldmError."""
+    """A pasted text, or the JSON of another program -> Block. Raises TinyldmError."""
     if text.lstrip()[:1] == "{":
-        return read_nodes(text)
-    lines = text.strip("\n\r").split("\n")
+        return read_object(text) or read_nodes(text)
+    lines = [part for line in text.strip("\n\r").split("\n") for part in _lines(line)]
+    lines[0] = re.sub(r"^\s*(?:positive )?prompt\s*:\s?", "", lines[0], flags=re.IGNORECASE)
     lines = [line.rstrip("\r") for line in lines]
     start, stop = _values_between(lines)
     values = {}
@@ -92,6 +98,14 @@ def read(text):
         values["the text after them"] = rest
     prompt, negative = ("\n".join(lines) for lines in prompts)
     return Block(prompt.strip("\n"), negative.strip("\n"), values)
+
+
+def _lines(line):
+    """A line as the several that it was, if it lost the line breaks before what is known."""
+    if line.startswith("Steps"):
+        return [line]
+    *parts, last = ONE_LINE.split(line)
+    return [*(part.rstrip() for part in parts if part.strip()), last]
 
 
 def _values_between(lines):
@@ -148,6 +162,35 @@ def _value(line, at):
     return text.strip() if line[at:at + 1] != '"' else text, end
 
 
+def read_object(text):
+    """The JSON object of InvokeAI, Fooocus, Easy Diffusion or SwarmUI -> Block, else None."""
+    try:
+        own = json.loads(text)
+        own = own.get("sui_image_params", own)
+        own = {name.replace("_", " "): value for name, value in own.items()}
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    prompt, negative = (next((own.pop(name) for name in names if isinstance(own.get(name), str)),
+                             None) for names in (("positive prompt", "prompt"),
+                                                 ("negative prompt", "negativeprompt")))
+    if prompt is None:
+        return None
+    if "positive_prompt" in text and isinstance(own.get("clip skip"), int):
+        own["clip skip"] += 1                           # InvokeAI counts as diffusers: see _layers
+    values = {}
+    for name, value in own.items():
+        if value not in (None, "", [], {}) and name not in ("width", "height"):
+            values[JSON_NAMES.get(name, name)] = (value if isinstance(value, str)
+                                                  else json.dumps(value))
+    if "Sampler" not in values and "scheduler" in values:           # InvokeAI's name of a sampler
+        values["Sampler"] = values.pop("scheduler")
+    if "width" in own and "height" in own:
+        values["Size"] = f"{own['width']}x{own['height']}"
+    elif size := re.findall(r"\d+", values.pop("resolution", "")):
+        values["Size"] = "x".join(size)
+    return Block(prompt, negative or "", values)
+
+
 def read_nodes(text):
     """The JSON of ComfyUI's nodes -> Block. Raises TinyldmError unless one sampler draws them."""
     try:
@@ -161,8 +204,8 @@ def read_nodes(text):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sampler, prompt, negative, latents = None, None, None, {}
     if not (isinstance(prompt, str) and isinstance(negative, str)):
-        raise TinyldmError("these parameters are JSON, but not of one simple sampler in ComfyUI: "
-                           "give the prompt and the options")
+        raise TinyldmError("these parameters are JSON, but not of one simple sampler in ComfyUI, "
+                           "and not one object with a prompt: give the prompt and the options")
     named = {"steps": "Steps", "cfg": "CFG scale", "seed": "Seed", "noise_seed": "Seed",
              "sampler_name": "Sampler"}
     values = {written: inputs[name] for name, written in named.items() if name in inputs}
@@ -273,16 +316,25 @@ def _source(args):
     if args.like:
         from ..images import read_parameters
 
-        text = read_parameters(args.like)
+        try:
+            text = read_parameters(args.like)
+        except TinyldmError as error:
+            raise TinyldmError(f"{error}; --from-parameters reads a text") from None
         if text is None:
             raise TinyldmError(f"{args.like} does not say how it was drawn: name a picture as "
                                "tinyldm or a web interface writes it")
         return args.like, text
     source = args.from_parameters
-    if "\n" in source:                                  # no file: the text itself
+    if not source.strip():
+        raise TinyldmError("--from-parameters is empty: give a file, - or a text")
+    if "\n" in source or ONE_LINE.search(f" {source}"):         # no file: the text itself
         return "the text", source
+    if "://" in source:
+        raise TinyldmError(f"{source} is an address, not a file on this machine: download what is "
+                           "there first, or paste the text")
     try:
-        with (sys.stdin.buffer if source == "-" else open(Path(source).expanduser(), "rb")) as file:
+        path = os.path.expanduser(source)
+        with (sys.stdin.buffer if source == "-" else open(path, "rb")) as file:
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES >> 20} MiB")

@@ -11,7 +11,7 @@ import random
 import re
 
 from ..errors import TinyldmError, note
-from ..text.prompt import NUMBER
+from ..text.prompt import NUMBER, without_foreign_syntax
 
 MARKUP = re.compile(rf":\s*{NUMBER}\s*\)|[()\[\]\\]|\bBREAK\b")     # see text/prompt.py
 WORDS = re.compile(r"\w+|[^\w\s]+")
@@ -54,10 +54,14 @@ class Language:
                  f"{ELSEWHERE}")
 
     def problem(self, prompt):
-        """Why a prompt is not a sentence of the language; None if it is one."""
-        words = WORDS.findall(MARKUP.sub(" ", prompt).lower())
+        """Why a prompt is not a sentence of the language; None if it is one.
+
+        What other programs read in a prompt has its own note: see text/prompt.py.
+        """
+        own = without_foreign_syntax(prompt)
+        words = WORDS.findall(MARKUP.sub(" ", own).lower())
         if not words:
-            return "the prompt is empty"
+            return "the prompt is empty" if own == prompt else None
         if unknown := [word for word in dict.fromkeys(words) if word not in self.words]:
             more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
             shown = ", ".join(f"{word:.30}" for word in unknown[:SHOWN])

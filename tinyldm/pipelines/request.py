@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import numpy as np
+
 from ..backend import is_finite
 from ..diffusion.samplers import find_sampler
 from ..diffusion.schedule import SPACINGS
@@ -222,8 +224,8 @@ def own_names(options):
 def whole(value):
     """A whole number of any type, such as np.int8 or 512.0, as a Python int; else the value."""
     try:
-        return int(value) if isinstance(value, float) and value.is_integer() else (
-            operator.index(value))
+        real = isinstance(value, (float, np.floating))
+        return int(value) if real and value.is_integer() else operator.index(value)
     except TypeError:
         return value
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import array_library, free_scratch, keep_freed_memory
+from ..backend import array_library, free_scratch, is_finite, keep_freed_memory
 from ..diffusion.samplers import (
     OWN_TIMESTEPS,
     SAMPLERS,
@@ -254,6 +254,9 @@ class StableDiffusion:
         if latents.ndim != 4 or latents.shape[-1] != channels or 0 in latents.shape:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
+        if not is_finite(latents):
+            raise TinyldmError("latents must be finite, but they hold NaN or infinity: decode "
+                               "those of a state of stream")
         z = self.vae.to_z(latents).astype(self.vae.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         if self.low_memory:

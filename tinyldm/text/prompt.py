@@ -96,16 +96,26 @@ def parse(text):
 def note_foreign_syntax(text):
     """Say once what in a prompt other programs read, but is drawn as words here."""
     found, hints = [], []
-    for pattern, hint in FOREIGN:
-        if match := pattern.search(text):
-            if match[0] == "AND" and text == text.upper():
-                continue                                # a prompt in capitals: an ordinary word
-            found.append(match[0].strip())
-            hints.append(hint)
+    for pattern, hint in _foreign(text):
+        found.append(pattern.search(text)[0].strip())
+        hints.append(hint)
     if found:
         hints = [*dict.fromkeys(filter(None, hints)), "prompts have (word:1.3), [word], BREAK"]
         note(f"the prompt {text!r:.60} has {', '.join(f'{word:.40}' for word in found)}, which is "
              f"drawn as words: {'; '.join(hints)}")
+
+
+def without_foreign_syntax(text):
+    """The text without what note_foreign_syntax notes, for checks that would note it again."""
+    for pattern, _ in _foreign(text):
+        text = pattern.sub(" ", text)
+    return text
+
+
+def _foreign(text):
+    """Those of FOREIGN that the text has. In capitals, AND is an ordinary word."""
+    return [(pattern, hint) for pattern, hint in FOREIGN if (match := pattern.search(text))
+            and not (match[0] == "AND" and text == text.upper())]
 
 
 def join(fragments):

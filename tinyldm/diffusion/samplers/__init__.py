@@ -115,14 +115,14 @@ def find_sampler(name):
         if spelled in names:
             return names[spelled]
     near = difflib.get_close_matches(plain, names, 1)
-    meant = f"; did you mean {names[near[0]]}" if near else ""
+    meant = f"; did you mean {names[near[0]]}?" if near else ""
     raise TinyldmError(f"unknown sampler {name!r:.80}; known: {', '.join(known)}{meant}")
 
 
 def _plain(name):
     """"DPM++ 2M Karras" -> "dpmpp2mkarras", "EulerDiscreteScheduler" -> "euler"."""
     name = re.sub("[^a-z0-9]", "", name.lower().replace("+", "p"))
-    return re.sub("discrete|multistep|scheduler$|sampler$", "", name)
+    return re.sub("discrete|multistep|scheduler$|sampler$|gpu", "", name)
 
 
 def check_sampler(name, schedule, num_inference_steps, first=0, reach=1.0, options=None):
