@@ -4,6 +4,7 @@ A layer's forward saves on the tape what its backward needs; the backward is the
 the bottom up. Models (models/) are layers made of layers. In every signature `tape` comes right
 after the required inputs; whatever is optional follows it and is passed by keyword.
 """
+import math
 import threading
 from collections import namedtuple
 from contextlib import contextmanager
@@ -71,6 +72,9 @@ class Parameter:
     def __init__(self, *shape):
         self.shape, self.data, self._grads = shape, None, {}
 
+    def __repr__(self):
+        return f"<Parameter {self.shape}: {'not filled' if self.data is None else self.data.dtype}>"
+
     def add_grad(self, grad):
         assert grad.shape == self.shape, f"gradient {grad.shape} for a parameter {self.shape}"
         with self._lock:
@@ -93,6 +97,10 @@ class Module:
 
     Its attributes have the names of the public weight files.
     """
+
+    def __repr__(self):
+        count = sum(math.prod(parameter.shape) for parameter in self.parameters())
+        return f"<{type(self).__name__}: {count:,} parameters>"
 
     def __call__(self, *inputs, **options):
         forward = self.forward

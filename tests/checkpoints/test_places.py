@@ -120,6 +120,13 @@ def test_what_is_neither_a_folder_nor_a_file(tmp_path):
         tinyldm.load().load_lora(tmp_path)
 
 
+@pytest.mark.parametrize("name", [5, [], b"weights", object(), "", " "])
+def test_what_is_no_path_and_no_name(name):
+    for read in (tinyldm.load, tinyldm.load().load_lora):
+        with pytest.raises(TinyldmError, match="a path, or a name .* must be a str or a path"):
+            read(name)
+
+
 def test_an_address_of_a_file_here(tmp_path):
     put(tmp_path, "my models/a.ckpt")
     assert resolve(f"file://{tmp_path}/my%20models/a.ckpt") == tmp_path / "my models/a.ckpt"
@@ -179,8 +186,6 @@ def test_what_is_neither_a_file_nor_a_folder(tmp_path):
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "away.safetensors")
     for path, message in ((tmp_path / "link.safetensors", "is a link to something that is not th"),
                           ("/dev/null", "no file or folder, but a device or a pipe: name another"),
-                          ("file:///no/x.ckpt", "there is no file file:///no/x.ckpt: check"),
-                          ("", "the weights must be a path, but '' is empty"),
-                          (5, "the weights must be a path, a str or a pathlib.Path, not 5")):
+                          ("file:///no/x.ckpt", "there is no file file:///no/x.ckpt: check")):
         with pytest.raises(TinyldmError, match=message):
             resolve(path)

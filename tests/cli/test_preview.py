@@ -239,3 +239,9 @@ def test_show_in_a_real_terminal(columns, lines, tmp_path):
         [shown] = screen.pictures()
         expected = Image.open(tmp_path / "out.png").resize((side, side // 2 * 2))
         np.testing.assert_array_equal(shown, np.asarray(expected))
+
+
+def test_a_terminal_that_does_not_know_its_size(monkeypatch):
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((0, 0)))
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    assert preview._size_of_stderr() == (80, 24)

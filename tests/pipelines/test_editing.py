@@ -238,6 +238,9 @@ def test_a_mask_of_another_size_is_resized_and_said(small):
     with pytest.warns(UserWarning, match=message) as said:
         *_, state = small.stream("cat", mask=hole((32, 32)), **options)
     assert [warning.filename for warning in said] == [__file__]         # the caller's line
+    with pytest.warns(UserWarning, match=message) as said:
+        small("cat", mask=hole((32, 32)), **options)
+    assert len(said) == 1
     *_, expected = small.stream("cat", mask=hole((32, 32)).resize((16, 16), 1), **options)
     assert np.array_equal(state.latents, expected.latents)
 

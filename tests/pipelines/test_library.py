@@ -13,6 +13,7 @@ from PIL import Image
 import tinyldm
 from tests.support.extra import torch
 from tinyldm.diffusion.samplers.shared import State
+from tinyldm.layers import Linear
 from tinyldm.pipelines.request import Request
 
 OPTIONS = {"num_inference_steps": 3, "seed": 3, "guidance_scale": 4.0}
@@ -129,6 +130,13 @@ def test_the_repr_of_a_state_leaves_out_the_numbers():
         "(1, 64, 64, 4)>)")
     assert repr(State(0, 1.5, None, None)) == (
         "State(step=0, timestep=1.5, latents=None, pred_x0=None)")
+
+
+def test_the_reprs_of_parts_are_short(small):
+    assert repr(Linear(3, 4)) == "<Linear: 16 parameters>"
+    assert repr(Linear(3, 4).bias) == "<Parameter (4,): not filled>"
+    assert repr(small.unet.conv_in.bias) == "<Parameter (8,): float32>"
+    assert repr(small.schedule).startswith("Schedule(prediction_type='epsilon', ")
 
 
 # ---- the signature --------------------------------------------------------------------------

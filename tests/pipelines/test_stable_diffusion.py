@@ -9,6 +9,7 @@ from tests.support.extra import diffusers, torch
 from tests.support.reference import nchw, nhwc
 from tests.support.small_pipelines import CONFIGURATIONS, change_json, sd1, smallest
 from tests.support.tolerance import assert_close
+from tinyldm.checkpoints import save
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
@@ -192,6 +193,18 @@ def test_number_of_steps(small_folder, small, tmp_path):
     change_json(folder / "model_index.json", _num_inference_steps=7)
     assert len(list(load(folder).stream("cat"))) == 7
     Reference(folder)                                   # ignores a key with an underscore
+
+
+def test_the_weights_own_guidance_scale(small, tmp_path):
+    smallest(tmp_path / "own")
+    change_json(tmp_path / "own" / "model_index.json", _guidance_scale=2.5)
+    save(load(tmp_path / "own"), tmp_path / "again")
+    own, other = (load(tmp_path / name) for name in ("own", "again"))
+    expected = np.asarray(own("cat", num_inference_steps=2, guidance_scale=2.5)[0])
+    for pipe in (own, other):
+        assert np.array_equal(pipe("cat", num_inference_steps=2)[0], expected)
+    assert not np.array_equal(own("cat", num_inference_steps=2, guidance_scale=7.5)[0], expected)
+    Reference(tmp_path / "again")
 
 
 BAD = [

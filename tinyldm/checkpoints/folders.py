@@ -165,6 +165,7 @@ class IndexConfig(Config):
     force_zeros_for_empty_prompt: bool | None = None
     requires_aesthetics_score: bool | None = None
     _num_inference_steps: int | None = within(1, 1000, None)
+    _guidance_scale: float | None = within(0, 100, None)
     unet: Part = one_of(default=None, lengths=(2,))
     vae: Part = one_of(default=None, lengths=(2,))
     text_encoder: Part = one_of(default=None, lengths=(2,))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from ..errors import TinyldmError
-from ..files import as_path, read_json
+from ..files import read_json
 from . import hub
 from .addons.adapter_settings import FILE as SETTINGS
 from .components import class_name, shorten
@@ -120,11 +120,10 @@ def choose(files, usual, where):
 # ---- on this machine ------------------------------------------------------------------------
 
 def local_path(name):
-    """A user's text or path -> Path: ~ and file:// are replaced, a missing extension is added.
-
-    Raises TinyldmError for what is no text or path.
-    """
-    as_path("the weights", name)
+    """A user's text or path -> Path: ~ and file:// are replaced, a missing extension is added."""
+    if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
+        raise TinyldmError("a path, or a name on the Hugging Face hub, must be a str or a "
+                           f"pathlib.Path that is not empty, not {name!r:.80}: give one")
     text = str(name)
     if (match := URL.fullmatch(text)) and match[1] == "file":
         text = unquote(f"/{match[2]}")

@@ -23,6 +23,8 @@ def save(pipe, folder, dtype=None):
                            "pipe.unet to a UNet2DConditionModel")
     tokenizers = {"tokenizer": pipe.tokenizer.save}
     settings = {"_num_inference_steps": pipe.num_inference_steps}
+    if pipe.guidance_scale is not None:
+        settings["_guidance_scale"] = pipe.guidance_scale
     if pipe.language:
         settings["_language"] = pipe.language.rule
     if pipe.tokenizer_2:

@@ -183,8 +183,8 @@ def how_to_draw(add):
     add("--steps", type=int, metavar="N", help="1 to 1000; more is slower and finer (what the "
         "weights recommend)")
     add("--guidance", type=float, metavar="S", help="how strongly to follow the prompt; up to 1 "
-        "the negative prompt plays no part (7.5; Stable Diffusion XL 5, Latent Consistency "
-        "Models 8.5)")
+        "the negative prompt plays no part (what the weights recommend, or else 7.5; Stable "
+        "Diffusion XL 5, Latent Consistency Models 8.5)")
     add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much to undo "
         "of the over-saturation that guidance causes (0)")
     add("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, euler_ancestral, heun, lms, "

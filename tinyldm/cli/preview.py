@@ -105,9 +105,10 @@ def obstacle():
 def _size_of_stderr():
     """(columns, lines), for shutil to use where standard output is no terminal."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno())
+        columns, lines = os.get_terminal_size(sys.stderr.fileno())
     except (AttributeError, OSError, ValueError):
-        return 80, 24
+        columns = lines = 0
+    return columns or 80, lines or 24                   # some terminals do not know theirs
 
 
 def half_blocks(image, columns, rows):

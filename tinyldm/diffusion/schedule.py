@@ -13,7 +13,7 @@ Karras et al. The tables are float32 and rounded where PyTorch's schedulers roun
 1 - alpha_bar = 0.00085 keeps only four digits, so a more exact table would give other numbers.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -79,7 +79,8 @@ class Schedule:
     Three fields may be None where the file leaves them out: then each sampler has its own default.
     """
 
-    betas: np.ndarray                       # (T,) float32, the share of noise added at each step
+    # (T,) float32, the share of noise added at each step
+    betas: np.ndarray = field(repr=False)
     prediction_type: str = "epsilon"        # what the model predicts: objective.py
     timestep_spacing: str | None = None
     steps_offset: int = 0                   # added to every timestep of "leading" spacing

@@ -29,8 +29,6 @@ class Edit:
         if inpaints and mask is None:
             raise TinyldmError("this model is made for inpainting: give an image and a mask, white "
                                "where to paint")
-        if mask is not None:
-            check_mask_size(mask, ends(image)[0])
         self.strength = strength
         self.spread = bool(spread) and image is not None and mask is None
         self.reach = strength if self.spread else 1.0
@@ -57,6 +55,7 @@ class Edit:
             return draw_noise() if latents is None else latents, NO_PICTURE, None
         holes, picture = 0, None
         if self.mask is not None:
+            check_mask_size(self.mask, ends(self.image)[0])
             holes = mask_from_pil(self.mask, size)                      # (1,H,W,1)
 
         def encoded(noise, shown=1):

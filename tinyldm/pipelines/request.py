@@ -72,8 +72,9 @@ class Request:
         nearly two per step. Default: the weights' own number.
     guidance_scale: how strongly to follow the prompt. Up to 1 there is no guidance, and the
         negative prompt plays no part. A model that imitates guidance (LCM) gets this number as an
-        input and ignores the negative prompt. Default: the public pipeline's, 7.5; 5 for Stable
-        Diffusion XL without a mask, 8.5 for a Latent Consistency Model.
+        input and ignores the negative prompt. Default: the weights' own, or else the public
+        pipeline's: 7.5; 5 for Stable Diffusion XL without a mask, 8.5 for a Latent Consistency
+        Model.
     seed: image i is drawn from seed + i, and equals the single image of that seed; or a list of
         seeds, one for each image.
     width, height: pixels, multiples of the VAE's downsampling factor. Default: the image's size,

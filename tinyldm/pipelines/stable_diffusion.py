@@ -106,7 +106,7 @@ def load(weights: Place | None = None, device: str = "cpu", dtype: Any = None,
     pipe = StableDiffusion(tokenizer, parts.text_encoder, parts.unet, parts.vae, parts.scheduler,
                            steps, low_memory, tokenizer_2, parts.text_encoder_2,
                            parts.index.get("force_zeros_for_empty_prompt", True),
-                           rule and Language(rule))
+                           rule and Language(rule), parts.index.get("_guidance_scale"))
     for model in pipe.models.values():
         move(model, xp)
     return pipe
@@ -122,21 +122,22 @@ class StableDiffusion:
     """A tokenizer, three models and a noise schedule that belong together.
 
     scheduler: the dict of a scheduler_config.json; its class is the default sampler.
-    num_inference_steps: the default number of steps; a folder may recommend its own as
-    `_num_inference_steps` in model_index.json. low_memory: decode in tiles. tokenizer_2,
-    text_encoder_2: only in Stable Diffusion XL. force_zeros_for_empty_prompt: see Conditioner.
-    language: the Language of a model that knows no other; other prompts get a note.
+    num_inference_steps, guidance_scale: the defaults; a folder may recommend its own as
+    `_num_inference_steps` and `_guidance_scale` in model_index.json. No guidance_scale: that of
+    diffusers' pipeline of this kind. low_memory: decode in tiles. tokenizer_2, text_encoder_2: only
+    in Stable Diffusion XL. force_zeros_for_empty_prompt: see Conditioner. language: the Language of
+    a model that knows no other; other prompts get a note.
     Raises TinyldmError for parts that do not fit together.
     """
 
     def __init__(self, tokenizer, text_encoder, unet, vae, scheduler, num_inference_steps=STEPS,
                  low_memory=False, tokenizer_2=None, text_encoder_2=None,
-                 force_zeros_for_empty_prompt=True, language=None):
+                 force_zeros_for_empty_prompt=True, language=None, guidance_scale=None):
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.scheduler, self.num_inference_steps = scheduler, num_inference_steps
-        self.low_memory, self.language = low_memory, language
+        self.low_memory, self.language, self.guidance_scale = low_memory, language, guidance_scale
         check_parts(self._readers, unet, vae)
         # Old files have other values of these two. The public pipeline corrects them too, except
         # those of SDXL and Latent Consistency Models.
@@ -376,13 +377,15 @@ class StableDiffusion:
                        timestep_spacing=spacing, guidance_scale=guidance_scale, strength=strength)
 
     def _own_scale_and_strength(self, request):
-        """The request's guidance scale and strength, or the defaults of diffusers' pipelines.
+        """The request's guidance scale and strength, or the weights' or diffusers' defaults.
 
         Source: diffusers' StableDiffusionPipeline, StableDiffusionXLPipeline,
         LatentConsistencyModelPipeline, and those for image to image and inpainting beside them.
         """
         guidance_scale, strength = request.guidance_scale, request.strength
         xl, masked = self.text_encoder_2 is not None, request.mask is not None
+        if guidance_scale is None:
+            guidance_scale = self.guidance_scale
         if guidance_scale is None:
             imitates = self.unet.settings.time_cond_proj_dim
             guidance_scale = 8.5 if imitates else 5.0 if xl and not masked else 7.5
