@@ -188,6 +188,12 @@ def read_parameters(path):
             return None
 
 
+def size_and_mode(path):
+    """A picture's (width, height) and Pillow's name of its mode. Raises as read_parameters does."""
+    with _opened(path) as image:
+        return image.size, image.mode
+
+
 EXIF, USER_COMMENT = 0x8769, 0x9286
 
 

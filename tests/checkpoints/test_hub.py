@@ -413,10 +413,7 @@ def test_refusals(status, code, expected, word, hub):
 
 
 def test_the_libraries_of_older_days():
-    """Before 0.25 there is no module huggingface_hub.errors; utils has had the classes since 0.16.
-
-    The refusals above were tried with 0.16, 0.19, 0.23, 0.24 and 0.25.
-    """
+    """The oldest huggingface_hub that is allowed, 0.25, has the classes of errors in utils."""
     source = Path(downloads.__file__).read_text(encoding="utf-8")
     assert set(re.findall(r"from huggingface_hub import (\w+)", source)) == {"utils"}
 

@@ -367,3 +367,10 @@ def test_the_bundled_model(tmp_path):
     assert process.returncode == 0, process.stderr
     picture = Image.open(tmp_path / "out.png")
     assert picture.size == (64, 64) and "Model: shapes" in picture.text["parameters"]
+
+
+def test_warnings_of_other_libraries_are_safe_to_print(monkeypatch, capsys):
+    monkeypatch.setattr("tinyldm.cli.draw.draw",
+                        lambda args: warnings.warn("a \x1b[2J\nb", stacklevel=1))
+    assert main(["a cat"]) == 0
+    assert capsys.readouterr().err == "note: a ?[2J b\n"

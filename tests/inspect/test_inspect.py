@@ -200,7 +200,8 @@ def test_a_picture(weights, tmp_path, said):
     assert draw.main(["a red cat", "--weights", str(weights), "--steps", "1", "--seed", "9",
                       "--negative", "löw", "--noise", "numpy", "--output", str(path)]) == 0
     assert said(path)[-4:] == [
-        f"{path}: a picture of 16x16 pixels, which records", "a red cat", "Negative prompt: löw",
+        f"{path}: a picture of 16x16 pixels, mode RGB, which records", "a red cat",
+        "Negative prompt: löw",
         "Steps: 1, Sampler: ddim, CFG scale: 7.5, Seed: 9, Size: 16x16, "
         f"Model: {weights.name}, Noise: numpy"]
 
@@ -212,9 +213,38 @@ def write_png(path, **texts):
     Image.new("RGB", (4, 4)).save(path, pnginfo=chunks)
 
 
-def test_a_picture_that_records_nothing(tmp_path, capsys):
-    write_png(tmp_path / "a.png", Author="me")
-    assert "a.png records nothing" in refused(tmp_path / "a.png", capsys)
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_picture_that_records_nothing(format, tmp_path, said):
+    Image.new("L", (4, 6)).convert("RGB").save(tmp_path / "a", format)
+    with Image.open(tmp_path / "a") as image:
+        mode = image.mode
+    assert said(tmp_path / "a") == [f"{tmp_path / 'a'}: a picture of 4x6 pixels, mode {mode}, "
+                                    "which says nothing about how it was made"]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF"])
+def test_a_picture_of_another_format(format, tmp_path, said):
+    text, exif = "a cat\nSteps: 20, Sampler: Euler a, Seed: 5", Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
+    more = {"comment": text.encode()} if format == "GIF" else {"exif": exif}
+    Image.new("RGB", (4, 4)).save(tmp_path / "a", format, **more)
+    assert said(tmp_path / "a")[1:] == text.splitlines()
+
+
+def test_a_picture_of_comfyui(tmp_path, said):
+    nodes = {"1": {"class_type": "KSampler", "inputs": {
+        "seed": 7, "steps": 20, "positive": ["2", 0], "negative": ["3", 0],
+        "latent_image": ["4", 0]}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat"}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "a dog"}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 32}},
+        "5": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd.ckpt"}}}
+    write_png(tmp_path / "a.png", prompt=json.dumps(nodes), workflow="{}")
+    assert said(tmp_path / "a.png")[1:] == [
+        "a cat", "Negative prompt: a dog", "Steps: 20, Seed: 7, Size: 64x32, Model: sd.ckpt"]
+    write_png(tmp_path / "b.png", prompt=json.dumps({"1": {"class_type": "Other" * 999}}))
+    line, = said(tmp_path / "b.png")[1:]
+    assert line.startswith('{"1": {"class_type"') and len(line) < 600
 
 
 def test_a_picture_does_not_steer_the_terminal(tmp_path, said):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+import tinyldm
 from tests.support.arrays import read_only
 from tests.support.models import CONDITIONED, UNETS
 from tests.support.pairs import call_conditioned, conditioned_unet, unet_pair
@@ -131,3 +132,8 @@ def test_float16_keeps_its_digits():
     ours = module(latents.astype(np.float16), timesteps, context.astype(np.float16))
     assert ours.dtype == np.float16
     within(np.sqrt(((ours - theirs) ** 2).mean()), 0.01 * theirs.std())
+
+
+def test_a_tensor_is_no_array():
+    with pytest.raises(AssertionError, match=r"must be an array, not a list: use .numpy\(\) of a"):
+        tinyldm.load().unet.forward([[1.0]], np.zeros(1), np.zeros((1, 77, 128)))

@@ -324,8 +324,8 @@ def test_a_list_of_prompts_draws_each_from_the_same_seeds(small):
     assert len(small(["cat", "dog"], num_inference_steps=1, num_images=2)) == 4
 
 
-@pytest.mark.parametrize("latents", [[], "latents", [[1], [2, 3]], None, np.zeros((0, 4, 4, 4))],
-                         ids=repr)
+@pytest.mark.parametrize("latents", [[], "latents", [[1], [2, 3]], None, np.zeros((0, 4, 4, 4)),
+                                     np.zeros((1, 4, 4, 4), complex)], ids=repr)
 def test_decode_refuses_what_are_no_latents(small, latents):
     with pytest.raises(TinyldmError, match="latents must "):
         small.decode(latents)

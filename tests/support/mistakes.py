@@ -25,6 +25,7 @@ MISTAKES = {
     "one picture's latents": ("pipe.decode(np.zeros((8, 8, 4)))", SHAPE + r"\(8, 8, 4\)"),
     "channels come first": ("pipe.decode(np.zeros((1, 4, 8, 8)))", SHAPE + r"\(1, 4, 8, 8\)"),
     "latents of NaN": ("pipe.decode(np.full((1, 4, 4, 4), np.nan))", "decoded to NaN"),
+    "complex latents": ("pipe.decode(np.zeros((1, 4, 4, 4), complex))", ARRAY + "ndarray"),
     "latents for a drawing are text": ("draw(latents='x')", ARRAY + "str"),
     "ragged latents": ("draw(latents=[[1], [2, 3]])", ARRAY + "list"),
     "latents are a dict": ("draw(latents={1: 2})", ARRAY + "dict"),

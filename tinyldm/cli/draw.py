@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import TinyldmError, note
+from ..errors import TinyldmError, clean, note
 from ..pipelines.interpolation import ends
 from .console import say, status
 from .options import interpolates, jobs, parse, request
@@ -38,10 +38,11 @@ def run(arguments=None):
     shown = set()
 
     def show_warning(message, *_):                      # in one line, once, without the source
-        if str(message) not in shown:
+        message = clean(message)                        # other libraries warn, too
+        if message not in shown:
             from tqdm import tqdm  # which prints above its own progress bars
             tqdm.write(f"note: {message}", file=sys.stderr)
-        shown.add(str(message))
+        shown.add(message)
 
     try:
         with warnings.catch_warnings():

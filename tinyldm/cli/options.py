@@ -29,6 +29,9 @@ ALIASES = {
     "--num-inference-steps": "--steps", "--guidance-scale": "--guidance", "--cfg": "--guidance",
     "--cfg-scale": "--guidance", "--negative-prompt": "--negative", "--num-images": "--count",
     "--num-images-per-prompt": "--count", "--scheduler": "--sampler", "--model": "--weights",
+    "--batch-size": "--count", "--init-image": "--image",
+    "--mask-image": "--mask", "--denoising-strength": "--strength",
+    "--cfg-rescale": "--guidance-rescale", "--spacing": "--timestep-spacing",
 }
 
 HELP = """Draw a picture of a prompt into out.png.
@@ -221,7 +224,7 @@ def series(add):
 def the_model(add):
     add("--weights", metavar="W", help="a folder in the diffusers layout, a single file in the "
         "original one, or a name on the Hugging Face hub: owner/name, or owner/name/file for a "
-        "single file there (the bundled model)")
+        "single file there, also with @revision, or the page's address (the bundled model)")
     add("--ema", action="store_true", help="if a single file has the UNet's weights twice, use "
         "those averaged over the training")
     add("--vae", metavar="VAE", help="the VAE to use in place of the weights' own, which single "
@@ -229,12 +232,13 @@ def the_model(add):
     add("--prediction-type", metavar="TYPE", help="what the UNet predicts, where the weights do "
         "not say it: epsilon, v_prediction or sample")
     add("--lora", type=lora, action="append", default=[], metavar="FILE[:W]", help="a LoRA to add "
-        "to the weights, times W (1); may be given several times")
+        "to the weights, times W (1): a file, a folder, or a name on the Hugging Face hub; may be "
+        "given several times")
     add("--lora-folder", type=path, metavar="FOLDER", help="where the LoRAs lie that a prompt "
         "names as <lora:NAME:W>: NAME.safetensors, in it or below it")
     add("--embedding", action="append", default=[], metavar="FILE", help="a textual inversion: a "
-        "learned word to use in the prompt, the one in the file, else the file's name; may be "
-        "given several times")
+        "learned word to use in the prompt, the one in the file, else the file's name; "
+        "a file, a folder, or a name on the Hugging Face hub; may be given several times")
 
 
 def output(add):

@@ -229,6 +229,15 @@ def read_nodes(text):
                                     for name, value in values.items()})
 
 
+def look_at(picture):
+    """A picture's (width, height), Pillow's mode, and the text in it or None. Raises TinyldmError.
+    """
+    from ..images import read_parameters, size_and_mode
+
+    text = read_parameters(picture)                     # first: it reads the whole file
+    return *size_and_mode(picture), text
+
+
 # ---- from a text to options -----------------------------------------------------------------
 
 def options(args):
@@ -321,8 +330,8 @@ def _source(args):
         except TinyldmError as error:
             raise TinyldmError(f"{error}; --from-parameters reads a text") from None
         if text is None:
-            raise TinyldmError(f"{args.like} does not say how it was drawn: name a picture as "
-                               "tinyldm or a web interface writes it")
+            raise TinyldmError(f"{args.like} does not say how it was drawn: name a PNG of "
+                               "tinyldm, or a picture of a web interface")
         return args.like, text
     source = args.from_parameters
     if not source.strip():

@@ -5,11 +5,13 @@
                             out, and its parameters by module
     a component's folder    the same, and what does not fit the model that its config.json names
     a pipeline's folder     the same of every component
-    a PNG from tinyldm      what it recorded: prompt, steps, sampler, seed ...
+    a picture               its size, and what tinyldm or another program recorded in it: prompt,
+                            steps, sampler, seed ...
 
 It reads headers, not weights, so it is fast for files of any size. Anything else ends in one line,
 `error: ...`, and exit status 2.
 """
+import json
 import math
 import os
 from collections import Counter
@@ -21,6 +23,7 @@ from ..checkpoints.components import (
     find_weights,
     read_files,
 )
+from ..checkpoints.formats.foreign import HEAD, is_picture
 from ..checkpoints.formats.reading import read_tensors
 from ..checkpoints.layout import fitted
 from ..checkpoints.single_file.kinds import family, layout_of
@@ -32,6 +35,7 @@ from .fit import describe_fit, lists
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LONGEST_LINE = 20_000           # characters; prompts are long
+LONGEST_JSON = 500              # of nodes that nothing here knows
 MOST_ROWS, WIDEST = 100, 60     # of the table of modules
 
 
@@ -40,7 +44,7 @@ def run(arguments=None):
     parser = Parser("python -m tinyldm.inspect", description="Print what a checkpoint is, or how "
                     "a picture was made.")
     parser.add_argument("file", type=Path, help="a file of weights, the folder of a pipeline or "
-                        "of one component, or a PNG written by tinyldm")
+                        "of one component, or a picture")
     for line in describe(parser.parse_args(arguments).file):
         say(clean(line, LONGEST_LINE))
 
@@ -54,11 +58,11 @@ def describe(path):
         return describe_component(path)
     try:
         with open(path, "rb") as file:
-            start = file.read(len(PNG))
+            start = file.read(HEAD)
     except (OSError, ValueError) as error:
         raise TinyldmError(f"cannot read {path} ({getattr(error, 'strerror', error)}): name a "
                            "file or a folder") from None
-    if start == PNG:
+    if is_picture(start):
         return describe_picture(path)
     tensors = read_tensors(path)
     return [f"{path}", *describe_tensors(tensors, describe_fit(path, tensors))]
@@ -149,15 +153,33 @@ def module_of(name):
 # ---- pictures -------------------------------------------------------------------------------
 
 def describe_picture(path):
-    """Lines on a PNG: what tinyldm recorded in it. Raises TinyldmError if there is nothing."""
-    from PIL import Image  # takes long to import
+    """Lines on a picture: its size, and how it was made. Raises TinyldmError if it is damaged."""
+    from ..cli.parameters import look_at  # takes long to import
 
     try:
-        with Image.open(path) as image:
-            size, text = image.size, image.text.get("parameters")
-    except Exception as error:                          # Pillow's errors share no base
-        raise TinyldmError(f"{path} is a damaged PNG ({error}): get it again") from None
+        (width, height), mode, text = look_at(path)
+    except TinyldmError as error:
+        with open(path, "rb") as file:
+            what = "a damaged PNG" if file.read(len(PNG)) == PNG else "a picture that is damaged"
+        raise TinyldmError(f"{path} is {what} ({error}): get it again") from None
+    first = f"{path}: a picture of {width}x{height} pixels, mode {mode}, which "
     if text is None:
-        raise TinyldmError(f"{path} records nothing: name a PNG as tinyldm writes it")
-    return [f"{path}: a picture of {size[0]}x{size[1]} pixels, which records",
-            *(f"  {line}" for line in text.splitlines())]
+        return [first + "says nothing about how it was made"]
+    return [first + "records", *(f"  {line}" for line in record(text))]
+
+
+def record(text):
+    """What a picture records -> lines: the text itself, or the known part of a program's JSON."""
+    from ..cli.parameters import KNOWN, read
+
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text.splitlines()
+    try:
+        block = read(text)
+    except TinyldmError:                                # nodes that only their program knows
+        return [clean(text, LONGEST_JSON)]
+    values = [f"{name}: {value}" for name, value in block.values.items() if name.lower() in KNOWN]
+    negative = f"Negative prompt: {block.negative}" if block.negative else ""
+    return [*block.prompt.splitlines(), *negative.splitlines(), *filter(None, [", ".join(values)])]

@@ -189,6 +189,8 @@ class UNet2DConditionModel(Module):
 
     def forward(self, latents, timesteps, context, tape=NO_TAPE, *, timestep_cond=None,
                 text_embeds=None, time_ids=None):
+        assert hasattr(latents, "astype"), (
+            f"latents must be an array, not a {type(latents).__name__}: use .numpy() of a tensor")
         settings, dtype = self.settings, latents.dtype
         assert getattr(timesteps, "shape", None) == latents.shape[:1], (
             f"timesteps must be an array of shape {latents.shape[:1]}, one for each of the "

@@ -256,8 +256,8 @@ class StableDiffusion:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
         if not is_finite(latents):
-            raise TinyldmError("latents must be finite, but they hold NaN or infinity: decode "
-                               "those of a state of stream")
+            raise TinyldmError("latents must be finite, but they hold NaN or infinity, which is "
+                               "decoded to NaN: look for where it began")
         z = self.vae.to_z(latents).astype(self.vae.dtype)
         decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
         if self.low_memory:
@@ -430,6 +430,8 @@ class StableDiffusion:
         """
         xp, dtype = self.unet.xp, np.promote_types(self.unet.dtype, np.float32)
         try:
+            if np.iscomplexobj(values):
+                raise TypeError("its numbers are complex")
             return xp.ascontiguousarray(xp.asarray(values, dtype))
         except (TypeError, ValueError, RuntimeError) as error:      # RuntimeError: a torch tensor
             raise TinyldmError(f"{name} must be an array of numbers, not a "

@@ -155,6 +155,22 @@ def test_torchscript_is_a_program(tmp_path):
     refused(tmp_path / "a.pt", "is a program for TorchScript, which is not run")
 
 
+def test_lora_embedding_and_vae_say_the_same(tmp_path):
+    import tinyldm
+
+    pipe = tinyldm.load()
+    for content, pattern in (FOREIGN["an old torch"], (b"GGUF" + b"\0" * 99, "is a GGUF file"),
+                             (b"<!doctype html>", "is a web page, not weights")):
+        (tmp_path / "a.safetensors").write_bytes(content)
+        said = set()
+        for read in (pipe.load_lora, pipe.load_textual_inversion, tinyldm.load,
+                     lambda path: tinyldm.load(vae=path)):
+            with pytest.raises(TinyldmError, match=pattern) as error:
+                read(tmp_path / "a.safetensors")
+            said.add(str(error.value))
+        assert len(said) == 1
+
+
 # ---- quantised weights ----------------------------------------------------------------------
 
 LAYER = "model.diffusion_model.input_blocks.1.1.proj_in"
@@ -166,7 +182,7 @@ LAYER = "model.diffusion_model.input_blocks.1.1.proj_in"
     (["weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"],
      "bitsandbytes"), (["weight", "SCB", "weight_format"], "bitsandbytes"),
     (["qweight", "wscales", "smooth_factor", "lora_down"], "SVDQuant"),
-    (["weight", "scale_weight"], "scales beside 8-bit"),
+    (["weight", "scale_weight"], "scales beside 8-bit numbers, ComfyUI's scaled fp8"),
     (["weight", "weight_scale", "input_scale"], "scales beside 8-bit"),
     (["weight._data", "weight._scale"], "optimum-quanto")])
 @pytest.mark.parametrize("save", [safetensors.numpy.save_file, torch.save])

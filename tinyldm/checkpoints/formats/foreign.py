@@ -56,10 +56,18 @@ QUANTISED = tuple((re.compile(pattern), how) for pattern, how in (
     (r"\.(wscales|smooth_factor(_orig)?|wcscales)$", "SVDQuant (Nunchaku)"),
     (r"\.quant_state\.bitsandbytes|\.(absmax|quant_map|nested_absmax|SCB)$", "bitsandbytes"),
     (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
-    (r"^scaled_fp8$|\.(scale_weight|weight_scale(_2)?|comfy_quant)$",
+    (r"^scaled_fp8$|\.(scale_weight|comfy_quant)$",
+     "scales beside 8-bit numbers, ComfyUI's scaled fp8"),
+    (r"\.weight_scale(_2)?$",
      "scales beside 8-bit or 4-bit numbers"),
     (r"\.weight\._(data|scale|shift)$", "optimum-quanto"),
 ))
+
+
+def is_picture(head):
+    """Whether a file's first bytes are those of a picture, of any format."""
+    known = next((advice for pattern, _, advice in BEGINNINGS if pattern.match(head)), None)
+    return known is PICTURE
 
 
 def refuse_foreign(path, head):

@@ -13,12 +13,12 @@ def read_tensors(path):
     for quantised weights, and as read_safetensors and read_torch do.
     """
     path = as_path("a file of weights", path)
-    tensors = read_any(path)
+    tensors = _read(path)
     refuse_quantised(path, tensors)
     return tensors
 
 
-def read_any(path):
+def _read(path):
     """The same of a Path, with quantised weights, too: their numbers mean nothing by themselves."""
     try:
         with open(path, "rb") as file:
