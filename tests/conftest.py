@@ -1,4 +1,6 @@
 """Fixtures of several test files."""
+import signal
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,13 @@ from tinyldm.pipelines.stable_diffusion import load
 def pytest_addoption(parser):
     parser.addoption("--tolerances", type=float, metavar="SHARE",
                      help="list the tests whose error is more than this share of what they allow")
+
+
+def pytest_configure(config):
+    """Signals do what they do by default, also where nohup or a background job ignores them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):                       # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_ignore_collect(collection_path):

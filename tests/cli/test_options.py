@@ -15,6 +15,7 @@ from tinyldm.cli.draw import LARGEST_SIDE, SHEET, main, thumbnail
 from tinyldm.cli.options import ALIASES, parse
 from tinyldm.errors import TinyldmError
 from tinyldm.pipelines.language import Language
+from tinyldm.pipelines.request import SYNONYMS
 from tinyldm.shapes.vocabulary import LANGUAGE
 
 PROMPT = "a big red star on a white background"
@@ -30,6 +31,15 @@ PROMPT = "a big red star on a white background"
     (["--low_memory"], "low_memory", True), (["--model", "x"], "weights", "x")])
 def test_other_names_of_an_option(spelled, name, value):
     assert getattr(parse(["a cat", *spelled]), name) == value
+
+
+def test_all_names_of_python_are_options(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    known = {*re.findall("--[a-z-]+", capsys.readouterr().out)}
+    for name in SYNONYMS.keys() - {"sampler_name"}:      # that one gets a hint, see below
+        dashed = f"--{name.replace('_', '-')}"
+        assert ALIASES.get(dashed, dashed) in known, name
 
 
 def test_aliases_are_no_options_and_name_one():

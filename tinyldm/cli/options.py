@@ -29,6 +29,9 @@ ALIASES = {
     "--num-inference-steps": "--steps", "--guidance-scale": "--guidance", "--cfg": "--guidance",
     "--cfg-scale": "--guidance", "--negative-prompt": "--negative", "--num-images": "--count",
     "--num-images-per-prompt": "--count", "--scheduler": "--sampler", "--model": "--weights",
+    "--batch-size": "--count", "--init-image": "--image",
+    "--mask-image": "--mask", "--denoising-strength": "--strength",
+    "--cfg-rescale": "--guidance-rescale", "--spacing": "--timestep-spacing",
 }
 
 HELP = """Draw a picture of a prompt into out.png.

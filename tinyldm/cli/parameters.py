@@ -330,8 +330,8 @@ def _source(args):
         except TinyldmError as error:
             raise TinyldmError(f"{error}; --from-parameters reads a text") from None
         if text is None:
-            raise TinyldmError(f"{args.like} does not say how it was drawn: name a picture as "
-                               "tinyldm or a web interface writes it")
+            raise TinyldmError(f"{args.like} does not say how it was drawn: name a PNG of "
+                               "tinyldm, or a picture of a web interface")
         return args.like, text
     source = args.from_parameters
     if not source.strip():

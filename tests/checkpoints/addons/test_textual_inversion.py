@@ -93,7 +93,7 @@ def test_stable_diffusion_xl(tmp_path):
             safetensors.torch.load_file(pair)[name], token=WORD,
             text_encoder=getattr(reference.pipe, f"text_encoder{end}"),
             tokenizer=getattr(reference.pipe, f"tokenizer{end}"))
-    image, = pipe(TEXTS[0], num_inference_steps=STEPS, seed=3)
+    image, = pipe(TEXTS[0], num_inference_steps=STEPS, guidance_scale=7.5, seed=3)
     _, theirs = reference([3], prompt=TEXTS[0], guidance_scale=7.5)
     assert_same_pictures(np.asarray(image)[None], theirs)
 
