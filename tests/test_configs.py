@@ -159,6 +159,7 @@ def test_unknown_keys_are_named_once_where_they_are_switched_on(tmp_path):
     folder = smallest(tmp_path)
     change_json(folder / "unet" / "config.json", rope_theta=1e4, qk_norm=None, _commit_hash="a",
                 sparse=False)
+    change_json(folder / "model_index.json", controlnet=[None, None])
     with pytest.warns(UserWarning) as said:
         load(folder)
     assert len(said) == 1

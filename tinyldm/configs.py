@@ -71,11 +71,13 @@ class Config:
     def unknown(cls, config):
         """The keys of a config that are in no table, of newer files perhaps, and switched on.
 
+        A pipeline's part that is left out is [null, null].
         A key that begins with an underscore says where the file comes from.
         """
         known = {item.name for item in fields(cls)} | cls.CHANGES.keys() | cls.UNUSED
         return [key for key, value in config.items() if not key.startswith("_")
-                and key not in known and value is not None and value is not False]
+                and key not in known and value not in ([None, None], None)
+                and value is not False]
 
 
 def show(value):

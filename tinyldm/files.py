@@ -32,7 +32,7 @@ def as_path(name, value):
 def read_json(path):
     """The object in a JSON file. Raises TinyldmError for a missing or malformed file."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))    # editors may mark it
     except FileNotFoundError:
         raise TinyldmError(f"expected a file {path}, found none: is the folder complete?") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -236,6 +236,14 @@ def test_missing_parts_are_named(part, folder_copy):
     assert Path(part).name in str(error.value)
 
 
+def test_a_config_that_an_editor_marked_as_utf_8(folder_copy):
+    for file in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        text = (folder_copy / file).read_text()
+        (folder_copy / file).write_text(text, encoding="utf-8-sig")
+    assert load_pipeline_parts(folder_copy).index == json.loads(
+        (folder_copy / "model_index.json").read_text(encoding="utf-8-sig"))
+
+
 def test_swapped_parts_are_named(folder_copy):
     (folder_copy / "unet").rename(folder_copy / "x")
     (folder_copy / "vae").rename(folder_copy / "unet")

@@ -33,6 +33,7 @@ LEFTOVERS = [
     "ema_model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model_ema.out.2.bias",
     "first_stage_model.model_ema.decoderconv_inweight", "unet_ema.conv_in.weight",
     "optimizer.state.0.exp_avg", "optimizer_states", "lr_scheduler.last_epoch",
+    "loss_fn.lin0.weight", "embedding_manager.string_to_param_dict.*",
     "grad_scaler.scale", "safety_checker.concept_embeds", "safety_model.weight", "v_pred", "ztsnr"]
 # names that may be weights
 WEIGHTS = ["model.diffusion_model.out.3.weight", "scribble", "first_stage_model.decoder.new.bias",
@@ -85,11 +86,20 @@ def test_what_may_be_a_weight(name, folders, tmp_path, monkeypatch):
     ("sd2", {"cond_stage_model.model.visual.conv1.weight": FEW, "cond_stage_model.model.attn_mask":
              np.zeros((77, 77), np.float32)}),
     ("sd1", dict.fromkeys(LEFTOVERS[:-2], FEW)),
-    ("sd1", {"global_step": np.int64(7), "iteration": np.int64(7), "some_mark": FEW[:0]})])
+    ("sd1", {"global_step": np.int64(7), "iteration": np.int64(7), "some_mark": FEW[:0],
+             "version": FEW[:1]})])
 def test_a_file_with_leftovers_is_the_same_model(kind, more, suffix, folders, tmp_path,
                                                  monkeypatch):
     file = as_file(folders[kind], tmp_path / f"x.{suffix}", monkeypatch, **more)
     assert_same_weights(tinyldm.load(file), tinyldm.load(folders[kind]))
+
+
+@pytest.mark.parametrize("prefix", ["pipeline.", "ldm.", "a.b-c.model."])
+def test_any_words_before_all_names(prefix, folders, tmp_path, monkeypatch):
+    file = as_file(folders["sd1"], tmp_path / "x.safetensors", monkeypatch)
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({prefix + name: tensors[name] for name in tensors}, file)
+    assert_same_weights(tinyldm.load(file), tinyldm.load(folders["sd1"]))
 
 
 def test_the_reference_reads_the_same_from_such_a_file(folders, tmp_path, monkeypatch):

@@ -180,3 +180,12 @@ def test_hostile_names(name):
         resolve_addon(name, "x")                        # a path, which reading will refuse
     except TinyldmError:
         pass
+
+
+def test_what_is_neither_a_file_nor_a_folder(tmp_path):
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "away.safetensors")
+    for path, message in ((tmp_path / "link.safetensors", "is a link to something that is not th"),
+                          ("/dev/null", "is a device or a pipe: name another"),
+                          ("file:///no/x.ckpt", "there is no file file:///no/x.ckpt: check")):
+        with pytest.raises(TinyldmError, match=message):
+            resolve(path)

@@ -187,4 +187,12 @@ def test_relatives_are_refused_by_name(more, expected, loaded):
 
 def test_a_scale_that_the_training_measured(loaded):
     assert loaded("sd1")[0].vae.scaling_factor == 0.18215
-    assert loaded("sd1", scale_factor=np.float32(0.25))[0].vae.scaling_factor == 0.25
+    for scale in (np.float32(0.25), np.array([0.25], np.float32)):
+        assert loaded("sd1", scale_factor=scale)[0].vae.scaling_factor == 0.25
+    with pytest.raises(TinyldmError, match="safetensors: its scale_factor.* not -2: use another"):
+        loaded("sd1", scale_factor=np.float32(-2))
+
+
+def test_a_header_that_says_none_says_nothing(loaded):
+    _, notes, *_ = loaded("sd1", metadata={"ss_v_parameterization": "None"})
+    assert not notes

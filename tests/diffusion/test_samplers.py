@@ -43,7 +43,8 @@ CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMSchedu
            "dpmpp_2m_karras": "DPMSolverMultistepScheduler",
            "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
            "dpmpp_2m_sde_karras": "DPMSolverMultistepScheduler",
-           "unipc": "UniPCMultistepScheduler", "lcm": "LCMScheduler"}
+           "unipc": "UniPCMultistepScheduler", "deis": "DEISMultistepScheduler",
+           "lcm": "LCMScheduler"}
 CLASSES |= {name: CLASSES[name.rpartition("_")[0]] for name in SAMPLERS if name not in CLASSES}
 # float32 coefficients, as in diffusers
 SAME_ROUNDING = tuple(name for name in SAMPLERS if name.startswith(("euler", "heun")))
@@ -255,7 +256,7 @@ def test_other_fields(name, config):
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "heun", "lms", "dpmpp_2m",
-                                  "dpmpp_2m_sde", "unipc", "lcm"])
+                                  "dpmpp_2m_sde", "unipc", "deis", "lcm"])
 def test_sample_prediction(name):
     check(name, {**SD, "prediction_type": "sample"}, 10)
 
@@ -411,9 +412,29 @@ def test_options_of_the_weights_own_scheduler(options, final):
     assert own_options(config, "euler") == own_options({"_class_name": "x"}, name) == {}
 
 
+@pytest.mark.parametrize("options", [{"solver_order": 1}, {"lower_order_final": False}], ids=str)
+def test_options_of_deis(options):
+    config = {**SD, "_class_name": "DEISMultistepScheduler", **options}
+    assert own_options(config, default_sampler(config)) == options
+    for steps in (1, 5, 20):
+        check("deis", config, steps, diffusers.DEISMultistepScheduler.from_config(config),
+              keywords=options)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_parallel_schedulers_are_the_same_algorithm(name):
+    public = CLASSES[name].replace("Scheduler", "ParallelScheduler")
+    assert default_sampler({**SD, "_class_name": public}) == name
+    for steps in (1, 5, 20):
+        check(name, SD, steps, getattr(diffusers, public).from_config(SD))
+
+
 @pytest.mark.parametrize("config, expected, message", [
-    ({"_class_name": "DEISMultistepScheduler"}, "dpmpp_2m", "DEISM.* nearest sampler, dpmpp_2m"),
-    ({"_class_name": "DEISMultistepScheduler", "use_karras_sigmas": True}, "dpmpp_2m_karras", ""),
+    ({"_class_name": "SASolverScheduler"}, "dpmpp_2m_sde", "SASol.* nearest sampler, dpmpp_2m_sde"),
+    ({"_class_name": "DPMSolverSinglestepScheduler", "use_karras_sigmas": True}, "dpmpp_2m_karras",
+     ""),
+    ({"_class_name": "DEISMultistepScheduler", "solver_order": 3}, "deis", "solver_order = 3 .* 2"),
     ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2m", "DPMSolverSinglestepScheduler"),
     ({"_class_name": "KDPM2DiscreteScheduler", "use_karras_sigmas": True}, "heun_karras", "KDPM2"),
     ({"_class_name": "KDPM2AncestralDiscreteScheduler"}, "euler_ancestral", "KDPM2Ancestral"),
@@ -458,6 +479,8 @@ CHANGE_NOTHING = {
     "time_shift_type": "only with use_flow_sigmas, which is refused",
     "shift_terminal": "only with use_flow_sigmas, which is refused",
 }
+# keys for which the public class itself knows one value only
+ONE_VALUE = {"DEISMultistepScheduler": {"algorithm_type", "solver_type"}}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -471,7 +494,7 @@ def test_every_key_of_a_public_class_is_used_noted_or_refused(name):
         "rescale_betas_zero_snr", "thresholding"}       # the last is refused
     names = {f"use_{spacing}_sigmas" for spacing in ("karras", "exponential")}
     rest = keys - of_schedule - names - {*options} - noted.keys() - refused.keys()
-    assert rest <= CHANGE_NOTHING.keys()
+    assert rest <= CHANGE_NOTHING.keys() | ONE_VALUE.get(name, set())
 
 
 # ---- one trajectory under two names ---------------------------------------------------------

@@ -364,6 +364,13 @@ def test_bad_loads(tmp_path):
             load(smallest(tmp_path / str(options)), **options)
 
 
+def test_a_value_that_is_corrected_is_checked_first(tmp_path):
+    folder = smallest(tmp_path / "words")
+    change_json(folder / "scheduler" / "scheduler_config.json", clip_sample="false")
+    with pytest.raises(TinyldmError, match="clip_sample must be true or false, or null, not"):
+        load(folder)
+
+
 def test_unsupported_scheduler_still_draws_with_a_sampler(tmp_path):
     folder = smallest(tmp_path / "flow")
     config = folder / "scheduler" / "scheduler_config.json"

@@ -243,6 +243,26 @@ def test_learned_words_inside_tokenizer_json(toy, tmp_path):
     assert tokenizer.ids("<frida>") == [new]
 
 
+@pytest.mark.parametrize("file, changes", [
+    ("special_tokens_map.json", {"additional_special_tokens": ["<mask>"]}),
+    ("tokenizer_config.json", {"additional_special_tokens": ["<mask>", "<b>"]}),
+    ("tokenizer_config.json", {"extra_special_tokens": {"mask_token": "<mask>"}}),
+    ("tokenizer_config.json", {"extra_special_tokens": ["<mask>", END]}),
+    ("tokenizer_config.json", {"additional_special_tokens": ["<mask>"],
+                               "added_tokens_decoder": {}})], ids=str)
+def test_special_tokens_that_no_vocabulary_has_are_new_words(file, changes, toy):
+    write_settings(toy, "!")
+    write_json(toy / file, json.loads((toy / file).read_text()) | changes)
+    tokenizer = assert_equals_transformers(toy, ["a <mask> cat", "<b><mask>", "mask"])
+    assert tokenizer.ids("<mask>") == [len(json.loads((toy / "vocab.json").read_text()))]
+
+
+def test_special_tokens_that_are_no_list(toy):
+    write_json(toy / "tokenizer_config.json", {"additional_special_tokens": "<mask>"})
+    with pytest.raises(TinyldmError, match="additional_special_tokens must be a list of tokens"):
+        Tokenizer.from_folder(toy)
+
+
 def test_the_map_of_special_tokens_is_older_than_the_decoder(toy):
     """With added_tokens_decoder, transformers takes the padding from tokenizer_config.json."""
     write_settings(toy, "!")

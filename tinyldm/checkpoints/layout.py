@@ -17,7 +17,8 @@ LEFTOVERS = "|".join((
     r"logit_scale|logit_bias",                                  # only for training CLIP
     r"betas|alphas(_cumprod)?(_prev)?|(log_)?sigmas|sqrt_\w+|log_one_minus_\w+|posterior_\w+|"
     r"logvar|lvlb_weights",                                     # tables of the noise schedule
-    r"\w*loss(es)?|lpips|\w*discriminator|\w*perceptual\w*",    # what the VAE was trained with
+    r"\w*loss(es|_\w+)?|lpips|\w*discriminator|\w*perceptual\w*",   # how the VAE was trained
+    r"embedding_manager",                                       # of a textual inversion's training
     r"optimi[sz]er\w*|lr_scheduler\w*|(grad_)?scaler|global_step|epoch|num_updates",
     r"safety_checker|safety_model|v_pred|ztsnr",                # the last two: see statements.py
 ))

@@ -183,17 +183,19 @@ def snapshot(path):
 
 def nothing_here(path, name):
     """The message for a name that is no path here and no name on the hub."""
-    if os.path.exists(path):
-        return (f"expected weights to be a folder, a file, or a name or page of the Hugging Face "
-                f"hub (owner/name), but {name} is a device or a pipe: name another")
+    expected = ("expected weights to be a folder, a file, or a name or page of the Hugging Face "
+                "hub (owner/name), but")
+    if os.path.lexists(path):
+        there = ("a device or a pipe" if os.path.exists(path) else
+                 "a link to something that is not there")
+        return f"{expected} {name} is {there}: name another"
     what = "file" if path.suffix in ENDINGS else "folder"
     try:
         near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
     except (OSError, ValueError):
         near = []
     advice = f"did you mean {path.parent / near[0]}?" if near else "check the path"
-    return (f"expected weights to be a folder, a file, or a name or page of the Hugging Face hub "
-            f"(owner/name), but there is no {what} {name}: {advice}")
+    return f"{expected} there is no {what} {name}: {advice}"
 
 
 def bundled():
@@ -219,6 +221,8 @@ def hub_place(name):
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
     if host.lower() in {*HOSTS, endpoint} - {""} and scheme != "hf":
         return hub_page(page, text)
+    if scheme == "file":
+        return None
     if scheme not in (None, "hf"):
         raise TinyldmError(f"{text} is not on the Hugging Face hub, and tinyldm downloads from "
                            "there alone: download it yourself, and name the file")

@@ -191,8 +191,8 @@ def how_to_draw(add):
     add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much to undo "
         "of the over-saturation that guidance causes (0)")
     add("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, euler_ancestral, heun, lms, "
-        "dpmpp_2m, dpmpp_2m_karras, dpmpp_2m_sde, dpmpp_2m_sde_karras, unipc or lcm (the weights' "
-        "own)")
+        "dpmpp_2m, dpmpp_2m_sde, unipc, deis or lcm; euler, heun, lms, dpmpp_2m, dpmpp_2m_sde, "
+        "unipc and deis also with _karras or _exponential behind the name (the weights' own)")
     add("--timestep-spacing", metavar="NAME", help="how the steps are spread over the training "
         "timesteps: leading, trailing or linspace (the weights' own; for a single file in up to 8 "
         "steps without guidance, as Turbo models take them, trailing)")

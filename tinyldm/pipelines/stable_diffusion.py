@@ -143,7 +143,8 @@ class StableDiffusion:
         # those of SDXL and Latent Consistency Models.
         newer = unet.settings.addition_embed_type or unet.settings.time_cond_proj_dim
         corrected = {} if newer else {"steps_offset": 1, "clip_sample": False}
-        self.schedule = Schedule.from_config({"clip_sample": False} | scheduler | corrected)
+        schedule = Schedule.from_config({"clip_sample": False} | scheduler)
+        self.schedule = replace(schedule, **corrected)
 
     @takes(Request)
     def __call__(self, *arguments: Any, **options: Any) -> Pictures:

@@ -68,6 +68,7 @@ class Tokenizer:
         config = read_json(config_file) if config_file.exists() else {}
         newer = config.get("added_tokens_decoder") is not None
         special = read_json(map_file) if map_file.exists() and not newer else {}
+        more = more_special_tokens(special, map_file) + more_special_tokens(config, config_file)
         special = {name: special.get(name) or config.get(name) or default
                    for name, default in SPECIAL_TOKENS.items()}
         special["pad_token"] = padding or special["pad_token"]
@@ -89,6 +90,7 @@ class Tokenizer:
             else:
                 add_declared_tokens(backend, declared, folder / "tokenizer.json")
             add_special_tokens(backend, special.values(), folder)
+            backend.add_tokens([added_token(entry, True, folder) for entry in more])
             backend.encode(PROBE, add_special_tokens=False)
             return cls(backend, special, int(length) if length < NO_LIMIT else MAX_LENGTH, folder)
 
@@ -153,7 +155,7 @@ class Tokenizer:
         Raises TinyldmError for a word that is not a text or is blank, and for a name that is taken.
         Case does not distinguish added tokens, because they are found in lower-case text.
         """
-        self.check(word)
+        self.check(word, "a new word")
         if not word.strip():
             raise TinyldmError(f"a new word must have a letter or sign, got {word!r:.40}: give it "
                                "another name")
@@ -181,12 +183,12 @@ class Tokenizer:
         return np.array([ids], np.int64)
 
     @staticmethod
-    def check(text):
+    def check(text, what="a prompt"):
         """Raise TinyldmError for what is not a string, or has a lone surrogate."""
         try:
             text.encode()
         except (AttributeError, UnicodeEncodeError):
-            raise TinyldmError("a prompt must be a string of valid Unicode, "
+            raise TinyldmError(f"{what} must be a string of valid Unicode, "
                                f"got {text!a:.80}: pass plain text") from None
 
 
@@ -301,6 +303,18 @@ def add_special_tokens(backend, tokens, folder):
                                f"{token.content!r}: name another in special_tokens_map.json")
         if token.content not in known:
             backend.add_tokens([token])
+
+
+def more_special_tokens(settings, file):
+    """The special tokens beyond SPECIAL_TOKENS; those that no vocabulary has get the next ids."""
+    found = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(key) or []
+        if not isinstance(listed, (list, dict)):
+            raise TinyldmError(f"{file}: {key} must be a list of tokens, not {listed!r:.80}: "
+                               "correct or remove it")
+        found += listed.values() if isinstance(listed, dict) else listed
+    return found
 
 
 def added_token(entry, special, place):

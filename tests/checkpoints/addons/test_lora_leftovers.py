@@ -239,6 +239,9 @@ def test_an_alpha_under_other_names(ways, alpha, small, tmp_path):
 @pytest.mark.parametrize("config, expected", [
     ({"r": 2, "lora_alpha": 4}, 4.0), ({"lora_alpha": 3, "alpha_pattern": {"attn1.to_q": 8}}, 8.0),
     ({"lora_alpha": 4, "use_rslora": True}, 4 * 2 ** 0.5), ({}, 2.0),
+    ({"lora_alpha": 4, "alpha_pattern": {r".*attn1\.to_q": 8}}, 8.0),
+    ({"lora_alpha": 4, "alpha_pattern": {r"^mid_block.*to_q": 8}}, 8.0),
+    ({"lora_alpha": 4, "alpha_pattern": {r"^blocks.*to_q": 8, "to_(k|q)": 6}}, 6.0),
     ({"peft_type": "LORA", "lora_alpha": -1, "alpha_pattern": {"to_k": 8}}, -1.0)])
 def test_the_config_beside_an_adapter(config, expected, small, tmp_path):
     file = write(pair(f"base_model.model.{QUERY}", ("lora_A", "lora_B")),
@@ -246,6 +249,16 @@ def test_the_config_beside_an_adapter(config, expected, small, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     added = change(small, file)
     assert_allclose(added["unet", f"{QUERY}.weight"], np.full((D, D), expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("pattern", [
+    "(a+)+x", "(.*)*x", ".*.*.*.*x", "(.|.)" * 40 + "x", "(", "[a"])
+def test_patterns_that_could_take_for_ever_or_are_none(pattern, small, tmp_path):
+    file = write(pair(f"base_model.model.{QUERY}", ("lora_A", "lora_B")),
+                 tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha_pattern": {pattern: 8}}))
+    with pytest.raises(TinyldmError, match="is no simple regular expression: write the layers'"):
+        change(small, file)
 
 
 def test_without_its_config_alpha_is_the_rank_and_a_note_says_so(small, tmp_path):

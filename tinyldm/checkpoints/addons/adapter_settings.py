@@ -6,6 +6,7 @@ Source: peft 0.21 (LoraConfig, LoHaConfig, LoKrConfig), diffusers 0.42 (save_lor
 """
 import json
 import math
+import re
 
 import numpy as np
 
@@ -17,6 +18,10 @@ KINDS = ("LORA", "LOHA", "LOKR", None)                  # peft_type
 # Ways to begin a training that change the model's own weights, too.
 CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq")
 WHOLE_NUMBERS = {"I64": "<i8", "I32": "<i4"}            # an alpha may be one
+# A pattern is a regular expression of a layer's name. One from a file could take for ever, so only
+# those are matched that consist of these signs, do not repeat groups, and have few choices to make.
+SIGNS, REPEATED_GROUP, CHOICES = (re.compile(pattern) for pattern in (
+    r"[\w.^$|()\\*+?-]{1,300}", r"[)*+?][*+?]", r"[*+?(]"))
 
 
 def read_settings(path):
@@ -79,8 +84,22 @@ def setting(settings, part, layer, name, pattern, default):
     patterns = settings.get(f"{part}.{pattern}", settings.get(pattern)) or {}
     if not isinstance(patterns, dict):
         return str(patterns)                            # no number, which the caller says
-    return next((own for end, own in patterns.items()
-                 if f".{layer}".endswith(f".{end.removeprefix('^')}")), value)
+    return next((own for end, own in patterns.items() if _matches(end, layer)), value)
+
+
+def _matches(pattern, layer):
+    """Whether peft's pattern means a layer: as a regular expression, it matches the name's end.
+
+    Raises TinyldmError for a pattern that is not simple, see SIGNS.
+    """
+    try:
+        if (SIGNS.fullmatch(pattern) and not REPEATED_GROUP.search(pattern)
+                and len(CHOICES.findall(pattern)) <= 3):
+            return re.match(rf"(.*\.)?({pattern})$", layer) is not None
+    except re.error:
+        pass
+    raise TinyldmError(f"the pattern {pattern!r} in {FILE}, or in {HEADER} of the header, is no "
+                       "simple regular expression: write the layers' names out")
 
 
 def read_number(tensor):

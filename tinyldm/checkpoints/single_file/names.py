@@ -17,7 +17,8 @@ from ..layout import is_leftover
 LAYERS = 2                  # residual blocks per level of the encoder, in every Stable Diffusion
 VAE_LEVELS = 4
 
-WRAPPERS = re.compile(r"(?:(?:model|module|_orig_mod|state_dict|net)\.)+"
+# Whatever programs put before the names: model., module., state_dict., pipeline. ...
+WRAPPERS = re.compile(r"(?:[\w-]+\.)+?"
                       r"(?=(?:model\.diffusion_model|first_stage_model|cond_stage_model|"
                       r"conditioner)\.)")
 
@@ -70,14 +71,14 @@ def by_part(stored, text_layers):
 
 
 def _unwrapped(name):
-    """A name without words of WRAPPERS before it, nor torch.compile's in it."""
+    """A name without words before those that name a part, nor torch.compile's in it."""
     name = WRAPPERS.sub("", name, count=1) if WRAPPERS.match(name) else name
     return name.replace("._orig_mod.", ".")
 
 
 def _is_marker(name, tensor):
     """Whether a tensor beside the models holds at most one number: a counter, a flag."""
-    return tensor.shape in ((), (0,)) and "." not in name
+    return tensor.shape in ((), (0,), (1,)) and "." not in name
 
 
 def with_ema_weights(stored, path):

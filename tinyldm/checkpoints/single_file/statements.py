@@ -53,7 +53,7 @@ def read_statements(stored, path):
     said = [("v", "its tensor v_pred")] if "v_pred" in marks else []
     said += [(metadata[key], f"{key} in its header") for key in (
         "modelspec.prediction_type", "modelspec.predict_key", "ss_v_parameterization")
-        if metadata.get(key)]
+        if metadata.get(key, "None") not in ("", "None")]
     architecture = metadata.get("modelspec.architecture", "")
     if match := re.fullmatch(r"stable-diffusion-v2-(512|768-v)", architecture):
         said.append(("v" if match[1] == "768-v" else "epsilon",
@@ -63,9 +63,17 @@ def read_statements(stored, path):
     return Statements(
         known, [(word, who) for word, who in said if word.lower() not in WORDS],
         "ztsnr" in marks or metadata.get("ss_zero_terminal_snr", "").lower() == "true",
-        float(scale.read(np.float32)) if scale is not None and scale.shape == () else None,
+        _scale(scale, path) if scale and scale.shape in ((), (1,)) else None,
         sorted({word.lower() for text in (Path(path).stem, metadata.get("modelspec.title", ""))
                 for word in FEW_STEPS.findall(text)}))
+
+
+def _scale(tensor, path):
+    number = float(tensor.read(np.float32).item())
+    if not 0 < number < 1e4:
+        raise TinyldmError(f"{path}: its scale_factor, of the VAE, must be a number between 0 and "
+                           f"10000, not {number:g}: use another file")
+    return number
 
 
 def check_prediction_type(asked):

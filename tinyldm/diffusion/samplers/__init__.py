@@ -18,8 +18,8 @@ Coefficients are computed in float32, as the schedule's tables are, and in the o
 schedulers: then the differences of nearly equal numbers round alike. They are python floats when
 they meet an array, so that it keeps its dtype.
 
-There are two kinds of x. ddpm, ddim, pndm, dpm_solver, unipc and lcm hold x_t = a x_start + s noise
-with a^2 + s^2 = 1, as the model gets it. euler, heun and lms hold x = x_t / a = x_start +
+There are two kinds of x. ddpm, ddim, pndm, dpm_solver, unipc, deis and lcm hold x_t = a x_start +
+s noise with a^2 + s^2 = 1, as the model gets it. euler, heun and lms hold x = x_t / a = x_start +
 sigma noise with sigma = s / a, and scale it for the model. Both describe the same trajectory: Euler
 in x is DDIM in x_t.
 """
@@ -33,6 +33,7 @@ import numpy as np
 from ...errors import TinyldmError, note
 from .ddim import ddim
 from .ddpm import ddpm
+from .deis import deis
 from .dpm_solver import dpmpp_2m
 from .euler import euler, euler_ancestral
 from .heun import heun
@@ -53,10 +54,11 @@ SAMPLERS = {
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": partial(dpmpp_2m, sde=True),
     "unipc": unipc,
+    "deis": deis,
     "lcm": lcm,
 }
 # whose sigmas may be spaced otherwise, each also as NAME_karras and NAME_exponential
-RESPACED = ("euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+RESPACED = ("euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis")
 SPACED = ("karras", "exponential")
 SAMPLERS |= {f"{name}_{spacing}": partial(SAMPLERS[name], **{f"use_{spacing}_sigmas": True})
              for name in RESPACED for spacing in SPACED}
@@ -86,14 +88,18 @@ CLASSES = {
     "UniPCMultistepScheduler": ("unipc", (), SIGMAS | {
         "solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True,
         "disable_corrector": [], "solver_p": None}, FLOW),
+    "DEISMultistepScheduler": ("deis", ("solver_order", "lower_order_final"),
+                               {"solver_order": 2, "use_beta_sigmas": False}, FLOW),
     "LCMScheduler": ("lcm", (), {}, LATENT_CONSISTENCY),
 }
+# the same algorithm, for several images at once
+CLASSES |= {"DDPMParallelScheduler": CLASSES["DDPMScheduler"],
+            "DDIMParallelScheduler": CLASSES["DDIMScheduler"]}
 # classes that are not built here -> the nearest sampler
 NEAREST = {
-    "DEISMultistepScheduler": "dpmpp_2m", "DPMSolverSinglestepScheduler": "dpmpp_2m",
+    "DPMSolverSinglestepScheduler": "dpmpp_2m", "TCDScheduler": "lcm",
     "SASolverScheduler": "dpmpp_2m_sde", "DPMSolverSDEScheduler": "dpmpp_2m_sde",
     "KDPM2DiscreteScheduler": "heun", "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
-    "DDPMParallelScheduler": "ddpm", "DDIMParallelScheduler": "ddim", "TCDScheduler": "lcm",
 }
 
 
@@ -182,7 +188,8 @@ def own_options(config, name):
     if not options or not name.startswith(sampler):
         return {}
     own = {key: config[key] for key in options if config.get(key) is not None}
-    own["solver_type"] = "heun" if own.get("solver_type") == "heun" else "midpoint"
+    if "solver_type" in options:
+        own["solver_type"] = "heun" if own.get("solver_type") == "heun" else "midpoint"
     return own
 
 
