@@ -266,7 +266,7 @@ def test_the_fast_picture_is_the_same(pipes):
 
 
 def test_latents_of_the_host_are_moved(pipes):
-    latents = np.random.default_rng(0).standard_normal((1, 16, 16, 4), np.float32)
+    latents = np.random.default_rng(0).standard_normal((1, 16, 16, 8), np.float32)
     expected, ours = (pipes[name] for name in ("cpu", "float32"))
     np.testing.assert_array_equal(draw(ours, latents=latents)[1],
                                   draw(expected, latents=latents)[1])

@@ -58,8 +58,8 @@ def test_token_ids(stored, tmp_path):
 
 
 def test_picture(stored):
-    image, = tinyldm.load()(golden.PROMPT, num_inference_steps=golden.STEPS, sampler="dpmpp_2m",
-                            seed=golden.SEED)
+    image, = tinyldm.load()(golden.PROMPT, num_inference_steps=golden.STEPS, guidance_scale=7.5,
+                            sampler="dpmpp_2m", seed=golden.SEED)
     assert_same_pixels(image, stored["picture"], 2)
 
 

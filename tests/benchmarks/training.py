@@ -21,7 +21,7 @@ from tinyldm.checkpoints import resolve
 from tinyldm.diffusion.objective import target
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.layers import Tape
-from tinyldm.shapes.configs import SCHEDULER
+from tinyldm.shapes.configs import LATENT_CHANNELS, SCHEDULER
 from tinyldm.training.loop import split_batch
 from tinyldm.training.optim import AdamW
 
@@ -47,10 +47,10 @@ def main():
 
 
 def make_batch(size, seed=1):
-    """x_t (B,16,16,4), timesteps (B,), context (B,77,128), and what the network is to answer."""
+    """x_t (B,16,16,C), timesteps (B,), context (B,77,128), and what the network is to answer."""
     rng = np.random.default_rng(seed)
     schedule = Schedule.from_config(SCHEDULER)
-    latents, noise = rng.standard_normal((2, size, 16, 16, 4), np.float32)
+    latents, noise = rng.standard_normal((2, size, 16, 16, LATENT_CHANNELS), np.float32)
     context = rng.standard_normal((size, 77, 128), np.float32)
     timesteps = rng.integers(schedule.num_train_timesteps, size=size)
     x_t = schedule.add_noise(latents, noise, timesteps)

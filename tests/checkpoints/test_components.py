@@ -32,7 +32,8 @@ def test_float16_weights_give_float32_gradients_and_are_not_trained(monkeypatch,
     monkeypatch.setattr(components, "LARGE", 2000)
     pipe, wide = tinyldm.load(), tinyldm.load(dtype="float32")
     rng = np.random.default_rng(0)
-    latents, dy = rng.standard_normal((2, 1, 8, 8, 4), np.float32)
+    channels = pipe.unet.settings.in_channels
+    latents, dy = rng.standard_normal((2, 1, 8, 8, channels), np.float32)
     context = rng.standard_normal((1, 7, 128), np.float32)
     gradients = []
     for unet in (pipe.unet, wide.unet):

@@ -292,7 +292,7 @@ def test_three_lists(sd1_folder, tmp_path, monkeypatch):
     file = as_file(sd1_folder, tmp_path / "model.safetensors", monkeypatch)
     tensors = safetensors.numpy.load_file(file)
     tensors["model.diffusion_model.out.3.weight"] = np.zeros(1, np.float32)
-    tensors["scribble"] = np.zeros(1, np.float32)
+    tensors["scribble"] = np.zeros(2, np.float32)
     tensors["conditioner.embedders.1.model.ln_final.bias"] = np.zeros(1)      # SD 1 lacks it
     tensors["first_stage_model.encoder.mid.attn_1.q.bias"] = np.zeros(3, np.float32)
     del tensors["cond_stage_model.transformer.text_model.final_layer_norm.bias"]

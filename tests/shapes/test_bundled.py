@@ -67,7 +67,7 @@ def test_diffusers_draws_the_same_picture(pipe, sampler):
     reference.set_progress_bar_config(disable=True)
     prompt = "a small red star left of a big blue ring on a yellow background"
     for seed in (0, 1):
-        theirs = reference(prompt, num_inference_steps=12, guidance_scale=7.5,
+        theirs = reference(prompt, num_inference_steps=12, guidance_scale=pipe.guidance_scale,
                            generator=torch.Generator().manual_seed(seed)).images[0]
         ours = pipe(prompt, num_inference_steps=12, seed=seed,
                     sampler="euler" if sampler.startswith("Euler") else "dpmpp_2m")[0]

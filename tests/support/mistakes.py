@@ -12,30 +12,30 @@ import tinyldm
 
 PROMPT = "a big red star on a blue background"
 ARRAY = "latents must be an array of numbers, not a "
-SHAPE = r"latents must have the shape \(images, height, width, 4\), not "
+SHAPE = r"latents must have the shape \(images, height, width, 8\), not "
 IMAGES = r"images must have the shape \(images, height, width, 3\), with sides .* multiples of 4, "
 A_PATH = r"must be a path, a str or a pathlib.Path, not "
 
 # what -> (expression, what is said); `pipe` is the bundled model, `draw` one step of it
 MISTAKES = {
     "no latents": ("pipe.decode([])", SHAPE + r"\(0,\)"),
-    "latents of no picture": ("pipe.decode(np.zeros((0, 8, 8, 4)))", SHAPE + r"\(0, 8, 8, 4\)"),
+    "latents of no picture": ("pipe.decode(np.zeros((0, 8, 8, 8)))", SHAPE + r"\(0, 8, 8, 8\)"),
     "latents None": ("pipe.decode(None)", "latents must"),
     "latents are text": ("pipe.decode('x')", ARRAY + "str"),
     "one picture's latents": ("pipe.decode(np.zeros((8, 8, 4)))", SHAPE + r"\(8, 8, 4\)"),
-    "channels come first": ("pipe.decode(np.zeros((1, 4, 8, 8)))", SHAPE + r"\(1, 4, 8, 8\)"),
-    "latents of NaN": ("pipe.decode(np.full((1, 4, 4, 4), np.nan))", "decoded to NaN"),
-    "complex latents": ("pipe.decode(np.zeros((1, 4, 4, 4), complex))", ARRAY + "ndarray"),
+    "channels come first": ("pipe.decode(np.zeros((1, 8, 16, 16)))", SHAPE + r"\(1, 8, 16, 16\)"),
+    "latents of NaN": ("pipe.decode(np.full((1, 4, 4, 8), np.nan))", "decoded to NaN"),
+    "complex latents": ("pipe.decode(np.zeros((1, 4, 4, 8), complex))", ARRAY + "ndarray"),
     "latents for a drawing are text": ("draw(latents='x')", ARRAY + "str"),
     "ragged latents": ("draw(latents=[[1], [2, 3]])", ARRAY + "list"),
     "latents are a dict": ("draw(latents={1: 2})", ARRAY + "dict"),
     "latents of another shape": ("draw(latents=np.zeros((1, 4, 16, 16)))", "latents must be fin"),
-    "images come first": ("pipe.encode(np.zeros((1, 3, 64, 64)), np.zeros((1, 16, 16, 4)))",
+    "images come first": ("pipe.encode(np.zeros((1, 3, 64, 64)), np.zeros((1, 16, 16, 8)))",
                           IMAGES + r"not \(1, 3, 64, 64\)"),
     "no images": ("pipe.encode([], [])", IMAGES + r"not \(0,\)"),
-    "an odd side": ("pipe.encode(np.zeros((1, 63, 64, 3)), np.zeros((1, 16, 16, 4)))", IMAGES),
-    "noise comes first": ("pipe.encode(np.zeros((1, 64, 64, 3)), np.zeros((1, 4, 16, 16)))",
-                          r"noise must have the shape \(images, 16, 16, 4\) for these images"),
+    "an odd side": ("pipe.encode(np.zeros((1, 63, 64, 3)), np.zeros((1, 16, 16, 8)))", IMAGES),
+    "noise comes first": ("pipe.encode(np.zeros((1, 64, 64, 3)), np.zeros((1, 8, 16, 16)))",
+                          r"noise must have the shape \(images, 16, 16, 8\) for these images"),
     "no pixels": ("tinyldm.to_pil('x')", "images must be an array of numbers .* not a str"),
     "pixels of NaN": ("tinyldm.to_pil(np.full((1, 2, 2, 3), np.nan))", "not NaN in "),
     "pixels come first": ("tinyldm.to_pil(np.zeros((1, 3, 8, 8)))", r"3\), not \(1, 3, 8, 8\)"),

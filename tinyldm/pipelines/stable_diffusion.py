@@ -430,7 +430,7 @@ class StableDiffusion:
         """
         xp, dtype = self.unet.xp, np.promote_types(self.unet.dtype, np.float32)
         try:
-            if np.iscomplexobj(values):
+            if "complex" in str(getattr(values, "dtype", "")):     # NumPy, CuPy or torch
                 raise TypeError("its numbers are complex")
             return xp.ascontiguousarray(xp.asarray(values, dtype))
         except (TypeError, ValueError, RuntimeError) as error:      # RuntimeError: a torch tensor
