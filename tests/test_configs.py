@@ -78,7 +78,7 @@ def test_every_key_with_every_bad_value(folders, make, name, kind):
                 begin = time.process_time()
                 try:
                     found = outcome(folders[make])
-                except Exception as error:              # a traceback: the fault that is sought
+                except Exception as error:              # a traceback, which this test looks for
                     found = repr(error)
                 said = found.split("\n")[0]
                 good = found == "drawn" or found.count("\n") == 3 * ("does not fit" in said) and (

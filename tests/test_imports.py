@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "pipelines": BOTTOM | {"noise", "images", "ops", "layers", "models", "diffusion", "text",
                            "checkpoints"},
     "cli": BOTTOM | {"__version__", "noise", "images", "text", "layers", "models", "pipelines"},
-    "inspect": BOTTOM | {"checkpoints", "cli", "images"},
+    "inspect": BOTTOM | {"checkpoints", "cli", "images", "layers"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "checkpoints"},
     "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
                         "pipelines", "training", "cli"},

@@ -4,6 +4,7 @@ import sys
 import warnings
 
 LONGEST_WORD, LONGEST_LINE = 300, 2000                  # characters; a path may have 255 per folder
+NAMES_SHOWN = 8                                         # of a list of names
 
 
 class TinyldmError(ValueError):
@@ -39,6 +40,14 @@ def clean(text, longest=LONGEST_LINE):
     text = re.sub(r"\s+", lambda gap: " " if gap[0].strip(" ") else gap[0], text)
     text = re.sub(r"\S+", lambda word: _cut(word[0], LONGEST_WORD), text)
     return "".join(char if char.isprintable() else "?" for char in _cut(text, longest))
+
+
+def shorten(names):
+    """How many names there are, and the first few; or "none"."""
+    if not names:
+        return "none"
+    rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{len(names)}: {', '.join(map(str, names[:NAMES_SHOWN]))}{rest}"
 
 
 def _cut(text, longest):

@@ -16,14 +16,13 @@ import numpy as np
 
 from . import ops
 from .backend import get_xp, to_host
-from .errors import TinyldmError
+from .errors import TinyldmError, shorten
 
 _hooks = ContextVar("forward hooks", default=())        # {layer: hook}, one per forward_hooks
 
 
 FILE_AXES = (3, 2, 0, 1)                                # (K,K,C,O) -> (O,C,K,K)
 OUR_AXES = (2, 3, 1, 0)                                 # (O,C,K,K) -> (K,K,C,O)
-NAMES_SHOWN = 8                                         # of a list of names in an error
 
 
 class _NoTape:
@@ -246,14 +245,6 @@ def check_fit(misfit, parameters, tensors):
     if missing or unexpected or wrong:
         raise TinyldmError(misfit, f"missing: {shorten(missing)}",
                            f"unexpected: {shorten(unexpected)}", f"wrong shape: {shorten(wrong)}")
-
-
-def shorten(names):
-    """How many names there are, and the first few; or "none"."""
-    if not names:
-        return "none"
-    rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{len(names)}: {', '.join(map(str, names[:NAMES_SHOWN]))}{rest}"
 
 
 def _array(name, values):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import sd15
 from tests.support.keys import CONFIGS, DIGESTS, MODELS, digest, original_rows, published_shapes
-from tinyldm.checkpoints.layout import file_shape
+from tinyldm.layers import file_shape
 
 TOTALS = {
     "SD 1.5": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},

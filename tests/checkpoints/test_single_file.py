@@ -18,10 +18,11 @@ from tests.support.small_pipelines import change_json
 from tests.support.tolerance import assert_close
 from tinyldm.checkpoints import folders, load_pipeline_parts
 from tinyldm.checkpoints.formats.stored import StoredTensor, row_major
-from tinyldm.checkpoints.layout import file_shape, fitted
+from tinyldm.checkpoints.layout import fitted
 from tinyldm.checkpoints.single_file import kinds
 from tinyldm.checkpoints.single_file.names import by_part
 from tinyldm.errors import TinyldmError
+from tinyldm.layers import file_shape
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 FIRST_KEYS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"

@@ -1,6 +1,6 @@
-"""What people do wrong from Python, and what they are told: a TinyldmError, also with python -O.
+"""Mistakes in calls from Python, and the TinyldmError that each raises, also with python -O.
 
-    python -O -m tests.support.mistakes         # prints those that are told something else
+    python -O -m tests.support.mistakes         # prints the mistakes with another answer
 """
 import re
 import warnings

@@ -2,7 +2,7 @@
 import numpy as np
 
 from tests.support.arrays import normal, read_only
-from tinyldm.checkpoints.layout import OUR_AXES, file_shape
+from tinyldm.layers import OUR_AXES, file_shape
 from tinyldm.models import (
     AutoencoderKL,
     CLIPTextModel,

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import backend
-from ..errors import TinyldmError, note
+from ..errors import TinyldmError, note, shorten
 from ..files import as_path, read_json, write_json
-from ..layers import Conv2d, Linear, check_fit, named_modules, shorten
-from ..layers import misfits as misfits
+from ..layers import OUR_AXES, Conv2d, Linear, check_fit, named_modules, to_file
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
@@ -138,7 +137,7 @@ def fill(module, tensors, misfit, dtype=np.float32, low_memory=False):
     check_fit(misfit, parameters, tensors)
 
     def read(name):
-        axes = layout.OUR_AXES if len(parameters[name].shape) == 4 else None
+        axes = OUR_AXES if len(parameters[name].shape) == 4 else None
         stays = (parameters[name] in matrices and tensors[name].fits_float16
                  and math.prod(parameters[name].shape) >= LARGE)
         wanted = dtype or (np.float16 if stays else np.float32)
@@ -215,7 +214,7 @@ def save_model(module, folder, dtype=np.float16):
     Raises TinyldmError for a folder that cannot be written, and for weights that are not finite.
     """
     folder, name = Path(folder), type(module).__name__
-    tensors = {key: layout.to_file(backend.to_host(parameter.data))
+    tensors = {key: to_file(backend.to_host(parameter.data))
                for key, parameter in module.named_parameters()}
     dtype = narrowest(tensors.values()) if dtype is None else np.dtype(dtype)
     for key, tensor in tensors.items():

@@ -14,12 +14,12 @@ import numpy as np
 from ..configs import Config, one_of, within
 from ..errors import TinyldmError, note
 from ..files import read_json
+from ..layers import check_fit
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import hub
 from .components import (
-    check_fit,
     config_errors,
     fill,
     find_weights,

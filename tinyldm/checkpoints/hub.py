@@ -12,8 +12,8 @@ Source: https://huggingface.co/docs/huggingface_hub, "Download files from the Hu
 import glob
 from pathlib import Path
 
-from ..errors import TinyldmError
-from .components import find_weights, shorten
+from ..errors import TinyldmError, shorten
+from .components import find_weights
 
 INDEX = "model_index.json"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")

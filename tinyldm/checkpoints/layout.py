@@ -7,10 +7,6 @@ models leave more beside the weights: see is_leftover.
 """
 import re
 
-from ..layers import OUR_AXES as OUR_AXES  # the axes of one weight: layers.py
-from ..layers import file_shape as file_shape
-from ..layers import to_file as to_file
-
 # What says nothing about a model. Any word of a name, between dots, decides.
 LEFTOVERS = "|".join((
     r"position_ids|attn_mask|causal_(attention_)?mask",         # constants of a text encoder

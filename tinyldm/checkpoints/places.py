@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from ..errors import TinyldmError
+from ..errors import TinyldmError, shorten
 from ..files import read_json
 from . import hub
 from .addons.adapter_settings import FILE as SETTINGS
-from .components import class_name, shorten
+from .components import class_name
 from .folders import read_index
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")              # of files of weights

@@ -154,6 +154,7 @@ class Picture(NamedTuple):
     def draw(self, job, path, step_film):
         """Draw and save a picture -> the image, the frames of a step_film, its parameters."""
         from ..images import save, to_pil
+        from ..pipelines.progress import counted
 
         args, pipe = self.args, self.pipe
         frames = []
@@ -163,13 +164,15 @@ class Picture(NamedTuple):
             check_scale(args.scale, size)
             asked = pipe.complete(request(job, args))
             steps, sampler = asked.num_inference_steps, asked.sampler
-            states = pipe.stream(**vars(asked))
+            states = pipe.states(asked)
             edit = pipe.edit(job.image, asked.strength, job.mask, sampler)
             own = asked.timestep_spacing == pipe.schedule.timestep_spacing
             spacing = None if own else asked.timestep_spacing
             text = parameters(args, job, asked, size, edit, spacing)
         with self.timed("drawing"):
-            for state in with_progress(states, steps, edit.steps_left_out(steps), sampler):
+            made = steps - edit.steps_left_out(steps)
+            bar = progress("drawing", BAR, made)
+            for state in counted(states, bar, sampler, steps, made):
                 step = state.step + 1
                 wanted = args.preview and step % args.preview == 0
                 if wanted or step_film or self.live:
@@ -224,18 +227,6 @@ def advise(pipe):
             and not config.get("rescale_betas_zero_snr")):
         note("the scheduler is that of a model made for few steps, such as Turbo: if it is one, "
              f"--steps 1 --guidance 0 does better than {STEPS} steps")
-
-
-def with_progress(states, steps, left_out, sampler):
-    """Pass on a stream's states, with a progress bar of the steps that are made."""
-    from ..pipelines.progress import second_calls
-
-    made = steps - left_out
-    again = second_calls(sampler, steps, made)
-    with progress("drawing", BAR, made) as bar:
-        for state in states:
-            yield state
-            bar.update(state.step not in again)
 
 
 def progress(name, bar_format, total):

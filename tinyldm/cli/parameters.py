@@ -419,8 +419,6 @@ def with_loras(args, prompts):
 
     Raises TinyldmError for prompts with different tags: a LoRA changes the weights for all.
     """
-    if not args.lora_folder:
-        return prompts
     prompts, tags = zip(*map(split_tags, prompts))
     if any(other != tags[0] for other in tags):
         raise TinyldmError("the prompts name different LoRAs: draw them one after another")

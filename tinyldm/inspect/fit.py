@@ -1,5 +1,4 @@
 """Lines on what a single file says of itself, and on how the tensors of a file fit its models."""
-from ..checkpoints.components import misfits, shorten
 from ..checkpoints.folders import fit_file, lacking
 from ..checkpoints.formats.safetensors_file import read_metadata
 from ..checkpoints.layout import fitted, ignored
@@ -7,7 +6,8 @@ from ..checkpoints.single_file.alone import LABELS, one_component
 from ..checkpoints.single_file.kinds import SINGLE_FILE, layout_of, recognise
 from ..checkpoints.single_file.names import EMA_WORD
 from ..checkpoints.single_file.statements import read_statements
-from ..errors import TinyldmError
+from ..errors import TinyldmError, shorten
+from ..layers import misfits
 
 # of modelspec.*
 HEADER = ("title", "architecture", "resolution", "encoder_layer", "trigger_phrase")

@@ -13,6 +13,11 @@ def with_bar(states, sampler, steps, made):
         from tqdm.auto import tqdm
 
         bar = tqdm(desc="drawing", total=made, unit="step")
+    yield from counted(states, bar, sampler, steps, made)
+
+
+def counted(states, bar, sampler, steps, made):
+    """Pass on a stream's states; a tqdm bar counts the steps that are made. See second_calls."""
     again = second_calls(sampler, steps, made)
     with bar:
         for state in states:

@@ -155,8 +155,7 @@ class StableDiffusion:
         request = self.complete(Request(*arguments, **own_names(options)))
         steps, edit = request.num_inference_steps, (request.image, request.strength, request.mask)
         made = steps - self.edit(*edit, request.sampler).steps_left_out(steps)
-        states = self.stream(**vars(request))
-        for state in with_bar(states, request.sampler, steps, made):
+        for state in with_bar(self.states(request), request.sampler, steps, made):
             latents = state.latents
         return to_pil(self.decode(latents))
 
@@ -168,7 +167,10 @@ class StableDiffusion:
         Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
         finite, with the step and the layer.
         """
-        request = self.complete(Request(*arguments, **own_names(options)))
+        return self.states(self.complete(Request(*arguments, **own_names(options))))
+
+    def states(self, request):
+        """The iterator of `stream` for a Request that `complete` has filled in."""
         steps, sampler, schedule = request.num_inference_steps, request.sampler, self.schedule
         if request.timestep_spacing not in (None, schedule.timestep_spacing):
             schedule = replace(schedule, timestep_spacing=request.timestep_spacing)

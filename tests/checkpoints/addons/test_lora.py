@@ -27,8 +27,8 @@ from tests.support.reference import to_ours
 from tests.support.tolerance import assert_allclose
 from tinyldm.checkpoints import components
 from tinyldm.checkpoints.addons.lora import layers_by_spelling, target_of
-from tinyldm.checkpoints.layout import file_shape
 from tinyldm.errors import TinyldmError
+from tinyldm.layers import file_shape
 from tinyldm.pipelines.stable_diffusion import load
 
 with_peft = pytest.mark.skipif(not is_peft_available(), reason="diffusers reads LoRAs with peft")

@@ -5,7 +5,6 @@ The files are drawn from seeds, so that every run tries the same ones.
 import collections
 import io
 import json
-import pickle
 import random
 import re
 import time
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from tests.support.files import Toy, toy_tensors
+from tests.support.pickles import Call, Outside, dump
 from tinyldm.checkpoints import load_weights, read_tensors
 from tinyldm.checkpoints.single_file.kinds import recognise
 from tinyldm.errors import TinyldmError
@@ -149,30 +149,10 @@ def test_lengths_of_headers(length, tmp_path):
 
 # ---- torch's files --------------------------------------------------------------------------
 
-class Call:
-    def __init__(self, function, *arguments):
-        self.word = function, arguments
-
-    def __reduce__(self):
-        return self.word
-
-
-class Outside:
-    def __init__(self, *word):
-        self.word = word
-
-
-class Pickler(pickle.Pickler):
-    def persistent_id(self, value):
-        return value.word if isinstance(value, Outside) else None
-
-
 def torch_file(path, content, data=bytes(24)):
     """Write an archive like torch.save, from the bytes of a pickle or from an object."""
     if not isinstance(content, bytes):
-        file = io.BytesIO()
-        Pickler(file, 2).dump(content)
-        content = file.getvalue()
+        content = dump(content)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", content)
         archive.writestr("a/data/0", data)

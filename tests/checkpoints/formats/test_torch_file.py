@@ -4,7 +4,6 @@ The payload of each hostile pickle would make a file. As a control, Python's own
 and the file is made.
 """
 import collections
-import io
 import os
 import pathlib
 import pickle
@@ -28,6 +27,7 @@ from tests.support.files import (
     toy_tensors,
     transformers_clip,
 )
+from tests.support.pickles import Call, Outside, dump
 from tests.support.reference import reference_names
 from tests.support.small_pipelines import smallest, with_old_vae_names
 from tinyldm.checkpoints import load_model, load_weights, read_tensors
@@ -209,37 +209,6 @@ def test_a_pipeline_of_pickles_only(tmp_path):
 
 
 # ---- hostile pickles ------------------------------------------------------------------------
-
-class Call:
-    """Pickled as a call of a function."""
-
-    def __init__(self, function, *arguments, state=None):
-        self.word = (function, arguments) if state is None else (function, arguments, state)
-
-    def __reduce__(self):
-        return self.word
-
-    def __call__(self):                                 # so that its result can be called, too
-        raise AssertionError
-
-
-class Outside:
-    """Pickled as a reference to something outside of the pickle."""
-
-    def __init__(self, *word):
-        self.word = word
-
-
-class Pickler(pickle.Pickler):
-    def persistent_id(self, value):
-        return value.word if isinstance(value, Outside) else None
-
-
-def dump(value, protocol=2):
-    file = io.BytesIO()
-    Pickler(file, protocol).dump(value)
-    return file.getvalue()
-
 
 def tensor(key="0", count=6, shape=(2, 3), strides=(3, 1), offset=0, kind=torch.FloatStorage,
            device="cpu", word="storage"):

@@ -26,11 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from ...backend import get_xp, is_finite, wide
-from ...errors import TinyldmError, note
-from ...layers import WeightedOp, named_modules
-from ..components import shorten
+from ...errors import TinyldmError, note, shorten
+from ...layers import OUR_AXES, WeightedOp, file_shape, named_modules
 from ..formats.reading import read_tensors
-from ..layout import OUR_AXES, file_shape
 from ..single_file.kinds import layout_of, model_of_width
 from ..single_file.names import unet_name
 from . import textual_inversion

@@ -19,8 +19,7 @@ import re
 from pathlib import Path
 
 from ...backend import get_xp
-from ...errors import TinyldmError
-from ..components import shorten
+from ...errors import TinyldmError, shorten
 from ..formats.reading import read_tensors
 from ..formats.torch_file import NAMELESS
 from ..single_file.kinds import layout_of, model_of_width
