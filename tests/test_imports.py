@@ -11,9 +11,10 @@ from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
 
 # What a room may import besides itself: cli → pipelines → models, diffusion, text, checkpoints →
 # layers → ops → kernels → backend. The programs' entry points may import all.
-BOTTOM = {"errors", "files", "backend", "configs"}
+BOTTOM = {"errors", "files", "backend", "configs", "signals"}
 MAY_IMPORT = {
     "errors": set(),
+    "signals": set(),
     "files": {"errors"},
     "configs": {"errors"},
     "backend": {"errors"},

@@ -8,10 +8,10 @@ It imports nothing that takes time: what runs inside `run`, imports too, can be 
 import os
 import signal
 import sys
-import threading
 from contextlib import contextmanager, redirect_stderr, suppress
 
 from ..errors import TinyldmError
+from ..signals import handled
 
 
 class Stopped(KeyboardInterrupt):
@@ -65,25 +65,14 @@ def _signals():
 
     Gives the list of the signals that came.
     """
-    came, before = [], {}
+    came = []
 
     def stop(number, _):
         came.append(number)
         raise Stopped(number)
 
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):    # Windows has no SIGHUP
-            number = getattr(signal, name, None)
-            handler = number and signal.getsignal(number)
-            if number and handler in (signal.SIG_DFL, signal.default_int_handler):
-                before[number] = handler
-    try:
-        for number in before:
-            signal.signal(number, stop)
+    with handled(stop, (signal.SIG_DFL, signal.default_int_handler).__contains__):
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---- output -----------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """What a training keeps on disk, and the signals that must not interrupt its writing."""
 import signal
-import threading
 from contextlib import contextmanager
 
 import numpy as np
 
 from ..errors import TinyldmError
 from ..files import make_folder, replacing, temporary_beside
+from ..signals import handled
 
 
 def write_npz(path, **arrays):
@@ -59,19 +59,11 @@ def held_signals():
     """Hold back Ctrl-C and SIGTERM inside -> a list of those that came; deliver one at the end.
 
     So nothing inside is interrupted, neither an update nor the saving of its result. Where an
-    exception ends the block, that is what the caller hears. In other threads nothing is held back:
-    Python delivers signals to the main thread.
+    exception ends the block, that is what the caller hears. In other threads nothing is held back.
     """
-    came, before = [], {}
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)    # Windows has no SIGHUP
-                if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    before[number] = signal.signal(number, lambda number, _: came.append(number))
+    came = []
+    with handled(lambda number, _: came.append(number),
+                 lambda handler: handler not in (signal.SIG_IGN, None)):
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came:
         signal.raise_signal(came[0])
