@@ -1,9 +1,9 @@
 """Activations in cache-sized blocks, shared among threads: twins of those in ops/activation.py.
 
 All are x * sigmoid(z) = (x/2) * (1 + tanh(z/2)), by NumPy's vectorised tanh. SiLU has z = x,
-quick GELU z = 1.702 x, and GELU's tanh approximation a cubic of x. GELU has z = log(Phi(x) / (1 - Phi(x))), an odd and almost linear function
-of x. It is approximated by x times a polynomial in x^2, which takes fewer passes than a rational
-erf.
+quick GELU z = 1.702 x, and GELU's tanh approximation a cubic of x. GELU has
+z = log(Phi(x) / (1 - Phi(x))), an odd and almost linear function of x. It is approximated by x
+times a polynomial in x^2, which takes fewer passes than a rational erf.
 
 Measured against PyTorch (`python -m tests.benchmarks.kernels`): the UNet's GEGLU takes the same
 time at 4096 tokens, and up to three times as long at fewer.

@@ -1,4 +1,4 @@
-"""What the models share: residual block, attention, down- and upsampling."""
+"""What the models share: residual block, attention, feed-forward layer, resampling, time."""
 from .. import ops
 from ..backend import add_up
 from ..errors import TinyldmError
@@ -96,6 +96,30 @@ class Attention(Module):
         return self.to_q.backward(dq, tape), dcontext
 
 
+class FeedForward(Sequence):
+    """A perceptron with 4C hidden channels, for each token alone. activation: of an Activation."""
+
+    def __init__(self, channels, activation="geglu"):
+        # In the files number 1 is a dropout, which has no parameters.
+        self.net = [ActivatedLinear(channels, 4 * channels, activation), None,
+                    Linear(4 * channels, channels)]
+
+    def layers(self):                                   # (B,N,C) -> (B,N,C)
+        return self.net[::2]
+
+
+class ActivatedLinear(Sequence):
+    """A linear layer, then an activation. GEGLU makes one number of two, so it gets twice as many.
+    """
+
+    def __init__(self, channels, hidden, activation):
+        self.proj = Linear(channels, 2 * hidden if activation == "geglu" else hidden)
+        self.act = Activation(activation)
+
+    def layers(self):                                   # (B,N,C) -> (B,N,4C)
+        return [self.proj, self.act]
+
+
 class Downsample2D(Sequence):
     """Halve height and width by a convolution with stride 2. padding = (before, after)."""
 
@@ -120,3 +144,30 @@ class Upsample2D(Module):
     def backward(self, dy, tape):
         dh = self.conv.backward(dy, tape)
         return self.nearest.backward(dh, tape)
+
+
+class TimestepEmbedding(Module):
+    """A two-layer perceptron on a sinusoidal embedding x: (B,C) -> (B,E).
+
+    condition (B,F): added to x after a projection, where the layer was built with cond_channels.
+    """
+
+    def __init__(self, channels, temb_channels, cond_channels=None):
+        self.cond_proj = Linear(cond_channels, channels, bias=False) if cond_channels else None
+        self.linear_1 = Linear(channels, temb_channels)
+        self.act = Activation("silu")
+        self.linear_2 = Linear(temb_channels, temb_channels)
+
+    def forward(self, x, tape=NO_TAPE, *, condition=None):
+        check_condition(self, "cond_channels", self.cond_proj, "condition", condition)
+        if self.cond_proj:
+            x = x + self.cond_proj(condition, tape)
+        h = self.linear_1(x, tape)
+        h = self.act(h, tape)
+        return self.linear_2(h, tape)
+
+    def backward(self, dtemb, tape):                    # -> (B,C), (B,F) or None
+        dh = self.linear_2.backward(dtemb, tape)
+        dh = self.act.backward(dh, tape)
+        dx = self.linear_1.backward(dh, tape)
+        return dx, self.cond_proj.backward(dx, tape) if self.cond_proj else None
