@@ -1,5 +1,5 @@
-"""What the models share: embeddings of timesteps and classes, residual block, attention, down- and
-upsampling."""
+"""What the models share: embeddings of time and classes, residual block, attention, feed-forward
+layer, resampling."""
 from .. import ops
 from ..backend import add_up, wide
 from ..errors import TinyldmError
@@ -176,6 +176,30 @@ class Attention(Module):
         dcontext = self.to_v.backward(dv, tape)         # keys and values read the same context: add
         dcontext = dcontext + self.to_k.backward(dk, tape)
         return self.to_q.backward(dq, tape), dcontext
+
+
+class FeedForward(Sequence):
+    """A perceptron with 4C hidden channels, for each token alone. activation: of an Activation."""
+
+    def __init__(self, channels, activation="geglu"):
+        # In the files number 1 is a dropout, which has no parameters.
+        self.net = [ActivatedLinear(channels, 4 * channels, activation), None,
+                    Linear(4 * channels, channels)]
+
+    def layers(self):                                   # (B,N,C) -> (B,N,C)
+        return self.net[::2]
+
+
+class ActivatedLinear(Sequence):
+    """A linear layer, then an activation. GEGLU makes one number of two, so it gets twice as many.
+    """
+
+    def __init__(self, channels, hidden, activation):
+        self.proj = Linear(channels, 2 * hidden if activation == "geglu" else hidden)
+        self.act = Activation(activation)
+
+    def layers(self):                                   # (B,N,C) -> (B,N,4C)
+        return [self.proj, self.act]
 
 
 class Downsample2D(Sequence):

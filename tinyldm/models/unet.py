@@ -25,18 +25,17 @@ from ..configs import Config, one_of, within
 from ..errors import TinyldmError
 from ..layers import (
     NO_TAPE,
-    Activation,
     Conv2d,
     GroupNorm,
     GroupNormSiLU,
     LayerNorm,
     Linear,
     Module,
-    Sequence,
 )
 from .blocks import (
     Attention,
     Downsample2D,
+    FeedForward,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
@@ -418,23 +417,3 @@ class BasicTransformerBlock(Module):
         dh, dh_context = self.attn1.backward(dx, tape)
         dh = dh + dh_context                            # h was its own context: add
         return dx + self.norm1.backward(dh, tape), dcontext
-
-
-class FeedForward(Sequence):
-    """A gated perceptron with 4C hidden channels."""
-
-    def __init__(self, channels):
-        # In the files number 1 is a dropout, which has no parameters.
-        self.net = [GEGLU(channels, 4 * channels), None, Linear(4 * channels, channels)]
-
-    def layers(self):                                   # (B,N,C) -> (B,N,C)
-        return self.net[::2]
-
-
-class GEGLU(Sequence):
-    def __init__(self, channels, hidden):
-        self.proj = Linear(channels, 2 * hidden)
-        self.act = Activation("geglu")
-
-    def layers(self):                                   # (B,N,C) -> (B,N,4C)
-        return [self.proj, self.act]
