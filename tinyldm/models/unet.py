@@ -21,7 +21,6 @@ from operator import attrgetter
 from types import SimpleNamespace
 
 from .. import ops
-from ..backend import wide
 from ..configs import Config, one_of, within
 from ..errors import TinyldmError
 from ..layers import (
@@ -42,6 +41,7 @@ from .blocks import (
     Upsample2D,
     check_condition,
     check_groups,
+    sinusoidal,
 )
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}      # name -> has attention
@@ -199,10 +199,10 @@ class UNet2DConditionModel(Module):
                         "timestep_cond", timestep_cond)
         for name, value in ("text_embeds", text_embeds), ("time_ids", time_ids):
             check_condition(self, "addition_embed_type", self.add_embedding, name, value)
-        t = _sinusoidal(timesteps, settings.block_out_channels[0], settings, dtype)
+        t = sinusoidal(timesteps, settings.block_out_channels[0], settings, dtype)
         temb = self.time_embedding(t, tape, condition=timestep_cond)                # (B,E)
         if self.add_embedding:
-            sizes = _sinusoidal(time_ids, settings.addition_time_embed_dim, settings, dtype)
+            sizes = sinusoidal(time_ids, settings.addition_time_embed_dim, settings, dtype)
             added, cache = ops.concat(text_embeds, sizes.reshape(len(latents), -1))     # (B,P+6F)
             tape.save(self, cache)
             temb = temb + self.add_embedding(added, tape)
@@ -234,13 +234,6 @@ class UNet2DConditionModel(Module):
             result.text_embeds, _ = ops.concat_backward(dadded, tape.load(self))
         _, result.timestep_cond = self.time_embedding.backward(grads.temb, tape)
         return result
-
-
-def _sinusoidal(numbers, dim, settings, dtype):
-    """(B,) or (B,n) -> (B*n,dim). In float32 at least: float16 is too coarse for angles of 981."""
-    embedding, _ = ops.timestep_embedding(numbers.reshape(-1).astype(wide(dtype)), dim,
-                                          settings.flip_sin_to_cos, settings.freq_shift)
-    return embedding.astype(dtype, copy=False)
 
 
 class UNetGradients(namedtuple("UNetGradients", "latents context")):
