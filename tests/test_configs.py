@@ -20,6 +20,7 @@ from tinyldm.diffusion.schedule import SchedulerConfig
 from tinyldm.errors import TinyldmError
 from tinyldm.files import read_json
 from tinyldm.models.clip import CLIPTextConfig, CLIPTextProjectionConfig
+from tinyldm.models.dit import DiTConfig
 from tinyldm.models.unet import UNetConfig
 from tinyldm.models.vae import VAEConfig
 from tinyldm.pipelines.loading import load
@@ -106,6 +107,7 @@ def public_keys(*classes):
 @pytest.mark.parametrize("kind, classes", [
     (UNetConfig, lambda: [diffusers.UNet2DConditionModel]),
     (VAEConfig, lambda: [diffusers.AutoencoderKL]),
+    (DiTConfig, lambda: [diffusers.DiTTransformer2DModel, diffusers.Transformer2DModel]),
     (CLIPTextConfig, lambda: [transformers.CLIPTextConfig]),
     (CLIPTextProjectionConfig, lambda: [transformers.CLIPTextConfig]),
     (IndexConfig, lambda: [getattr(diffusers, name) for name in PIPELINES]),

@@ -10,7 +10,7 @@ from tinyldm.kernels import activation
 
 
 @pytest.mark.usefixtures("block_size")
-@pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu", "geglu"])
+@pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu_tanh", "gelu", "geglu"])
 @pytest.mark.parametrize("shape", [
     (2, 8), (1, 1, 4), (3, 7, 9, 6), (2, 1500, 66), (3, 70000), (0, 4)], ids=str)
 def test_activations(name, shape):
@@ -21,7 +21,7 @@ def test_activations(name, shape):
         assert_close(y, expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu"])
+@pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu_tanh", "gelu"])
 def test_activations_everywhere(name):
     """Error below 1e-6, relative for large results, also for large x. NaN stays NaN."""
     x = np.concatenate([np.linspace(-12, 12, 200001), [-1e30, -1e4, 1e4, 1e30, np.nan]])

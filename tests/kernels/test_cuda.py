@@ -54,6 +54,7 @@ def test_the_source_compiles(arch, T, whole):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("op, shapes, params", [
     ("silu", [(3, 5, 16)], {}), ("gelu", [(300, 7)], {}), ("quick_gelu", [(2, 8)], {}),
+    ("gelu_tanh", [(3, 16)], {}), ("gelu_tanh", [(300, 7)], {}),
     ("geglu", [(2, 5, 48)], {}), ("geglu", [(2, 5, 6)], {}),
     ("layer_norm", [(2, 7, 320), (320,), (320,)], {"eps": 1e-5}),
     ("layer_norm", [(7, 33), (33,), (33,)], {"eps": 1e-5}),

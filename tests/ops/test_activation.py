@@ -9,6 +9,7 @@ from tests.support.tolerance import assert_allclose
 from tinyldm import ops
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+               "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
                "softmax": lambda x: F.softmax(x, -1)}
 
 

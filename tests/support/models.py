@@ -84,6 +84,14 @@ CONDITIONED = {             # UNets with further conditions: {name: width}
                      projection_class_embeddings_input_dim=41),
                 {"text_embeds": 5, "time_ids": 6}),
 }
+DIT = dict(num_layers=2, in_channels=4, sample_size=8, num_embeds_ada_norm=10)
+DITS = {
+    "learned variance": dict(DIT, num_attention_heads=2, attention_head_dim=6, out_channels=8),
+    "large patches": dict(DIT, num_attention_heads=3, attention_head_dim=4, patch_size=4,
+                          attention_bias=False, norm_eps=1e-3, in_channels=3),
+    "one layer": dict(DIT, num_attention_heads=1, attention_head_dim=8, patch_size=1,
+                      sample_size=3, num_layers=1, out_channels=5),
+}
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4)
 VAES = {
     "four levels": dict(VAE, block_out_channels=[4, 8, 8, 16], layers_per_block=2),

@@ -14,6 +14,7 @@ from ..errors import TinyldmError, note, shorten
 from ..files import as_path, read_json, write_json
 from ..layers import OUR_AXES, Conv2d, Linear, check_fit, named_modules, to_file
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ..models.dit import DiTTransformer2DModel
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import layout
@@ -21,7 +22,10 @@ from .formats.reading import read_tensors
 from .formats.safetensors_file import read_metadata, write_safetensors
 from .single_file.alone import one_component
 
-MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
+MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection,
+          DiTTransformer2DModel)
+# What some files call a class: transformers writes a model_type, old files of DiT a wider class.
+ALIASES = {"clip_text_model": "CLIPTextModel", "Transformer2DModel": "DiTTransformer2DModel"}
 # The names that diffusers and transformers give, pickles last. The float16 variant of name.end is
 # name.fp16.end; an index of shards is name.end.index.json, or name.end.index.fp16.json.
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors",
@@ -38,7 +42,7 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     config = read_json(path)
     name = class_name(config)
-    name = "CLIPTextModel" if name == "clip_text_model" else name
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
     for model in MODELS:
         if model.__name__ == name:
             with config_errors(path, f"{name} that is supported"):
@@ -171,7 +175,7 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
     if path.is_file() and not has_config(path):
         alone = one_component(read_tensors(path), path, defaults, _is_xl(path))
         module = alone.model(alone.config)
-        misfit = f"{path} does not fit the {alone.model.__name__} of Stable Diffusion"
+        misfit = f"{path} does not fit the {alone.model.__name__} that its shapes describe"
         tensors = layout.fitted(alone.tensors, dict(module.named_parameters()))
         fill(module, tensors, misfit, dtype, low_memory)
         return module

@@ -22,7 +22,7 @@ SCORES = 1 << 26            # attention scores at a time: 256 MiB
 THREADS = 256               # per block
 CHANNELS = 4096             # at most so many channels and groups in group norm: its sums lie
 GROUPS = 256                # in shared memory
-SILU, GELU, QUICK_GELU, GEGLU = range(4)
+SILU, GELU, QUICK_GELU, GEGLU, GELU_TANH = range(5)
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 2}              # CUDA_R_32F, CUDA_R_16F
 
 # T is float or __half. PACK numbers are read and written at once: 16 bytes, or 1 number if an array
@@ -53,6 +53,7 @@ __device__ inline float silu(float x) { return x / (1 + expf(-x)); }
 __device__ inline float activate(float x, int kind) {
     if (kind == 0) return silu(x);
     if (kind == 2) return x / (1 + expf(-1.702f * x));
+    if (kind == 4) return x / (1 + expf(x * (-1.5957691f - 0.071354816f * x * x)));
     return 0.5f * x * erfcf(-0.70710678f * x);
 }
 
@@ -279,6 +280,11 @@ def gelu(x):
 def quick_gelu(x):
     """Twin of ops.quick_gelu. x (...) -> y (...)."""
     return _activation(x, QUICK_GELU, x.shape[-1]), x
+
+
+def gelu_tanh(x):
+    """Twin of ops.gelu_tanh. x (...) -> y (...)."""
+    return _activation(x, GELU_TANH, x.shape[-1]), x
 
 
 def geglu(x):

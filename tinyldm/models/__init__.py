@@ -3,8 +3,10 @@
 clip.py    encodes the prompt: token ids -> context
 unet.py    predicts the noise in the latents, given the context
 vae.py     turns images into latents and back
+dit.py     predicts the noise, given a class: a transformer in the UNet's place
 blocks.py  what these share
 """
 from .clip import CLIPTextModel, CLIPTextModelWithProjection
+from .dit import DiTTransformer2DModel
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL

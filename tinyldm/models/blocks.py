@@ -1,8 +1,19 @@
-"""What the models share: residual block, attention, down- and upsampling."""
+"""What the models share: embeddings of time and classes, residual block, attention, feed-forward
+layer, resampling."""
 from .. import ops
-from ..backend import add_up
+from ..backend import add_up, wide
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Activation, Conv2d, GroupNormSiLU, Linear, Module, Sequence, Upsample
+from ..layers import (
+    NO_TAPE,
+    Activation,
+    Conv2d,
+    Embedding,
+    GroupNormSiLU,
+    Linear,
+    Module,
+    Sequence,
+    Upsample,
+)
 
 
 def check_groups(widths, groups):
@@ -17,6 +28,77 @@ def check_condition(layer, option, projection, name, value):
     built, takes = ("without", "takes no") if projection is None else ("with", "needs")
     assert (projection is None) == (value is None), (
         f"this {type(layer).__name__} was built {built} {option}, so its forward {takes} {name}")
+
+
+def sinusoidal(numbers, dim, settings, dtype):
+    """(B,) or (B,n) -> (B*n,dim). In float32 at least: float16 is too coarse for angles of 981.
+
+    settings: a config that has flip_sin_to_cos and freq_shift.
+    """
+    embedding, _ = ops.timestep_embedding(numbers.reshape(-1).astype(wide(dtype)), dim,
+                                          settings.flip_sin_to_cos, settings.freq_shift)
+    return embedding.astype(dtype, copy=False)
+
+
+class EmbeddingMLP(Sequence):
+    """A two-layer perceptron with SiLU: (B,C) -> (B,E)."""
+
+    def __init__(self, channels, temb_channels):
+        self.linear_1 = Linear(channels, temb_channels)
+        self.act = Activation("silu")
+        self.linear_2 = Linear(temb_channels, temb_channels)
+
+    def layers(self):
+        return [self.linear_1, self.act, self.linear_2]
+
+
+class TimestepEmbedding(EmbeddingMLP):
+    """A two-layer perceptron on a sinusoidal embedding x: (B,C) -> (B,E).
+
+    condition (B,F): added to x after a projection, where the layer was built with cond_channels.
+    """
+
+    def __init__(self, channels, temb_channels, cond_channels=None):
+        self.cond_proj = Linear(cond_channels, channels, bias=False) if cond_channels else None
+        super().__init__(channels, temb_channels)
+
+    def forward(self, x, tape=NO_TAPE, *, condition=None):
+        check_condition(self, "cond_channels", self.cond_proj, "condition", condition)
+        if self.cond_proj:
+            x = x + self.cond_proj(condition, tape)
+        return super().forward(x, tape)
+
+    def backward(self, dtemb, tape):                    # -> (B,C), (B,F) or None
+        dx = super().backward(dtemb, tape)
+        return dx, self.cond_proj.backward(dx, tape) if self.cond_proj else None
+
+
+class Identity(Sequence):
+    """y = x. A layer without parameters."""
+
+    def layers(self):
+        return []
+
+
+def ClassEmbedding(kind, temb_channels, *, num_classes=None, channels=None):
+    """The layer from class labels to what is added to the time embedding: labels -> (B,E).
+
+    kind: `class_embed_type` of the config. It says what the labels are:
+      None                  (B,) integers in [0, num_classes): rows of a table
+      "timestep"            (B,channels), the sinusoidal embedding of (B,) numbers: a perceptron
+      "projection"          (B,channels), any vectors: the same perceptron
+      "simple_projection"   (B,channels): one linear layer
+      "identity"            (B,E), added as they are
+    Its backward: (B,E) -> the gradient of the labels; None for the table, whose labels have none.
+    A model without classes has kind None and num_classes None: then there is no layer -> None.
+    """
+    if kind is None:
+        return Embedding(num_classes, temb_channels) if num_classes else None
+    if kind == "identity":
+        return Identity()
+    if kind == "simple_projection":
+        return Linear(channels, temb_channels)
+    return EmbeddingMLP(channels, temb_channels)
 
 
 class ResnetBlock2D(Module):
@@ -94,6 +176,30 @@ class Attention(Module):
         dcontext = self.to_v.backward(dv, tape)         # keys and values read the same context: add
         dcontext = dcontext + self.to_k.backward(dk, tape)
         return self.to_q.backward(dq, tape), dcontext
+
+
+class FeedForward(Sequence):
+    """A perceptron with 4C hidden channels, for each token alone. activation: of an Activation."""
+
+    def __init__(self, channels, activation="geglu"):
+        # In the files number 1 is a dropout, which has no parameters.
+        self.net = [ActivatedLinear(channels, 4 * channels, activation), None,
+                    Linear(4 * channels, channels)]
+
+    def layers(self):                                   # (B,N,C) -> (B,N,C)
+        return self.net[::2]
+
+
+class ActivatedLinear(Sequence):
+    """A linear layer, then an activation. GEGLU makes one number of two, so it gets twice as many.
+    """
+
+    def __init__(self, channels, hidden, activation):
+        self.proj = Linear(channels, 2 * hidden if activation == "geglu" else hidden)
+        self.act = Activation(activation)
+
+    def layers(self):                                   # (B,N,C) -> (B,N,4C)
+        return [self.proj, self.act]
 
 
 class Downsample2D(Sequence):

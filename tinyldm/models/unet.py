@@ -21,27 +21,27 @@ from operator import attrgetter
 from types import SimpleNamespace
 
 from .. import ops
-from ..backend import wide
 from ..configs import Config, one_of, within
 from ..errors import TinyldmError
 from ..layers import (
     NO_TAPE,
-    Activation,
     Conv2d,
     GroupNorm,
     GroupNormSiLU,
     LayerNorm,
     Linear,
     Module,
-    Sequence,
 )
 from .blocks import (
     Attention,
     Downsample2D,
+    FeedForward,
     ResnetBlock2D,
+    TimestepEmbedding,
     Upsample2D,
     check_condition,
     check_groups,
+    sinusoidal,
 )
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}      # name -> has attention
@@ -199,10 +199,10 @@ class UNet2DConditionModel(Module):
                         "timestep_cond", timestep_cond)
         for name, value in ("text_embeds", text_embeds), ("time_ids", time_ids):
             check_condition(self, "addition_embed_type", self.add_embedding, name, value)
-        t = _sinusoidal(timesteps, settings.block_out_channels[0], settings, dtype)
+        t = sinusoidal(timesteps, settings.block_out_channels[0], settings, dtype)
         temb = self.time_embedding(t, tape, condition=timestep_cond)                # (B,E)
         if self.add_embedding:
-            sizes = _sinusoidal(time_ids, settings.addition_time_embed_dim, settings, dtype)
+            sizes = sinusoidal(time_ids, settings.addition_time_embed_dim, settings, dtype)
             added, cache = ops.concat(text_embeds, sizes.reshape(len(latents), -1))     # (B,P+6F)
             tape.save(self, cache)
             temb = temb + self.add_embedding(added, tape)
@@ -236,13 +236,6 @@ class UNet2DConditionModel(Module):
         return result
 
 
-def _sinusoidal(numbers, dim, settings, dtype):
-    """(B,) or (B,n) -> (B*n,dim). In float32 at least: float16 is too coarse for angles of 981."""
-    embedding, _ = ops.timestep_embedding(numbers.reshape(-1).astype(wide(dtype)), dim,
-                                          settings.flip_sin_to_cos, settings.freq_shift)
-    return embedding.astype(dtype, copy=False)
-
-
 class UNetGradients(namedtuple("UNetGradients", "latents context")):
     """What the UNet's backward returns, whatever its config: dlatents, dcontext = gradients.
 
@@ -250,33 +243,6 @@ class UNetGradients(namedtuple("UNetGradients", "latents context")):
     """
 
     timestep_cond = text_embeds = None
-
-
-class TimestepEmbedding(Module):
-    """A two-layer perceptron on a sinusoidal embedding x: (B,C) -> (B,E).
-
-    condition (B,F): added to x after a projection, where the layer was built with cond_channels.
-    """
-
-    def __init__(self, channels, temb_channels, cond_channels=None):
-        self.cond_proj = Linear(cond_channels, channels, bias=False) if cond_channels else None
-        self.linear_1 = Linear(channels, temb_channels)
-        self.act = Activation("silu")
-        self.linear_2 = Linear(temb_channels, temb_channels)
-
-    def forward(self, x, tape=NO_TAPE, *, condition=None):
-        check_condition(self, "cond_channels", self.cond_proj, "condition", condition)
-        if self.cond_proj:
-            x = x + self.cond_proj(condition, tape)
-        h = self.linear_1(x, tape)
-        h = self.act(h, tape)
-        return self.linear_2(h, tape)
-
-    def backward(self, dtemb, tape):                    # -> (B,C), (B,F) or None
-        dh = self.linear_2.backward(dtemb, tape)
-        dh = self.act.backward(dh, tape)
-        dx = self.linear_1.backward(dh, tape)
-        return dx, self.cond_proj.backward(dx, tape) if self.cond_proj else None
 
 
 class DownBlock2D(Module):
@@ -451,23 +417,3 @@ class BasicTransformerBlock(Module):
         dh, dh_context = self.attn1.backward(dx, tape)
         dh = dh + dh_context                            # h was its own context: add
         return dx + self.norm1.backward(dh, tape), dcontext
-
-
-class FeedForward(Sequence):
-    """A gated perceptron with 4C hidden channels."""
-
-    def __init__(self, channels):
-        # In the files number 1 is a dropout, which has no parameters.
-        self.net = [GEGLU(channels, 4 * channels), None, Linear(4 * channels, channels)]
-
-    def layers(self):                                   # (B,N,C) -> (B,N,C)
-        return self.net[::2]
-
-
-class GEGLU(Sequence):
-    def __init__(self, channels, hidden):
-        self.proj = Linear(channels, 2 * hidden)
-        self.act = Activation("geglu")
-
-    def layers(self):                                   # (B,N,C) -> (B,N,4C)
-        return [self.proj, self.act]

@@ -7,6 +7,8 @@ from ..backend import fast_twin, get_xp, widen
 from ..kernels import activation, cuda
 from .erf import erf
 
+ROOT, CUBE = math.sqrt(2 / math.pi), 0.044715           # of gelu_tanh
+
 
 def _sigmoid(x):
     """1 / (1 + exp(-x)), written with tanh, which does not overflow. float16 x -> float32.
@@ -69,6 +71,33 @@ def quick_gelu_backward(dy, x):
     x_wide = 1.702 * widen(x)
     s = _sigmoid(x_wide)
     return (dy * s * (1 + x_wide * (1 - s))).astype(x.dtype, copy=False)
+
+
+@fast_twin(cpu=activation.gelu_tanh, gpu=cuda.gelu_tanh)
+@np.errstate(over="ignore")             # of the cube: tanh is 1 or -1
+def gelu_tanh(x):
+    """y = x * (1 + tanh(u)) / 2,  u = sqrt(2/pi) * (x + 0.044715 x^3), an approximation of gelu.
+
+    DiT was trained with it. Public configs call it "gelu-approximate" or "gelu_new".
+    Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
+    """
+    return (x * _sigmoid(2 * _tanh_argument(widen(x)))).astype(x.dtype, copy=False), x
+
+
+def _tanh_argument(x):
+    return x * (ROOT + ROOT * CUBE * (x * x))
+
+
+@np.errstate(over="ignore")
+def gelu_tanh_backward(dy, x):
+    """dx = dy * s * (1 + 2 x u' (1 - s)),  s = sigmoid(2u) = (1 + tanh(u)) / 2.
+
+    u' = sqrt(2/pi) * (1 + 3 * 0.044715 x^2).
+    """
+    x_wide = widen(x)
+    s = _sigmoid(2 * _tanh_argument(x_wide))
+    slope = ROOT + 3 * ROOT * CUBE * (x_wide * x_wide)                   # u'
+    return (dy * s * (1 + 2 * x_wide * slope * (1 - s))).astype(x.dtype, copy=False)
 
 
 @fast_twin(cpu=activation.geglu, gpu=cuda.geglu)

@@ -1,4 +1,6 @@
-"""Joining and splitting channels. Each is the backward of the other."""
+"""Joining and splitting channels, and patches put together: no arithmetic."""
+import math
+
 from ..backend import get_xp
 
 
@@ -22,3 +24,24 @@ def split(x):
 def split_backward(dy, cache):
     """dy = da (...,C), db (...,C) -> dx (...,2C)."""
     return get_xp(dy[0]).concatenate(dy, axis=-1)
+
+
+def unpatchify(x, patch_size):
+    """Put a square of patches together: each token holds the pixels of one patch.
+
+    x (B,T,p*p*C) -> y (B,G*p,G*p,C), G = sqrt(T). Tokens come row by row; so do the pixels in a
+    token, each with its channels side by side.
+    Source: Peebles & Xie 2022, arXiv:2212.09748, section 3.2; its code's DiT.unpatchify.
+    """
+    (B, T, C), p = x.shape, patch_size
+    G = math.isqrt(T)
+    assert G * G == T and C % (p * p) == 0, f"{T} tokens of {C} numbers are no square of {p}x{p}"
+    y = x.reshape(B, G, G, p, p, -1).swapaxes(2, 3)                      # (B,G,p,G,p,C)
+    return y.reshape(B, G * p, G * p, -1), p
+
+
+def unpatchify_backward(dy, cache):
+    """dy (B,G*p,G*p,C) -> dx (B,T,p*p*C): each pixel back to its place in a token."""
+    (B, H, _, C), p = dy.shape, cache
+    dx = dy.reshape(B, H // p, p, H // p, p, C).swapaxes(2, 3)           # (B,G,G,p,p,C)
+    return dx.reshape(B, -1, p * p * C)
