@@ -175,7 +175,7 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
     if path.is_file() and not has_config(path):
         alone = one_component(read_tensors(path), path, defaults, _is_xl(path))
         module = alone.model(alone.config)
-        misfit = f"{path} does not fit the {alone.model.__name__} of Stable Diffusion"
+        misfit = f"{path} does not fit the {alone.model.__name__} that its shapes describe"
         tensors = layout.fitted(alone.tensors, dict(module.named_parameters()))
         fill(module, tensors, misfit, dtype, low_memory)
         return module
