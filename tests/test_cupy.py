@@ -28,7 +28,7 @@ from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Tape
 from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel, UNet2DModel
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 from tinyldm.training.objectives import diffusion_loss, vae_loss
 from tinyldm.training.optim import AdamW, initialise
 

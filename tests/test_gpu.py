@@ -16,7 +16,7 @@ from tests.support.tolerance import assert_close, assert_same_pixels, within
 from tinyldm import backend, layers, ops
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.layers import Tape
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 
 # Of the standard deviation: forward and backward of one op, of a whole model.
 OP = {np.float32: 1e-4, np.float16: 1e-2}
