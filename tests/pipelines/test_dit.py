@@ -1,7 +1,6 @@
 """DiT as a pipeline against diffusers' DiTPipeline, and from the original's file."""
 import shutil
 from dataclasses import fields
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import pytest
 import tinyldm
 from tests.support.drawing import assert_same_drawing
 from tests.support.extra import diffusers, torch
-from tests.support.reference import float32_noise, nhwc, sinusoidal
+from tests.support.reference import float32_noise, nhwc, widen_embeddings
 from tests.support.small_pipelines import change_json, dit
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.errors import TinyldmError
@@ -35,8 +34,7 @@ def reference(folder, labels, seeds, guidance_scale, scheduler=None, **config):
     pipe.set_progress_bar_config(disable=True)
     if scheduler:
         pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **config)
-    for block in pipe.transformer.transformer_blocks:
-        block.norm1.emb.time_proj.forward = partial(sinusoidal, dim=256, sin_first=False, shift=1)
+    widen_embeddings(pipe)
     step, states = pipe.scheduler.step, []
 
     def kept(*arguments, **options):

@@ -149,10 +149,10 @@ class DiT(Pipeline):
             latents = self.array(request.latents, "latents")
             check_latents(latents, shape, self.scale_factor)
         labels = [self.label_number(label) for label in request.subjects]
-        conditioning = [{"labels": xp.asarray(labels)}]
+        conditioning = [{"class_labels": xp.asarray(labels)}]
         if request.guidance_scale > 1:
             no_class = [settings.num_embeds_ada_norm] * len(labels)
-            conditioning.insert(0, {"labels": xp.asarray(no_class)})
+            conditioning.insert(0, {"class_labels": xp.asarray(no_class)})
         predict = Predictor(self.transformer, conditioning, request.guidance_scale,
                             guided_channels=self.guided_channels,
                             keeps_variance="learned" in options.get("variance_type", ""))
