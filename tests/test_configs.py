@@ -21,6 +21,7 @@ from tinyldm.errors import TinyldmError
 from tinyldm.files import read_json
 from tinyldm.models.clip import CLIPTextConfig, CLIPTextProjectionConfig
 from tinyldm.models.dit import DiTConfig
+from tinyldm.models.prior import PriorConfig
 from tinyldm.models.unet import UNetConfig
 from tinyldm.models.vae import VAEConfig
 from tinyldm.pipelines.loading import load
@@ -107,6 +108,7 @@ def public_keys(*classes):
 @pytest.mark.parametrize("kind, classes", [
     (UNetConfig, lambda: [diffusers.UNet2DConditionModel]),
     (VAEConfig, lambda: [diffusers.AutoencoderKL]),
+    (PriorConfig, lambda: [diffusers.PriorTransformer]),
     (DiTConfig, lambda: [diffusers.DiTTransformer2DModel, diffusers.Transformer2DModel]),
     (CLIPTextConfig, lambda: [transformers.CLIPTextConfig]),
     (CLIPTextProjectionConfig, lambda: [transformers.CLIPTextConfig]),
