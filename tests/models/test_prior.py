@@ -211,7 +211,7 @@ def test_image_normalizer(tmp_path):
     for name in ("scale", "unscale"):
         theirs = getattr(reference, name)(torch.from_numpy(x)).detach().numpy()
         assert_close(getattr(module, name)(x), theirs, 1e-6, name)
-    save_model(module, tmp_path / "ours")
+    save_model(module, tmp_path / "ours", np.float32)
     again = ReferenceNormalizer.from_pretrained(tmp_path / "ours")
     assert torch.equal(again.std, reference.std) and torch.equal(again.mean, reference.mean)
     write_json(tmp_path / "ours" / "config.json",
