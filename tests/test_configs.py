@@ -161,6 +161,13 @@ def test_a_message_names_file_key_value_and_what_is_allowed(folders, name, key, 
     assert file.name in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_stable_diffusion_gives_no_class_labels(tmp_path):
+    folder = smallest(tmp_path)
+    change_json(folder / "unet" / "config.json", class_embed_type="identity")
+    with pytest.raises(TinyldmError, match="class embedding is identity, but this pipeline's is N"):
+        load(folder)
+
+
 def test_unknown_keys_are_named_once_where_they_are_switched_on(tmp_path):
     folder = smallest(tmp_path)
     change_json(folder / "unet" / "config.json", rope_theta=1e4, qk_norm=None, _commit_hash="a",
