@@ -8,7 +8,7 @@ from tests.support import extra, tolerance, words
 from tests.support.small_pipelines import smallest
 from tinyldm import backend
 from tinyldm.kernels import blocks
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 
 
 def pytest_addoption(parser):

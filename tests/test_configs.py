@@ -23,7 +23,7 @@ from tinyldm.models.clip import CLIPTextConfig, CLIPTextProjectionConfig
 from tinyldm.models.dit import DiTConfig
 from tinyldm.models.unet import UNetConfig
 from tinyldm.models.vae import VAEConfig
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 
 BAD = [None, "", "x", "1" * 5000, "\x1b[31m\n", True, -1, 0, 1, 0.5, 1e-300, 1e308, math.nan,
        math.inf, 10**9, 10**400, [], [1], [None], [[1]], [1] * 100, {}, {"a": {"b": [1]}}]

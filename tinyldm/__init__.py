@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .errors import TinyldmError as TinyldmError
     from .images import to_pil as to_pil
     from .pipelines.interpolation import Between as Between
+    from .pipelines.loading import load as load
     from .pipelines.stable_diffusion import StableDiffusion as StableDiffusion
-    from .pipelines.stable_diffusion import load as load
 
 __version__ = "0.1.0"
 __all__ = ["Between", "StableDiffusion", "TinyldmError", "load", "load_model", "noise", "save",
@@ -34,7 +34,7 @@ __all__ = ["Between", "StableDiffusion", "TinyldmError", "load", "load_model", "
 
 _HOMES = {"Between": "pipelines.interpolation",
           "StableDiffusion": "pipelines.stable_diffusion", "TinyldmError": "errors",
-          "load": "pipelines.stable_diffusion", "load_model": "checkpoints", "save": "checkpoints",
+          "load": "pipelines.loading", "load_model": "checkpoints", "save": "checkpoints",
           "to_pil": "images"}
 
 

@@ -140,4 +140,4 @@ def _words(kind, limits):
         return f"a number between {low:g} and {high:g}"
     if kind is str:
         return " or ".join(map(show, limits.get("values", ()))) or "a text"
-    return "true or false" if kind is bool else "null"
+    return {bool: "true or false", dict: "an object"}.get(kind, "null")

@@ -363,6 +363,27 @@ class GroupNormSiLU(_Norm):
     op, op_backward = staticmethod(ops.group_norm_silu), staticmethod(ops.group_norm_silu_backward)
 
 
+class AdaGroupNormSiLU(_Norm):
+    """AdaGroupNormSiLU(channels, num_groups, eps): GroupNorm, a condition's scale and shift, SiLU.
+
+    The condition (B,2C) is [scale, shift] for each sample.
+    """
+
+    def forward(self, x, condition, tape=NO_TAPE):      # (B,H,W,C), (B,2C) -> (B,H,W,C)
+        self.check_input(x)
+        (scale, shift), _ = ops.split(condition)
+        y, cache = ops.ada_group_norm_silu(x, self.weight.data, self.bias.data, shift, scale,
+                                           *self.options)
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):
+        dx, dweight, dbias, dshift, dscale = ops.ada_group_norm_silu_backward(dy, tape.load(self))
+        self.weight.add_grad(dweight)
+        self.bias.add_grad(dbias)
+        return dx, ops.split_backward((dscale, dshift), None)
+
+
 class LayerNorm(_Norm):
     """LayerNorm(channels, eps): (...,C) -> (...,C)."""
 
@@ -426,3 +447,15 @@ class Upsample(Module):
 
     def backward(self, dy, tape):
         return ops.upsample_nearest_backward(dy, tape.load(self))
+
+
+class DownsampleAverage(Module):
+    """Half the size: the mean of 2x2 pixels. No parameters."""
+
+    def forward(self, x, tape=NO_TAPE):                 # (B,2H,2W,C) -> (B,H,W,C)
+        y, cache = ops.downsample_average(x)
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):
+        return ops.downsample_average_backward(dy, tape.load(self))

@@ -201,12 +201,13 @@ def test_what_is_not_finite_is_not_written(pipeline_folder, tmp_path):
 
 def test_pipeline_parts(pipeline_folder):
     parts = load_pipeline_parts(pipeline_folder, np.float64)
-    assert_holds(parts.unet, diffusers_unet().state_dict(), np.float64)
-    assert_holds(parts.vae, diffusers_vae().state_dict(), np.float64)
-    assert_holds(parts.text_encoder, dict(reference_names(transformers_clip())), np.float64)
-    assert parts.scheduler["_class_name"] == "PNDMScheduler"
-    assert parts.scheduler["steps_offset"] == 1
-    assert parts.tokenizer == pipeline_folder / "tokenizer"
+    assert_holds(parts.models["unet"], diffusers_unet().state_dict(), np.float64)
+    assert_holds(parts.models["vae"], diffusers_vae().state_dict(), np.float64)
+    assert_holds(parts.models["text_encoder"], dict(reference_names(transformers_clip())),
+                 np.float64)
+    assert parts.schedulers["scheduler"]["_class_name"] == "PNDMScheduler"
+    assert parts.schedulers["scheduler"]["steps_offset"] == 1
+    assert parts.folders == {"tokenizer": pipeline_folder / "tokenizer"}
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", None])

@@ -24,6 +24,7 @@ from tinyldm import checkpoints
 from tinyldm.checkpoints import hub as downloads
 from tinyldm.checkpoints import load_model, resolve, resolve_addon
 from tinyldm.checkpoints.components import find_weights
+from tinyldm.checkpoints.folders import PIPELINES
 from tinyldm.errors import TinyldmError
 from tinyldm.files import read_json, write_json
 
@@ -144,7 +145,7 @@ def test_parts_are_those_that_the_index_names(hub, tmp_path):
     hub.repositories["owner/xl"] = tmp_path / "xl"
     index = {file.split("/")[0]: ["library", "Class"] for file in files} | {"vae": [None, None]}
     folder = downloads.download_file("owner/xl", downloads.INDEX).parent
-    downloads.download_parts("owner/xl", folder, index)
+    downloads.download_parts("owner/xl", folder, index, PIPELINES["StableDiffusionXLPipeline"])
     assert hub.fetched() == sorted(files)
 
 
@@ -202,7 +203,7 @@ def test_the_device_decides_where_no_dtype_is_given(device, dtype, expected, mon
         raise Stop(dtype)
 
     monkeypatch.setattr("tinyldm.checkpoints.resolve", asked)
-    monkeypatch.setattr("tinyldm.pipelines.stable_diffusion.array_library",
+    monkeypatch.setattr("tinyldm.pipelines.loading.array_library",
                         lambda device: {"cpu": np}.get(device))
     with pytest.raises(Stop) as stop:
         tinyldm.load("owner/small", device, dtype)

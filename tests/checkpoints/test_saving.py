@@ -20,7 +20,7 @@ from tests.support.small_pipelines import (
     sdxl_turbo,
 )
 from tinyldm.errors import TinyldmError
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

@@ -241,7 +241,7 @@ def test_half_precision_and_memory_options(sd1_folder, tmp_path, monkeypatch):
                                        else tensor)
                 for name, tensor in whole.items()}, file)           # without "state_dict"
     parts = load_pipeline_parts(file, np.float16, low_memory=True)
-    weight = dict(parts.unet.named_parameters())["conv_out.weight"].data
+    weight = dict(parts.models["unet"].named_parameters())["conv_out.weight"].data
     theirs = whole["model.diffusion_model.out.2.weight"].astype(np.float16).transpose(2, 3, 1, 0)
     assert weight.dtype == np.float16 and np.array_equal(weight, theirs)
 
@@ -377,7 +377,7 @@ def test_the_tokenizer_is_downloaded_unless_a_folder_is_named(sd1_folder, tmp_pa
         return str(shutil.copytree(sd1_folder / "tokenizer", tmp_path / "downloaded"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert load_pipeline_parts(file).tokenizer == tmp_path / "downloaded"
+    assert load_pipeline_parts(file).folders["tokenizer"] == tmp_path / "downloaded"
     (name, patterns), = asked
     assert name == "openai/clip-vit-large-patch14"
     assert set(patterns) == {"vocab.json", "merges.txt", "tokenizer_config.json",

@@ -22,7 +22,7 @@ from tinyldm import Between
 from tinyldm.cli.draw import main
 from tinyldm.cli.options import parse
 from tinyldm.diffusion.samplers import SAMPLERS
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 
 # ---- drawing --------------------------------------------------------------------------------
 

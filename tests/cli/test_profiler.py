@@ -17,7 +17,7 @@ from tinyldm.cli.draw import main
 from tinyldm.cli.profiler import Profiler
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Linear, Module
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 
 TITLES = ["by stage", "by block", "by op"]
 MB = 10**6

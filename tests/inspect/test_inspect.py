@@ -16,6 +16,7 @@ from tests.support.extra import torch
 from tests.support.keys import original_rows, published_shapes
 from tests.support.small_pipelines import change_json
 from tinyldm.checkpoints import write_safetensors
+from tinyldm.checkpoints.components import MODELS
 from tinyldm.checkpoints.single_file.kinds import family, layout_of
 from tinyldm.cli import draw
 from tinyldm.inspect.__main__ import main
@@ -99,8 +100,7 @@ def test_a_pipeline_in_pieces(weights, tmp_path, said):
     assert any(line.startswith("not read: expected weights in") for line in lines)
     assert lines.index(f"{folder / 'unet'}: UNet3D") < lines.index(
         f"not compared with a model: {folder / 'unet' / 'config.json'} names the model UNet3D, "
-        "supported are UNet2DConditionModel, AutoencoderKL, CLIPTextModel, "
-            "CLIPTextModelWithProjection")
+        f"supported are {', '.join(model.__name__ for model in MODELS)}")
 
 
 @pytest.mark.parametrize("name, layout, kind", [

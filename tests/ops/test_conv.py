@@ -1,4 +1,4 @@
-"""Convolution and nearest upsampling, and their gradients."""
+"""Convolution, nearest upsampling and averaging, and their gradients."""
 import pytest
 
 from tests.support.checks import check_op
@@ -58,3 +58,15 @@ def test_upsample_nearest(shape, cut, rng):
 def test_upsample_nearest_to_another_size(size, rng):
     with pytest.raises(AssertionError):
         ops.upsample_nearest(rng.normal(size=(1, 3, 4, 2)), size)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 1), (3, 6, 4, 5)], ids=str)
+def test_downsample_average(shape, rng):
+    check_op(ops.downsample_average, ops.downsample_average_backward, [rng.normal(size=shape)],
+             lambda x: hwc(F.avg_pool2d(chw(x), 2)))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 2), (1, 4, 3, 2)], ids=str)
+def test_downsample_average_of_an_odd_size(shape, rng):
+    with pytest.raises(AssertionError, match="must be even"):
+        ops.downsample_average(rng.normal(size=shape))

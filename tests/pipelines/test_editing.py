@@ -185,8 +185,8 @@ def test_where_the_mask_is_black_the_latents_are_the_pictures(small):
     image, mask = picture(size=(16, 16)), Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
     *_, state = small.stream("cat", num_inference_steps=3, image=image, mask=mask)
-    noise = small._draw([get_generator("torch-cpu")(0)], (1, 4, 4, 4))
-    clean = small.encode(small._array(from_pil(image, (16, 16))), noise)
+    noise = small.draw_noise([get_generator("torch-cpu")(0)], (1, 4, 4, 4))
+    clean = small.encode(small.array(from_pil(image, (16, 16))), noise)
     assert np.array_equal(state.latents[:, :, 2:], clean[:, :, 2:])
     assert abs(state.latents[:, :, :2] - clean[:, :, :2]).min() > 0
 

@@ -13,8 +13,9 @@ from tests.support.pictures import hole, picture
 from tests.support.small_pipelines import change_json, lcm, sd1, sd_turbo, sdxl, sdxl_turbo
 from tests.support.tolerance import assert_close
 from tinyldm.errors import TinyldmError
+from tinyldm.pipelines.loading import load
 from tinyldm.pipelines.request import Request
-from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
+from tinyldm.pipelines.stable_diffusion import StableDiffusion
 from tinyldm.text.prompt import apply_weights
 
 

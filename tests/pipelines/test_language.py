@@ -12,7 +12,7 @@ from tests.support.command import run
 from tests.support.small_pipelines import change_json
 from tinyldm.errors import TinyldmError
 from tinyldm.pipelines.language import Language
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 from tinyldm.shapes.scenes import held_out_scenes
 from tinyldm.shapes.vocabulary import LANGUAGE
 

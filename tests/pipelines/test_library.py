@@ -76,7 +76,7 @@ def test_nan_from_a_function_is_found_without_layers(small):
 
 def test_a_pipeline_with_a_function_is_not_saved(small, tmp_path):
     small.unet = lambda x, t, c: x
-    with pytest.raises(tinyldm.TinyldmError, match="UNet is a function, which no folder can hold"):
+    with pytest.raises(tinyldm.TinyldmError, match="unet is a function, which no folder can hold"):
         tinyldm.save(small, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

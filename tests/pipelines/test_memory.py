@@ -21,7 +21,7 @@ from tinyldm import backend, ops
 from tinyldm.checkpoints import load_model
 from tinyldm.cli.draw import main
 from tinyldm.models import AutoencoderKL, UNet2DConditionModel
-from tinyldm.pipelines import stable_diffusion as pipeline
+from tinyldm.pipelines import loading
 
 GROWTH = 4.2                        # allowed for 4 times the tokens; with their square it is 16
 both_paths = pytest.mark.parametrize("path", [nullcontext, backend.plain], ids=["fast", "plain"])
@@ -85,7 +85,7 @@ def test_tiles_take_little_more_than_one_of_them(path, monkeypatch):
 
 def test_low_memory_draws_as_diffusers_with_tiles(tmp_path):
     folder = sd1(tmp_path / "sd1")                      # a tile is 64x64 pixels
-    pipe, reference = pipeline.load(folder, low_memory=True), Reference(folder)
+    pipe, reference = loading.load(folder, low_memory=True), Reference(folder)
     reference.pipe.vae.enable_tiling()
     for options in ({}, {"width": 112, "height": 136}):
         assert_same_drawing(ours(pipe, **options), reference(**options))
@@ -95,21 +95,21 @@ def test_the_command_takes_it(tmp_path):
     folder, path = smallest(tmp_path / "smallest"), tmp_path / "out.png"
     assert main(["a cat", "--weights", str(folder), "--steps", "2", "--low-memory", "--width", "60",
                  "--output", str(path)]) == 0
-    expected, = pipeline.load(folder, low_memory=True)("a cat", num_inference_steps=2, width=60)
+    expected, = loading.load(folder, low_memory=True)("a cat", num_inference_steps=2, width=60)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(expected))
 
 
 def test_low_memory_gives_freed_memory_back(tmp_path, monkeypatch):
     called = []
-    monkeypatch.setattr(pipeline, "keep_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr(loading, "keep_freed_memory", lambda: called.append(True))
     folder = smallest(tmp_path / "smallest")
-    assert pipeline.load(folder, low_memory=True).low_memory and not called
-    assert not pipeline.load(folder).low_memory and called
+    assert loading.load(folder, low_memory=True).low_memory and not called
+    assert not loading.load(folder).low_memory and called
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_nan_in_a_tile_is_traced_to_its_layer(tmp_path):
-    pipe = pipeline.load(smallest(tmp_path / "smallest"), low_memory=True)
+    pipe = loading.load(smallest(tmp_path / "smallest"), low_memory=True)
     spoil(pipe.vae, "decoder.conv_in.bias")
     with pytest.raises(tinyldm.TinyldmError, match="picture 0 .* decoder.conv_in of Autoenc"):
         pipe.decode(normal(1, 11, 9, 4))
@@ -138,7 +138,7 @@ def test_low_memory_refuses_what_is_not_finite(tmp_path):
     safetensors.numpy.save_file(tensors, file)
     for dtype in (np.float32, np.float64):              # mapped, converted
         with pytest.raises(tinyldm.TinyldmError, match="conv_in.weight holds NaN"):
-            pipeline.load(folder, dtype=dtype, low_memory=True)
+            loading.load(folder, dtype=dtype, low_memory=True)
 
 
 # ---- scratch memory -------------------------------------------------------------------------

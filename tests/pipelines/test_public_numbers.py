@@ -40,7 +40,8 @@ from tests.support.small_pipelines import inpainting, lcm, sd1, sdxl
 from tinyldm import load_model
 from tinyldm.images import open_image
 from tinyldm.noise import A100_THREADS, CudaGenerator, get_generator
-from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
+from tinyldm.pipelines.loading import load
+from tinyldm.pipelines.stable_diffusion import StableDiffusion
 
 PUBLISHED = Path(__file__).parents[1] / "support" / "public_numbers.json"
 RECORDS = json.loads(PUBLISHED.read_text(encoding="utf-8"))

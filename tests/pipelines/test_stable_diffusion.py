@@ -15,7 +15,8 @@ from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 from tinyldm.noise import CudaGenerator, randn
 from tinyldm.pipelines.interpolation import Between
-from tinyldm.pipelines.stable_diffusion import StableDiffusion, load
+from tinyldm.pipelines.loading import load
+from tinyldm.pipelines.stable_diffusion import StableDiffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

@@ -14,7 +14,7 @@ from tests.support.small_pipelines import sd1, sd2
 from tests.support.tolerance import assert_allclose, assert_close
 from tinyldm.errors import TinyldmError
 from tinyldm.images import to_pil
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 from tinyldm.text.prompt import (
     apply_weights,
     note_foreign_syntax,

@@ -16,6 +16,6 @@ from .components import float_type, load_model, load_weights, save_model
 from .folders import load_pipeline_parts
 from .formats.reading import read_tensors
 from .formats.safetensors_file import read_safetensors, write_safetensors
-from .places import resolve, resolve_addon, resolve_vae
+from .places import kind_of, resolve, resolve_addon, resolve_vae
 from .saving import save, write_pipeline
 from .single_file.statements import check_prediction_type

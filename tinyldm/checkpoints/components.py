@@ -16,6 +16,7 @@ from ..layers import OUR_AXES, Conv2d, Linear, check_fit, named_modules, to_file
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.dit import DiTTransformer2DModel
 from ..models.unet import UNet2DConditionModel
+from ..models.unet_2d import UNet2DModel
 from ..models.vae import AutoencoderKL
 from . import layout
 from .formats.reading import read_tensors
@@ -23,7 +24,7 @@ from .formats.safetensors_file import read_metadata, write_safetensors
 from .single_file.alone import one_component
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection,
-          DiTTransformer2DModel)
+          DiTTransformer2DModel, UNet2DModel)
 # What some files call a class: transformers writes a model_type, old files of DiT a wider class.
 ALIASES = {"clip_text_model": "CLIPTextModel", "Transformer2DModel": "DiTTransformer2DModel"}
 # The names that diffusers and transformers give, pickles last. The float16 variant of name.end is
@@ -175,7 +176,7 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
     if path.is_file() and not has_config(path):
         alone = one_component(read_tensors(path), path, defaults, _is_xl(path))
         module = alone.model(alone.config)
-        misfit = f"{path} does not fit the {alone.model.__name__} of Stable Diffusion"
+        misfit = f"{path} does not fit the {alone.model.__name__} that its shapes describe"
         tensors = layout.fitted(alone.tensors, dict(module.named_parameters()))
         fill(module, tensors, misfit, dtype, low_memory)
         return module

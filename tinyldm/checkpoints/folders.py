@@ -35,12 +35,26 @@ from .single_file.alone import LABELS
 from .single_file.names import by_part, with_ema_weights
 from .single_file.statements import read_statements, told_scheduler
 
+# What a part of a pipeline may be besides a model of some class -> a file that it has.
+SCHEDULER, VOCABULARY, PROCESSOR = "scheduler", "tokenizer", "feature_extractor"
+FILE_OF = {SCHEDULER: "scheduler_config.json", VOCABULARY: "vocab.json",
+           PROCESSOR: "preprocessor_config.json"}
 COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL,
               "text_encoder_2": CLIPTextModelWithProjection}            # only Stable Diffusion XL
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
-             "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline",
-             "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline",
-             "StableDiffusionXLInpaintPipeline")
+XL = COMPONENTS | {"tokenizer": VOCABULARY, "tokenizer_2": VOCABULARY,
+                   "scheduler": SCHEDULER}
+SD = {part: kind for part, kind in XL.items() if "_2" not in part}
+# The public pipeline classes that are read here: {part: its kind}. pipelines/loading.py says which
+# class here draws with them.
+PIPELINES = {
+    "StableDiffusionPipeline": SD,
+    "StableDiffusionImg2ImgPipeline": SD,
+    "StableDiffusionInpaintPipeline": SD,
+    "LatentConsistencyModelPipeline": SD,
+    "StableDiffusionXLPipeline": XL,
+    "StableDiffusionXLImg2ImgPipeline": XL,
+    "StableDiffusionXLInpaintPipeline": XL,
+}
 # Every Stable Diffusion uses CLIP's vocabulary. Single files do not contain it.
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
@@ -50,16 +64,16 @@ TOKENIZER_VARIABLE = "TINYLDM_TOKENIZER"
 class PipelineParts(NamedTuple):
     """A pipeline as read from its files."""
 
-    text_encoder: CLIPTextModel
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    scheduler: dict                                     # of scheduler_config.json
-    tokenizer: Path                                     # the folder of its files
-    padding: str | None                                 # the token; None: the folder's own
+    models: dict                                        # {part: Module}
+    schedulers: dict                                    # {part: dict of scheduler_config.json}
+    folders: dict                                       # {tokenizer or processor: Path}
     index: dict                                         # of model_index.json, {} for a single file
-    text_encoder_2: CLIPTextModelWithProjection | None = None
-    tokenizer_2: Path | None = None
-    padding_2: str | None = None
+    paddings: dict = {}                                 # {tokenizer: token}, if not the files' own
+
+    @property
+    def kind(self):
+        """The public class of the pipeline; a single file is of Stable Diffusion."""
+        return self.index.get("_class_name", "StableDiffusionPipeline")
 
 
 def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False, vae=None,
@@ -84,34 +98,49 @@ def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False, vae
 def _load_folder(folder, dtype, low_memory, vae, prediction_type):
     index = read_index(folder)
     note_unknown_keys(folder / "model_index.json", IndexConfig, index)
-    xl = "XL" in index["_class_name"]
-    components = {part: model for part, model in COMPONENTS.items()
-                  if (xl or "_2" not in part) and not (part == "vae" and vae)}
-    tokenizers = ["tokenizer", "tokenizer_2"][:1 + xl]
-    for part in (*components, *tokenizers, "scheduler"):
-        if not (folder / part).is_dir():
-            hint = "; --vae (from Python vae=) puts in another" if part == "vae" else ""
-            raise TinyldmError(f"expected a folder {folder / part}, found none: "
-                               f"is the download complete?{hint}")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    parts = PIPELINES[index["_class_name"]]
+    if vae and parts.get("vae") is not AutoencoderKL:
+        raise TinyldmError(f"{folder} holds a {index['_class_name']}, which has no VAE: leave vae "
+                           "out")
+    places = {part: part_folder(folder, part, kind) for part, kind in parts.items()
+              if not (part == "vae" and vae)}
+    schedulers = {part: read_json(places[part] / "scheduler_config.json")
+                  for part, kind in parts.items() if kind == SCHEDULER}
     if prediction_type:
+        scheduler = schedulers["scheduler"]
         said = scheduler.get("prediction_type") or prediction_type
         if said != prediction_type:
             note(f"{folder} says that the model predicts {said}: {prediction_type} is used, as "
                  "asked for")
-        scheduler = scheduler | {"prediction_type": prediction_type}
+        schedulers["scheduler"] = scheduler | {"prediction_type": prediction_type}
     dtypes = {}
-    for part, expected in components.items():
-        model, config = read_config(folder / part)
-        if model is not expected:
-            raise TinyldmError(f"{folder / part / 'config.json'} must name a {expected.__name__}, "
-                               f"not a {model.__name__}: get it again")
+    for part in (part for part in places if isinstance(parts[part], type)):
+        model, config = read_config(places[part])
+        if model is not parts[part]:
+            raise TinyldmError(f"{places[part] / 'config.json'} must name a "
+                               f"{parts[part].__name__}, not a {model.__name__}: get it again")
         dtypes[part] = _dtype(config, dtype)
-        find_weights(folder / part, dtypes[part])
+        find_weights(places[part], dtypes[part])
     models = {"vae": load_vae(vae, _own_vae_config(folder), dtype, low_memory)} if vae else {}
-    models |= {part: load_model(folder / part, dtypes[part], low_memory) for part in components}
-    return PipelineParts(**models, **{name: folder / name for name in tokenizers},
-                         scheduler=scheduler, padding=None, index=index)
+    models |= {part: load_model(places[part], own, low_memory) for part, own in dtypes.items()}
+    folders = {part: places[part] for part, kind in parts.items()
+               if kind in (VOCABULARY, PROCESSOR)}
+    return PipelineParts(models, schedulers, folders, index)
+
+
+def part_folder(folder, part, kind):
+    """Where the files of a pipeline's part are: in its own folder, or beside model_index.json.
+
+    The latter is how the first pipelines were published, which have one model and one scheduler.
+    Raises TinyldmError if they are in neither.
+    """
+    if (folder / part).is_dir():
+        return folder / part
+    if (folder / FILE_OF.get(kind, "config.json")).is_file():
+        return folder
+    hint = "; --vae (from Python vae=) puts in another" if part == "vae" else ""
+    raise TinyldmError(f"expected a folder {folder / part}, found none: is the download "
+                       f"complete?{hint}")
 
 
 def _own_vae_config(folder):
@@ -183,7 +212,7 @@ def read_index(folder):
     path = folder / "model_index.json"
     index = read_json(path)
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise TinyldmError(f"{path} names the pipeline {name}, supported "
                            f"are {', '.join(PIPELINES)}")
     with config_errors(path, f"{name} that is supported"):
@@ -215,10 +244,12 @@ def _load_file(path, dtype, low_memory, ema, vae, prediction_type):
     for part, model in models.items():
         own = {name: tensors[f"{part}.{name}"] for name, _ in model.named_parameters()}
         fill(model, own, misfit, _dtype(model.config, dtype), low_memory)
+    paddings = {"tokenizer": kind.padding}
+    if kind.padding_2:
+        paddings["tokenizer_2"] = kind.padding_2
     # A Turbo's file looks like its base model's: see StableDiffusion.complete.
-    return PipelineParts(**models, **other, scheduler=scheduler | {"_assumed": True}, index={},
-                         tokenizer=tokenizer, padding=kind.padding, padding_2=kind.padding_2,
-                         tokenizer_2=tokenizer if kind.padding_2 else None)
+    return PipelineParts(models | other, {"scheduler": scheduler | {"_assumed": True}},
+                         dict.fromkeys(paddings, tokenizer), {}, paddings)
 
 
 def fit_file(stored, kind, statements, own_vae=True):

@@ -16,9 +16,9 @@ from ..errors import TinyldmError, shorten
 from .components import find_weights
 
 INDEX = "model_index.json"
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 SETTINGS = {"config.json", "scheduler_config.json", "vocab.json", "merges.txt", "tokenizer.json",
-            "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+            "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+            "preprocessor_config.json"}
 CHECKPOINTS = (".safetensors", ".ckpt")
 
 
@@ -50,30 +50,37 @@ def list_files(name, usual):
     return _ask(name) or files_in(folder)
 
 
-def download_parts(name, folder, index, dtype=None):
+def download_parts(name, folder, index, parts, dtype=None):
     """The local folder with all files of the pipeline `name` that are read here.
 
-    folder: where its model_index.json is already. index: the dict in that file. dtype: selects the
-    variant of the weights, see find_weights.
+    folder: where its model_index.json is already. index: the dict in that file. parts: those that
+    are read, of which the index may leave out some. dtype: selects the variant of the weights, see
+    find_weights.
     Raises TinyldmError for a failed download, and for a part without weights in a known format.
     """
     listed = _ask(name)
-    parts = {part: set() for part in PARTS if index.get(part) not in (None, [None, None])}
+    own = {part: set() for part in parts if index.get(part) not in (None, [None, None])}
+    beside = set()                                      # of parts without a folder of their own
     for file in listed or files_in(folder):
-        part, _, inner = file.partition("/")
-        if part in parts:
-            parts[part].add(inner)
-    if indexes := _paths(parts, lambda file: ".index." in file):
+        part, slash, inner = file.partition("/")
+        if part in own and slash:
+            own[part].add(inner)
+        elif not slash:
+            beside.add(file)
+    rooted = bool({"config.json", "scheduler_config.json"} & beside)
+    found = {f"{part}/": files for part, files in own.items() if files or not rooted}
+    found |= {"": beside} if len(found) < len(own) else {}
+    if indexes := _paths(found, lambda file: ".index." in file):
         folder = fetch(name, indexes)                   # they list the files of the weights
     try:
-        if empty := [part for part, files in parts.items() if not files]:
+        if empty := [part.rstrip("/") for part, files in found.items() if not files]:
             raise TinyldmError(f"it has nothing of {', '.join(empty)}")
-        weights = [f"{part}/{path.name}" for part, files in parts.items() if "config.json" in files
+        weights = [f"{part}{path.name}" for part, files in found.items() if "config.json" in files
                    for path in find_weights(folder / part, dtype, files)]
     except TinyldmError as error:
         where = "" if listed else " cannot be reached, and the cache has only part of it"
         raise TinyldmError(f"{name} on the Hugging Face hub{where}: {error}") from None
-    settings = _paths(parts, SETTINGS.__contains__)
+    settings = _paths(found, SETTINGS.__contains__)
     return fetch(name, [INDEX, *settings, *indexes, *weights])
 
 
@@ -95,7 +102,7 @@ def download_vae(name, dtype=None):
 
 
 def _paths(parts, wanted):
-    return [f"{part}/{file}" for part, files in parts.items() for file in files if wanted(file)]
+    return [f"{part}{file}" for part, files in parts.items() for file in files if wanted(file)]
 
 
 def _ask(name):

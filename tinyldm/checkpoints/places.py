@@ -20,7 +20,7 @@ from ..files import read_json
 from . import hub
 from .addons.adapter_settings import FILE as SETTINGS
 from .components import class_name
-from .folders import read_index
+from .folders import PIPELINES, read_index
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")              # of files of weights
 NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -58,8 +58,27 @@ def resolve(weights=None, dtype=None):
         raise TinyldmError(nothing_here(path, weights))
     if place.file in ("", hub.INDEX):
         folder = hub.download_file(place.name, hub.INDEX).parent
-        return hub.download_parts(place.name, folder, read_index(folder), dtype)
+        index = read_index(folder)
+        return hub.download_parts(place.name, folder, index, PIPELINES[index["_class_name"]], dtype)
     return hub.download_file(place.name, place.file)
+
+
+def kind_of(weights=None):
+    """What a user calls the weights of a pipeline -> the public class of that pipeline.
+
+    Of the hub's it downloads model_index.json alone. A single file is of Stable Diffusion, and so
+    is what has no model_index.json: `resolve` says what is wrong with it.
+    Raises TinyldmError as resolve does.
+    """
+    path = bundled() if weights is None else local_path(weights)
+    if not os.path.exists(path) and (place := hub_place(weights)):
+        path = Path()
+        if place.file in ("", hub.INDEX):
+            path = hub.download_file(place.name, hub.INDEX).parent
+    folder = snapshot(path)
+    if os.path.isdir(path) and os.path.isfile(folder / hub.INDEX):
+        return read_index(folder)["_class_name"]
+    return "StableDiffusionPipeline"
 
 
 def resolve_vae(vae, dtype=None):

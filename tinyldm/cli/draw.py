@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ..errors import TinyldmError, clean, note
 from ..pipelines.interpolation import ends
 from .console import say, status
-from .options import interpolates, jobs, parse, request
+from .options import check_meant, interpolates, jobs, parse, request
 from .parameters import BUNDLED, number
 
 LARGEST_SIDE = 16384        # pixels, of an enlarged picture
@@ -62,7 +62,8 @@ def draw(args):
     if args.show and (reason := obstacle()):
         note(f"--show has no place to draw: {reason}")
         args.show = False
-    todo = jobs(args)
+    pipeline = pipeline_of(args)
+    todo = jobs(args, pipeline)
     paths = output_paths(args.output, len(todo))
     check_output(paths[0])
     written = [*paths, *(output_paths(sheet_path(args.output), 1) if len(paths) > 1 else [])]
@@ -82,22 +83,43 @@ def draw(args):
         if same := {*written} & {*films}:
             raise TinyldmError(f"--animate and --output both name {min(same)}: name two files")
     if not args.profile:
-        return draw_pictures(args, todo, paths, films)
+        return draw_pictures(args, todo, paths, films, pipeline)
     from .profiler import Profiler
     with Profiler() as profile:
-        draw_pictures(args, todo, paths, films, profile)
+        draw_pictures(args, todo, paths, films, pipeline, profile)
     print(profile, file=sys.stderr)
 
 
-def draw_pictures(args, todo, paths, films, profile=None):
-    """Draw and save the pictures of the jobs `todo` under `paths`, and the animations `films`."""
+def pipeline_of(args):
+    """The class of the weights' pipeline, which says what options there are.
+
+    With a prompt, weights that are not on this machine are taken for Stable Diffusion's until they
+    are loaded, so that wrong options are named before the hub is asked.
+    """
+    from ..checkpoints import kind_of
+    from ..pipelines.loading import pipeline_class
+    from ..pipelines.stable_diffusion import StableDiffusion
+
+    here = args.weights is None or os.path.exists(os.path.expanduser(args.weights))
+    if not here and (args.prompt or args.random) and args.label is args.noise_level is None:
+        return StableDiffusion
+    return pipeline_class(kind_of(args.weights))
+
+
+def draw_pictures(args, todo, paths, films, pipeline, profile=None):
+    """Draw and save the pictures of the jobs `todo` under `paths`, and the animations `films`.
+
+    pipeline: the class that the options are checked for.
+    """
     timed = profile.stage if profile else nullcontext
     with timed("loading"), stage("loading"):
         from ..images import grid, save
-        from ..pipelines.stable_diffusion import load
+        from ..pipelines.loading import load
         from .preview import Live, Preview, save_film
         pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema,
                     vae=args.vae, prediction_type=args.prediction_type)
+        if type(pipe) is not pipeline:
+            check_meant(args, type(pipe))
         for file, weight in args.lora:
             pipe.load_lora(file, weight)
         for file in args.embedding:
@@ -158,19 +180,17 @@ class Picture(NamedTuple):
 
         args, pipe = self.args, self.pipe
         frames = []
-        reading = "reading the prompt" + " and the picture" * (job.image is not None)
-        with self.timed(reading), stage(reading):
-            size = pipe.size(args.width, args.height, job.image)
+        reading = " and ".join(["reading the prompt"] * (job.prompt != "")
+                               + ["reading the picture"] * (job.image is not None))
+        with self.timed(reading or "beginning"), stage(reading or "beginning"):
+            asked = pipe.complete(request(job, args, type(pipe)))
+            size = pipe.picture_size(asked)
             check_scale(args.scale, size)
-            asked = pipe.complete(request(job, args))
             steps, sampler = asked.num_inference_steps, asked.sampler
             states = pipe.states(asked)
-            edit = pipe.edit(job.image, asked.strength, job.mask, sampler)
-            own = asked.timestep_spacing == pipe.schedule.timestep_spacing
-            spacing = None if own else asked.timestep_spacing
-            text = parameters(args, job, asked, size, edit, spacing)
+            text = parameters(args, job, asked, size, pipe)
         with self.timed("drawing"):
-            made = steps - edit.steps_left_out(steps)
+            made = pipe.steps_made(asked)
             bar = progress("drawing", BAR, made)
             for state in counted(states, bar, sampler, steps, made):
                 step = state.step + 1
@@ -242,9 +262,13 @@ def stage(name):
         bar.update()
 
 
-def parameters(args, job, request, size, edit, spacing):
+def parameters(args, job, request, size, pipe):
     """How a picture was made, in the format that web interfaces store in PNG files and read."""
-    lines = [str(ends(job.prompt)[0])]
+    own = request.timestep_spacing == pipe.schedule.timestep_spacing
+    spacing = None if own else request.timestep_spacing
+    guidance, strength, noise_level = (getattr(request, name, None) for name in
+                                       ("guidance_scale", "strength", "noise_level"))
+    lines = [str(ends(job.prompt)[0])] * (job.prompt != "")
     if args.negative:
         lines.append(f"Negative prompt: {args.negative}")
     loras = ", ".join(f"{Path(file).stem}:{number(weight)}" for file, weight in args.lora)
@@ -253,10 +277,11 @@ def parameters(args, job, request, size, edit, spacing):
         "Steps": request.num_inference_steps,
         "Sampler": request.sampler,
         "Timestep spacing": spacing,
-        "CFG scale": number(request.guidance_scale),
+        "CFG scale": None if guidance is None else number(guidance),
         "CFG rescale": number(args.guidance_rescale) if args.guidance_rescale else None,
         # Web interfaces count the layer that is used, from the last one, which is 1.
         "Clip skip": None if args.clip_skip is None else args.clip_skip + 1,
+        "Label": job.label if isinstance(job.label, int) else quoted(job.label),
         "Seed": seed,
         "Variation seed": other_seed[0] if other_seed else None,
         "Variation seed strength": number(job.seed.weight) if other_seed else None,
@@ -273,7 +298,8 @@ def parameters(args, job, request, size, edit, spacing):
         "Embeddings": quoted(", ".join(Path(file).stem for file in args.embedding) or None),
         "Image": args.image and quoted(args.image.name),
         "Mask": args.mask and quoted(args.mask.name),
-        "Denoising strength": number(edit.strength) if args.image else None,
+        "Denoising strength": None if strength is None else number(strength),
+        "Noise level": noise_level,
         "To prompt": quoted(args.to_prompt),
         "To image": args.to_image and quoted(args.to_image.name),
         "On the way": number(job.weight) if interpolates(args) else None,

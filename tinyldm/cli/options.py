@@ -3,6 +3,8 @@
 --help must be fast, so what takes long to import is imported inside functions.
 """
 import argparse
+import dataclasses
+import itertools
 import os
 import re
 import shutil
@@ -24,6 +26,18 @@ MOST_BYTES = 1 << 22        # of prompts on standard input
 LARGEST_SCALE = 64
 RANDOM_SEEDS = 2**31        # valid for every kind of noise, with --count added to it
 
+# The options of a picture -> the field of a pipeline's options.
+FIELDS = {
+    "prompt": "prompt", "negative": "negative_prompt", "steps": "num_inference_steps",
+    "guidance": "guidance_scale", "seed": "seed", "width": "width", "height": "height",
+    "sampler": "sampler", "noise": "noise", "guidance_rescale": "guidance_rescale",
+    "image": "image", "strength": "strength", "mask": "mask", "label": "label",
+    "timestep_spacing": "timestep_spacing", "clip_skip": "clip_skip", "noise_level": "noise_level",
+}
+NEGATIVE, SEED, NOISE, RESCALE = "", 0, "torch-cpu", 0.0       # defaults
+DEFAULTS = {"seed": SEED, "noise": NOISE, "guidance_rescale": RESCALE}
+# Options that only make sense with another one's field -> that one's.
+NEEDS = {"random": "prompt", "to_prompt": "prompt", "to_image": "image", "lora_folder": "prompt"}
 # What other programs and Python call an option. An underscore is a dash, too.
 ALIASES = {
     "--num-inference-steps": "--steps", "--guidance-scale": "--guidance", "--cfg": "--guidance",
@@ -32,6 +46,7 @@ ALIASES = {
     "--batch-size": "--count", "--init-image": "--image",
     "--mask-image": "--mask", "--denoising-strength": "--strength",
     "--cfg-rescale": "--guidance-rescale", "--spacing": "--timestep-spacing",
+    "--class": "--label", "--class-label": "--label", "--class-labels": "--label",
 }
 
 HELP = """Draw a picture of a prompt into out.png.
@@ -45,7 +60,8 @@ The bundled model knows one language, and nothing else:
     colour: red, green, blue, yellow, orange, purple, white, black, pink, gray
     shape: circle, square, triangle, star, heart, ring, cross, diamond
 
---weights takes Stable Diffusion's, which know the world.
+--weights takes Stable Diffusion's, which know the world, and other models', such as DDPM's and
+DiT's, some of which draw without a prompt.
 
 examples:
   python -m tinyldm "a big red star on a white background" --show
@@ -141,7 +157,7 @@ def parse(arguments):
         args = parser.parse_args(arguments)
     if args.random and args.prompt:
         raise TinyldmError("--random draws a prompt of its own: leave one of them out")
-    if not args.random and not args.prompt:
+    if not args.random and not args.prompt and args.weights is None:
         parser.error("the following arguments are required: prompt")
     if args.seed == "random":
         from secrets import randbelow
@@ -172,9 +188,11 @@ def what_to_draw(add):
         "tinyldm, a web interface or ComfyUI wrote it; the options given here count more")
     add("--from-parameters", metavar="FILE", help="the same from a text: a prompt, Negative "
         "prompt: ..., Steps: 20, Sampler: Euler a, ...; - reads it from standard input")
-    add("--negative", default="", metavar="TEXT", help="what not to draw")
-    add("--seed", type=seed, default=0, metavar="K", help="where the noise comes from: a whole "
-        "number, or random (0)")
+    add("--label", action="append", type=label, metavar="L", help="for a model of classes: the "
+        "class to draw, its number or its name; given several times, several pictures")
+    add("--negative", default=NEGATIVE, metavar="TEXT", help="what not to draw")
+    add("--seed", type=seed, default=SEED, metavar="K", help="where the noise comes from: a "
+        "whole number, or random (0)")
     add("--count", type=int, metavar="N", help="pictures per prompt, with the seeds K, K + 1, ...: "
         "out-0.png, out-1.png, ... and all on one sheet, out-sheet.png (1; with --to-... "
         f"{INTERPOLATED})")
@@ -188,8 +206,8 @@ def how_to_draw(add):
     add("--guidance", type=float, metavar="S", help="how strongly to follow the prompt; up to 1 "
         "the negative prompt plays no part (what the weights recommend, or else 7.5; Stable "
         "Diffusion XL 5, Latent Consistency Models 8.5)")
-    add("--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: how much to undo "
-        "of the over-saturation that guidance causes (0)")
+    add("--guidance-rescale", type=float, default=RESCALE, metavar="R", help="0 to 1: how much to "
+        "undo of the over-saturation that guidance causes (0)")
     add("--sampler", metavar="NAME", help="ddpm, ddim, pndm, euler, euler_ancestral, heun, lms, "
         "dpmpp_2m, dpmpp_2m_sde, unipc, deis or lcm; euler, heun, lms, dpmpp_2m, dpmpp_2m_sde, "
         "unipc and deis also with _karras or _exponential behind the name (the weights' own)")
@@ -198,7 +216,7 @@ def how_to_draw(add):
         "steps without guidance, as Turbo models take them, trailing)")
     add("--clip-skip", type=int, metavar="N", help="how many of the text encoder's last layers to "
         "leave out, counted as in diffusers (0)")
-    add("--noise", metavar="NAME", default="torch-cpu", help="whose normal numbers the seed "
+    add("--noise", metavar="NAME", default=NOISE, help="whose normal numbers the seed "
         "stands for: torch-cpu, torch-cuda or numpy (torch-cpu)")
 
 
@@ -209,6 +227,8 @@ def from_a_picture(add):
         "with a mask 1; Stable Diffusion XL 0.3, with a mask 0.9999)")
     add("--mask", type=path, metavar="FILE", help="a picture, white where to paint and black where "
         "the image is to stay, as well as the VAE can render it")
+    add("--noise-level", type=int, metavar="N", help="for a model that enlarges a picture, or "
+        "varies it: how much noise to add to what it reads of the picture first (the model's own)")
 
 
 def series(add):
@@ -312,13 +332,18 @@ def seed(text):
                                          ) from None
 
 
+def label(text):
+    return int(text) if text.strip().isdigit() else text
+
+
 class Job(NamedTuple):
-    """A picture to draw: these options of stream. All except the mask may be a Between."""
+    """A picture to draw: these options of stream. Prompt, seed and image may be a Between."""
 
     prompt: Any
     seed: Any
     image: Any                                          # a PIL image, or None
     mask: Any                                           # the same
+    label: Any = None                                   # a number or a name, or None
 
     @property
     def weight(self):
@@ -326,12 +351,15 @@ class Job(NamedTuple):
         return next((value.weight for value in self if isinstance(value, Between)), None)
 
 
-def jobs(args):
+def jobs(args, pipeline):
     """The pictures that the arguments ask for -> [Job]. Raises TinyldmError for a wrong argument.
 
-    With --random the prompts are empty: they are drawn when the model's language is known.
+    pipeline: the class of the weights' pipeline. With --random the prompts are empty: they are
+    drawn when the model's language is known.
     """
     from ..images import open_image
+
+    check_meant(args, pipeline)
 
     between_two = interpolates(args)
     if args.random and args.weights and not os.path.isdir(args.weights):
@@ -357,9 +385,10 @@ def jobs(args):
             raise TinyldmError(f"there is no folder {args.lora_folder}: --lora-folder names one "
                                "with LoRAs")
         args.prompt = with_loras(args, args.prompt)
-    if count * len(args.prompt) > MOST_PICTURES:
-        raise TinyldmError(f"one command draws at most {MOST_PICTURES} pictures, not "
-                           f"{count * len(args.prompt)}: draw them in parts, with --seed")
+    labels = args.label or [None]
+    if (pictures := count * len(args.prompt) * len(labels)) > MOST_PICTURES:
+        raise TinyldmError(f"one command draws at most {MOST_PICTURES} pictures, not {pictures}: "
+                           "draw them in parts, with --seed")
     image, to_image = (file and open_image(file) for file in (args.image, args.to_image))
     mask = args.mask and open_image(args.mask, "L")
 
@@ -368,7 +397,7 @@ def jobs(args):
         return first if second is None else Between(first, second, weight)
 
     found = []
-    for prompt in args.prompt:
+    for prompt, label in itertools.product(args.prompt, labels):
         for i in range(count):
             if between_two:
                 seed = between(args.seed, args.to_seed, i)
@@ -377,14 +406,35 @@ def jobs(args):
             else:
                 seed = args.seed + i
             found.append(Job(between(prompt, args.to_prompt, i), seed,
-                             between(image, to_image, i), mask))
-    check(found, args)
+                             between(image, to_image, i), mask, label))
+    check(found, args, pipeline)
     return found
+
+
+def check_meant(args, pipeline):
+    """Raise TinyldmError for an option that means nothing to a pipeline, and for what it needs."""
+    known = fields_of(pipeline)
+    for option, field in (FIELDS | NEEDS).items():
+        value = getattr(args, option)
+        if field not in known and value not in (None, False, "", [], DEFAULTS.get(option)):
+            what = "a prompt" if option == "prompt" else f"--{option.replace('_', '-')}"
+            raise TinyldmError(f"{pipeline.name} draws without {what}: leave it out")
+    for option, method in (("lora", "load_lora"), ("embedding", "load_textual_inversion")):
+        if getattr(args, option) and not hasattr(pipeline, method):
+            raise TinyldmError(f"{pipeline.name} takes no --{option}: leave it out")
+    if "prompt" in known and not (args.random or args.prompt or pipeline.prompt_is_optional):
+        raise TinyldmError("the following arguments are required: prompt (--help lists the "
+                           "options)")
+
+
+def fields_of(pipeline):
+    """The names of the options that a pipeline's call takes."""
+    return {field.name for field in dataclasses.fields(pipeline.Options)}
 
 
 def prompts(args):
     """The prompts of the arguments, with standard input's in the place of "-"."""
-    if args.random:
+    if args.random or not args.prompt:
         return [""]
     if "-" not in args.prompt:
         if len(args.prompt) > 1 and not any(" " in prompt for prompt in args.prompt):
@@ -410,7 +460,7 @@ def prompts(args):
     return [text for prompt in args.prompt for text in (lines if prompt == "-" else [prompt])]
 
 
-def check(found, args):
+def check(found, args, pipeline):
     """Raise TinyldmError for what is wrong in any job, before anything is loaded."""
     from ..pipelines.request import check_finite
     from ..text.prompt import parse as parse_prompt
@@ -418,19 +468,17 @@ def check(found, args):
     for _, weight in args.lora:
         check_finite("weight", weight)
     for job in found:
-        request(job, args).generators()
+        request(job, args, pipeline).generators()
     for text in dict.fromkeys(text for job in found for text in ends(job.prompt)):
         parse_prompt(text)
 
 
-def request(job, args):
-    """The Request of a picture, which checks the options as from Python."""
-    from ..pipelines.request import Request
-
-    return Request(job.prompt, args.negative, args.steps, args.guidance, job.seed, args.width,
-                   args.height, sampler=args.sampler, noise=args.noise, image=job.image,
-                   guidance_rescale=args.guidance_rescale, strength=args.strength, mask=job.mask,
-                   timestep_spacing=args.timestep_spacing, clip_skip=args.clip_skip)
+def request(job, args, pipeline):
+    """The options of a picture for a pipeline, which checks them as from Python."""
+    values = {FIELDS[option]: getattr(args, option) for option in FIELDS} | job._asdict()
+    known = fields_of(pipeline)
+    return pipeline.Options(**{field: value for field, value in values.items() if field in known
+                               and (value is not None or field in job._fields)})
 
 
 def interpolates(args):

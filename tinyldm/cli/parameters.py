@@ -41,10 +41,11 @@ OPTIONS = {
     "noise": ("noise", str), "scale": ("scale", int), "dtype": ("dtype", str),
     "variation seed": ("to_seed", int), "variation seed strength": ("on_the_way", _fraction),
     "to prompt": ("to_prompt", str), "on the way": ("on_the_way", _fraction),
+    "noise level": ("noise_level", int),
 }
 # Of these a special rule makes options: see `_special`.
 SPECIAL = ("sampler", "schedule type", "scheduler", "size", "clip skip", "rng", "low memory", "ema",
-           "denoising strength", "lora")
+           "denoising strength", "lora", "label")
 PICTURES = {"image": "image", "mask": "mask", "to image": "to_image"}
 NAMED = {"model": "weights", "vae": "vae", "embeddings": "embedding"}    # whose places are unknown
 # They change nothing, and need no note.
@@ -240,7 +241,7 @@ def options(args):
     source, text = _source(args)
     block = read(text)
     found, unused = {"negative": block.negative}, {}
-    if not args.random:
+    if not args.random and block.prompt:
         found["prompt"] = [block.prompt]
     for name, value in block.values.items():
         key = name.lower()
@@ -283,6 +284,7 @@ def _special(args, values, found, unused):
     take("size", _size)
     take("clip skip", lambda text: {"clip_skip": _layers(int(text))})
     take("rng", lambda text: {"noise": GENERATORS.get(text.lower(), text)})
+    take("label", lambda text: {"label": [int(text) if text.isdigit() else text]})
     take("low memory", lambda text: {"low_memory": text.lower() == "true"})
     take("ema", lambda text: {"ema": text.lower() == "true"})
     schedule = next((lower[key][1] for key in ("schedule type", "scheduler") if key in lower), "")

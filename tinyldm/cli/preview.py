@@ -33,8 +33,8 @@ class Preview:
     def __call__(self, latents):
         """Clean latents (1,h,w,C) -> a PIL image of the picture's size."""
         _, h, w, C = latents.shape
-        factor = self.pipe.vae.vae_scale_factor
-        if h * w * factor ** 2 <= DECODED:
+        factor = self.pipe.scale_factor
+        if factor == 1 or h * w * factor ** 2 <= DECODED:
             return to_pil(self.pipe.decode(latents))[0]
         if self.map is None:
             self.map = self._fit(C)

@@ -149,12 +149,19 @@ class DiTTransformer2DModel(Module):
         return self.pos_embed.backward(dh, tape)
 
 
-class PatchEmbed(Module):
-    """Each patch of p x p pixels becomes a token, to which its position is added.
+def positions(xp, G, D):
+    """The fixed table (G*G,D) that tells tokens their places in a G x G square. xp: numpy or cupy.
 
-    The position is a sinusoidal embedding of the column in the first half of the channels, and of
-    the row in the second. It is fixed.
+    A sinusoidal embedding of the column in the first half of the channels, of the row in the
+    second. Computed in float64 and rounded to float32, as in the public files.
     """
+    e, _ = ops.timestep_embedding(xp.arange(G, dtype=np.float64), D // 2, flip_sin_to_cos=False)
+    columns, rows = e[None].repeat(G, axis=0), e[:, None].repeat(G, axis=1)         # (G,G,D/2)
+    return xp.concatenate([columns, rows], axis=-1).astype(np.float32).reshape(G * G, D)
+
+
+class PatchEmbed(Module):
+    """Each patch of p x p pixels becomes a token, to which its position is added."""
 
     def __init__(self, channels, width, patch_size):
         self.proj = Conv2d(channels, width, patch_size, stride=patch_size, padding=(0, 0))
@@ -162,13 +169,10 @@ class PatchEmbed(Module):
     def forward(self, x, tape=NO_TAPE):                 # (B,H,W,C) -> (B,T,D)
         h = self.proj(x, tape)                          # (B,G,G,D)
         B, G, _, D = h.shape
-        xp = get_xp(h)
-        e, _ = ops.timestep_embedding(xp.arange(G, dtype=np.float64), D // 2, False)
-        e = e.astype(np.float32).astype(h.dtype)        # (G,D/2), float32 in the public files
-        h[..., :D // 2] += e                            # in place: nothing else uses proj's output
-        h[..., D // 2:] += e[:, None]
         tape.save(self, G)
-        return h.reshape(B, G * G, D)
+        h = h.reshape(B, G * G, D)
+        h += positions(get_xp(h), G, D).astype(h.dtype)     # in place: nothing else uses it
+        return h
 
     def backward(self, dy, tape):
         G = tape.load(self)

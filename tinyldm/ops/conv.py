@@ -1,5 +1,5 @@
-"""Convolution and nearest upsampling: the ops that use neighbouring pixels."""
-from ..backend import add_up, fast_twin, get_xp, wide
+"""Convolution, nearest upsampling, averaging: the ops that use neighbouring pixels."""
+from ..backend import add_up, fast_twin, get_xp, wide, widen
 from ..kernels import conv, cuda
 from ..kernels.im2col import sides
 
@@ -93,3 +93,16 @@ def upsample_nearest_backward(dy, cache):
         dy = get_xp(dy).pad(dy, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)))
     B, H, W, C = dy.shape
     return add_up(dy.reshape(B, H // 2, 2, W // 2, 2, C), axis=(2, 4))
+
+
+def downsample_average(x):
+    """Halve the map: each pixel is the mean of 2x2 pixels. x (B,2H,2W,C) -> y (B,H,W,C)."""
+    B, H, W, C = x.shape
+    assert H % 2 == W % 2 == 0, f"height and width must be even, not {H} and {W}"
+    y = widen(x[:, ::2, ::2]) + x[:, ::2, 1::2] + x[:, 1::2, ::2] + x[:, 1::2, 1::2]
+    return (y / 4).astype(x.dtype, copy=False), None
+
+
+def downsample_average_backward(dy, cache):
+    """dy (B,H,W,C) -> dx (B,2H,2W,C): each of the four pixels gets a quarter."""
+    return upsample_nearest(dy / 4)[0]

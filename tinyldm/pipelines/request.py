@@ -1,6 +1,7 @@
-"""What to draw: the options of StableDiffusion.stream and __call__, checked once.
+"""What to draw: the options of a pipeline's stream and __call__, checked once.
 
-What depends on the pipeline's models is checked in stable_diffusion.py and editing.py.
+Every pipeline has a dataclass of its own, derived from Drawing, which holds what all share. Request
+is Stable Diffusion's. What depends on a pipeline's models is checked in its own file.
 """
 import difflib
 import inspect
@@ -61,8 +62,59 @@ def takes(options: Callable[P, object]
     return decorate
 
 
+class Drawing:
+    """What the options of all pipelines share. The dataclass derived from it has these fields:
+
+    num_inference_steps, seed, num_images, sampler, latents, noise, timestep_spacing
+    """
+
+    def __post_init__(self):
+        """Raises TinyldmError for a value of these fields that is wrong for every pipeline."""
+        for name in ("num_inference_steps", "num_images"):
+            object.__setattr__(self, name, whole(getattr(self, name)))
+        if self.num_inference_steps is not None:
+            check_whole("the number of steps", self.num_inference_steps, 1, MOST_STEPS)
+        check_whole("num_images", self.num_images, 1, MOST_IMAGES)
+        check_whole("the number of images", self.count, 1, MOST_IMAGES)
+        if self.sampler is not None:
+            find_sampler(self.sampler)
+        if self.timestep_spacing not in (None, *SPACINGS):
+            raise TinyldmError(f"timestep_spacing must be {', '.join(SPACINGS[:-1])} or "
+                               f"{SPACINGS[-1]}, not {self.timestep_spacing!r}")
+
+    @property
+    def subjects(self):
+        """A list of what is drawn, num_images of each: prompts or labels. Here one of no name."""
+        return [None]
+
+    @property
+    def count(self):
+        """The number of pictures."""
+        return len(self.subjects) * self.num_images
+
+    def seeds(self):
+        """One for each image: those given, or for each subject seed, seed + 1, ..., as Python ints.
+
+        NumPy's small integers would wrap around. Raises TinyldmError for a list of another length.
+        """
+        seeds = as_list(self.seed)
+        if seeds == [self.seed]:
+            seed = mixed(self.seed, whole, Between)
+            return [mixed(seed, lambda end, i=i: end + i if isinstance(end, int) else end,
+                          Between) for i in range(self.num_images)] * len(self.subjects)
+        if len(seeds) != self.count:
+            raise TinyldmError(f"a list of seeds must have one for each of {self.count} images, "
+                               f"not {len(seeds)}: give as many, or one seed")
+        return [mixed(seed, whole, Between) for seed in seeds]
+
+    def generators(self):
+        """One generator of normal numbers per image; raises TinyldmError for a wrong seed."""
+        generator = get_generator(self.noise)
+        return [mixed(seed, generator, BetweenGenerator) for seed in self.seeds()]
+
+
 @dataclass(frozen=True, eq=False)
-class Request:
+class Request(Drawing):
     """The options, in the order in which they may be given by position.
 
     prompt: what to draw, at any length, with weights such as (word:1.3): see text/prompt.py. A list
@@ -125,41 +177,23 @@ class Request:
     clip_skip: int | None = None
 
     def __post_init__(self):
-        for name in ("num_inference_steps", "num_images", "width", "height", "clip_skip"):
+        super().__post_init__()
+        for name in ("width", "height", "clip_skip"):
             object.__setattr__(self, name, whole(getattr(self, name)))
         if self.negative_prompt is None:
             object.__setattr__(self, "negative_prompt", "")
-        if self.num_inference_steps is not None:
-            check_whole("the number of steps", self.num_inference_steps, 1, MOST_STEPS)
         if self.guidance_scale is not None:
             check_finite("guidance_scale", self.guidance_scale)
         check_fraction("guidance_rescale", self.guidance_rescale)
-        check_whole("num_images", self.num_images, 1, MOST_IMAGES)
-        self._check_prompts()
+        check_prompts(self.prompts, self.negative_prompts)
         for name in ("width", "height"):
             if getattr(self, name) is not None:
                 check_pixels(name, getattr(self, name))
-        if self.sampler is not None:
-            find_sampler(self.sampler)
-        if self.timestep_spacing not in (None, *SPACINGS):
-            raise TinyldmError(f"timestep_spacing must be {', '.join(SPACINGS[:-1])} or "
-                               f"{SPACINGS[-1]}, not {self.timestep_spacing!r}")
         if self.clip_skip is not None:
             check_whole("clip_skip", self.clip_skip, 0, MOST_LAYERS)
         check_edit(self.image, self.strength, self.mask)
         for name in ("image", "mask"):                  # decoded here, once, for all that read them
-            object.__setattr__(self, name, _decoded(name, getattr(self, name)))
-
-    def _check_prompts(self):
-        prompts, negatives = len(self.prompts), len(self.negative_prompts)
-        check_whole("the number of images", prompts * self.num_images, 1, MOST_IMAGES)
-        if negatives != prompts:
-            raise TinyldmError(f"negative_prompt must be one text, or a list as long as prompt's, "
-                               f"{prompts}, not {negatives}")
-        for text in (end for own in (*self.prompts, *self.negative_prompts) for end in ends(own)):
-            if not isinstance(text, str):
-                raise TinyldmError("a prompt must be a string of valid Unicode, got "
-                                   f"{text!r}: pass plain text, or a list of such")
+            object.__setattr__(self, name, decoded_ends(name, getattr(self, name)))
 
     @property
     def prompts(self):
@@ -169,52 +203,51 @@ class Request:
             raise TinyldmError("a list of prompts must have at least one: give one")
         return prompts
 
+    subjects = prompts
+
     @property
     def negative_prompts(self):
         """A list, one for each prompt, where one text is for all."""
-        texts = as_list(self.negative_prompt)
-        return texts if texts != [self.negative_prompt] else texts * len(self.prompts)
+        return negatives_of(self.negative_prompt, self.prompts)
 
-    def seeds(self):
-        """One for each image: those given, or for each prompt seed, seed + 1, ..., as Python ints.
 
-        NumPy's small integers would wrap around. Raises TinyldmError for a list of another length.
-        """
-        count = len(self.prompts) * self.num_images
-        seeds = as_list(self.seed)
-        if seeds == [self.seed]:
-            seed = mixed(self.seed, whole, Between)
-            return [mixed(seed, lambda end, i=i: end + i if isinstance(end, int) else end,
-                          Between) for i in range(self.num_images)] * len(self.prompts)
-        if len(seeds) != count:
-            raise TinyldmError(f"a list of seeds must have one for each of {count} images, not "
-                               f"{len(seeds)}: give as many, or one seed")
-        return [mixed(seed, whole, Between) for seed in seeds]
+def negatives_of(negative_prompt, prompts):
+    """A list of negative prompts, one for each prompt, where one text is for all."""
+    texts = as_list(negative_prompt)
+    return texts if texts != [negative_prompt] else texts * len(prompts)
 
-    def generators(self):
-        """One generator of normal numbers per image; raises TinyldmError for a wrong seed."""
-        generator = get_generator(self.noise)
-        return [mixed(seed, generator, BetweenGenerator) for seed in self.seeds()]
+
+def check_prompts(prompts, negative_prompts):
+    """Raise TinyldmError for lists of different lengths, and for what is no text."""
+    if len(negative_prompts) != len(prompts):
+        raise TinyldmError("negative_prompt must be one text, or a list as long as prompt's, "
+                           f"{len(prompts)}, not {len(negative_prompts)}")
+    for text in (end for own in (*prompts, *negative_prompts) for end in ends(own)):
+        if not isinstance(text, str):
+            raise TinyldmError("a prompt must be a string of valid Unicode, got "
+                               f"{text!r}: pass plain text, or a list of such")
 
 
 class UnknownOption(TinyldmError, TypeError):
     """A keyword that a call does not take; a TypeError, as from any other function."""
 
 
-def own_names(options):
+def own_names(options, kind=Request):
     """{name: value} of a call's options, with the names of other programs replaced by ours.
 
+    kind: the dataclass of the options.
     Raises UnknownOption, which says what is meant, for an unknown name and for one given twice.
     """
-    known, own = [field.name for field in fields(Request)], {}
+    known, own = [field.name for field in fields(kind)], {}
     for name, value in options.items():
         mine = SYNONYMS.get(name, name)
         if mine in own:
             raise UnknownOption(f"{name} and {mine} are one option: give one of them")
-        if mine in ELSEWHERE:
+        if mine in ELSEWHERE and mine not in known:
             raise UnknownOption(f"there is no option {name}: {ELSEWHERE[name]}")
         if mine not in known:
-            near = difflib.get_close_matches(name, [*known, *SYNONYMS], 1)
+            synonyms = [name for name, mine in SYNONYMS.items() if mine in known]
+            near = difflib.get_close_matches(name, [*known, *synonyms], 1)
             meant = f"did you mean {SYNONYMS.get(*near * 2)}?" if near else "known are "
             raise UnknownOption(f"there is no option {name!r}: {meant}"
                                 + ("" if near else ", ".join(known)))
@@ -231,7 +264,8 @@ def whole(value):
         return value
 
 
-def _decoded(name, image):
+def decoded_ends(name, image):
+    """An image, or each of a Between's, as a decoded PIL image; None stays None."""
     if isinstance(image, Between):
         return image._replace(first=decoded(name, image.first), second=decoded(name, image.second))
     return None if image is None else decoded(name, image)

@@ -8,117 +8,33 @@
 Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
 arXiv:2112.10752, figure 3.
 """
-import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from ..backend import array_library, free_scratch, is_finite, keep_freed_memory
-from ..diffusion.samplers import (
-    OWN_TIMESTEPS,
-    SAMPLERS,
-    check_sampler,
-    default_sampler,
-    find_sampler,
-    own_options,
-)
+from ..backend import free_scratch, is_finite
+from ..diffusion.samplers import OWN_TIMESTEPS, SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
-from ..images import Pictures, to_pil
+from ..images import Pictures
 from .conditioning import Conditioner
 from .editing import Edit
 from .finite import check_output, finite_states
 from .interpolation import ends
 from .language import Language
 from .parts import check_parts
+from .pipeline import Pipeline, read_tokenizers
 from .predictor import FunctionUNet, Predictor
-from .progress import with_bar
-from .request import (
-    Request,
-    check_finite,
-    check_latents,
-    note_on_size,
-    own_names,
-    picture_size,
-    takes,
-)
+from .request import Request, check_finite, check_latents, note_on_size, picture_size, takes
 
-Place = str | os.PathLike[str]      # what weights are named by
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
 DISTILLED = 8               # the most steps that Turbo, Lightning and Hyper models are made for
 
 
-def load(weights: Place | None = None, device: str = "cpu", dtype: Any = None,
-         low_memory: bool = False, ema: bool = False, *, vae: Place | None = None,
-         prediction_type: str | None = None) -> "StableDiffusion":
-    """Read a pipeline's weights -> StableDiffusion.
-
-    weights: None for the bundled model; a folder in the diffusers layout; a single file in the
-        original layout (.safetensors, .ckpt); or a name on the Hugging Face hub, which is
-        downloaded once: owner/name, or owner/name/file for a single file there. A single file's
-        tokenizer is downloaded too, unless TINYLDM_TOKENIZER names a folder with one.
-    device: "cpu" or "cuda".
-    dtype: of weights and computation. float16 uses the weights' fp16 variant where there is one.
-        Default: float16 on the GPU, float32 on the CPU; there, large weights that a file has in
-        float16 stay so and are widened when used: half the memory, the same numbers. For training
-        give float32.
-    low_memory: use less memory and more time. Pictures larger than those the VAE was trained on
-        are decoded in tiles, which changes them a little (see AutoencoderKL.decode_tiled). On the
-        CPU freed memory goes back to the system, and weights whose dtype is the file's stay in its
-        memory map.
-    ema: if a single file has two sets of the UNet's weights, use the averaged one.
-    vae: another VAE than the weights' own, or the one that a single file lacks: a file in either
-        layout, a folder, or a name on the hub, as for weights. Its scaling factor is that of its
-        own config, or else of the model that it is used in.
-    prediction_type: "epsilon", "v_prediction" or "sample", what the UNet predicts, where the
-        weights do not say it or are wrong.
-    Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
-    """
-    # Imported here, so that `import tinyldm` need not wait for the libraries behind them.
-    from ..checkpoints import (
-        check_prediction_type,
-        float_type,
-        load_pipeline_parts,
-        resolve,
-        resolve_vae,
-    )
-    from ..text.tokenizer import Tokenizer
-
-    check_prediction_type(prediction_type)
-    if not low_memory:
-        keep_freed_memory()
-    xp = array_library(device)
-    dtype = float_type(np.float16 if dtype is None and xp is not np else dtype)
-    parts = load_pipeline_parts(resolve(weights, dtype), dtype, low_memory and xp is np, ema,
-                                None if vae is None else resolve_vae(vae, dtype),
-                                prediction_type)
-    steps = parts.index.get("_num_inference_steps",
-                            FEW_STEPS if parts.unet.settings.time_cond_proj_dim else STEPS)
-    rule = parts.index.get("_language")
-    tokenizer = Tokenizer.from_folder(parts.tokenizer, parts.padding)
-    tokenizer_2 = parts.tokenizer_2 and Tokenizer.from_folder(parts.tokenizer_2, parts.padding_2)
-    pipe = StableDiffusion(tokenizer, parts.text_encoder, parts.unet, parts.vae, parts.scheduler,
-                           steps, low_memory, tokenizer_2, parts.text_encoder_2,
-                           parts.index.get("force_zeros_for_empty_prompt", True),
-                           rule and Language(rule), parts.index.get("_guidance_scale"))
-    for model in pipe.models.values():
-        move(model, xp)
-    return pipe
-
-
-def move(module, xp):
-    """Move a module's parameters to the device of xp, numpy or cupy."""
-    for parameter in module.parameters():
-        parameter.data = xp.asarray(parameter.data)
-
-
-class StableDiffusion:
+class StableDiffusion(Pipeline):
     """A tokenizer, three models and a noise schedule that belong together.
 
     scheduler: the dict of a scheduler_config.json; its class is the default sampler.
@@ -129,6 +45,8 @@ class StableDiffusion:
     a model that knows no other; other prompts get a note.
     Raises TinyldmError for parts that do not fit together.
     """
+
+    Options, name = Request, "Stable Diffusion"
 
     def __init__(self, tokenizer, text_encoder, unet, vae, scheduler, num_inference_steps=STEPS,
                  low_memory=False, tokenizer_2=None, text_encoder_2=None,
@@ -146,18 +64,26 @@ class StableDiffusion:
         schedule = Schedule.from_config({"clip_sample": False} | scheduler)
         self.schedule = replace(schedule, **corrected)
 
+    @classmethod
+    def from_parts(cls, parts, low_memory=False):
+        """PipelineParts -> StableDiffusion."""
+        models, index = parts.models, parts.index
+        steps = FEW_STEPS if models["unet"].settings.time_cond_proj_dim else STEPS
+        tokenizers = read_tokenizers(parts)
+        rule = index.get("_language")
+        return cls(tokenizers["tokenizer"], models["text_encoder"], models["unet"], models["vae"],
+                   parts.schedulers["scheduler"], index.get("_num_inference_steps", steps),
+                   low_memory, tokenizers.get("tokenizer_2"), models.get("text_encoder_2"),
+                   index.get("force_zeros_for_empty_prompt", True), rule and Language(rule),
+                   index.get("_guidance_scale"))
+
     @takes(Request)
     def __call__(self, *arguments: Any, **options: Any) -> Pictures:
         """Draw num_images pictures of a prompt -> list of PIL images. Arguments: see Request.
 
         In a notebook a progress bar shows the steps.
         """
-        request = self.complete(Request(*arguments, **own_names(options)))
-        steps, edit = request.num_inference_steps, (request.image, request.strength, request.mask)
-        made = steps - self.edit(*edit, request.sampler).steps_left_out(steps)
-        for state in with_bar(self.states(request), request.sampler, steps, made):
-            latents = state.latents
-        return to_pil(self.decode(latents))
+        return self.draw(arguments, options)
 
     @takes(Request)
     def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
@@ -167,19 +93,18 @@ class StableDiffusion:
         Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
         finite, with the step and the layer.
         """
-        return self.states(self.complete(Request(*arguments, **own_names(options))))
+        return self.states(self.complete(self.request(arguments, options)))
 
     def states(self, request):
         """The iterator of `stream` for a Request that `complete` has filled in."""
-        steps, sampler, schedule = request.num_inference_steps, request.sampler, self.schedule
-        if request.timestep_spacing not in (None, schedule.timestep_spacing):
-            schedule = replace(schedule, timestep_spacing=request.timestep_spacing)
+        steps, sampler = request.num_inference_steps, request.sampler
+        schedule = self.schedule_for(request)
         edit = self.edit(request.image, request.strength, request.mask, sampler)
         first = edit.steps_left_out(steps)
         options = own_options(self.scheduler, sampler)
         check_sampler(sampler, schedule, steps, first, edit.reach, options)
         latents = request.latents
-        latents = None if latents is None else self._array(latents, "latents")
+        latents = None if latents is None else self.array(latents, "latents")
         size = self.size(request.width, request.height, request.image, latents)
         if self.unet.settings.sample_size:
             note_on_size(size, self.size(), request.image is not None
@@ -189,7 +114,7 @@ class StableDiffusion:
         shape = len(seeds), size[1] // f, size[0] // f, self.vae.settings.latent_channels
         if latents is not None:
             check_latents(latents, shape, f)
-        draw_noise = partial(self._draw, seeds, shape)       # () -> (B,h,w,C)
+        draw_noise = partial(self.draw_noise, seeds, shape)       # () -> (B,h,w,C)
         conditioning = self._conditioner(request.prompts, request.negative_prompts,
                                          request.guidance_scale, *size, request.clip_skip)
         if self.language:
@@ -230,8 +155,8 @@ class StableDiffusion:
         tile at a time.
         """
         encode = self.vae.encode_tiled if self.low_memory else self.vae.encode
-        images, f = self._array(images, "images"), self.vae.vae_scale_factor
-        noise = self._array(noise, "noise")
+        images, f = self.array(images, "images"), self.vae.vae_scale_factor
+        noise = self.array(noise, "noise")
         if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape or any(
                 side % f for side in images.shape[1:3]):
             raise TinyldmError("images must have the shape (images, height, width, 3), with sides "
@@ -241,7 +166,7 @@ class StableDiffusion:
             raise TinyldmError(f"noise must have the shape (images, {', '.join(map(str, expected))}"
                                f") for these images, not {noise.shape}")
         images = images.astype(self.vae.dtype)
-        mean, logvar = (self._array(moment) for moment in encode(images))
+        mean, logvar = (self.array(moment) for moment in encode(images))
         latents = self.vae.to_latents(mean + self.unet.xp.exp(logvar / 2) * noise)
         check_output(latents, "the picture is encoded to NaN or infinity", self.vae,
                      partial(encode, images))
@@ -253,7 +178,7 @@ class StableDiffusion:
         One picture at a time, as the VAE has the largest arrays of the whole pipeline; with
         low_memory one tile at a time.
         """
-        latents, channels = self._array(latents, "latents"), self.vae.settings.latent_channels
+        latents, channels = self.array(latents, "latents"), self.vae.settings.latent_channels
         if latents.ndim != 4 or latents.shape[-1] != channels or 0 in latents.shape:
             raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
                                f"not {latents.shape}")
@@ -282,20 +207,45 @@ class StableDiffusion:
             unet = FunctionUNet(unet, like=vars(self).get("unet"))
         vars(self)["unet"] = unet
 
-    def __repr__(self) -> str:
-        settings, steps = self.unet.settings, self.num_inference_steps
+    @property
+    def described(self):
+        """What the pipeline is, for people."""
+        settings = self.unet.settings
         kind = "Stable Diffusion" + " XL" * (len(self._readers) == 2)
         if settings.time_cond_proj_dim:
             kind = "Latent Consistency Model" + kind.removeprefix("Stable Diffusion")
-        kind += " for inpainting" * (settings.in_channels != settings.out_channels)
-        parts = ", ".join(f"{name} {sum(math.prod(p.shape) for p in model.parameters()) / 1e6:.3g}M"
-                          for name, model in self.models.items())
-        device = "cpu" if self.unet.xp is np else "cuda"
-        try:
-            sampler = self.sampler()
-        except TinyldmError:                            # its own is not supported
-            sampler = self.scheduler.get("_class_name")
-        return f"<{kind}: {parts}; {self.unet.dtype} on {device}; {sampler}, {steps} steps>"
+        return kind + " for inpainting" * (settings.in_channels != settings.out_channels)
+
+    @property
+    def kind(self):
+        """The public class whose folder holds such a pipeline."""
+        unet, xl = self.unet.settings, self.text_encoder_2 is not None
+        inpainting = unet.in_channels != unet.out_channels
+        if unet.time_cond_proj_dim and not xl and not inpainting:
+            return "LatentConsistencyModelPipeline"
+        return f"StableDiffusion{'XL' * xl}{'Inpaint' * inpainting}Pipeline"
+
+    def settings(self):
+        """What model_index.json says besides the parts."""
+        settings = super().settings()
+        if self.guidance_scale is not None:
+            settings["_guidance_scale"] = self.guidance_scale
+        if self.language:
+            settings["_language"] = self.language.rule
+        if self.tokenizer_2:
+            return settings | {"force_zeros_for_empty_prompt": self.force_zeros_for_empty_prompt}
+        return settings | {"requires_safety_checker": False}
+
+    @property
+    def tokenizers(self):
+        """{part: Tokenizer}."""
+        found = {"tokenizer": self.tokenizer, "tokenizer_2": self.tokenizer_2}
+        return {part: tokenizer for part, tokenizer in found.items() if tokenizer is not None}
+
+    @property
+    def scale_factor(self):
+        """Pixels of a picture per side of one of its latents."""
+        return self.vae.vae_scale_factor
 
     @property
     def models(self):
@@ -350,33 +300,33 @@ class StableDiffusion:
         Raises TinyldmError for a wrong number of steps.
         """
         guidance_scale, strength = self._own_scale_and_strength(request)
-        steps, spacing = request.num_inference_steps, request.timestep_spacing
-        steps = self.num_inference_steps if steps is None else steps
-        self.schedule.check_steps(steps)
-        sampler = self.sampler(request.sampler)
-        if sampler in OWN_TIMESTEPS:
-            if spacing is not None:
-                note(f"the sampler {sampler} has timesteps of its own: timestep_spacing "
-                     f"{spacing!r} plays no part")
-            spacing = None
-        elif spacing is None:
-            spacing = self.schedule.timestep_spacing
-            few = steps <= DISTILLED and guidance_scale <= 1
-            if few and spacing != "trailing" and not self.unet.settings.time_cond_proj_dim:
-                suited = (f"few steps ({steps}) without guidance suit Turbo, Lightning and Hyper "
-                          "models")
-                if self.scheduler.get("_assumed"):
-                    spacing, changed = "trailing", ""
-                    if request.sampler is None and sampler == "pndm":
-                        # SD-Turbo's own sampler; PNDM averages over several steps.
-                        sampler, changed = "euler", " and the sampler euler in place of pndm"
-                    note(f"{suited}, so the timestep spacing is trailing{changed}: for any other "
-                         "model choose the timestep spacing leading")
-                else:
-                    note(f"{suited}: if this is one, choose the timestep spacing trailing, as the "
-                         "weights' own begins below the noisiest timestep")
-        return replace(request, num_inference_steps=steps, sampler=sampler,
-                       timestep_spacing=spacing, guidance_scale=guidance_scale, strength=strength)
+        done = replace(super().complete(request), guidance_scale=guidance_scale, strength=strength)
+        steps, sampler, spacing = done.num_inference_steps, done.sampler, done.timestep_spacing
+        few = steps <= DISTILLED and guidance_scale <= 1
+        if (request.timestep_spacing is None and sampler not in OWN_TIMESTEPS and few
+                and spacing != "trailing" and not self.unet.settings.time_cond_proj_dim):
+            suited = f"few steps ({steps}) without guidance suit Turbo, Lightning and Hyper models"
+            if not self.scheduler.get("_assumed"):
+                note(f"{suited}: if this is one, choose the timestep spacing trailing, as the "
+                     "weights' own begins below the noisiest timestep")
+                return done
+            changed = ""
+            if request.sampler is None and sampler == "pndm":
+                # SD-Turbo's own sampler; PNDM averages over several steps.
+                sampler, changed = "euler", " and the sampler euler in place of pndm"
+            note(f"{suited}, so the timestep spacing is trailing{changed}: for any other model "
+                 "choose the timestep spacing leading")
+            return replace(done, timestep_spacing="trailing", sampler=sampler)
+        return done
+
+    def steps_made(self, request):
+        """The steps of a completed request that a picture to begin from does not leave out."""
+        edit = self.edit(request.image, request.strength, request.mask, request.sampler)
+        return request.num_inference_steps - edit.steps_left_out(request.num_inference_steps)
+
+    def picture_size(self, request):
+        """(width, height) of the pictures of a request, in pixels."""
+        return self.size(request.width, request.height, request.image)
 
     def _own_scale_and_strength(self, request):
         """The request's guidance scale and strength, or the weights' or diffusers' defaults.
@@ -395,13 +345,6 @@ class StableDiffusion:
             strength = (0.9999 if masked else 0.3) if xl else 1.0 if masked else 0.8
         return guidance_scale, strength
 
-    def sampler(self, name=None):
-        """The name of the sampler that will draw: the given one, or the weights' own.
-
-        name: as find_sampler takes it, or None. Raises TinyldmError for an unknown one.
-        """
-        return default_sampler(self.scheduler) if name is None else find_sampler(name)
-
     def edit(self, image=None, strength=None, mask=None, sampler=None):
         """The Edit that these options ask for. Raises TinyldmError."""
         channels = self.vae.settings.latent_channels
@@ -416,25 +359,3 @@ class StableDiffusion:
         if latents is not None and latents.ndim == 4:
             own, image = latents.shape[1:3], None
         return picture_size(width, height, image, own, self.vae.vae_scale_factor)
-
-    # ---- arrays -----------------------------------------------------------------------------
-
-    def _draw(self, generators, shape):
-        """Normal numbers (B,h,w,C), in the reference's order: image by image, (C,h,w) each."""
-        _, h, w, C = shape
-        noise = np.concatenate([generator.randn((1, C, h, w)) for generator in generators])
-        return self._array(noise.transpose(0, 2, 3, 1))
-
-    def _array(self, values, name="values"):
-        """On the models' device, at least float32: float16 is too coarse for a sampler's sums.
-
-        Raises TinyldmError, with the name, for what is no array of numbers.
-        """
-        xp, dtype = self.unet.xp, np.promote_types(self.unet.dtype, np.float32)
-        try:
-            if "complex" in str(getattr(values, "dtype", "")):     # NumPy, CuPy or torch
-                raise TypeError("its numbers are complex")
-            return xp.ascontiguousarray(xp.asarray(values, dtype))
-        except (TypeError, ValueError, RuntimeError) as error:      # RuntimeError: a torch tensor
-            raise TinyldmError(f"{name} must be an array of numbers, not a "
-                               f"{type(values).__name__} ({error})") from None

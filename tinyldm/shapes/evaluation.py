@@ -12,7 +12,7 @@ from ..checkpoints import load_model, resolve
 from ..cli.console import say
 from ..files import make_folder, write_json
 from ..images import grid, to_pil
-from ..pipelines.stable_diffusion import load
+from ..pipelines.loading import load
 from .drawing import to_images
 from .judge import score
 from .scenes import held_out_scenes

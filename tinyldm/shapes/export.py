@@ -35,10 +35,11 @@ def export(run, output):
         vae = load_vae(run, round(float(pool["scaling_factor"]), 6))
         text_encoder, unet = build(pool)
         load_ema(run / "unet.npz", named_parameters(text_encoder, unet))
-        write_pipeline(folder, {"vae": vae, "text_encoder": text_encoder, "unet": unet},
-                       {"tokenizer": write_tokenizer}, SCHEDULER,
+        write_pipeline(folder, "StableDiffusionPipeline",
+                       {"vae": vae, "text_encoder": text_encoder, "unet": unet},
+                       {"tokenizer": write_tokenizer}, {"scheduler": SCHEDULER},
                        {"_num_inference_steps": STEPS, "_guidance_scale": GUIDANCE,
-                        "_language": LANGUAGE}, np.float16)
+                        "_language": LANGUAGE, "requires_safety_checker": False}, np.float16)
         record = {stage: _history(run / f"{stage}.npz") for stage in STAGES
                   if (run / f"{stage}.npz").exists()}
         write_json(folder / "training.json", record, indent=None)

@@ -29,7 +29,7 @@ from tinyldm.checkpoints import components
 from tinyldm.checkpoints.addons.lora import layers_by_spelling, target_of
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import file_shape
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 
 with_peft = pytest.mark.skipif(not is_peft_available(), reason="diffusers reads LoRAs with peft")
 OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}

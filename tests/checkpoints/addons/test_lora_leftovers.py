@@ -21,7 +21,7 @@ from tests.support.addons import (
 from tests.support.drawing import Reference
 from tests.support.tolerance import assert_allclose
 from tinyldm import TinyldmError
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"

@@ -16,7 +16,7 @@ from tests.support.addons import (
 )
 from tests.support.drawing import Reference
 from tests.support.tolerance import assert_allclose
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 
 RANK, ALPHA = 2, 3.0
 

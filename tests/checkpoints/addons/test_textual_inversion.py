@@ -15,7 +15,7 @@ from tinyldm.checkpoints import add_word, load_model, save_model
 from tinyldm.checkpoints.addons.textual_inversion import vectors_of
 from tinyldm.errors import TinyldmError
 from tinyldm.models import CLIPTextModel, CLIPTextModelWithProjection
-from tinyldm.pipelines.stable_diffusion import load
+from tinyldm.pipelines.loading import load
 from tinyldm.text import prompt, tokenizer
 
 TEXTS = [f"a photo of {WORD} riding a horse", f"{WORD}{WORD}, red", f"on{WORD}s", f"{WORD}_1", "",

@@ -43,8 +43,9 @@ class Storage(NamedTuple):
 def read_torch(path):
     """{name: StoredTensor} of a file's state dict, in the file's order. No number is read yet.
 
-    Lightning stores the state dict under `state_dict`; other entries are dropped, and so is what is
-    not a tensor. Web interfaces store the vectors of a textual inversion under `string_to_param`
+    Lightning stores the state dict under `state_dict`, the training of DiT two under `model` and
+    `ema`, of which the averaged one is taken; other entries are dropped, and so is what is not a
+    tensor. Web interfaces store the vectors of a textual inversion under `string_to_param`
     and its word under `name`: that word names the tensor here, or NAMELESS without one, as in
     safetensors files.
     Raises TinyldmError, naming the file, if it is damaged or its pickle holds more than weights.
@@ -58,6 +59,8 @@ def read_torch(path):
     content = unpickle(path, archive.pickle, calls, archive.storage)
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
+    if isinstance(content, dict) and {"model", "ema"} <= content.keys():
+        content = content["ema"]
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):
         word = content.get("name")
         word = word if isinstance(word, str) else NAMELESS

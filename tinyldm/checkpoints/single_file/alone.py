@@ -1,4 +1,4 @@
-"""A file with one component and no config: a VAE, a UNet or a text encoder of its own.
+"""A file with one component and no config: a VAE, a UNet, a text encoder, or the original DiT.
 
 Such a file has the names of a whole single file, those of one part of it without the words before
 them, or the public names; names.py turns all of these into the public ones. Shapes tell which
@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from ...errors import TinyldmError
 from ...models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ...models.dit import DiTTransformer2DModel
 from ...models.unet import UNet2DConditionModel
 from ...models.vae import AutoencoderKL
-from . import kinds
+from . import dit, kinds
 from .names import by_part
 
 # What layout_of says -> the words that stand before the names in a whole single file.
@@ -39,6 +40,8 @@ def one_component(stored, path, vae_config=None, xl=False):
     means that of Stable Diffusion 1, or with xl of Stable Diffusion XL; scaling_factor differs.
     Raises TinyldmError for a file of several components, and of none that is known.
     """
+    if dit.is_dit(stored):
+        return Alone(DiTTransformer2DModel, *dit.transformer(stored, path))
     found, rest = _parts(stored)
     if vae_config and "vae" in found:
         found, rest = {"vae": found["vae"]}, {}
@@ -51,7 +54,7 @@ def one_component(stored, path, vae_config=None, xl=False):
         what = f"{content} in the {layout} layout" if content else (
             f"an unknown kind of model ({len(stored)} tensors: {', '.join(list(stored)[:4])} ...)")
         raise TinyldmError(f"{path} holds {what}: expected a UNet, a VAE or a text encoder of "
-                           "Stable Diffusion 1, 2 or XL")
+                           "Stable Diffusion 1, 2 or XL, or a DiT")
     (part, tensors), = found.items()
     model, config = _model(part, tensors, path, vae_config, xl)
     return Alone(model, config, tensors | {tensor.name: tensor for tensor in rest.values()})

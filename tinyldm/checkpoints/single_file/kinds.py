@@ -173,6 +173,8 @@ LAYOUTS = (
     (".lora.down.", "diffusers", "LoRA"),
     ("_lora.down.", "diffusers, oldest", "LoRA"),
     (".lora_linear_layer.", "diffusers", "LoRA"),
+    ("y_embedder.embedding_table.", "original", "DiT"),
+    (".class_embedder.embedding_table.", "diffusers", "DiT"),
     ("joint_blocks.", "original", "Stable Diffusion 3 (not supported)"),
     ("double_blocks.", "original", "Flux (not supported)"),
     ("single_blocks.", "original", "Flux (not supported)"),
