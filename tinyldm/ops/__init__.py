@@ -31,7 +31,8 @@ from .modulation import (
     ada_group_norm_silu, ada_group_norm_silu_backward, ada_layer_norm, ada_layer_norm_backward,
     add_gated, add_gated_backward)
 from .norm import (
-    group_norm, group_norm_backward, group_norm_silu, group_norm_silu_backward,
-    layer_norm, layer_norm_backward)
+    batch_norm_relu, batch_norm_relu_backward, group_norm, group_norm_backward,
+    group_norm_silu, group_norm_silu_backward, layer_norm, layer_norm_backward)
+from .pool import average_pool, average_pool_backward, max_pool, max_pool_backward
 from .shape import (
     concat, concat_backward, split, split_backward, unpatchify, unpatchify_backward)
