@@ -18,6 +18,7 @@ HOMES = {
     "StableDiffusionXLPipeline": "stable_diffusion.StableDiffusion",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion.StableDiffusion",
     "StableDiffusionXLInpaintPipeline": "stable_diffusion.StableDiffusion",
+    "DiTPipeline": "dit.DiT",
 }
 
 
