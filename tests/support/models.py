@@ -30,6 +30,21 @@ def random_weights(module, seed, dtype=np.float32):
     return tensors
 
 
+def inception_weights(module, dtype=np.float64):
+    """As random_weights, for ReLUs and for batch norms, whose variances must be positive."""
+    rng, tensors = np.random.RandomState(0), {}
+    for name, parameter in module.named_parameters():
+        shape = file_shape(parameter)
+        if name.endswith("running_var"):
+            noise = rng.uniform(0.5, 2, shape)
+        elif len(shape) == 1:
+            noise = 0.2 * rng.standard_normal(shape) + name.endswith("bn.weight")
+        else:
+            noise = rng.standard_normal(shape) * (2 / np.prod(shape[1:])) ** 0.5
+        tensors[name] = noise.astype(dtype)
+    return tensors
+
+
 def with_weights(module, tensors):
     for name, parameter in module.named_parameters():
         tensor = tensors[name]
