@@ -59,7 +59,7 @@ def model(name):
     x = {key: torch.from_numpy(array.copy()) for key, array in models.inputs(name).items()}
     with torch.no_grad():
         if "UNet2DModel" in name:
-            found = [reference(x["images"].permute(0, 3, 1, 2), x["timesteps"],
+            found = [reference(x["latents"].permute(0, 3, 1, 2), x["timesteps"],
                                class_labels=x.get("class_labels")).sample.permute(0, 2, 3, 1)]
         elif "images" in x:
             moments = reference.encode(x["images"].permute(0, 3, 1, 2)).latent_dist
