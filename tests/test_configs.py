@@ -132,7 +132,7 @@ def test_the_references_defaults_are_not_refused(kind, made):
 
 
 @pytest.mark.parametrize("name, key, value, shown", [
-    ("unet/config.json", "class_embed_type", "timestep", "class_embed_type = \"timestep\""),
+    ("unet/config.json", "time_embedding_type", "fourier", "time_embedding_type = \"fourier\""),
     ("vae/config.json", "shift_factor", 0.1, "shift_factor = 0.1 is not supported, only null or 0"),
     ("vae/config.json", "latents_mean", [0] * 4, "latents_mean and latents_std must be given both"),
     ("vae/config.json", "norm_num_groups", 5, "norm_num_groups must divide .* 5 does not divide 4"),

@@ -82,6 +82,9 @@ class Identity(Sequence):
         return []
 
 
+CLASS_EMBEDDINGS = "timestep", "projection", "simple_projection", "identity"
+
+
 def ClassEmbedding(kind, temb_channels, *, num_classes=None, channels=None):
     """The layer from class labels to what is added to the time embedding: labels -> (B,E).
 
