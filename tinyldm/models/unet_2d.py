@@ -170,8 +170,8 @@ class UNet2DModel(Module):
         assert latents.shape[1] % multiple == latents.shape[2] % multiple == 0, (
             f"the height and width of latents must be multiples of {multiple}, not {latents.shape}")
         assert getattr(timesteps, "shape", None) == latents.shape[:1], (
-            f"timesteps must be an array of shape {latents.shape[:1]}, one for each of the latents, "
-            f"not {timesteps!r}")
+            f"timesteps must be an array of shape {latents.shape[:1]}, one for each of the "
+            f"latents, not {timesteps!r}")
         check_condition(self, "classes", self.class_embedding, "class_labels", class_labels)
         t = sinusoidal(timesteps, width, settings, dtype)
         temb = self.time_embedding(t, tape)             # (B,E)

@@ -11,16 +11,17 @@ class Predictor:
     conditioning: [the prompt's], or with guidance [the negative prompt's, the prompt's], predicted
     in one batch; each a dict of the UNet's keyword arguments besides latents and timesteps, such as
     context (prompts,M,D), each prompt for as many latents. extra_channels: None, or what an
-    inpainting UNet reads behind x_t, (B,H,W,c). The last inputs are kept in `inputs`, for the
+    inpainting UNet reads behind x_t, (B,H,W,c). channels: how many of the UNet's output to return,
+    for one that also predicts a variance; None: all. The last inputs are kept in `inputs`, for the
     search for NaN.
     """
 
-    def __init__(self, unet, conditioning, guidance_scale, guidance_rescale=0.0,
-                 extra_channels=None):
+    def __init__(self, unet, conditioning, guidance_scale=1.0, guidance_rescale=0.0,
+                 extra_channels=None, channels=None):
         self.unet, self.conditioning, self.extra_channels = unet, conditioning, extra_channels
         self.guidance_scale = float(guidance_scale)     # a NumPy number would change the dtype
         self.guidance_rescale = float(guidance_rescale)
-        self.inputs, self.dtype = {}, unet.dtype
+        self.channels, self.inputs, self.dtype = channels, {}, unet.dtype
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
         xp, n = get_xp(x_t), len(self.conditioning)
@@ -31,7 +32,7 @@ class Predictor:
         latents = xp.concatenate([xp.concatenate(latents, axis=-1)] * n)
         self.inputs = {"latents": latents.astype(self.dtype), **conditioning,
                        "timesteps": xp.full(len(latents), t, x_t.dtype)}
-        model_output = self.unet(**self.inputs).astype(x_t.dtype)
+        model_output = self.unet(**self.inputs)[..., :self.channels].astype(x_t.dtype)
         if n == 1:
             return model_output
         uncond, cond = xp.split(model_output, 2)
