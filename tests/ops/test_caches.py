@@ -16,6 +16,9 @@ B, H, C, G, T = 2, 6, 8, 4, 12                          # T tokens
     ("group_norm", [(B, H, H, C), (C,), (C,)], 2 * B * G, {"num_groups": G, "eps": 1e-5}),
     ("group_norm_silu", [(B, H, H, C), (C,), (C,)], 2 * B * G, {"num_groups": G, "eps": 1e-5}),
     ("layer_norm", [(T, C), (C,), (C,)], 2 * T, {"eps": 1e-5}),
+    ("batch_norm_relu", [(B, H, H, C)] + [(C,)] * 4, 0, {"eps": 9}),
+    ("max_pool", [(B, H, H, C)], B * 2 * 2 * C, {"K": 3, "stride": 2}),      # the output
+    ("average_pool", [(B, H, H, C)], 0, {"K": 3, "padding": (1, 1)}),
     ("silu", [(T, C)], 0, {}), ("gelu", [(T, C)], 0, {}), ("quick_gelu", [(T, C)], 0, {}),
     ("gelu_tanh", [(T, C)], 0, {}), ("geglu", [(T, C)], 0, {}),
     ("ada_layer_norm", [(B, T, C), (B, C), (B, C)], B * (2 * T + C), {"eps": 1e-6}),

@@ -9,7 +9,8 @@ from tinyldm import ops
 
 def torch_conv(stride, padding):
     def conv(x, weight, bias):
-        padded = F.pad(chw(x), padding * 2)
+        rows, columns = padding if isinstance(padding[0], tuple) else (padding, padding)
+        padded = F.pad(chw(x), (*columns, *rows))
         return hwc(F.conv2d(padded, weight.permute(3, 2, 0, 1).contiguous(), bias, stride))
     return conv
 
@@ -22,6 +23,17 @@ def torch_conv(stride, padding):
 def test_conv2d(K, stride, padding, shape, out, rng):
     weight = rng.normal(size=(K, K, shape[-1], out))
     inputs = [rng.normal(size=shape), weight, rng.normal(size=out) if stride == 1 else None]
+    check_op(ops.conv2d, ops.conv2d_backward, inputs, torch_conv(stride, padding),
+             stride=stride, padding=padding)
+
+
+@pytest.mark.parametrize("kernel, padding", [
+    ((1, 7), ((0, 0), (3, 3))), ((7, 1), ((3, 3), (0, 0))), ((1, 3), (0, 0)), ((3, 2), (1, 0)),
+    ((1, 1), ((1, 0), (2, 3))), ((3, 3), ((1, 1), (0, 2)))], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv2d_that_is_not_square(kernel, padding, stride, rng):
+    weight = rng.normal(size=(*kernel, 3, 4))
+    inputs = [rng.normal(size=(2, 7, 8, 3)), weight, rng.normal(size=4)]
     check_op(ops.conv2d, ops.conv2d_backward, inputs, torch_conv(stride, padding),
              stride=stride, padding=padding)
 

@@ -58,7 +58,10 @@ def model(name):
     assert state.keys() == ours, sorted(state.keys() ^ ours)
     x = {key: torch.from_numpy(array.copy()) for key, array in models.inputs(name).items()}
     with torch.no_grad():
-        if "UNet2DModel" in name:
+        if "DiT" in name:
+            found = [reference(x["latents"].permute(0, 3, 1, 2), x["timesteps"],
+                               x["class_labels"]).sample.permute(0, 2, 3, 1)]
+        elif "UNet2DModel" in name:
             found = [reference(x["latents"].permute(0, 3, 1, 2), x["timesteps"],
                                class_labels=x.get("class_labels")).sample.permute(0, 2, 3, 1)]
         elif "images" in x:

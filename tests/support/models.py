@@ -7,6 +7,7 @@ from tinyldm.models import (
     AutoencoderKL,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    DiTTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -25,6 +26,21 @@ def random_weights(module, seed, dtype=np.float32):
             noise = 0.2 * noise + ("norm" in name and name.endswith("weight"))
         else:
             noise *= noise[0].size ** -0.5
+        tensors[name] = noise.astype(dtype)
+    return tensors
+
+
+def inception_weights(module, dtype=np.float64):
+    """As random_weights, for ReLUs and for batch norms, whose variances must be positive."""
+    rng, tensors = np.random.RandomState(0), {}
+    for name, parameter in module.named_parameters():
+        shape = file_shape(parameter)
+        if name.endswith("running_var"):
+            noise = rng.uniform(0.5, 2, shape)
+        elif len(shape) == 1:
+            noise = 0.2 * rng.standard_normal(shape) + name.endswith("bn.weight")
+        else:
+            noise = rng.standard_normal(shape) * (2 / np.prod(shape[1:])) ** 0.5
         tensors[name] = noise.astype(dtype)
     return tensors
 
@@ -160,7 +176,7 @@ def cases():
     projecting = dict(CLIPS["as SD 2"], projection_dim=7)
     return {f"{model.__name__} {name}": (model, config) for model, configs in (
         (UNet2DConditionModel, unets),
-        (UNet2DModel, UNETS_2D),
+        (UNet2DModel, UNETS_2D), (DiTTransformer2DModel, DITS),
         (AutoencoderKL, {name: vae_config(config) for name, config in VAES.items()}),
         (CLIPTextModel, CLIPS), (CLIPTextModelWithProjection, {"as SDXL": projecting}),
     ) for name, config in configs.items()}
@@ -183,6 +199,11 @@ def inputs(name):
                   "timesteps": np.array([3.0, 981.0])}
         if (labels := class_labels(config, rng)) is not None:
             arrays["class_labels"] = labels
+    elif model is DiTTransformer2DModel:
+        size = config["sample_size"]
+        arrays = {"latents": rng.standard_normal((2, size, size, config["in_channels"])),
+                  "timesteps": np.array([3.0, 981.0]),
+                  "class_labels": np.array([4, config["num_embeds_ada_norm"]])}
     elif model is AutoencoderKL:
         arrays = {"images": rng.standard_normal((2, 8, 16, 3)),
                   "z": rng.standard_normal((2, 2, 3, config["latent_channels"]))}
@@ -213,6 +234,8 @@ def outputs(module, arrays, *tape):
     """What a model makes of its inputs: a tuple of arrays."""
     if isinstance(module, AutoencoderKL):
         return *module.encode(arrays["images"], *tape), module.decode(arrays["z"], *tape)
+    if isinstance(module, DiTTransformer2DModel):
+        return (module.forward(*arrays.values(), *tape),)
     y = module.forward(*(arrays[name] for name in ("latents", "timesteps", "context", "ids")
                          if name in arrays), *tape,
                        **{name: x for name, x in arrays.items() if name in
@@ -226,6 +249,8 @@ def backward(module, arrays, dys, tape):
         return {"z": module.decode_backward(dys[2], tape),
                 "images": module.encode_backward(*dys[:2], tape)}
     found = module.backward(*dys, tape)
+    if isinstance(module, DiTTransformer2DModel):
+        return {"latents": found}
     names = ("latents", "context", "timestep_cond", "text_embeds", "class_labels")
     return {name: getattr(found, name) for name in names
             if name in arrays and getattr(found, name) is not None}

@@ -15,6 +15,7 @@ from ..files import as_path, read_json, write_json
 from ..layers import OUR_AXES, Conv2d, Linear, check_fit, named_modules, to_file
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.dit import DiTTransformer2DModel
+from ..models.prior import PriorTransformer, StableUnCLIPImageNormalizer
 from ..models.unet import UNet2DConditionModel
 from ..models.unet_2d import UNet2DModel
 from ..models.vae import AutoencoderKL
@@ -24,7 +25,7 @@ from .formats.safetensors_file import read_metadata, write_safetensors
 from .single_file.alone import one_component
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection,
-          DiTTransformer2DModel, UNet2DModel)
+          DiTTransformer2DModel, UNet2DModel, PriorTransformer, StableUnCLIPImageNormalizer)
 # What some files call a class: transformers writes a model_type, old files of DiT a wider class.
 ALIASES = {"clip_text_model": "CLIPTextModel", "Transformer2DModel": "DiTTransformer2DModel"}
 # The names that diffusers and transformers give, pickles last. The float16 variant of name.end is

@@ -127,8 +127,8 @@ class DDPM(Pipeline):
         else:
             latents = self.array(request.latents, "latents")
             check_latents(latents, shape, 1)
-        predict = Predictor(self.unet, [self.conditions(request)],
-                            channels=None if learned else channels)
+        predict = Predictor(self.unet, [self.conditions(request)], 1.0,
+                            keeps_variance=learned)
         states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, **options)
         return finite_states(states, predict)
 
