@@ -166,6 +166,9 @@ class DiT(Pipeline):
     def label_number(self, label):
         """A class's number or name -> its number. Raises TinyldmError for an unknown one."""
         last = self.transformer.settings.num_embeds_ada_norm - 1
+        if label is None:
+            raise TinyldmError("this model draws pictures of a class: give a label, a class's name "
+                               f"or a whole number from 0 to {last}")
         if isinstance(label, str):
             text = label.strip()
             folded = {name.casefold(): number for name, number in reversed(self.names.items())}
