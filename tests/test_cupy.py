@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.support import strict
 from tests.support.gpu import LARGE, PROMPT, draw, sampled
-from tests.support.models import CLIPS, UNETS, VAES, vae_config
+from tests.support.models import CLIPS, UNETS, UNETS_2D, VAES, class_labels, vae_config
 from tests.support.pictures import hole, picture
 from tests.support.schedulers import SD15
 from tests.support.small_pipelines import inpainting, lcm, sdxl
@@ -27,7 +27,7 @@ from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Tape
-from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+from tinyldm.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel, UNet2DModel
 from tinyldm.pipelines.loading import load
 from tinyldm.training.objectives import diffusion_loss, vae_loss
 from tinyldm.training.optim import AdamW, initialise
@@ -102,6 +102,19 @@ def unet(config, array, rng):
     return module, run
 
 
+def unet_2d(config, array, rng):
+    module = UNet2DModel(config)
+    latents = array(rng.standard_normal((2, 8, 12, config.get("in_channels", 3))))
+    labels = class_labels(config, rng)
+    more = {} if labels is None else {"class_labels": array(labels)}
+
+    def run(tape):
+        y = module.forward(latents, array([3, 981]) + 0.3, tape, **more)
+        dlatents, _ = module.backward(array(rng.standard_normal(y.shape)), tape)
+        return {"y": y}, {"dlatents": dlatents}
+    return module, run
+
+
 def vae(config, array, rng):
     module = AutoencoderKL(dict(vae_config(config), sample_size=8))     # half a side is a tile
     images = array(rng.standard_normal((2, 16, 16, 3)))
@@ -160,7 +173,7 @@ def results(model, config, library, dtype):
 
 
 MODELS = [pytest.param(model, config, id=f"{model.__name__}, {name}")
-          for model, configs in ((unet, UNETS), (vae, VAES), (clip, CLIPS))
+          for model, configs in ((unet, UNETS), (unet_2d, UNETS_2D), (vae, VAES), (clip, CLIPS))
           for name, config in configs.items()]
 every_model = pytest.mark.parametrize("model, config", MODELS)
 
@@ -195,7 +208,8 @@ BASES = {layers.Module, layers.Sequence, layers.WeightedOp}
 def test_the_models_use_every_layer():
     rng = np.random.default_rng(0)
     used = {type(part) for model, config in ((unet, UNETS["as SD 1"]), (vae, VAES["two levels"]),
-                                             (clip, CLIPS["as SD 1"]))
+                                             (clip, CLIPS["as SD 1"]),
+                                             (unet_2d, UNETS_2D["as ADM"]))
             for _, part in layers.named_modules(model(config, np.asarray, rng)[0])}
     assert used >= {layer for layer in vars(layers).values()
                     if isinstance(layer, type) and issubclass(layer, layers.Module)

@@ -67,6 +67,8 @@ CASES = [
     ("silu", ROWS, {}), ("gelu", ROWS, {}), ("quick_gelu", ROWS, {}), ("geglu", ROWS, {}),
     ("gelu_tanh", ROWS, {}), ("unpatchify", [(2, 4, 12)], {"patch_size": 2}),
     ("ada_layer_norm", [(2, 7, 48), (2, 48), (2, 48)], {"eps": 1e-6}),
+    ("ada_group_norm_silu", [MAP, (16,), (16,), (2, 16), (2, 16)], {"num_groups": 4, "eps": 1e-5}),
+    ("downsample_average", [MAP], {}),
     ("add_gated", [(2, 7, 48), (2, 7, 48), (2, 48)], {}),
     ("softmax", ROWS, {}), ("attention", [(2, 9, 32), (2, 77, 32), (2, 77, 32)], {"num_heads": 4}),
     ("attention", [(2, 9, 32)] * 3, {"num_heads": 4, "causal": True}),

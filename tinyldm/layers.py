@@ -326,19 +326,22 @@ class Linear(WeightedOp):
 
 
 class Conv2d(WeightedOp):
-    """A convolution with bias: (B,H,W,C) -> (B,Ho,Wo,O). weight (K,K,C,O), in files (O,C,K,K).
+    """A convolution: (B,H,W,C) -> (B,Ho,Wo,O). weight (K,L,C,O), in files (O,C,K,L).
 
-    padding = (before, after).
+    kernel_size: K, or (K, L) where the kernel is not square. padding: see ops.conv2d; by default
+    stride 1 keeps the size of the map if K and L are odd.
     """
 
     op, op_backward = staticmethod(ops.conv2d), staticmethod(ops.conv2d_backward)
     input_axis = 2
 
-    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=None):
-        self.weight = Parameter(kernel_size, kernel_size, in_channels, out_channels)
-        self.bias = Parameter(out_channels)
+    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=None, bias=True):
+        K, L = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+        self.weight = Parameter(K, L, in_channels, out_channels)
+        self.bias = Parameter(out_channels) if bias else None
         self.stride = stride
-        self.padding = padding or (kernel_size // 2, kernel_size // 2)
+        same = (K // 2, K // 2) if K == L else ((K // 2, K // 2), (L // 2, L // 2))
+        self.padding = padding or same
         self.options = self.stride, self.padding
 
 
@@ -358,6 +361,27 @@ class GroupNormSiLU(_Norm):
     """GroupNormSiLU(channels, num_groups, eps): GroupNorm, then SiLU."""
 
     op, op_backward = staticmethod(ops.group_norm_silu), staticmethod(ops.group_norm_silu_backward)
+
+
+class AdaGroupNormSiLU(_Norm):
+    """AdaGroupNormSiLU(channels, num_groups, eps): GroupNorm, a condition's scale and shift, SiLU.
+
+    The condition (B,2C) is [scale, shift] for each sample.
+    """
+
+    def forward(self, x, condition, tape=NO_TAPE):      # (B,H,W,C), (B,2C) -> (B,H,W,C)
+        self.check_input(x)
+        (scale, shift), _ = ops.split(condition)
+        y, cache = ops.ada_group_norm_silu(x, self.weight.data, self.bias.data, shift, scale,
+                                           *self.options)
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):
+        dx, dweight, dbias, dshift, dscale = ops.ada_group_norm_silu_backward(dy, tape.load(self))
+        self.weight.add_grad(dweight)
+        self.bias.add_grad(dbias)
+        return dx, ops.split_backward((dscale, dshift), None)
 
 
 class LayerNorm(_Norm):
@@ -397,6 +421,22 @@ class Activation(Module):
         return self.op_backward(dy, tape.load(self))
 
 
+class Pool(Module):
+    """A pooling op without parameters: Pool("max_pool" or "average_pool", K, stride, padding)."""
+
+    def __init__(self, name, *options):
+        self.op, self.op_backward = getattr(ops, name), getattr(ops, name + "_backward")
+        self.options = options
+
+    def forward(self, x, tape=NO_TAPE):                 # (B,H,W,C) -> (B,Ho,Wo,C)
+        y, cache = self.op(x, *self.options)
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):
+        return self.op_backward(dy, tape.load(self))
+
+
 class Upsample(Module):
     """Nearest-neighbour upsampling, ×2 or to size = (height, width). No parameters."""
 
@@ -407,3 +447,15 @@ class Upsample(Module):
 
     def backward(self, dy, tape):
         return ops.upsample_nearest_backward(dy, tape.load(self))
+
+
+class DownsampleAverage(Module):
+    """Half the size: the mean of 2x2 pixels. No parameters."""
+
+    def forward(self, x, tape=NO_TAPE):                 # (B,2H,2W,C) -> (B,H,W,C)
+        y, cache = ops.downsample_average(x)
+        tape.save(self, cache)
+        return y
+
+    def backward(self, dy, tape):
+        return ops.downsample_average_backward(dy, tape.load(self))

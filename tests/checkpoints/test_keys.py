@@ -17,6 +17,7 @@ TOTALS = {
     "SD-Turbo": {"unet": 865_910_724}, "SDXL-Turbo": {"unet": 2_567_463_684},
     "SDXL": {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480,
              "text_encoder_2": 694_659_840},
+    "SD x4 upscaler": {"unet": 473_398_020, "vae": 55_325_927, "text_encoder": 340_387_840},
 }
 PARTS = [(model, part) for model in CONFIGS for part in MODELS if part in CONFIGS[model]]
 

@@ -80,6 +80,22 @@ def test_conv2d_backward(shape, out, K, padding, stride, rng):
          stride=stride, padding=padding)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("out", [3, 40])
+@pytest.mark.parametrize("kernel, padding", [
+    ((1, 7), ((0, 0), (3, 3))), ((7, 1), ((3, 3), (0, 0))), ((1, 3), (0, 0)), ((3, 2), (1, 0)),
+    ((3, 3), ((1, 1), (0, 2))), ((1, 1), ((0, 0), (0, 1)))], ids=str)
+def test_conv2d_that_is_not_square(kernel, padding, out, stride, rng):
+    inputs = [rng.normal(size=(3, 17, 18, 33)), rng.normal(size=(*kernel, 33, out)),
+              rng.normal(size=out)]
+    y_shape = ops.conv2d(*inputs, stride, padding)[0].shape
+    both(ops.conv2d, ops.conv2d_backward, inputs, y_shape, rng, ("dx", "dweight", "dbias"),
+         stride=stride, padding=padding)
+    x, weight, bias = (array.astype("float32") for array in inputs)
+    assert_close(ops.conv2d(x, weight, bias, stride, padding)[0],
+                 plain(ops.conv2d, x, weight, bias, stride, padding), TOLERANCE)
+
+
 def test_conv2d_of_two_blocks_of_strips(rng, monkeypatch):
     """Strips of a few rows or a few images; dweight is the sum over the strips."""
     for size in (1, 3000, 20000):

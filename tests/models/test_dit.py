@@ -1,6 +1,5 @@
 """DiT against diffusers on random weights, and its sizes. The original: checkpoints/test_dit.py."""
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from tests.support.reference import (
     nchw,
     nhwc,
     randomise,
-    sinusoidal,
+    widen_embeddings,
 )
 from tests.support.tolerance import assert_allclose, assert_close
 from tinyldm import backend
@@ -45,9 +44,7 @@ def pair(config, dtype):
     """-> reference, ours, inputs. In float64 the reference embeds its timesteps so, too."""
     reference = randomise(ReferenceDiT(**config).to(dtype)).eval()
     if dtype == torch.float64:
-        for block in reference.transformer_blocks:
-            block.norm1.emb.time_proj.forward = partial(sinusoidal, dim=256, sin_first=False,
-                                                        shift=1)
+        widen_embeddings(reference)
     module = copy_weights(reference, DiTTransformer2DModel(config))
     return reference, module, make_inputs(config, np.dtype(str(dtype).rpartition(".")[2]))
 
@@ -193,7 +190,7 @@ def test_refused_configs(changes, message):
 @pytest.mark.parametrize("changed, message", [
     ({0: np.zeros((3, 8, 4, 4))}, "the latents must be 8 high and wide"),
     ({1: 5}, r"timesteps must be an array of shape \(3,\)"),
-    ({2: np.array([1])}, r"labels must be an array of shape \(3,\)"),
+    ({2: np.array([1])}, r"class_labels must be an array of shape \(3,\)"),
 ])
 def test_inputs_that_do_not_fit(changed, message):
     config = DITS["learned variance"]

@@ -90,7 +90,7 @@ def test_conditioned_unet_float32(name):
 @pytest.mark.parametrize("change, named", [
     ({"act_fn": "mish"}, "mish"),
     ({"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "AttnDownBlock2D"),
-    ({"class_embed_type": "timestep"}, "class_embed_type"),
+    ({"class_embed_type": "sine"}, "class_embed_type"),
     ({"addition_embed_type": "image"}, "image"),
     ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "mirror"),
     ({"block_out_channels": [8]}, "entries"),

@@ -1,4 +1,4 @@
-"""Convolution and nearest upsampling, and their gradients."""
+"""Convolution, nearest upsampling and averaging, and their gradients."""
 import pytest
 
 from tests.support.checks import check_op
@@ -9,7 +9,8 @@ from tinyldm import ops
 
 def torch_conv(stride, padding):
     def conv(x, weight, bias):
-        padded = F.pad(chw(x), padding * 2)
+        rows, columns = padding if isinstance(padding[0], tuple) else (padding, padding)
+        padded = F.pad(chw(x), (*columns, *rows))
         return hwc(F.conv2d(padded, weight.permute(3, 2, 0, 1).contiguous(), bias, stride))
     return conv
 
@@ -22,6 +23,17 @@ def torch_conv(stride, padding):
 def test_conv2d(K, stride, padding, shape, out, rng):
     weight = rng.normal(size=(K, K, shape[-1], out))
     inputs = [rng.normal(size=shape), weight, rng.normal(size=out) if stride == 1 else None]
+    check_op(ops.conv2d, ops.conv2d_backward, inputs, torch_conv(stride, padding),
+             stride=stride, padding=padding)
+
+
+@pytest.mark.parametrize("kernel, padding", [
+    ((1, 7), ((0, 0), (3, 3))), ((7, 1), ((3, 3), (0, 0))), ((1, 3), (0, 0)), ((3, 2), (1, 0)),
+    ((1, 1), ((1, 0), (2, 3))), ((3, 3), ((1, 1), (0, 2)))], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv2d_that_is_not_square(kernel, padding, stride, rng):
+    weight = rng.normal(size=(*kernel, 3, 4))
+    inputs = [rng.normal(size=(2, 7, 8, 3)), weight, rng.normal(size=4)]
     check_op(ops.conv2d, ops.conv2d_backward, inputs, torch_conv(stride, padding),
              stride=stride, padding=padding)
 
@@ -46,3 +58,15 @@ def test_upsample_nearest(shape, cut, rng):
 def test_upsample_nearest_to_another_size(size, rng):
     with pytest.raises(AssertionError):
         ops.upsample_nearest(rng.normal(size=(1, 3, 4, 2)), size)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 1), (3, 6, 4, 5)], ids=str)
+def test_downsample_average(shape, rng):
+    check_op(ops.downsample_average, ops.downsample_average_backward, [rng.normal(size=shape)],
+             lambda x: hwc(F.avg_pool2d(chw(x), 2)))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 2), (1, 4, 3, 2)], ids=str)
+def test_downsample_average_of_an_odd_size(shape, rng):
+    with pytest.raises(AssertionError, match="must be even"):
+        ops.downsample_average(rng.normal(size=shape))

@@ -4,6 +4,7 @@ import pytest
 
 from tests.support.checks import check_op
 from tests.support.extra import F
+from tests.support.reference import chw, hwc
 from tests.support.tolerance import assert_allclose
 from tests.support.twins import both
 from tinyldm import ops
@@ -18,6 +19,19 @@ def test_ada_layer_norm(B, N, C, eps, rng):
         return F.layer_norm(x, (C,), eps=eps) * (1 + scale[:, None]) + shift[:, None]
     inputs = [rng.normal(3, 2, (B, N, C)), rng.normal(size=(B, C)), rng.normal(size=(B, C))]
     check_op(ops.ada_layer_norm, ops.ada_layer_norm_backward, inputs, torch_norm, eps=eps)
+
+
+@pytest.mark.parametrize("shape, groups", [((1, 2, 3, 4), 2), ((3, 5, 4, 6), 3)], ids=str)
+def test_ada_group_norm_silu(shape, groups, rng):
+    B, *_, C = shape
+
+    def torch_norm(x, weight, bias, shift, scale):
+        h = hwc(F.group_norm(chw(x), groups, weight, bias, 1e-5))
+        return F.silu(h * (1 + scale[:, None, None]) + shift[:, None, None])
+    inputs = [rng.normal(3, 2, shape), rng.normal(size=C), rng.normal(size=C),
+              rng.normal(size=(B, C)), rng.normal(size=(B, C))]
+    check_op(ops.ada_group_norm_silu, ops.ada_group_norm_silu_backward, inputs, torch_norm,
+             num_groups=groups, eps=1e-5)
 
 
 @SHAPES

@@ -1,8 +1,8 @@
-"""Group norm and layer norm, and their gradients."""
+"""Group norm, layer norm and batch norm, and their gradients."""
 import pytest
 
-from tests.support.checks import check_op
-from tests.support.extra import F
+from tests.support.checks import assert_same, check_op
+from tests.support.extra import MISSING, F, torch
 from tests.support.reference import chw, hwc
 from tinyldm import ops
 
@@ -31,6 +31,21 @@ def test_group_norm(shape, groups, eps, rng):
 def test_layer_norm(shape, eps, rng):
     check_op(ops.layer_norm, ops.layer_norm_backward, norm_inputs(rng, shape),
              lambda x, weight, bias: F.layer_norm(x, shape[-1:], weight, bias, eps), eps=eps)
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-1])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 7, 9), (3, 3, 5, 11)], ids=str)
+def test_batch_norm_relu(shape, eps, rng):
+    def torch_norm(x, weight, bias, mean, var):
+        return F.relu((x - mean) / (var + eps).sqrt() * weight + bias)
+    inputs = [*norm_inputs(rng, shape), rng.normal(3, 1, shape[-1]),
+              rng.uniform(0.5, 2, shape[-1])]
+    check_op(ops.batch_norm_relu, ops.batch_norm_relu_backward, inputs, torch_norm, eps=eps)
+    if "torch" not in MISSING:
+        x, *others = map(torch.from_numpy, inputs)
+        weight, bias, mean, var = others
+        theirs = F.relu(F.batch_norm(chw(x), mean, var, weight, bias, eps=eps))
+        assert_same(ops.batch_norm_relu(*inputs, eps)[0], hwc(theirs).numpy(), "batch norm")
 
 
 def test_groups_must_divide_the_channels(rng):

@@ -58,7 +58,13 @@ def model(name):
     assert state.keys() == ours, sorted(state.keys() ^ ours)
     x = {key: torch.from_numpy(array.copy()) for key, array in models.inputs(name).items()}
     with torch.no_grad():
-        if "images" in x:
+        if "DiT" in name:
+            found = [reference(x["latents"].permute(0, 3, 1, 2), x["timesteps"],
+                               x["class_labels"]).sample.permute(0, 2, 3, 1)]
+        elif "UNet2DModel" in name:
+            found = [reference(x["latents"].permute(0, 3, 1, 2), x["timesteps"],
+                               class_labels=x.get("class_labels")).sample.permute(0, 2, 3, 1)]
+        elif "images" in x:
             moments = reference.encode(x["images"].permute(0, 3, 1, 2)).latent_dist
             image = reference.decode(x["z"].permute(0, 3, 1, 2)).sample
             found = [y.permute(0, 2, 3, 1) for y in (moments.mean, moments.logvar, image)]

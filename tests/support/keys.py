@@ -26,6 +26,7 @@ MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CL
 SINGLE_FILES = {"sd1": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL", "sdxl_refiner": "SDXL refiner"}
 DIGESTS = {
     "SD 1.5": "460f9bb5ecfb18ca", "SD 2.1": "efd1d16ed6e69eeb", "SDXL": "4e414f4c640ac917",
+    "SD x4 upscaler": "2b736fe018a85bb3",
     "sd1": "60460e882f7ac4bf", "sd2": "8ffdd5729a2c5b0f", "sdxl": "a315649793940cb9",
     "sdxl_refiner": "f9e7a41f551df181"}
 

@@ -7,7 +7,9 @@ from tinyldm.models import (
     AutoencoderKL,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    DiTTransformer2DModel,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from tinyldm.shapes import configs
 
@@ -24,6 +26,21 @@ def random_weights(module, seed, dtype=np.float32):
             noise = 0.2 * noise + ("norm" in name and name.endswith("weight"))
         else:
             noise *= noise[0].size ** -0.5
+        tensors[name] = noise.astype(dtype)
+    return tensors
+
+
+def inception_weights(module, dtype=np.float64):
+    """As random_weights, for ReLUs and for batch norms, whose variances must be positive."""
+    rng, tensors = np.random.RandomState(0), {}
+    for name, parameter in module.named_parameters():
+        shape = file_shape(parameter)
+        if name.endswith("running_var"):
+            noise = rng.uniform(0.5, 2, shape)
+        elif len(shape) == 1:
+            noise = 0.2 * rng.standard_normal(shape) + name.endswith("bn.weight")
+        else:
+            noise = rng.standard_normal(shape) * (2 / np.prod(shape[1:])) ** 0.5
         tensors[name] = noise.astype(dtype)
     return tensors
 
@@ -92,6 +109,30 @@ DITS = {
     "one layer": dict(DIT, num_attention_heads=1, attention_head_dim=8, patch_size=1,
                       sample_size=3, num_layers=1, out_channels=5),
 }
+PIXELS = {"block_out_channels": [8, 16], "norm_num_groups": 4, "layers_per_block": 1,
+          "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+          "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "attention_head_dim": None}
+UNETS_2D = {                # of UNet2DModel
+    "as CIFAR-10's": dict(PIXELS, block_out_channels=[8, 16, 16], layers_per_block=2,
+                          down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+                          up_block_types=["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+                          norm_eps=1e-6, downsample_padding=0, flip_sin_to_cos=False,
+                          freq_shift=1),
+    "heads of 4": dict(PIXELS, attention_head_dim=4, center_input_sample=True, out_channels=6),
+    "scale and shift, resampling resnets": dict(
+        PIXELS, down_block_types=["AttnDownBlock2D"] * 2, up_block_types=["AttnUpBlock2D"] * 2,
+        resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
+        num_class_embeds=5, time_embedding_dim=12),
+    "as ADM": dict(PIXELS, block_out_channels=[8, 12, 16], resnet_time_scale_shift="scale_shift",
+                   down_block_types=["ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+                   up_block_types=["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+                   upsample_type="resnet", attn_norm_num_groups=2, attention_head_dim=4),
+    "classes as timesteps": dict(PIXELS, class_embed_type="timestep", add_attention=False),
+    "classes as vectors": dict(PIXELS, class_embed_type="identity", mid_block_type=None),
+    "one level, nine channels": dict(PIXELS, block_out_channels=[8], in_channels=9,
+                                     down_block_types=["AttnDownBlock2D"],
+                                     up_block_types=["UpBlock2D"], layers_per_block=3),
+}
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4)
 VAES = {
     "four levels": dict(VAE, block_out_channels=[4, 8, 8, 16], layers_per_block=2),
@@ -135,6 +176,7 @@ def cases():
     projecting = dict(CLIPS["as SD 2"], projection_dim=7)
     return {f"{model.__name__} {name}": (model, config) for model, configs in (
         (UNet2DConditionModel, unets),
+        (UNet2DModel, UNETS_2D), (DiTTransformer2DModel, DITS),
         (AutoencoderKL, {name: vae_config(config) for name, config in VAES.items()}),
         (CLIPTextModel, CLIPS), (CLIPTextModelWithProjection, {"as SDXL": projecting}),
     ) for name, config in configs.items()}
@@ -152,6 +194,16 @@ def inputs(name):
                   **{what: rng.standard_normal((2, width)) for what, width in more.items()}}
         if "time_ids" in arrays:
             arrays["time_ids"] = np.array([[64.0, 48, 0, 0, 64, 48], [32, 32, 4, 8, 16, 16]])
+    elif model is UNet2DModel:
+        arrays = {"latents": rng.standard_normal((2, 8, 12, config.get("in_channels", 3))),
+                  "timesteps": np.array([3.0, 981.0])}
+        if (labels := class_labels(config, rng)) is not None:
+            arrays["class_labels"] = labels
+    elif model is DiTTransformer2DModel:
+        size = config["sample_size"]
+        arrays = {"latents": rng.standard_normal((2, size, size, config["in_channels"])),
+                  "timesteps": np.array([3.0, 981.0]),
+                  "class_labels": np.array([4, config["num_embeds_ada_norm"]])}
     elif model is AutoencoderKL:
         arrays = {"images": rng.standard_normal((2, 8, 16, 3)),
                   "z": rng.standard_normal((2, 2, 3, config["latent_channels"]))}
@@ -160,6 +212,15 @@ def inputs(name):
         ids[[0, 1], [9, 30]] = config["eos_token_id"]
         arrays = {"ids": ids}
     return {what: read_only(x) for what, x in arrays.items()}
+
+
+def class_labels(config, rng):
+    """Labels for two images, of the kind that a UNet2DModel's config names; None: it has none."""
+    if config.get("class_embed_type") == "identity":
+        return rng.standard_normal((2, 4 * config["block_out_channels"][0]))
+    if config.get("class_embed_type") == "timestep":
+        return np.array([7.0, 250.0])
+    return np.array([4, 1]) if "num_class_embeds" in config else None
 
 
 def make(name):
@@ -173,10 +234,12 @@ def outputs(module, arrays, *tape):
     """What a model makes of its inputs: a tuple of arrays."""
     if isinstance(module, AutoencoderKL):
         return *module.encode(arrays["images"], *tape), module.decode(arrays["z"], *tape)
+    if isinstance(module, DiTTransformer2DModel):
+        return (module.forward(*arrays.values(), *tape),)
     y = module.forward(*(arrays[name] for name in ("latents", "timesteps", "context", "ids")
                          if name in arrays), *tape,
-                       **{name: x for name, x in arrays.items()
-                          if name in ("timestep_cond", "text_embeds", "time_ids")})
+                       **{name: x for name, x in arrays.items() if name in
+                          ("timestep_cond", "text_embeds", "time_ids", "class_labels")})
     return y if isinstance(y, tuple) else (y,)
 
 
@@ -186,5 +249,8 @@ def backward(module, arrays, dys, tape):
         return {"z": module.decode_backward(dys[2], tape),
                 "images": module.encode_backward(*dys[:2], tape)}
     found = module.backward(*dys, tape)
-    names = ("latents", "context", "timestep_cond", "text_embeds")
-    return {name: getattr(found, name) for name in names if name in arrays}
+    if isinstance(module, DiTTransformer2DModel):
+        return {"latents": found}
+    names = ("latents", "context", "timestep_cond", "text_embeds", "class_labels")
+    return {name: getattr(found, name) for name in names
+            if name in arrays and getattr(found, name) is not None}

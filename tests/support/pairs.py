@@ -3,18 +3,20 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel as ReferenceUNet
+from diffusers import UNet2DModel as ReferenceUNet2D
 from transformers import CLIPTextConfig
 from transformers import CLIPTextModel as ReferenceCLIP
 from transformers import CLIPTextModelWithProjection as ReferenceCLIPWithProjection
 
 from tests.support.arrays import read_only
-from tests.support.models import CLIPS, CONDITIONED, vae_config
+from tests.support.models import CLIPS, CONDITIONED, class_labels, vae_config
 from tests.support.reference import copy_weights, randomise, widen_embeddings
 from tinyldm.models import (
     AutoencoderKL,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 
 
@@ -50,6 +52,23 @@ def call_conditioned(reference, latents, timesteps, context, tensors):
     added = {what: tensor for what, tensor in tensors.items() if what != "timestep_cond"}
     return reference(latents, torch.from_numpy(timesteps.copy()), context, added_cond_kwargs=added,
                      timestep_cond=tensors.get("timestep_cond")).sample
+
+
+def unet_2d_pair(config, dtype):
+    """-> reference, module, latents, timesteps, class_labels: two maps of 8×12."""
+    reference = randomise(ReferenceUNet2D(**config).to(dtype)).eval()
+    module = copy_weights(reference, UNet2DModel(config))
+    kind = np.float32
+    if dtype == torch.float64:
+        widen_embeddings(reference)
+        kind = np.float64
+    rng = np.random.default_rng(1)
+    latents = rng.standard_normal((2, 8, 12, config.get("in_channels", 3))).astype(kind)
+    labels = class_labels(config, rng)
+    if config.get("class_embed_type") == "identity":
+        labels = rng.standard_normal((2, reference.time_embedding.linear_2.out_features))
+        labels = labels.astype(kind)
+    return reference, module, *map(read_only, (latents, np.array([3, 981]), labels))
 
 
 def vae_pair(config, dtype):

@@ -51,10 +51,13 @@ def sinusoidal(x, dim, sin_first, shift):
 
 
 def widen_embeddings(model):
-    """Let a UNet, or a pipeline's, embed in float64: timesteps, sizes, an LCM's guidance."""
-    unet = getattr(model, "unet", model)
-    for name in ("time_proj", "add_time_proj"):
-        if theirs := getattr(unet, name, None):
+    """Let a UNet or DiT, or a pipeline's, embed in float64: timesteps, sizes, an LCM's guidance."""
+    network = getattr(model, "unet", getattr(model, "transformer", model))
+    embeddings = [getattr(block.norm1, "emb", None)     # DiT has one in each block
+                  for block in getattr(network, "transformer_blocks", [])]
+    for owner, name in [(network, "time_proj"), (network, "add_time_proj"),
+                        *((embedding, "time_proj") for embedding in embeddings)]:
+        if theirs := getattr(owner, name, None):
             theirs.forward = partial(sinusoidal, dim=theirs.num_channels,
                                      sin_first=not theirs.flip_sin_to_cos,
                                      shift=theirs.downscale_freq_shift)

@@ -15,13 +15,15 @@ from tinyldm.models import (
     AutoencoderKL,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    DiTTransformer2DModel,
     UNet2DConditionModel,
 )
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 FILES = {UNet2DConditionModel: "diffusion_pytorch_model", AutoencoderKL: "diffusion_pytorch_model",
-         CLIPTextModel: "model", CLIPTextModelWithProjection: "model"}
+         DiTTransformer2DModel: "diffusion_pytorch_model", CLIPTextModel: "model",
+         CLIPTextModelWithProjection: "model"}
 
 
 # ---- parts ------------------------------------------------------------------------------------
@@ -238,6 +240,22 @@ def inpainting(folder):
                                   in_channels=9), make_vae((8, 16, 16)),
                 scheduler("DDIM", steps_offset=1, set_alpha_to_one=False, clip_sample=False), 32,
                 pipeline="StableDiffusionInpaintPipeline")
+
+
+NAMES = {"0": "tench, Tinca tinca", "1": "goldfish, Carassius auratus",
+         "207": "golden retriever", "879": "umbrella", "134": "crane", "517": "crane"}
+
+
+def dit(folder, half=False):
+    """DiT: DDIM, a learned variance that it drops, names of classes. diffusers' null class is 1000.
+    """
+    config = {"_class_name": "DiTTransformer2DModel", "num_layers": 2, "num_attention_heads": 2,
+              "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "patch_size": 2,
+              "sample_size": 8, "num_embeds_ada_norm": 1000}
+    transformer = DiTTransformer2DModel, config, random_weights(DiTTransformer2DModel(config), 4)
+    return write(folder, {"transformer": transformer, "vae": make_vae((8, 16, 16))},
+                 ("DDIMScheduler", {"beta_schedule": "linear", "clip_sample": False}), half,
+                 _class_name="DiTPipeline", id2label=NAMES)
 
 
 def toy(folder, half=False):

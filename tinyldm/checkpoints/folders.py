@@ -16,7 +16,9 @@ from ..errors import TinyldmError, note
 from ..files import read_json
 from ..layers import check_fit
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ..models.dit import DiTTransformer2DModel
 from ..models.unet import UNet2DConditionModel
+from ..models.unet_2d import UNet2DModel
 from ..models.vae import AutoencoderKL
 from . import hub
 from .components import (
@@ -30,7 +32,7 @@ from .components import (
 )
 from .formats.reading import read_tensors
 from .layout import fitted
-from .single_file import kinds
+from .single_file import dit, kinds
 from .single_file.alone import LABELS
 from .single_file.names import by_part, with_ema_weights
 from .single_file.statements import read_statements, told_scheduler
@@ -44,6 +46,7 @@ COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae"
 XL = COMPONENTS | {"tokenizer": VOCABULARY, "tokenizer_2": VOCABULARY,
                    "scheduler": SCHEDULER}
 SD = {part: kind for part, kind in XL.items() if "_2" not in part}
+DDPM = {"unet": UNet2DModel, "scheduler": SCHEDULER}
 # The public pipeline classes that are read here: {part: its kind}. pipelines/loading.py says which
 # class here draws with them.
 PIPELINES = {
@@ -54,6 +57,11 @@ PIPELINES = {
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL,
+    "DDPMPipeline": DDPM,
+    "DDIMPipeline": DDPM,
+    "PNDMPipeline": DDPM,
+    "DiTPipeline": {"transformer": DiTTransformer2DModel, "vae": AutoencoderKL,
+                    "scheduler": SCHEDULER},
 }
 # Every Stable Diffusion uses CLIP's vocabulary. Single files do not contain it.
 TOKENIZER = "openai/clip-vit-large-patch14"
@@ -72,7 +80,7 @@ class PipelineParts(NamedTuple):
 
     @property
     def kind(self):
-        """The public class of the pipeline; a single file is of Stable Diffusion."""
+        """The public class of the pipeline; {} is that of a single file of Stable Diffusion."""
         return self.index.get("_class_name", "StableDiffusionPipeline")
 
 
@@ -147,6 +155,8 @@ def _own_vae_config(folder):
     """The config of the VAE in a pipeline's folder; without one, of its kind of UNet's VAE."""
     if (folder / "vae" / "config.json").is_file():
         return read_config(folder / "vae")[1]
+    if not (folder / "unet").is_dir():
+        return kinds.SD1.vae                            # DiT
     width = read_config(folder / "unet")[1].get("cross_attention_dim")
     return (kinds.SDXL if width == kinds.SDXL.unet["cross_attention_dim"] else kinds.SD1).vae
 
@@ -195,7 +205,10 @@ class IndexConfig(Config):
     requires_aesthetics_score: bool | None = None
     _num_inference_steps: int | None = within(1, 1000, None)
     _guidance_scale: float | None = within(0, 100, None)
+    _guided_channels: int | None = within(1, 1024, None)        # the original DiT's: 3 of 4
+    id2label: dict | None = None                        # DiT: names by the numbers of classes
     unet: Part = one_of(default=None, lengths=(2,))
+    transformer: Part = one_of(default=None, lengths=(2,))
     vae: Part = one_of(default=None, lengths=(2,))
     text_encoder: Part = one_of(default=None, lengths=(2,))
     text_encoder_2: Part = one_of(default=None, lengths=(2,))
@@ -230,6 +243,8 @@ def _dtype(config, dtype):
 
 def _load_file(path, dtype, low_memory, ema, vae, prediction_type):
     stored = read_tensors(path)
+    if dit.is_dit(stored):
+        return _load_dit(path, dtype, low_memory, vae, prediction_type)
     statements = read_statements(stored, path)
     kind = kinds.recognise(stored, path, prediction_type or statements.prediction_type)
     scheduler = told_scheduler(kind.scheduler, statements, prediction_type, path)
@@ -250,6 +265,22 @@ def _load_file(path, dtype, low_memory, ema, vae, prediction_type):
     # A Turbo's file looks like its base model's: see StableDiffusion.complete.
     return PipelineParts(models | other, {"scheduler": scheduler | {"_assumed": True}},
                          dict.fromkeys(paddings, tokenizer), {}, paddings)
+
+
+def _load_dit(path, dtype, low_memory, vae, prediction_type):
+    """The original DiT's file holds its transformer alone; its VAE is Stable Diffusion 1's."""
+    if not vae:
+        raise _no_vae(path, "DiT")
+    models = {"transformer": load_model(path, dtype, low_memory),
+              "vae": load_vae(vae, kinds.SD1.vae, dtype, low_memory)}
+    told = {"prediction_type": prediction_type} if prediction_type else {}
+    return PipelineParts(models, {"scheduler": dit.SCHEDULER | told}, {},
+                         {"_class_name": "DiTPipeline", **dit.SETTINGS})
+
+
+def _no_vae(path, name):
+    return TinyldmError(f"{path} ({name}) holds no VAE: name one with --vae (from Python vae=), a "
+                        "file, a folder or a name on the hub")
 
 
 def fit_file(stored, kind, statements, own_vae=True):
@@ -288,8 +319,7 @@ def _check_parts(path, kind, models, tensors):
     """Raise TinyldmError, one line, if the file has no tensor at all of one of the models."""
     absent = lacking(models, tensors)
     if absent == ["vae"]:
-        raise TinyldmError(f"{path} ({kind.name}) holds no VAE: name one with --vae (from Python "
-                           "vae=), a file, a folder or a name on the hub")
+        raise _no_vae(path, kind.name)
     if absent:
         lacks = " and no ".join(LABELS[part] for part in absent)
         holds = " and ".join(LABELS[part] for part in models if part not in absent)

@@ -11,6 +11,7 @@
 import difflib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -21,6 +22,8 @@ from . import hub
 from .addons.adapter_settings import FILE as SETTINGS
 from .components import class_name
 from .folders import PIPELINES, read_index
+from .formats.reading import read_tensors
+from .single_file.dit import is_dit
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")              # of files of weights
 NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -66,8 +69,9 @@ def resolve(weights=None, dtype=None):
 def kind_of(weights=None):
     """What a user calls the weights of a pipeline -> the public class of that pipeline.
 
-    Of the hub's it downloads model_index.json alone. A single file is of Stable Diffusion, and so
-    is what has no model_index.json: `resolve` says what is wrong with it.
+    Of the hub's it downloads model_index.json alone. A single file is of Stable Diffusion, unless
+    it is the original DiT's. So is what has no model_index.json, and what cannot be read: `resolve`
+    and reading it say what is wrong with it.
     Raises TinyldmError as resolve does.
     """
     path = bundled() if weights is None else local_path(weights)
@@ -78,6 +82,9 @@ def kind_of(weights=None):
     folder = snapshot(path)
     if os.path.isdir(path) and os.path.isfile(folder / hub.INDEX):
         return read_index(folder)["_class_name"]
+    with suppress(TinyldmError):
+        if os.path.isfile(path) and is_dit(read_tensors(path)):
+            return "DiTPipeline"
     return "StableDiffusionPipeline"
 
 

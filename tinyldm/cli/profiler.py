@@ -226,8 +226,8 @@ def block_names(layers):
 def op_name(layer):
     """The op of a layer, or what it does besides calling the layers inside it."""
     if isinstance(layer, Conv2d):
-        K = layer.weight.shape[0]
-        return f"conv {K}x{K}" + (f" /{layer.stride}" if layer.stride > 1 else "")
+        K, L = layer.weight.shape[:2]
+        return f"conv {K}x{L}" + (f" /{layer.stride}" if layer.stride > 1 else "")
     if hasattr(layer, "op"):                            # norms and activations
         return layer.op.__name__
     if isinstance(layer, ATTENTION):

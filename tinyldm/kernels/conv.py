@@ -10,42 +10,49 @@ FEW = 8                     # output channels: with no more than this, few_outpu
 
 
 def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
-    """Twin of ops.conv2d. x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O)."""
+    """Twin of ops.conv2d. x (B,H,W,C), weight (K,L,C,O), bias (O,) or None -> y (B,Ho,Wo,O)."""
     if x.shape[-1] != weight.shape[2]:
         return NotImplemented                           # the op says why
-    return _conv2d(x, weight, bias, stride, padding), (x, weight, stride, padding)
+    return _conv2d(x, weight, bias, stride, im2col.sides(padding)), (x, weight, stride, padding)
 
 
 def _conv2d(x, weight, bias, stride, padding):
-    if len(weight) == stride == 1 and padding == (0, 0):
+    """padding: ((top, bottom), (left, right))."""
+    if weight.shape[0] == weight.shape[1] == stride == 1 and not np.any(padding):
         return product(x.reshape(-1, x.shape[-1]), weight[0, 0], bias).reshape(
             *x.shape[:-1], weight.shape[3])
-    if len(weight) == 3 and stride == 1 and winograd.pays(x.shape, weight.shape):
-        return winograd.conv3x3(x, weight, bias, padding)
+    if _suits_winograd(x, weight, stride, padding):
+        return winograd.conv3x3(x, weight, bias, padding[0])
     if stride == 1 and weight.shape[3] <= FEW:
         return few_outputs(x, weight, bias, padding)
     return im2col.conv2d(x, weight, bias, stride, padding)
 
 
-def few_outputs(x, weight, bias, padding):
-    """conv2d with stride 1: one product for all K*K taps, whose results are shifted and added up.
+def _suits_winograd(x, weight, stride, padding):
+    return (weight.shape[:2] == (3, 3) and stride == 1 and padding[0] == padding[1]
+            and winograd.pays(x.shape, weight.shape))
 
-    Made for the three channels of a picture. im2col would copy each input number K*K times.
+
+def few_outputs(x, weight, bias, padding):
+    """conv2d with stride 1: one product for all K*L taps, whose results are shifted and added up.
+
+    Made for the three channels of a picture. im2col would copy each input number K*L times.
     """
     B, H, W, C = x.shape
-    K, _, _, O = weight.shape
+    K, L, _, O = weight.shape
+    rows, columns = im2col.sides(padding)
     taps = product(x.reshape(-1, C), weight.transpose(2, 0, 1, 3).reshape(C, -1))
-    taps = taps.reshape(B, H, W, K, K, O)
-    y = np.empty((B, H + sum(padding) - K + 1, W + sum(padding) - K + 1, O), np.float32)
+    taps = taps.reshape(B, H, W, K, L, O)
+    y = np.empty((B, H + sum(rows) - K + 1, W + sum(columns) - L + 1, O), np.float32)
     y[:] = 0 if bias is None else bias
     for i in range(K):
-        for j in range(K):
-            # y[h, w] += taps[h + i - before, w + j - before], where both exist
+        for j in range(L):
+            # y[h, w] += taps[h + i - top, w + j - left], where both exist
             (to_h, from_h), (to_w, from_w) = (
                 (slice(max(0, -shift), max(0, size - shift)),
                  slice(max(0, shift), max(0, shift + y_size)))
-                for shift, size, y_size in ((i - padding[0], H, y.shape[1]),
-                                            (j - padding[0], W, y.shape[2])))
+                for shift, size, y_size in ((i - rows[0], H, y.shape[1]),
+                                            (j - columns[0], W, y.shape[2])))
             y[:, to_h, to_w] += taps[:, from_h, from_w, i, j]
     return y
 
@@ -65,28 +72,30 @@ def upsample_nearest(x, size=None):
 
 
 def conv2d_backward(dy, cache):
-    """Twin of ops.conv2d_backward. dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,K,C,O), dbias."""
+    """Twin of ops.conv2d_backward. dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,L,C,O), dbias."""
     x, weight, stride, padding = cache
-    K, _, C, O = weight.shape
+    padding = (top, bottom), (left, right) = im2col.sides(padding)
+    K, L, C, O = weight.shape
     rows = dy.reshape(-1, O)
     dbias = column_sums(rows)
-    if K == stride == 1 and padding == (0, 0):
+    if K == L == stride == 1 and not np.any(padding):
         dx = product(rows, weight[0, 0].T).reshape(x.shape)
         return dx, product(x.reshape(-1, C).T, rows).reshape(weight.shape), dbias
-    if K == 3 and stride == 1 and winograd.pays(x.shape, weight.shape):
-        dweight = winograd.dweight3x3(dy, x, padding)
+    if _suits_winograd(x, weight, stride, padding):
+        dweight = winograd.dweight3x3(dy, x, padding[0])
     else:
-        dweight = im2col.dweight(dy, x, K, stride, padding)
-    if stride == 1:                 # dx is a convolution: kernel flipped, channels exchanged
+        dweight = im2col.dweight(dy, x, (K, L), stride, padding)
+    rest = (K - 1 - top, K - 1 - bottom), (L - 1 - left, L - 1 - right)
+    if stride == 1 and np.min(rest) >= 0:       # dx is a convolution with the flipped kernel, and
+                                                # with input and output channels exchanged
         flipped = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
-        dx = _conv2d(dy, flipped, None, 1, (K - 1 - padding[0], K - 1 - padding[1]))
+        dx = _conv2d(dy, flipped, None, 1, rest)
         return dx, dweight, dbias
     B, Ho, Wo, _ = dy.shape
-    before, after = padding
     weight = widened(weight.reshape(-1, O)).reshape(weight.shape)
-    dx = np.zeros((B, x.shape[1] + before + after, x.shape[2] + before + after, C), x.dtype)
+    dx = np.zeros((B, x.shape[1] + top + bottom, x.shape[2] + left + right, C), x.dtype)
     for i in range(K):
-        for j in range(K):
+        for j in range(L):
             dx_tap = dx[:, i:i + stride * Ho:stride, j:j + stride * Wo:stride]
             dx_tap += product(rows, weight[i, j].T).reshape(dx_tap.shape)
-    return dx[:, before:before + x.shape[1], before:before + x.shape[2]], dweight, dbias
+    return dx[:, top:top + x.shape[1], left:left + x.shape[2]], dweight, dbias

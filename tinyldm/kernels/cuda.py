@@ -16,6 +16,7 @@ import math
 import numpy as np
 
 from ..backend import get_xp
+from .im2col import sides
 
 COLUMNS = 1 << 26           # numbers of im2col at a time: 128 MiB in float16
 SCORES = 1 << 26            # attention scores at a time: 256 MiB
@@ -186,15 +187,16 @@ extern "C" __global__ void group_norm(const T* x, const T* weight, const T* bias
     }
 }
 
-// columns[p, (i,j,c)] = x[b, h*stride + i - before, w*stride + j - before, c], 0 outside, for the
+// columns[p, (i,j,c)] = x[b, h*stride + i - top, w*stride + j - left, c], 0 outside, for the
 // output pixels p = (b,h,w) from `first` on.
-extern "C" __global__ void im2col(const T* x, T* columns, int H, int W, int C, int K, int stride,
-                                  int before, int Ho, int Wo, index_t first, index_t size) {
+extern "C" __global__ void im2col(const T* x, T* columns, int H, int W, int C, int K, int L,
+                                  int stride, int top, int left, int Ho, int Wo, index_t first,
+                                  index_t size) {
     index_t at = (index_t(blockIdx.x) * blockDim.x + threadIdx.x) * PACK;
     if (at >= size) return;
-    int c = at % C, tap = at / C % (K * K);
-    index_t p = first + at / C / (K * K);
-    int h = p / Wo % Ho * stride + tap / K - before, w = p % Wo * stride + tap % K - before;
+    int c = at % C, tap = at / C % (K * L);
+    index_t p = first + at / C / (K * L);
+    int h = p / Wo % Ho * stride + tap / L - top, w = p % Wo * stride + tap % L - left;
     Pack pack;
     if (h >= 0 && h < H && w >= 0 && w < W) {
         pack = load(x + ((p / Wo / Ho * H + h) * W + w) * C + c);
@@ -346,23 +348,25 @@ def _group_norm(x, weight, bias, num_groups, eps, silu):
 def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
     """Twin of ops.conv2d: im2col and one product, some output pixels at a time.
 
-    x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O).
+    x (B,H,W,C), weight (K,L,C,O), bias (O,) or None -> y (B,Ho,Wo,O).
     """
-    (B, H, W, C), (K, _, weight_C, O) = x.shape, weight.shape
+    (B, H, W, C), (K, L, weight_C, O) = x.shape, weight.shape
     if C != weight_C:
         return NotImplemented
-    Ho, Wo = ((size + sum(padding) - K) // stride + 1 for size in (H, W))
+    (top, bottom), (left, right) = sides(padding)
+    Ho, Wo = (H + top + bottom - K) // stride + 1, (W + left + right - L) // stride + 1
     xp, pixels = get_xp(x), B * Ho * Wo
     maps, = _contiguous(x)
-    matrix = weight.reshape(K * K * C, O).astype(x.dtype, copy=False)
-    if K == stride == 1 and padding == (0, 0):
+    matrix = weight.reshape(K * L * C, O).astype(x.dtype, copy=False)
+    if K == L == stride == 1 and not top + bottom + left + right:
         y = maps.reshape(pixels, C) @ matrix
     else:
         step = max(1, COLUMNS // len(matrix))
         y = xp.empty((pixels, O), x.dtype)
         for first in range(0, pixels, step):
             columns = xp.empty((min(step, pixels - first), len(matrix)), x.dtype)
-            numbers = [H, W, C, K, stride, padding[0], Ho, Wo, *np.int64([first, columns.size])]
+            numbers = [H, W, C, K, L, stride, top, left, Ho, Wo,
+                       *np.int64([first, columns.size])]
             _launch("im2col", x, C, [maps, columns], numbers, _blocks(columns.size))
             xp.matmul(columns, matrix, out=y[first:first + step])
     if bias is not None:
@@ -372,16 +376,16 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
 
 # ---- attention --------------------------------------------------------------------------------
 
-def attention(q, k, v, num_heads, causal=False):
-    """Twin of ops.attention. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C).
+def attention(q, k, v, num_heads, causal=False, mask=None):
+    """Twin of ops.attention without a mask. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C).
 
     The scores are computed for one image and some queries at a time, in float32: float16 has too
     few digits for the exponential of a large score.
     """
     xp, (B, N, C), M = get_xp(q), q.shape, k.shape[1]
-    if C % num_heads:
+    if C % num_heads or mask is not None:
         return NotImplemented
-    cache, d = (q, k, v, num_heads, causal), C // num_heads
+    cache, d = (q, k, v, num_heads, causal, mask), C // num_heads
     q, k, v = _contiguous(q, k, v)
     y = xp.empty_like(q)
     step = max(1, min(N, SCORES // (num_heads * M)))

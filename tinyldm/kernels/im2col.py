@@ -1,7 +1,7 @@
 """Convolution as large matrix products: the twin of ops.conv2d where Winograd is not faster.
 
-The K*K*C numbers under each output pixel's kernel are copied into one row of a matrix ("im2col").
-Then BLAS computes one product over K*K*C instead of K*K products over C. The matrix is made for one
+The K*L*C numbers under each output pixel's kernel are copied into one row of a matrix ("im2col").
+Then BLAS computes one product over K*L*C instead of K*L products over C. The matrix is made for one
 strip of output rows at a time and never kept. Worker threads share the strips.
 """
 import numpy as np
@@ -14,13 +14,18 @@ from .product import product
 STRIP_BYTES = 2 << 20       # at least; strips are as large as the weight if that is larger
 
 
-def sliding_windows(x, K, stride, padding):
-    """A view (B,Ho,Wo,K,K,C) of the padded map: the window of each output pixel."""
-    before, after = padding
-    if before or after:
-        x = np.pad(x, ((0, 0), (before, after), (before, after), (0, 0)))
-    windows = sliding_window_view(x, (K, K), axis=(1, 2))[:, ::stride, ::stride]
-    return windows.transpose(0, 1, 2, 4, 5, 3)                          # from (B,Ho,Wo,C,K,K)
+def sides(padding):
+    """(before, after), the same for both axes, or a pair for each -> (top, bottom), (left, right).
+    """
+    return tuple(map(tuple, np.broadcast_to(padding, (2, 2)).tolist()))
+
+
+def sliding_windows(x, kernel, stride, padding):
+    """A view (B,Ho,Wo,K,L,C) of the padded map: the window of each output pixel."""
+    if np.any(padding):
+        x = np.pad(x, ((0, 0), *sides(padding), (0, 0)))
+    windows = sliding_window_view(x, kernel, axis=(1, 2))[:, ::stride, ::stride]
+    return windows.transpose(0, 1, 2, 4, 5, 3)                          # from (B,Ho,Wo,C,K,L)
 
 
 def strips(windows, weight_bytes):
@@ -29,8 +34,8 @@ def strips(windows, weight_bytes):
     Each strip reads the whole weight, so it should not be smaller than the weight. For 8x8 maps
     with 1280 channels, whose weight has 59 MB, one strip takes half the time of many.
     """
-    B, Ho, Wo, K, _, C = windows.shape
-    row_bytes = Wo * K * K * C * windows.itemsize
+    B, Ho, Wo, K, L, C = windows.shape
+    row_bytes = Wo * K * L * C * windows.itemsize
     strip_bytes = max(STRIP_BYTES, weight_bytes)
     rows = min(Ho, max(1, strip_bytes // row_bytes))
     images = min(B, max(1, strip_bytes // (row_bytes * Ho)))
@@ -39,28 +44,28 @@ def strips(windows, weight_bytes):
 
 
 def conv2d(x, weight, bias, stride, padding):
-    """ops.conv2d without the cache. x (B,H,W,C), weight (K,K,C,O) -> y (B,Ho,Wo,O)."""
-    K, _, C, O = weight.shape
-    windows = sliding_windows(x, K, stride, padding)
+    """ops.conv2d without the cache. x (B,H,W,C), weight (K,L,C,O) -> y (B,Ho,Wo,O)."""
+    K, L, C, O = weight.shape
+    windows = sliding_windows(x, (K, L), stride, padding)
     items = strips(windows, 4 * weight.size)
-    weight = weight.reshape(K * K * C, O)
+    weight = weight.reshape(K * L * C, O)
     if len(items) > 1:
         weight = widened(weight)
     y = np.empty((*windows.shape[:3], O), x.dtype)
 
     def multiply(strip):
-        rows = windows[strip].reshape(-1, K * K * C)                     # the reshape copies
+        rows = windows[strip].reshape(-1, K * L * C)                     # the reshape copies
         y[strip] = product(rows, weight, bias).reshape(y[strip].shape)
     parallel(multiply, items)
     return y
 
 
-def dweight(dy, x, K, stride, padding):
-    """The gradient of the weight: dy (B,Ho,Wo,O), x (B,H,W,C) -> dweight (K,K,C,O)."""
-    C, O = x.shape[-1], dy.shape[-1]
-    windows = sliding_windows(x, K, stride, padding)
-    total = np.zeros((K * K * C, O), x.dtype)
+def dweight(dy, x, kernel, stride, padding):
+    """The gradient of the weight: dy (B,Ho,Wo,O), x (B,H,W,C) -> dweight (K,L,C,O)."""
+    (K, L), C, O = kernel, x.shape[-1], dy.shape[-1]
+    windows = sliding_windows(x, kernel, stride, padding)
+    total = np.zeros((K * L * C, O), x.dtype)
     for strip in strips(windows, total.nbytes):
-        rows = windows[strip].reshape(-1, K * K * C)
+        rows = windows[strip].reshape(-1, K * L * C)
         total += product(rows.T, dy[strip].reshape(-1, O))
-    return total.reshape(K, K, C, O)
+    return total.reshape(K, L, C, O)

@@ -1,4 +1,4 @@
-"""Group and layer norm in cache-sized blocks, shared among threads: twins of ops/norm.py.
+"""Group, layer and batch norm in cache-sized blocks, shared among threads: twins of ops/norm.py.
 
 Group norm reads the map twice: for the sums, and for scale * x + shift with the SiLU.
 
@@ -46,6 +46,22 @@ def _group_norm(x, weight, bias, num_groups, eps, silu):
     over_blocks(normalise, *pixels.shape)
     cache = x, weight, mean[..., None], rstd[..., None]
     return y.reshape(x.shape), (bias, cache) if silu else cache
+
+
+def batch_norm_relu(x, weight, bias, mean, var, eps):
+    """Twin of ops.batch_norm_relu. x (...,C), the others (C,) -> y (...,C)."""
+    pixels = x.reshape(1, -1, x.shape[-1])                               # (1,N,C)
+    scale = weight * (var + F32(eps)) ** F32(-0.5)
+    shift = bias - mean * scale
+    y = np.empty_like(pixels)
+
+    def normalise(block):
+        part = y[block]
+        np.multiply(pixels[block], scale, out=part)
+        part += shift
+        np.maximum(part, 0, out=part)
+    over_blocks(normalise, *pixels.shape)
+    return y.reshape(x.shape), (x, weight, bias, mean, var, eps)
 
 
 def _to_channels(statistic, C):                                          # (B,1,G) -> (B,1,C)

@@ -6,8 +6,10 @@ from ..errors import TinyldmError
 from ..layers import (
     NO_TAPE,
     Activation,
+    AdaGroupNormSiLU,
     Conv2d,
     Embedding,
+    GroupNorm,
     GroupNormSiLU,
     Linear,
     Module,
@@ -80,6 +82,9 @@ class Identity(Sequence):
         return []
 
 
+CLASS_EMBEDDINGS = "timestep", "projection", "simple_projection", "identity"
+
+
 def ClassEmbedding(kind, temb_channels, *, num_classes=None, channels=None):
     """The layer from class labels to what is added to the time embedding: labels -> (B,E).
 
@@ -104,17 +109,25 @@ def ClassEmbedding(kind, temb_channels, *, num_classes=None, channels=None):
 class ResnetBlock2D(Module):
     """Norm → SiLU → convolution, twice; the input is added to the output.
 
-    temb (B,E): the time embedding, added between the two. The VAE has no timesteps and gives none.
+    temb (B,E): the time embedding, added between the two; with scale_shift, it scales and shifts
+    the second norm's output. The VAE has no timesteps and gives none.
+    resample: a layer that changes the size before the first convolution, and that of the input, or
+    None.
     Source: He et al. 2016, arXiv:1603.05027, fig. 4e; with time: Ho et al. 2020, arXiv:2006.11239,
-    appendix B.
+    appendix B; scale_shift and resample: Dhariwal & Nichol 2021, arXiv:2105.05233, section 3.
     """
 
-    def __init__(self, in_channels, out_channels, num_groups, eps, temb_channels=None):
+    def __init__(self, in_channels, out_channels, num_groups, eps, temb_channels=None, *,
+                 scale_shift=False, resample=None):
         self.norm1 = GroupNormSiLU(in_channels, num_groups, eps)
+        self.resample = resample
         self.conv1 = Conv2d(in_channels, out_channels)
+        self.scale_shift = scale_shift
         self.nonlinearity = Activation("silu") if temb_channels else None
-        self.time_emb_proj = Linear(temb_channels, out_channels) if temb_channels else None
-        self.norm2 = GroupNormSiLU(out_channels, num_groups, eps)
+        self.time_emb_proj = (Linear(temb_channels, out_channels * (1 + scale_shift))
+                              if temb_channels else None)
+        norm2 = AdaGroupNormSiLU if scale_shift else GroupNormSiLU
+        self.norm2 = norm2(out_channels, num_groups, eps)
         self.conv2 = Conv2d(out_channels, out_channels)
         changes = in_channels != out_channels
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if changes else None
@@ -122,12 +135,18 @@ class ResnetBlock2D(Module):
     def forward(self, x, tape=NO_TAPE, *, temb=None):   # (B,H,W,C), (B,E) -> (B,H,W,O)
         check_condition(self, "temb_channels", self.time_emb_proj, "temb", temb)
         h = self.norm1(x, tape)
+        if self.resample:
+            h, x = self.resample(h, tape), self.resample(x, tape)
         h = self.conv1(h, tape)
         if self.time_emb_proj:
             e = self.nonlinearity(temb, tape)
-            e = self.time_emb_proj(e, tape)             # (B,O)
-            h += e[:, None, None, :]                    # in place: nothing else uses conv1's output
-        h = self.norm2(h, tape)
+            e = self.time_emb_proj(e, tape)             # (B,O), or (B,2O) with scale_shift
+        if self.scale_shift:
+            h = self.norm2(h, e, tape)
+        else:
+            if self.time_emb_proj:
+                h += e[:, None, None, :]                # in place: nothing else uses conv1's output
+            h = self.norm2(h, tape)
         h = self.conv2(h, tape)
         h += self.conv_shortcut(x, tape) if self.conv_shortcut else x
         return h
@@ -135,19 +154,25 @@ class ResnetBlock2D(Module):
     def backward(self, dy, tape):                       # (B,H,W,O) -> (B,H,W,C), (B,E) or None
         dx = self.conv_shortcut.backward(dy, tape) if self.conv_shortcut else dy
         dh = self.conv2.backward(dy, tape)
-        dh = self.norm2.backward(dh, tape)
+        if self.scale_shift:
+            dh, de = self.norm2.backward(dh, tape)
+        else:
+            dh = self.norm2.backward(dh, tape)
+            de = add_up(dh, axis=(1, 2)) if self.time_emb_proj else None    # undoes the broadcast
         dtemb = None
         if self.time_emb_proj:
-            de = add_up(dh, axis=(1, 2))                # undoes the broadcast over H, W
             de = self.time_emb_proj.backward(de, tape)
             dtemb = self.nonlinearity.backward(de, tape)
         dh = self.conv1.backward(dh, tape)
+        if self.resample:
+            dx, dh = self.resample.backward(dx, tape), self.resample.backward(dh, tape)
         return dx + self.norm1.backward(dh, tape), dtemb    # x was used twice: add
 
 
 class Attention(Module):
     """Queries from x; keys and values from the context. For self-attention the context is x.
 
+    mask (B,N,M): see ops.attention.
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Rombach et al. 2022,
     arXiv:2112.10752, section 3.3.
     """
@@ -159,14 +184,14 @@ class Attention(Module):
         self.to_out = [Linear(channels, channels)]
         self.num_heads = num_heads
 
-    def forward(self, x, context, tape=NO_TAPE):        # (B,N,C), (B,M,D) -> (B,N,C)
+    def forward(self, x, context, tape=NO_TAPE, *, mask=None):  # (B,N,C), (B,M,D) -> (B,N,C)
         B, D = len(x), self.to_k.weight.shape[1]
         assert context.ndim == 3 and (len(context), context.shape[2]) == (B, D), (
             f"the context must be (B,M,D) = ({B},M,{D}), not {context.shape}")
         q = self.to_q(x, tape)
         k = self.to_k(context, tape)                    # (B,M,C)
         v = self.to_v(context, tape)
-        y, cache = ops.attention(q, k, v, self.num_heads)
+        y, cache = ops.attention(q, k, v, self.num_heads, mask=mask)
         tape.save(self, cache)
         return self.to_out[0](y, tape)
 
@@ -176,6 +201,29 @@ class Attention(Module):
         dcontext = self.to_v.backward(dv, tape)         # keys and values read the same context: add
         dcontext = dcontext + self.to_k.backward(dk, tape)
         return self.to_q.backward(dq, tape), dcontext
+
+
+class SpatialAttention(Attention):
+    """Self-attention between the positions of a map; x is added to the output.
+
+    num_groups: of the norm before it; None: no norm.
+    """
+
+    def __init__(self, channels, num_groups, eps, num_heads=1):
+        super().__init__(channels, channels, num_heads, bias=True)
+        self.group_norm = GroupNorm(channels, num_groups, eps) if num_groups else None
+
+    def forward(self, x, tape=NO_TAPE):                 # (B,H,W,C) -> (B,H,W,C)
+        B, _, _, C = x.shape
+        h = self.group_norm(x, tape) if self.group_norm else x
+        h = h.reshape(B, -1, C)                         # (B,N,C)
+        return x + super().forward(h, h, tape).reshape(x.shape)
+
+    def backward(self, dy, tape):
+        B, _, _, C = dy.shape
+        dh, dcontext = super().backward(dy.reshape(B, -1, C), tape)
+        dh = (dh + dcontext).reshape(dy.shape)          # h was its own context: add
+        return dy + (self.group_norm.backward(dh, tape) if self.group_norm else dh)
 
 
 class FeedForward(Sequence):

@@ -72,6 +72,11 @@ class DiTConfig(Config):
         """D, the channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def learns_variance(self):
+        """Whether the output holds a variance behind the noise."""
+        return self.out_channels == 2 * self.in_channels
+
 
 def config_of(size, patch_size, sample_size=32, **changes):
     """The config of DiT-S, B, L or XL for ImageNet's classes, with patches of 2, 4 or 8."""
@@ -86,7 +91,7 @@ def config_of(size, patch_size, sample_size=32, **changes):
 class DiTTransformer2DModel(Module):
     """config: the dict of the public transformer/config.json; settings: the same as a DiTConfig.
 
-    forward: latents (B,H,W,C), H = W = sample_size, timesteps (B,) in [0, 1000), labels (B,)
+    forward: latents (B,H,W,C), H = W = sample_size, timesteps (B,) in [0, 1000), class_labels (B,)
     integers in [0, num_embeds_ada_norm], the last of which means "no class" -> model_output
     (B,H,W,O): the noise, and for O = 2C behind it what the learned variance is made of.
     dropped: where True, the label is replaced by "no class", as in training for classifier-free
@@ -110,18 +115,18 @@ class DiTTransformer2DModel(Module):
         self.proj_out_1 = Linear(D, 2 * D)
         self.proj_out_2 = Linear(D, p * p * channels)
 
-    def forward(self, latents, timesteps, labels, tape=NO_TAPE, *, dropped=None):
+    def forward(self, latents, timesteps, class_labels, tape=NO_TAPE, *, dropped=None):
         settings, dtype, xp = self.settings, latents.dtype, get_xp(latents)
         B, *size = latents.shape[:3]
         assert size == [settings.sample_size] * 2, (
             f"the latents must be {settings.sample_size} high and wide, not {size}")
-        for name, array in ("timesteps", timesteps), ("labels", labels):
+        for name, array in ("timesteps", timesteps), ("class_labels", class_labels):
             assert getattr(array, "shape", None) == (B,), (
                 f"{name} must be an array of shape {(B,)}, one for each of the latents, "
                 f"not {array!r}")
         if dropped is not None:
-            labels = xp.where(dropped, settings.num_embeds_ada_norm, labels)
-        *block_labels, last_labels = xp.broadcast_to(labels, (settings.num_layers + 1, B))
+            class_labels = xp.where(dropped, settings.num_embeds_ada_norm, class_labels)
+        *block_labels, last_labels = xp.broadcast_to(class_labels, (settings.num_layers + 1, B))
         # In float32 at least: float16 is too coarse for angles of 981.
         t, _ = ops.timestep_embedding(timesteps.astype(wide(dtype)), FREQUENCIES,
                                       freq_shift=settings.freq_shift)

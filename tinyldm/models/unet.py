@@ -33,7 +33,9 @@ from ..layers import (
     Module,
 )
 from .blocks import (
+    CLASS_EMBEDDINGS,
     Attention,
+    ClassEmbedding,
     Downsample2D,
     FeedForward,
     ResnetBlock2D,
@@ -55,21 +57,21 @@ class UNetConfig(Config):
     """The public unet/config.json. Defaults are those of diffusers. Lists: one item per level."""
 
     CHANGES = dict.fromkeys((
-        "class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type",
-        "time_embedding_dim", "cross_attention_norm", "timestep_post_act", "time_embedding_act_fn",
-        "reverse_transformer_layers_per_block", "quantization_config"), (None,)) | {
+        "encoder_hid_dim", "encoder_hid_dim_type", "time_embedding_dim", "cross_attention_norm",
+        "timestep_post_act", "time_embedding_act_fn", "reverse_transformer_layers_per_block",
+        "quantization_config"), (None,)) | {
         "act_fn": ("silu", "swish"), "center_input_sample": (False,), "downsample_padding": (1,),
         "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",),
-        "dual_cross_attention": (False,), "only_cross_attention": (False,),
-        "mid_block_only_cross_attention": (None, False), "conv_in_kernel": (3,),
-        "conv_out_kernel": (3,), "attention_type": ("default",),
+        "dual_cross_attention": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+        "attention_type": ("default",),
         "class_embeddings_concat": (False,), "resnet_out_scale_factor": (1,),
         "resnet_skip_time_act": (False,)}
     UNUSED = frozenset({
         "dropout",                                      # drawing has none, nor has training here
         "upcast_attention",                             # the softmax here is float32 at least
-        "addition_embed_type_num_heads"})               # for types of embedding refused below
+        "addition_embed_type_num_heads",                # for types of embedding refused below
+        "mid_block_only_cross_attention"})              # for types of middle block refused above
 
     in_channels: int = within(1, 1024)
     out_channels: int = within(1, 1024)
@@ -85,6 +87,7 @@ class UNetConfig(Config):
     num_attention_heads: int | list[int] | None = within(1, 65536, None)
     transformer_layers_per_block: int | list[int] = within(1, 24, 1)    # SDXL has more
     use_linear_projection: bool = False                 # True from Stable Diffusion 2 on
+    only_cross_attention: bool | list[bool] = False     # both attentions of a block read it
     flip_sin_to_cos: bool = True                        # cosines first; Ho et al.: sines
     freq_shift: int = within(0, 1, 0)                   # Ho et al.: 1
     # Of latents; a number or [height, width].
@@ -92,6 +95,8 @@ class UNetConfig(Config):
     time_cond_proj_dim: int | None = within(4, 65536, None)     # Latent Consistency Models only
     addition_embed_type: str | None = one_of("text_time", default=None)     # SDXL only
     addition_time_embed_dim: int | None = within(4, 65536, None)
+    class_embed_type: str | None = one_of(*CLASS_EMBEDDINGS, default=None)
+    num_class_embeds: int | None = within(1, 10**6, None)       # rows, for class_embed_type null
     projection_class_embeddings_input_dim: int | None = within(1, 10**6, None)
 
     def __post_init__(self):
@@ -103,7 +108,7 @@ class UNetConfig(Config):
         if list(up) != [name.replace("Down", "Up") for name in reversed(down)]:
             raise TinyldmError(f"up_block_types {up} do not mirror down_block_types {down}")
         for key in ("cross_attention_dim", "layers_per_block", "attention_head_dim",
-                    "num_attention_heads", "transformer_layers_per_block"):
+                    "num_attention_heads", "transformer_layers_per_block", "only_cross_attention"):
             value = getattr(self, key)
             if isinstance(value, (list, tuple)) and len(value) != len(widths):
                 raise TinyldmError(f"{key} has {len(value)} entries, but block_out_channels "
@@ -115,6 +120,10 @@ class UNetConfig(Config):
                 raise TinyldmError("the number of heads (attention_head_dim or num_attention_heads)"
                                    f" must divide block_out_channels, but {num_heads} does not "
                                    f"divide {level.width}")
+        if (self.class_embed_type in ("projection", "simple_projection")
+                and self.projection_class_embeddings_input_dim is None):
+            raise TinyldmError(f"class_embed_type {self.class_embed_type} needs "
+                               "projection_class_embeddings_input_dim, the labels' width")
         sizes = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
         if self.addition_embed_type and None in sizes:
             raise TinyldmError("addition_embed_type needs addition_time_embed_dim and "
@@ -123,11 +132,12 @@ class UNetConfig(Config):
     @property
     def levels(self):
         """[Level], the largest map first."""
-        names = "num_heads", "num_layers", "context_channels"
+        names = "num_heads", "num_layers", "context_channels", "only_cross_attention"
         columns = (self.block_out_channels, self.layers_per_block,
                    [DOWN_BLOCKS[name] for name in self.down_block_types],
                    self.num_attention_heads or self.attention_head_dim,
-                   self.transformer_layers_per_block, self.cross_attention_dim)
+                   self.transformer_layers_per_block, self.cross_attention_dim,
+                   self.only_cross_attention)
         columns = [column if isinstance(column, (list, tuple)) else [column] * len(columns[0])
                    for column in columns]
         linear = {"linear_projection": self.use_linear_projection}
@@ -146,7 +156,9 @@ class UNet2DConditionModel(Module):
     timestep_cond (B,256), a sinusoidal embedding of the guidance scale (Luo et al. 2023,
     arXiv:2310.04378, section 4.3). Stable Diffusion XL: text_embeds (B,P), one vector for the
     prompt, and time_ids (B,6), sizes and crop in pixels (Podell et al. 2023, arXiv:2307.01952,
-    section 2.2).
+    section 2.2). Models with classes: class_labels, as models.blocks.ClassEmbedding says for the
+    class_embed_type, except that "timestep" takes (B,) numbers. The x4 upscaler's class is the
+    noise level of its low-resolution picture.
     Raises TinyldmError for a config that is not supported.
     """
 
@@ -165,6 +177,10 @@ class UNet2DConditionModel(Module):
         if settings.addition_embed_type:
             C = settings.projection_class_embeddings_input_dim          # P + 6F
             self.add_embedding = TimestepEmbedding(C, E)
+        projected = settings.projection_class_embeddings_input_dim
+        self.class_embedding = ClassEmbedding(
+            settings.class_embed_type, E, num_classes=settings.num_class_embeds,
+            channels=widths[0] if settings.class_embed_type == "timestep" else projected)
         self.down_blocks, self.up_blocks = [], []
 
         skips, C = [widths[0]], widths[0]               # the channels of what forward will push
@@ -175,7 +191,8 @@ class UNet2DConditionModel(Module):
                 transformer=level.transformer if level.has_attention else None))
             C = level.width
             skips += [C] * (level.layers + (not last))
-        self.mid_block = UNetMidBlock2D(C, E, groups, eps, transformer=levels[-1].transformer)
+        middle = levels[-1].transformer | {"only_cross_attention": False}
+        self.mid_block = UNetMidBlock2D(C, E, groups, eps, transformer=middle)
         for i, level in enumerate(reversed(levels)):
             joined = [skips.pop() for _ in range(level.layers + 1)]
             last = i == len(levels) - 1
@@ -188,7 +205,7 @@ class UNet2DConditionModel(Module):
         self.conv_out = Conv2d(C, settings.out_channels)
 
     def forward(self, latents, timesteps, context, tape=NO_TAPE, *, timestep_cond=None,
-                text_embeds=None, time_ids=None):
+                text_embeds=None, time_ids=None, class_labels=None):
         assert hasattr(latents, "astype"), (
             f"latents must be an array, not a {type(latents).__name__}: use .numpy() of a tensor")
         settings, dtype = self.settings, latents.dtype
@@ -199,6 +216,8 @@ class UNet2DConditionModel(Module):
                         "timestep_cond", timestep_cond)
         for name, value in ("text_embeds", text_embeds), ("time_ids", time_ids):
             check_condition(self, "addition_embed_type", self.add_embedding, name, value)
+        check_condition(self, "class_embed_type or num_class_embeds", self.class_embedding,
+                        "class_labels", class_labels)
         t = sinusoidal(timesteps, settings.block_out_channels[0], settings, dtype)
         temb = self.time_embedding(t, tape, condition=timestep_cond)                # (B,E)
         if self.add_embedding:
@@ -206,6 +225,11 @@ class UNet2DConditionModel(Module):
             added, cache = ops.concat(text_embeds, sizes.reshape(len(latents), -1))     # (B,P+6F)
             tape.save(self, cache)
             temb = temb + self.add_embedding(added, tape)
+        if self.class_embedding:
+            if settings.class_embed_type == "timestep":
+                class_labels = sinusoidal(class_labels, settings.block_out_channels[0], settings,
+                                          dtype)
+            temb = temb + self.class_embedding(class_labels, tape)
         h = self.conv_in(latents, tape)
         skips = [h]
         for block in self.down_blocks:
@@ -229,6 +253,11 @@ class UNet2DConditionModel(Module):
         dh = dh + grads.skips.pop()                     # conv_in's output was the first skip: add
         assert not grads.skips, f"{len(grads.skips)} skip gradients were not used"
         result = UNetGradients(self.conv_in.backward(dh, tape), grads.context)
+        if self.class_embedding:
+            dlabels = self.class_embedding.backward(grads.temb, tape)
+            # A timestep, like a row's number, has no gradient: only vectors do.
+            result.class_labels = (
+                None if self.settings.class_embed_type == "timestep" else dlabels)
         if self.add_embedding:
             dadded, _ = self.add_embedding.backward(grads.temb, tape)
             result.text_embeds, _ = ops.concat_backward(dadded, tape.load(self))
@@ -239,10 +268,11 @@ class UNet2DConditionModel(Module):
 class UNetGradients(namedtuple("UNetGradients", "latents context")):
     """What the UNet's backward returns, whatever its config: dlatents, dcontext = gradients.
 
-    Attributes for the conditions that only some models take, else None: timestep_cond, text_embeds.
+    Attributes for the conditions that only some models take, else None: timestep_cond, text_embeds,
+    class_labels.
     """
 
-    timestep_cond = text_embeds = None
+    timestep_cond = text_embeds = class_labels = None
 
 
 class DownBlock2D(Module):
@@ -355,17 +385,18 @@ def _transformers(number, channels, num_groups, options):
 class Transformer2DModel(Module):
     """Transformer blocks with one token per position of the map; x is added to the output.
 
-    context_channels: the width D of the context; None: as many as channels.
+    context_channels: the width D of the context; None: as many as channels. only_cross_attention:
+    of the blocks.
     """
 
     def __init__(self, channels, num_heads, context_channels=None, num_groups=32, num_layers=1,
-                 linear_projection=False):
+                 linear_projection=False, only_cross_attention=False):
         C, D = channels, context_channels or channels
         self.norm = GroupNorm(C, num_groups, 1e-6)      # the residual blocks use norm_eps (1e-5)
         # The same on channels-last maps, but weight files have one or the other.
         self.proj_in, self.proj_out = (
             Linear(C, C) if linear_projection else Conv2d(C, C, 1) for _ in range(2))
-        self.transformer_blocks = [BasicTransformerBlock(C, D, num_heads)
+        self.transformer_blocks = [BasicTransformerBlock(C, D, num_heads, only_cross_attention)
                                    for _ in range(num_layers)]
 
     def forward(self, x, context, tape=NO_TAPE):        # (B,H,W,C), (B,M,D) -> (B,H,W,C)
@@ -390,12 +421,15 @@ class Transformer2DModel(Module):
 class BasicTransformerBlock(Module):
     """Self-attention, cross-attention to the context, then a feed-forward layer for each token.
 
-    Each works on the norm of x, and its output is added to x.
+    Each works on the norm of x, and its output is added to x. only_cross_attention: the first one,
+    too, attends to the context, which costs less than self-attention where the map is large.
     """
 
-    def __init__(self, channels, context_channels, num_heads):
+    def __init__(self, channels, context_channels, num_heads, only_cross_attention=False):
+        self.only_cross_attention = only_cross_attention
         self.norm1 = LayerNorm(channels, 1e-5)
-        self.attn1 = Attention(channels, channels, num_heads)
+        self.attn1 = Attention(channels, context_channels if only_cross_attention else channels,
+                               num_heads)
         self.norm2 = LayerNorm(channels, 1e-5)
         self.attn2 = Attention(channels, context_channels, num_heads)
         self.norm3 = LayerNorm(channels, 1e-5)
@@ -403,7 +437,7 @@ class BasicTransformerBlock(Module):
 
     def forward(self, x, context, tape=NO_TAPE):        # (B,N,C), (B,M,D) -> (B,N,C)
         h = self.norm1(x, tape)
-        x = x + self.attn1(h, h, tape)
+        x = x + self.attn1(h, context if self.only_cross_attention else h, tape)
         h = self.norm2(x, tape)
         x = x + self.attn2(h, context, tape)
         h = self.norm3(x, tape)
@@ -414,6 +448,9 @@ class BasicTransformerBlock(Module):
         dx = dy + self.norm3.backward(dh, tape)         # each x was used twice: add
         dh, dcontext = self.attn2.backward(dx, tape)
         dx = dx + self.norm2.backward(dh, tape)
-        dh, dh_context = self.attn1.backward(dx, tape)
-        dh = dh + dh_context                            # h was its own context: add
+        dh, dother = self.attn1.backward(dx, tape)
+        if self.only_cross_attention:
+            dcontext = dcontext + dother                # both attentions read the context: add
+        else:
+            dh = dh + dother                            # h was its own context: add
         return dx + self.norm1.backward(dh, tape), dcontext

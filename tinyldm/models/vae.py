@@ -12,8 +12,8 @@ from .. import ops
 from ..backend import get_xp
 from ..configs import Config, one_of, within
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Conv2d, GroupNorm, GroupNormSiLU, Module, Sequence
-from .blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D, check_groups
+from ..layers import NO_TAPE, Conv2d, GroupNormSiLU, Module, Sequence
+from .blocks import Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D, check_groups
 
 EPS = 1e-6      # every norm of the VAE; the UNet's residual blocks use 1e-5
 OVERLAP = 0.25  # the share of a tile's side that it has in common with the next tile
@@ -254,7 +254,7 @@ class MidBlock2D(Module):
 
     def __init__(self, channels, groups):
         self.resnets = [ResnetBlock2D(channels, channels, groups, EPS) for _ in range(2)]
-        self.attentions = [SpatialAttention(channels, groups)]
+        self.attentions = [SpatialAttention(channels, groups, EPS)]
 
     def forward(self, h, tape=NO_TAPE):                 # (B,H,W,C) -> (B,H,W,C)
         h = self.resnets[0](h, tape)
@@ -266,22 +266,3 @@ class MidBlock2D(Module):
         dh = self.attentions[0].backward(dh, tape)
         dh, _ = self.resnets[0].backward(dh, tape)
         return dh
-
-
-class SpatialAttention(Attention):
-    """Self-attention between the positions of a map, after a norm: one head with all channels."""
-
-    def __init__(self, channels, groups):
-        super().__init__(channels, channels, num_heads=1, bias=True)
-        self.group_norm = GroupNorm(channels, groups, EPS)
-
-    def forward(self, x, tape=NO_TAPE):                 # (B,H,W,C) -> (B,H,W,C)
-        B, _, _, C = x.shape
-        h = self.group_norm(x, tape).reshape(B, -1, C)  # (B,N,C)
-        return x + super().forward(h, h, tape).reshape(x.shape)
-
-    def backward(self, dy, tape):
-        B, _, _, C = dy.shape
-        dh, dcontext = super().backward(dy.reshape(B, -1, C), tape)
-        dh = dh + dcontext                              # h was its own context: add
-        return dy + self.group_norm.backward(dh.reshape(dy.shape), tape)

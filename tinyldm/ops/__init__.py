@@ -18,17 +18,21 @@ from .activation import (
     geglu, geglu_backward, gelu, gelu_backward, gelu_tanh, gelu_tanh_backward,
     quick_gelu, quick_gelu_backward, silu, silu_backward, softmax, softmax_backward)
 from .attention import attention, attention_backward
-from .conv import conv2d, conv2d_backward, upsample_nearest, upsample_nearest_backward
+from .conv import (
+    conv2d, conv2d_backward, downsample_average, downsample_average_backward,
+    upsample_nearest, upsample_nearest_backward)
 from .embedding import (
     embedding, embedding_backward, timestep_embedding, timestep_embedding_backward)
-from .linear import linear, linear_backward
+from .linear import linear, linear_backward, scale_shift, scale_shift_backward
 from .loss import (
     cross_entropy, cross_entropy_backward, kl_normal, kl_normal_backward,
     l1, l1_backward, mse, mse_backward)
 from .modulation import (
-    ada_layer_norm, ada_layer_norm_backward, add_gated, add_gated_backward)
+    ada_group_norm_silu, ada_group_norm_silu_backward, ada_layer_norm, ada_layer_norm_backward,
+    add_gated, add_gated_backward)
 from .norm import (
-    group_norm, group_norm_backward, group_norm_silu, group_norm_silu_backward,
-    layer_norm, layer_norm_backward)
+    batch_norm_relu, batch_norm_relu_backward, group_norm, group_norm_backward,
+    group_norm_silu, group_norm_silu_backward, layer_norm, layer_norm_backward)
+from .pool import average_pool, average_pool_backward, max_pool, max_pool_backward
 from .shape import (
     concat, concat_backward, split, split_backward, unpatchify, unpatchify_backward)

@@ -1,41 +1,43 @@
-"""Convolution and nearest upsampling: the ops that use neighbouring pixels."""
-from ..backend import add_up, fast_twin, get_xp, wide
+"""Convolution, nearest upsampling, averaging: the ops that use neighbouring pixels."""
+from ..backend import add_up, fast_twin, get_xp, wide, widen
 from ..kernels import conv, cuda
+from ..kernels.im2col import sides
 
 
 def _pad(x, padding):
-    """Add zeros around the map: padding = (before, after), for both H and W."""
-    if padding == (0, 0):
-        return x
-    return get_xp(x).pad(x, ((0, 0), padding, padding, (0, 0)))
+    """Add zeros around the map."""
+    rows, columns = sides(padding)
+    return get_xp(x).pad(x, ((0, 0), rows, columns, (0, 0))) if any(rows + columns) else x
 
 
-def _taps(x_padded, K, stride, Ho, Wo):
-    """For each of the kernel's K*K positions: i, j, and the pixels under it, a view (B,Ho,Wo,C)."""
-    for i in range(K):
-        for j in range(K):
+def _taps(x_padded, kernel, stride, Ho, Wo):
+    """For each position in the kernel: i, j, and the pixels under it, a view (B,Ho,Wo,C)."""
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
             yield i, j, x_padded[:, i:i + stride * Ho:stride, j:j + stride * Wo:stride]
 
 
 @fast_twin(cpu=conv.conv2d, gpu=cuda.conv2d)
 def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
-    """Slide a K x K window over the map. Each position is the same matrix product.
+    """Slide a K x L window over the map. Each position is the same matrix product.
 
         y[b,h,w] = bias + sum_ij  x[b, stride*h + i - before, stride*w + j - before] @ weight[i,j]
 
-    x (B,H,W,C), weight (K,K,C,O), bias (O,) or None -> y (B,Ho,Wo,O),
+    x (B,H,W,C), weight (K,L,C,O), bias (O,) or None -> y (B,Ho,Wo,O),
     Ho = (H + before + after - K) // stride + 1, Wo likewise.
     padding = (before, after): rows and columns of zeros. (1, 1) keeps the size with a 3x3 kernel;
-    (0, 1), right and bottom only, is the VAE encoder's. The kernel is not flipped: deep learning
-    calls a correlation a convolution.
+    (0, 1), right and bottom only, is the VAE encoder's. A kernel that is not square, K != L, may
+    want a pair for each axis: ((top, bottom), (left, right)). The kernel is not flipped: deep
+    learning calls a correlation a convolution.
     Source: Dumoulin & Visin 2016, "A guide to convolution arithmetic", arXiv:1603.07285.
     """
-    B, H, W, C = x.shape
-    K, _, weight_C, O = weight.shape
+    B, *size, C = x.shape
+    *kernel, weight_C, O = weight.shape
     assert C == weight_C, f"x has {C} channels, weight expects {weight_C}"
-    Ho, Wo = ((size + sum(padding) - K) // stride + 1 for size in (H, W))
-    y = get_xp(x).zeros((B, Ho, Wo, O), wide(x.dtype))                  # the sum of K*K products
-    for i, j, x_tap in _taps(_pad(x, padding), K, stride, Ho, Wo):
+    Ho, Wo = ((n + sum(zeros) - k) // stride + 1
+              for n, k, zeros in zip(size, kernel, sides(padding)))
+    y = get_xp(x).zeros((B, Ho, Wo, O), wide(x.dtype))                  # the sum of K*L products
+    for i, j, x_tap in _taps(_pad(x, padding), kernel, stride, Ho, Wo):
         y += (x_tap.reshape(-1, C) @ weight[i, j]).reshape(y.shape)     # (R,C) @ (C,O), R = B*Ho*Wo
     if bias is not None:
         y += bias
@@ -44,29 +46,29 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
 
 @fast_twin(cpu=conv.conv2d_backward)
 def conv2d_backward(dy, cache):
-    """dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,K,C,O), dbias (O,).
+    """dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,L,C,O), dbias (O,).
 
     Forward added y += x_tap @ weight[i,j] for each position (tap) of the kernel. So each tap gives
 
         dweight[i,j] = x_tap.T @ dy,        dx_tap += dy @ weight[i,j].T
 
-    and the gradient of a pixel is the sum over the K*K taps that read it.
+    and the gradient of a pixel is the sum over the K*L taps that read it.
     """
     x, weight, stride, padding = cache
-    K, _, C, O = weight.shape
+    *kernel, C, O = weight.shape
     rows = dy.reshape(-1, O)
     dbias = add_up(rows, axis=0)
     xp = get_xp(x)
     x_padded = _pad(x, padding)
     dx_padded = xp.zeros_like(x_padded, wide(x.dtype))
     dweight = xp.empty_like(weight, xp.promote_types(x.dtype, weight.dtype))
-    x_taps = _taps(x_padded, K, stride, *dy.shape[1:3])
-    dx_taps = _taps(dx_padded, K, stride, *dy.shape[1:3])               # views into dx_padded
+    x_taps = _taps(x_padded, kernel, stride, *dy.shape[1:3])
+    dx_taps = _taps(dx_padded, kernel, stride, *dy.shape[1:3])          # views into dx_padded
     for (i, j, x_tap), (_, _, dx_tap) in zip(x_taps, dx_taps):
         dweight[i, j] = x_tap.reshape(-1, C).T @ rows                   # (C,R) @ (R,O)
         dx_tap += (rows @ weight[i, j].T).reshape(x_tap.shape)          # (R,O) @ (O,C)
-    before = padding[0]
-    dx = dx_padded[:, before:before + x.shape[1], before:before + x.shape[2]]
+    (top, _), (left, _) = sides(padding)
+    dx = dx_padded[:, top:top + x.shape[1], left:left + x.shape[2]]
     return dx.astype(x.dtype, copy=False), dweight, dbias
 
 
@@ -91,3 +93,16 @@ def upsample_nearest_backward(dy, cache):
         dy = get_xp(dy).pad(dy, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)))
     B, H, W, C = dy.shape
     return add_up(dy.reshape(B, H // 2, 2, W // 2, 2, C), axis=(2, 4))
+
+
+def downsample_average(x):
+    """Halve the map: each pixel is the mean of 2x2 pixels. x (B,2H,2W,C) -> y (B,H,W,C)."""
+    B, H, W, C = x.shape
+    assert H % 2 == W % 2 == 0, f"height and width must be even, not {H} and {W}"
+    y = widen(x[:, ::2, ::2]) + x[:, ::2, 1::2] + x[:, 1::2, ::2] + x[:, 1::2, 1::2]
+    return (y / 4).astype(x.dtype, copy=False), None
+
+
+def downsample_average_backward(dy, cache):
+    """dy (B,H,W,C) -> dx (B,2H,2W,C): each of the four pixels gets a quarter."""
+    return upsample_nearest(dy / 4)[0]

@@ -1,6 +1,11 @@
-"""Modulation: a condition (class and timestep) scales, shifts and gates the tokens of a sample."""
+"""Modulation: a condition (class, timestep) scales, shifts and gates the channels of a sample."""
 from ..backend import add_up, get_xp
-from .norm import layer_norm, layer_norm_backward
+from .norm import (
+    group_norm_silu,
+    group_norm_silu_backward,
+    layer_norm,
+    layer_norm_backward,
+)
 
 
 def ada_layer_norm(x, shift, scale, eps):
@@ -26,6 +31,40 @@ def ada_layer_norm_backward(dy, cache):
     xp = get_xp(dy)
     dx, dscale, dshift = map(xp.stack, zip(*map(layer_norm_backward, dy, cache)))
     return dx, dshift, dscale
+
+
+def ada_group_norm_silu(x, weight, bias, shift, scale, num_groups, eps):
+    """Group norm; then scale and shift each channel as the sample's condition says; then SiLU.
+
+        y[b] = silu((1 + scale[b]) * group_norm(x[b]) + shift[b])
+
+    x (B,H,W,C), weight (C,), bias (C,), shift (B,C), scale (B,C) -> y (B,H,W,C). That is the op
+    group_norm_silu for each sample, whose weight is weight * (1 + scale[b]) and whose bias is
+    bias * (1 + scale[b]) + shift[b].
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, section 6 (the condition h of a residual
+    block scales and shifts); Dhariwal & Nichol 2021, arXiv:2105.05233, section 3.1 (AdaGN).
+    """
+    factor = 1 + scale                                                   # (B,C)
+    rows, caches = zip(*(
+        group_norm_silu(x[b:b + 1], weight * factor[b], bias * factor[b] + shift[b], num_groups,
+                        eps) for b in range(len(x))))
+    return get_xp(x).concatenate(rows), (weight, bias, factor, caches)
+
+
+def ada_group_norm_silu_backward(dy, cache):
+    """dy (B,H,W,C) -> dx (B,H,W,C), dweight (C,), dbias (C,), dshift (B,C), dscale (B,C).
+
+    With dw[b] and db[b], the gradients of sample b's own weight and bias:
+
+        dweight = sum of (1 + scale[b]) * dw[b],     dscale[b] = weight * dw[b] + bias * db[b]
+        dbias   = sum of (1 + scale[b]) * db[b],     dshift[b] = db[b]
+    """
+    weight, bias, factor, caches = cache
+    xp = get_xp(dy)
+    dx, dw, db = zip(*(group_norm_silu_backward(dy[b:b + 1], own) for b, own in enumerate(caches)))
+    dw, db = xp.stack(dw), xp.stack(db)                                  # (B,C) each
+    return (xp.concatenate(dx), add_up(factor * dw, axis=0), add_up(factor * db, axis=0), db,
+            weight * dw + bias * db)
 
 
 def add_gated(x, h, gate):

@@ -1,5 +1,6 @@
-"""Normalisation: group norm (images), group norm followed by SiLU, layer norm (tokens)."""
-from ..backend import fast_twin, widen
+"""Normalisation: group norm (images), group norm followed by SiLU, layer norm (tokens), and batch
+norm followed by ReLU, with the statistics of the data that the network was trained on."""
+from ..backend import add_up, fast_twin, get_xp, widen
 from ..kernels import cuda, norm
 from .activation import silu, silu_backward
 
@@ -109,3 +110,46 @@ def layer_norm_backward(dy, cache):
     g = dy * weight
     dx = rstd * (g - g.mean(axis=-1, keepdims=True) - n * (g * n).mean(axis=-1, keepdims=True))
     return _as_given(dx, (dy * n).sum(axis=tokens), dy.sum(axis=tokens), x, weight)
+
+
+@fast_twin(cpu=norm.batch_norm_relu)
+def batch_norm_relu(x, weight, bias, mean, var, eps):
+    """Normalise each channel with running statistics, scale and shift it; then cut at zero.
+
+        y = max(weight * (x - mean) * rstd + bias, 0),    rstd = 1 / sqrt(var + eps)
+
+    x (...,C), weight, bias, mean, var (C,) -> y (...,C). mean and var are constants here, as they
+    are when a trained network is used: averages over its training data, stored with the weights. So
+    each channel of each pixel is a number times x plus a number.
+    Source: Ioffe & Szegedy 2015, "Batch Normalization", arXiv:1502.03167, algorithm 2, line 11.
+    """
+    scale, shift = _scale_and_shift(weight, bias, mean, var, eps)
+    y = get_xp(x).maximum(widen(x) * scale + shift, 0).astype(x.dtype, copy=False)
+    return y, (x, weight, bias, mean, var, eps)
+
+
+def _scale_and_shift(weight, bias, mean, var, eps):
+    scale = widen(weight) * (widen(var) + eps) ** -0.5
+    return scale, bias - mean * scale
+
+
+def batch_norm_relu_backward(dy, cache):
+    """dy (...,C) -> dx (...,C), dweight, dbias, dmean, dvar (C,).
+
+    With n the normalised x and g = dy where y > 0, else 0:
+
+        dx = g * weight * rstd,  dweight = sum(g * n),  dbias = sum(g),
+        dmean = -dbias * weight * rstd,  dvar = -1/2 * dweight * weight * rstd^2
+
+    The last line: n = (x - mean) * rstd, and the derivative of rstd is -rstd^3 / 2.
+    """
+    x, weight, bias, mean, var, eps = cache
+    scale, shift = _scale_and_shift(weight, bias, mean, var, eps)
+    rstd = (widen(var) + eps) ** -0.5
+    g = widen(dy) * (widen(x) * scale + shift > 0)
+    rows = g.reshape(-1, g.shape[-1])
+    dbias = add_up(rows, axis=0)
+    dweight = add_up(rows * ((widen(x) - mean) * rstd).reshape(rows.shape), axis=0)
+    dmean, dvar = -dbias * scale, -0.5 * dweight * scale * rstd
+    return tuple(gradient.astype(x.dtype, copy=False)
+                 for gradient in (g * scale, dweight, dbias, dmean, dvar))

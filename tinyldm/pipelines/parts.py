@@ -4,13 +4,13 @@ import numpy as np
 from ..errors import TinyldmError
 
 
-def check_parts(readers, unet, vae):
-    """Raise TinyldmError for parts that do not fit: [(tokenizer, text encoder)], UNet and VAE."""
+def check_parts(readers, unet, vae, class_embed_type=None):
+    """Raise TinyldmError for parts that do not fit: [(tokenizer, text encoder)], UNet and VAE.
+
+    class_embed_type: what the pipeline gives the UNet as class_labels; None: nothing.
+    """
     texts, unet = [encoder.settings for _, encoder in readers], unet.settings
-    colours = vae.settings.in_channels, vae.settings.out_channels
-    if colours != (3, 3):
-        raise TinyldmError(f"the VAE's in_channels and out_channels are {colours}, but a picture "
-                           "has 3 colours: use another VAE")
+    check_colours(vae)
     C, D = vae.settings.latent_channels, sum(text.hidden_size for text in texts)
     for key, fitting, reason in [
             ("in_channels", (C, 2 * C + 1), f"VAE's latent_channels is {C}"),
@@ -19,6 +19,10 @@ def check_parts(readers, unet, vae):
         value = getattr(unet, key)                      # may be a list, one item per level
         if not np.isin(value, fitting).all():
             _misfit(f"the UNet's {key} is {value}, but the {reason}")
+    classes = unet.class_embed_type or unet.num_class_embeds and "a table"
+    if classes != class_embed_type:
+        _misfit(f"the UNet's class embedding is {classes}, but this pipeline's is "
+                f"{class_embed_type}")
     kind = unet.addition_embed_type
     if (kind is None) != (len(texts) == 1):
         _misfit(f"the UNet's addition_embed_type is {kind}, but there is "
@@ -38,6 +42,26 @@ def check_parts(readers, unet, vae):
         if length > limit:
             _misfit(f"the tokenizer's model_max_length is {length}, but the text encoder has only "
                     f"{limit} positions")
+
+
+def check_transformer(transformer, vae):
+    """Raise TinyldmError for a DiT's transformer and a VAE that do not fit."""
+    check_colours(vae)
+    settings, C = transformer.settings, vae.settings.latent_channels
+    if settings.in_channels != C:
+        _misfit(f"the transformer's in_channels is {settings.in_channels}, but the VAE's "
+                f"latent_channels is {C}")
+    if settings.out_channels not in (None, C, 2 * C):
+        _misfit(f"the transformer's out_channels is {settings.out_channels}, but the VAE's "
+                f"latent_channels is {C}, and twice as many hold a learned variance")
+
+
+def check_colours(vae):
+    """Raise TinyldmError for a VAE of pictures other than red, green and blue."""
+    colours = vae.settings.in_channels, vae.settings.out_channels
+    if colours != (3, 3):
+        raise TinyldmError(f"the VAE's in_channels and out_channels are {colours}, but a picture "
+                           "has 3 colours: use another VAE")
 
 
 def _misfit(message):

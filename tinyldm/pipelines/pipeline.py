@@ -10,19 +10,22 @@ A pipeline is one system in one file, from its options to pictures. It has
     num_inference_steps     the default
     complete        fills in what the options leave to the model
     states          completed options -> iterator of State
-    decode          latents -> images (B,H,W,3) in [-1, 1]
+    decode          latents -> images (B,H,W,3) in [-1, 1], where there is no vae
 
 and takes the rest from here.
 """
 import math
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from ..backend import array_library
+from ..backend import array_library, free_scratch, is_finite
 from ..diffusion.samplers import OWN_TIMESTEPS, default_sampler, find_sampler
 from ..errors import TinyldmError, note
 from ..images import to_pil
+from .finite import check_output
 from .progress import with_bar
 from .request import own_names
 
@@ -91,6 +94,31 @@ class Pipeline:
         if request.timestep_spacing in (None, self.schedule.timestep_spacing):
             return self.schedule
         return replace(self.schedule, timestep_spacing=request.timestep_spacing)
+
+    def decode(self, latents: Any) -> Any:
+        """Clean latents (B,h,w,C) -> images (B,f*h,f*w,3) in [-1, 1], f the VAE's factor, for
+        a pipeline with a `vae`.
+
+        One picture at a time, as the VAE has the largest arrays of the whole pipeline; with
+        low_memory one tile at a time.
+        """
+        latents, channels = self.array(latents, "latents"), self.vae.settings.latent_channels
+        if latents.ndim != 4 or latents.shape[-1] != channels or 0 in latents.shape:
+            raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
+                               f"not {latents.shape}")
+        if not is_finite(latents):
+            raise TinyldmError("latents must be finite, but they hold NaN or infinity, which is "
+                               "decoded to NaN: look for where it began")
+        z = self.vae.to_z(latents).astype(self.vae.dtype)
+        decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
+        if self.low_memory:
+            free_scratch()                              # what the network used
+        images = [decode(z[i:i + 1]) for i in range(len(z))]
+        free_scratch()
+        for i, image in enumerate(images):
+            check_output(image, f"picture {i} is decoded to NaN or infinity", self.vae,
+                         partial(decode, z[i:i + 1]))
+        return self.vae.xp.concatenate(images).clip(-1, 1)
 
     # ---- parts ------------------------------------------------------------------------------
 

@@ -11,15 +11,18 @@ class Predictor:
     conditioning: [the prompt's], or with guidance [the negative prompt's, the prompt's], predicted
     in one batch; each a dict of the UNet's keyword arguments besides latents and timesteps, such as
     context (prompts,M,D), each prompt for as many latents. extra_channels: None, or what an
-    inpainting UNet reads behind x_t, (B,H,W,c). The last inputs are kept in `inputs`, for the
-    search for NaN.
+    inpainting UNet reads behind x_t, (B,H,W,c). guided_channels: how many channels of the
+    prediction are guided, the others are the condition's own; None for all of x_t's.
+    keeps_variance: whether what a model predicts behind x_t's channels, for a learned variance, is
+    handed on. The last inputs are kept in `inputs`, for the search for NaN.
     """
 
     def __init__(self, unet, conditioning, guidance_scale, guidance_rescale=0.0,
-                 extra_channels=None):
+                 extra_channels=None, *, guided_channels=None, keeps_variance=False):
         self.unet, self.conditioning, self.extra_channels = unet, conditioning, extra_channels
         self.guidance_scale = float(guidance_scale)     # a NumPy number would change the dtype
         self.guidance_rescale = float(guidance_rescale)
+        self.guided_channels, self.keeps_variance = guided_channels, keeps_variance
         self.inputs, self.dtype = {}, unet.dtype
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
@@ -32,11 +35,17 @@ class Predictor:
         self.inputs = {"latents": latents.astype(self.dtype), **conditioning,
                        "timesteps": xp.full(len(latents), t, x_t.dtype)}
         model_output = self.unet(**self.inputs).astype(x_t.dtype)
+        if not self.keeps_variance:
+            model_output = model_output[..., :x_t.shape[-1]]
         if n == 1:
             return model_output
         uncond, cond = xp.split(model_output, 2)
-        guided = classifier_free(uncond, cond, self.guidance_scale)
-        return rescale(guided, cond, self.guidance_rescale) if self.guidance_rescale else guided
+        guided = slice(self.guided_channels or x_t.shape[-1])
+        noise = classifier_free(uncond[..., guided], cond[..., guided], self.guidance_scale)
+        if self.guidance_rescale:
+            noise = rescale(noise, cond[..., guided], self.guidance_rescale)
+        own = cond[..., noise.shape[-1]:]
+        return xp.concatenate([noise, own], axis=-1) if own.shape[-1] else noise
 
 
 class FunctionUNet(Module):

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..backend import free_scratch, is_finite
 from ..diffusion.samplers import OWN_TIMESTEPS, SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
@@ -171,30 +170,6 @@ class StableDiffusion(Pipeline):
         check_output(latents, "the picture is encoded to NaN or infinity", self.vae,
                      partial(encode, images))
         return latents
-
-    def decode(self, latents: Any) -> Any:
-        """Clean latents (B,h,w,C) -> images (B,f*h,f*w,3) in [-1, 1], f the VAE's factor.
-
-        One picture at a time, as the VAE has the largest arrays of the whole pipeline; with
-        low_memory one tile at a time.
-        """
-        latents, channels = self.array(latents, "latents"), self.vae.settings.latent_channels
-        if latents.ndim != 4 or latents.shape[-1] != channels or 0 in latents.shape:
-            raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
-                               f"not {latents.shape}")
-        if not is_finite(latents):
-            raise TinyldmError("latents must be finite, but they hold NaN or infinity, which is "
-                               "decoded to NaN: look for where it began")
-        z = self.vae.to_z(latents).astype(self.vae.dtype)
-        decode = self.vae.decode_tiled if self.low_memory else self.vae.decode
-        if self.low_memory:
-            free_scratch()                              # what the UNet used
-        images = [decode(z[i:i + 1]) for i in range(len(z))]
-        free_scratch()
-        for i, image in enumerate(images):
-            check_output(image, f"picture {i} is decoded to NaN or infinity", self.vae,
-                         partial(decode, z[i:i + 1]))
-        return self.unet.xp.concatenate(images).clip(-1, 1)
 
     @property
     def unet(self) -> Any:
