@@ -105,8 +105,9 @@ def test_the_traps():
     first = module(images, skip=3)[0]                   # entry 0 of the hidden states
     np.testing.assert_array_equal(first, vision.pre_layrnorm(vision.embeddings(images)))
     moved = np.roll(images, 4, axis=2)                  # the patches of each row change places
-    within(abs(first[:, 0] - module(moved, skip=3)[0][:, 0]).max(), 1e-6)   # the class token's first
-    assert abs(first[:, 1:] - module(moved, skip=3)[0][:, 1:]).max() > 0.1
+    second = module(moved, skip=3)[0]
+    within(abs(first[:, 0] - second[:, 0]).max(), 1e-6)     # the class token is the first
+    assert abs(first[:, 1:] - second[:, 1:]).max() > 0.1
 
 
 # ---- names, configs, folders --------------------------------------------------------------------
@@ -199,6 +200,6 @@ def test_a_file_that_does_not_fit(tmp_path):
     save_model(module, tmp_path, np.float32)
     config = read_json(tmp_path / "config.json")
     write_json(tmp_path / "config.json", config | {"num_hidden_layers": 4, "patch_size": 3})
-    with pytest.raises(TinyldmError, match="does not fit the CLIPVisionModel of its config") as error:
+    with pytest.raises(TinyldmError, match="does not fit the CLIPVisionModel of its") as error:
         tinyldm.load_model(tmp_path)
     assert "encoder.layers.3" in str(error.value) and "patch_embedding" in str(error.value)

@@ -207,7 +207,7 @@ def inputs(name):
         if "time_ids" in arrays:
             arrays["time_ids"] = np.array([[64.0, 48, 0, 0, 64, 48], [32, 32, 4, 8, 16, 16]])
     elif model is UNet2DModel:
-        arrays = {"images": rng.standard_normal((2, 8, 12, config.get("in_channels", 3))),
+        arrays = {"latents": rng.standard_normal((2, 8, 12, config.get("in_channels", 3))),
                   "timesteps": np.array([3.0, 981.0])}
         if (labels := class_labels(config, rng)) is not None:
             arrays["class_labels"] = labels
@@ -267,6 +267,6 @@ def backward(module, arrays, dys, tape):
         return {"latents": found}
     if isinstance(module, (CLIPVisionModel, CLIPVisionModelWithProjection)):
         return {"images": found}
-    names = ("latents", "images", "context", "timestep_cond", "text_embeds", "class_labels")
+    names = ("latents", "context", "timestep_cond", "text_embeds", "class_labels")
     return {name: getattr(found, name) for name in names
             if name in arrays and getattr(found, name) is not None}

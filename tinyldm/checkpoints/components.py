@@ -16,6 +16,7 @@ from ..layers import OUR_AXES, Conv2d, Linear, check_fit, named_modules, to_file
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.clip_vision import CLIPVisionModel, CLIPVisionModelWithProjection
 from ..models.dit import DiTTransformer2DModel
+from ..models.prior import PriorTransformer, StableUnCLIPImageNormalizer
 from ..models.unet import UNet2DConditionModel
 from ..models.unet_2d import UNet2DModel
 from ..models.vae import AutoencoderKL
@@ -25,7 +26,8 @@ from .formats.safetensors_file import read_metadata, write_safetensors
 from .single_file.alone import one_component
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection,
-          CLIPVisionModel, CLIPVisionModelWithProjection, DiTTransformer2DModel, UNet2DModel)
+          CLIPVisionModel, CLIPVisionModelWithProjection, DiTTransformer2DModel, UNet2DModel,
+          PriorTransformer, StableUnCLIPImageNormalizer)
 # What some files call a class: transformers writes a model_type, old files of DiT a wider class.
 ALIASES = {"clip_text_model": "CLIPTextModel", "clip_vision_model": "CLIPVisionModel",
            "Transformer2DModel": "DiTTransformer2DModel"}
@@ -182,7 +184,7 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
         tensors = layout.fitted(alone.tensors, dict(module.named_parameters()))
         fill(module, tensors, misfit, dtype, low_memory)
         return module
-    if (path / "model_index.json").is_file():
+    if (path / "model_index.json").is_file() and not (path / "config.json").is_file():
         raise TinyldmError(f"{path} holds a whole pipeline: read it with tinyldm.load, or name one "
                            "of its folders, such as unet")
     folder, files = (path.parent, path) if path.is_file() else (path, None)

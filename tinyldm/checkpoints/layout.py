@@ -2,8 +2,8 @@
 
 The models use today's public names, so most names are equal. Published files have three older
 habits: VAE attention is named query/key/value/proj_attn, CLIP's encoders lack the `text_model.` or
-`vision_model.` prefix, and the constant list of positions 0 to 76 is stored too. Programs that train and merge
-models leave more beside the weights: see is_leftover.
+`vision_model.` prefix, and the constant list of positions 0 to 76 is stored too. Programs that
+train and merge models leave more beside the weights: see is_leftover.
 """
 import re
 

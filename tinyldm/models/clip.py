@@ -135,8 +135,7 @@ class CLIPTextModelWithProjection(Module):
 
 
 def end_tokens(ids, end):
-    """The place of each text's end token, for states[rows] of (B,M,D) -> (B,D). See the class above.
-    """
+    """The place of each text's end token, see above: states (B,M,D)[end_tokens] is (B,D)."""
     return get_xp(ids).arange(len(ids)), (ids if end == 2 else ids == end).argmax(axis=1)
 
 

@@ -11,7 +11,6 @@ layers. B batch, T tokens, D channels of a token, P channels of an embedding, p 
 """
 from dataclasses import dataclass
 
-from .. import ops
 from ..backend import add_up, get_xp
 from ..configs import Config, one_of, within
 from ..errors import TinyldmError
