@@ -23,6 +23,7 @@ from ..models.vae import AutoencoderKL
 from . import layout
 from .formats.reading import read_tensors
 from .formats.safetensors_file import read_metadata, write_safetensors
+from .single_file import ddpm
 from .single_file.alone import one_component
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection,
@@ -46,6 +47,9 @@ def read_config(folder):
     """
     path = Path(folder) / "config.json"
     config = read_json(path)
+    if class_name(config) is None and ddpm.is_original(config):
+        with config_errors(path, "network of the original DDPM that is supported"):
+            config = ddpm.public_config(config)
     name = class_name(config)
     name = ALIASES.get(name, name) if isinstance(name, str) else name
     for model in MODELS:
@@ -116,7 +120,8 @@ def _shards(folder, index, names):
 def load_weights(module, files, dtype=np.float32, low_memory=False):
     """Fill every parameter of `module` from weight files, one path or a list; see fill."""
     files = [files] if isinstance(files, (str, Path)) else files
-    tensors = layout.fitted(read_files(files), dict(module.named_parameters()))
+    stored = ddpm.public_tensors(read_files(files))
+    tensors = layout.fitted(stored, dict(module.named_parameters()))
     misfit = f"{', '.join(map(str, files))} does not fit the {type(module).__name__} of its config"
     fill(module, tensors, misfit, dtype, low_memory)
 
@@ -194,9 +199,12 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
 
 
 def has_config(file):
-    """Whether a weight file has the name of a component's own, beside a config.json."""
+    """Whether a weight file has the name of a component's own, beside a config.json; for one of the
+    original DDPM, any name."""
     names = {name.partition(".")[0] for name in WEIGHT_FILES}
-    return file.name.partition(".")[0] in names and file.with_name("config.json").is_file()
+    config = file.with_name("config.json")
+    return config.is_file() and (file.name.partition(".")[0] in names
+                                 or ddpm.is_original(read_json(config)))
 
 
 def _is_xl(file):
