@@ -14,6 +14,7 @@ from ..errors import TinyldmError, note, shorten
 from ..files import as_path, read_json, write_json
 from ..layers import OUR_AXES, Conv2d, Linear, check_fit, named_modules, to_file
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ..models.clip_vision import CLIPVisionModel, CLIPVisionModelWithProjection
 from ..models.dit import DiTTransformer2DModel
 from ..models.prior import PriorTransformer, StableUnCLIPImageNormalizer
 from ..models.unet import UNet2DConditionModel
@@ -26,9 +27,11 @@ from .single_file import ddpm
 from .single_file.alone import one_component
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection,
-          DiTTransformer2DModel, UNet2DModel, PriorTransformer, StableUnCLIPImageNormalizer)
+          CLIPVisionModel, CLIPVisionModelWithProjection, DiTTransformer2DModel, UNet2DModel,
+          PriorTransformer, StableUnCLIPImageNormalizer)
 # What some files call a class: transformers writes a model_type, old files of DiT a wider class.
-ALIASES = {"clip_text_model": "CLIPTextModel", "Transformer2DModel": "DiTTransformer2DModel"}
+ALIASES = {"clip_text_model": "CLIPTextModel", "clip_vision_model": "CLIPVisionModel",
+           "Transformer2DModel": "DiTTransformer2DModel"}
 # The names that diffusers and transformers give, pickles last. The float16 variant of name.end is
 # name.fp16.end; an index of shards is name.end.index.json, or name.end.index.fp16.json.
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors",
@@ -237,9 +240,10 @@ def save_model(module, folder, dtype=np.float16):
         if not np.isfinite(tensors[key]).all():
             raise TinyldmError(f"{key} is not finite in {dtype}, so nothing is written: use a "
                                "wider dtype, or correct the weight")
-    if name.startswith("CLIPText"):
+    if name.startswith("CLIP"):
         # transformers computes in this dtype, by default in the file's; diffusers in float32.
-        identity = {"architectures": [name], "model_type": "clip_text_model", "dtype": "float32"}
+        kind = "clip_text_model" if "Text" in name else "clip_vision_model"
+        identity = {"architectures": [name], "model_type": kind, "dtype": "float32"}
         weights = "model.safetensors"
     else:
         identity, weights = {"_class_name": name}, "diffusion_pytorch_model.safetensors"
