@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.models.test_unet_2d import CIFAR10, TRACE
 from tests.support import models, sd15
+from tests.support.models import CIFAR10, TRACE
 from tinyldm.inspect import shapes
 from tinyldm.inspect.__main__ import main
 from tinyldm.layers import forward_hooks, named_modules
