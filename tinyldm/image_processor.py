@@ -108,7 +108,7 @@ class ImageProcessor:
     def __call__(self, images):
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not images:
-            raise TinyldmError("expected one picture at least, got none: give a PIL image or a list")
+            raise TinyldmError("expected one picture at least, got none: give a PIL image or more")
         arrays = [self._one(image) for image in images]
         if len({array.shape for array in arrays}) != 1:
             sizes = sorted({f"{array.shape[1]}x{array.shape[0]}" for array in arrays})
