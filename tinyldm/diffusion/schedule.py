@@ -26,6 +26,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
 FINAL_SIGMAS = ("zero", "sigma_min")
+# UnCLIPScheduler, of karlo, is DDPM with defaults of its own, some of which have no key.
+UNCLIP = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "linspace"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +97,13 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config):
-        """Read the dict of a scheduler_config.json; its `_class_name` plays no part.
+        """Read the dict of a scheduler_config.json; of its `_class_name` only UNCLIP's counts.
 
         Raises TinyldmError for a value that SchedulerConfig refuses, and for betas that do not
         describe a schedule.
         """
+        if config.get("_class_name") == "UnCLIPScheduler":
+            config = UNCLIP | config
         try:
             config = SchedulerConfig.read(config)
             betas = _betas(config)

@@ -18,6 +18,8 @@ HOMES = {
     "StableDiffusionXLPipeline": "stable_diffusion.StableDiffusion",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion.StableDiffusion",
     "StableDiffusionXLInpaintPipeline": "stable_diffusion.StableDiffusion",
+    "StableUnCLIPPipeline": "unclip.UnCLIP",
+    "StableUnCLIPImg2ImgPipeline": "unclip.UnCLIP",
     "DiTPipeline": "dit.DiT",
 }
 
