@@ -181,7 +181,7 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
         tensors = layout.fitted(alone.tensors, dict(module.named_parameters()))
         fill(module, tensors, misfit, dtype, low_memory)
         return module
-    if (path / "model_index.json").is_file():
+    if (path / "model_index.json").is_file() and not (path / "config.json").is_file():
         raise TinyldmError(f"{path} holds a whole pipeline: read it with tinyldm.load, or name one "
                            "of its folders, such as unet")
     folder, files = (path.parent, path) if path.is_file() else (path, None)

@@ -25,6 +25,7 @@ from ..errors import TinyldmError
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 FINAL_SIGMAS = ("zero", "sigma_min")
 # UnCLIPScheduler, of karlo, is DDPM with defaults of its own, some of which have no key.
 UNCLIP = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "linspace"}
@@ -68,7 +69,7 @@ class SchedulerConfig(Config):
     solver_order: int | None = within(1, 3, None)
     solver_type: str | None = None
     algorithm_type: str | None = None
-    variance_type: str | None = None
+    variance_type: str | None = one_of(*VARIANCE_TYPES, default=None)
     interpolation_type: str | None = None
     timestep_type: str | None = None
     original_inference_steps: int | None = within(1, 100_000, None)

@@ -32,7 +32,7 @@ STEPS, GUIDANCE = 50, 4.0           # of diffusers' DiTPipeline
 
 
 @dataclass(frozen=True, eq=False)
-class DiTRequest(Drawing):
+class DiTOptions(Drawing):
     """The options, in the order in which they may be given by position.
 
     label: what to draw: the number of a class, or one of the names that the weights give it, such
@@ -91,7 +91,7 @@ class DiT(Pipeline):
     Raises TinyldmError for parts that do not fit together.
     """
 
-    Options, name, network = DiTRequest, "DiT", "transformer"
+    Options, name, network = DiTOptions, "DiT", "transformer"
     kind = "DiTPipeline"
 
     def __init__(self, transformer, vae, scheduler, names=None, num_inference_steps=STEPS,
@@ -112,15 +112,15 @@ class DiT(Pipeline):
                    GUIDANCE if index.get("_guidance_scale") is None else index["_guidance_scale"],
                    index.get("_guided_channels"), low_memory)
 
-    @takes(DiTRequest)
+    @takes(DiTOptions)
     def __call__(self, *arguments: Any, **options: Any) -> Pictures:
-        """Draw num_images pictures of a label -> list of PIL images. Arguments: see DiTRequest.
+        """Draw num_images pictures of a label -> list of PIL images. Arguments: see DiTOptions.
 
         In a notebook a progress bar shows the steps.
         """
         return self.draw(arguments, options)
 
-    @takes(DiTRequest)
+    @takes(DiTOptions)
     def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
         """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
 

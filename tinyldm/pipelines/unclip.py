@@ -183,8 +183,6 @@ class UnCLIP(Pipeline):
                 schedulers["prior_scheduler"])
         else:
             source["image_encoder"] = models["image_encoder"]
-            source["feature_extractor"] = ImageProcessor.from_folder(
-                parts.folders["feature_extractor"])
         scale = index.get("_guidance_scale")
         return cls(tokenizers["tokenizer"], models["text_encoder"], models["unet"], models["vae"],
                    schedulers["scheduler"], models["image_normalizer"],
@@ -286,7 +284,8 @@ class UnCLIP(Pipeline):
                                "StableUnCLIPImg2ImgPipeline")
         encoder = self.image_encoder
         pixels = encoder.xp.asarray(self.feature_extractor([image]), encoder.dtype)    # (1,H,W,3)
-        embeds = self.array(encoder(pixels))
+        _, embeds = encoder(pixels)
+        embeds = self.array(embeds)
         check_output(embeds, "the image encoder's output is NaN or infinite", encoder,
                      partial(encoder, pixels))
         return embeds
