@@ -27,7 +27,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 FINAL_SIGMAS = ("zero", "sigma_min")
-# UnCLIPScheduler, of karlo, is DDPM with defaults of its own, some of which have no key.
+# What UnCLIPScheduler, karlo's DDPM, has where its file does not say it.
 UNCLIP = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "linspace"}
 
 
@@ -103,10 +103,9 @@ class Schedule:
         Raises TinyldmError for a value that SchedulerConfig refuses, and for betas that do not
         describe a schedule.
         """
-        if config.get("_class_name") == "UnCLIPScheduler":
-            config = UNCLIP | config
+        own = UNCLIP if config.get("_class_name") == "UnCLIPScheduler" else {}
         try:
-            config = SchedulerConfig.read(config)
+            config = SchedulerConfig.read(own | config)
             betas = _betas(config)
         except TinyldmError as error:
             raise TinyldmError(f"scheduler_config.json: {error}") from None

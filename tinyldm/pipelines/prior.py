@@ -10,13 +10,13 @@ from functools import partial
 
 import numpy as np
 
-from ..backend import get_xp
+from ..backend import asarray, get_xp, to_host
 from ..diffusion.samplers import SAMPLERS, check_sampler, default_sampler, own_options
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..text.prompt import split_into_chunks
 from .finite import check_output, finite_states
-from .interpolation import lerp, mixed
+from .interpolation import ends, mixed, slerp
 from .predictor import Predictor
 
 
@@ -45,37 +45,44 @@ class TextPrior:
 
     def check_steps(self, num_inference_steps):
         """Raise TinyldmError for a number of steps that the prior's schedule cannot take."""
-        self.schedule.check_steps(num_inference_steps)
-        check_sampler(*self._sampler(num_inference_steps)[:3], options=self._options)
+        check_sampler(self.sampler, self.schedule, num_inference_steps, options=self._options)
 
     def __call__(self, prompts, guidance_scale, num_inference_steps, draw_noise):
-        """Draw one image embedding for each row of draw_noise() -> (B,C), as CLIP would give it.
+        """Draw one image embedding for each prompt -> (B,C), as CLIP would give it.
 
-        prompts: a list, each for as many rows. draw_noise: () -> (B,C), normal numbers. Guidance
+        prompts: B of them, each a text or a Between: then both ends are drawn from the same noise,
+        and what they give is mixed by slerp. draw_noise: () -> (B,C), normal numbers. Guidance
         moves away from the empty prompt.
         Raises TinyldmError as split_into_chunks does, and for numbers that are not finite.
         """
-        sampler, schedule, steps = self._sampler(num_inference_steps)
-        texts = [[""], prompts] if guidance_scale > 1 else [prompts]
-        predict = Predictor(self.prior, [self._read(own) for own in texts], guidance_scale)
-        states = SAMPLERS[sampler](predict, draw_noise(), schedule, steps, draw_noise,
-                                   **self._options)
+        texts = [end for prompt in prompts for end in ends(prompt)]
+        rows = [row for row, prompt in enumerate(prompts) for _ in ends(prompt)]
+        used = [[""], texts] if guidance_scale > 1 else [texts]
+        predict = Predictor(self.prior, [self._read(own) for own in used], guidance_scale)
+        states = SAMPLERS[self.sampler](
+            predict, draw_noise()[rows], self.schedule, num_inference_steps,
+            lambda: draw_noise()[rows], **self._options)
         for state in finite_states(states, predict):
             latents = state.latents
-        return self.prior.post_process_latents(latents)
+        embeds = iter(self.prior.post_process_latents(latents))
+        found = [mixed(prompt, lambda _: next(embeds), slerp_on_device) for prompt in prompts]
+        return get_xp(latents).stack(found)
 
-    def _sampler(self, steps):
-        return default_sampler(self.scheduler), self.schedule, steps
+    @property
+    def sampler(self):
+        """The name of the sampler that the scheduler's file asks for."""
+        return default_sampler(self.scheduler)
 
     @property
     def _options(self):
-        return own_options(self.scheduler, default_sampler(self.scheduler))
+        return own_options(self.scheduler, self.sampler)
 
-    def _read(self, prompts):
-        """-> {name: array (prompts,...)}, the conditioning of the prior."""
-        rows = [mixed(prompt, self._encode, _lerp_all) for prompt in prompts]
-        xp = get_xp(rows[0]["context"])
-        return {name: xp.concatenate([row[name] for row in rows]) for name in rows[0]}
+    def _read(self, texts):
+        """-> {name: array (texts,...)}, the conditioning of the prior."""
+        known = {text: self._encode(text) for text in dict.fromkeys(texts)}
+        xp = get_xp(known[texts[0]]["context"])
+        return {name: xp.concatenate([known[text][name] for text in texts])
+                for name in known[texts[0]]}
 
     def _encode(self, text):
         """A text -> {"text_embeds": (1,P), "context": (1,M,C), "mask": (1,M)}.
@@ -104,7 +111,6 @@ class TextPrior:
         return {"text_embeds": text_embeds, "context": context, "mask": encoder.xp.asarray(mask)}
 
 
-def _lerp_all(first, second, weight):
-    """Interpolate what two prompts give; a token that either has is seen."""
-    mixture = {name: lerp(first[name], second[name], weight) for name in first}
-    return mixture | {"mask": first["mask"] | second["mask"]}
+def slerp_on_device(first, second, weight):
+    """slerp of two arrays of any library -> an array like the first one."""
+    return asarray(slerp(to_host(first), to_host(second), weight).astype(first.dtype), like=first)

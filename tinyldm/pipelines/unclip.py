@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..backend import get_xp, to_host
+from ..backend import get_xp
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
@@ -28,11 +28,11 @@ from ..errors import TinyldmError, note
 from ..images import Pictures, check_image
 from .conditioning import Conditioner
 from .finite import check_output, finite_states
-from .interpolation import as_list, ends, mixed, slerp
+from .interpolation import as_list, ends, mixed
 from .parts import check_parts
 from .pipeline import Pipeline, read_tokenizers
 from .predictor import Predictor
-from .prior import TextPrior
+from .prior import TextPrior, slerp_on_device
 from .request import (
     MOST_STEPS,
     Drawing,
@@ -80,7 +80,8 @@ class UnCLIPRequest(Drawing):
     timestep_spacing: how the steps are spread over the training timesteps, "leading", "trailing" or
         "linspace". Default: the weights' own.
 
-    The prompts and the seed may also be a Between.
+    The prompts and the seed may also be a Between. Two prompts are mixed as two pictures are: the
+    prior draws an embedding of each, from the same seed.
     Raises TinyldmError for a value that is wrong for every pipeline.
     """
 
@@ -221,6 +222,7 @@ class UnCLIP(Pipeline):
         if not self.text_prior and request.image is None:
             raise TinyldmError("these weights draw variations of a picture, with or without a "
                                "prompt: give an image")
+        mixed(request.image, lambda end: end, lambda *_: None)      # is the weight from 0 to 1?
         check_whole("noise_level", request.noise_level, 0,
                     self.noising_schedule.num_train_timesteps - 1)
         scale, of_prior = request.guidance_scale, {}
@@ -271,10 +273,11 @@ class UnCLIP(Pipeline):
     def embed(self, request, generators):
         """The image embeddings (B,C) of a completed request; generators: one for each image."""
         if self.text_prior:
+            prompts = [prompt for prompt in request.prompts for _ in range(request.num_images)]
             return self.array(self.text_prior(
-                request.prompts, request.prior_guidance_scale, request.prior_num_inference_steps,
+                prompts, request.prior_guidance_scale, request.prior_num_inference_steps,
                 partial(self._draw_rows, generators)))
-        embeds = mixed(request.image, self.encode_image, self._slerp)
+        embeds = mixed(request.image, self.encode_image, slerp_on_device)
         return embeds.repeat(len(generators), axis=0)
 
     def encode_image(self, image):
@@ -303,9 +306,6 @@ class UnCLIP(Pipeline):
         noisy = self.image_normalizer.unscale(noisy)
         level, _ = ops.timestep_embedding(xp.asarray(levels, embeds.dtype), C)
         return xp.concatenate([noisy, level.astype(noisy.dtype)], axis=1)
-
-    def _slerp(self, first, second, weight):
-        return self.array(slerp(to_host(first), to_host(second), weight))
 
     def _draw_rows(self, generators):
         """Normal numbers (B,C), one row for each image."""
