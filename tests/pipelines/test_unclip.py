@@ -137,10 +137,11 @@ def test_karlos_own_scheduler(tmp_path):
     scheduler = reference.pipe.prior_scheduler
     step, found = scheduler.step, []
 
-    def with_following(output, timestep, sample, **options):
+    def with_following(output, timestep, sample, generator=None, **options):
         places = scheduler.timesteps.tolist() + [None]
         following = places[places.index(int(timestep)) + 1]
-        return step(output, timestep, sample, prev_timestep=following, **options)
+        return step(output, timestep, sample, prev_timestep=following,
+                    generator=generator, **options)
     scheduler.step = with_following
     reference.pipe.noise_image_embeddings = lambda image_embeds, **_: (
         found.append(image_embeds.detach().numpy()),
