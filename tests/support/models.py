@@ -7,6 +7,8 @@ from tinyldm.models import (
     AutoencoderKL,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     DiTTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -149,6 +151,14 @@ CLIPS = {
 }
 
 
+VISIONS = {                 # of CLIP's vision transformer
+    "as L/14": dict(hidden_size=24, intermediate_size=48, num_hidden_layers=3,
+                    num_attention_heads=4, hidden_act="quick_gelu", image_size=12, patch_size=4),
+    "as H/14": dict(hidden_size=20, intermediate_size=32, num_hidden_layers=2,
+                    num_attention_heads=2, hidden_act="gelu", image_size=11, patch_size=3),
+}
+
+
 def vae_config(config):
     levels = len(config["block_out_channels"])
     return dict(config, down_block_types=["DownEncoderBlock2D"] * levels,
@@ -179,6 +189,8 @@ def cases():
         (UNet2DModel, UNETS_2D), (DiTTransformer2DModel, DITS),
         (AutoencoderKL, {name: vae_config(config) for name, config in VAES.items()}),
         (CLIPTextModel, CLIPS), (CLIPTextModelWithProjection, {"as SDXL": projecting}),
+        (CLIPVisionModel, VISIONS), (CLIPVisionModelWithProjection, {
+            "as L/14": dict(VISIONS["as L/14"], projection_dim=7)}),
     ) for name, config in configs.items()}
 
 
@@ -204,6 +216,8 @@ def inputs(name):
         arrays = {"latents": rng.standard_normal((2, size, size, config["in_channels"])),
                   "timesteps": np.array([3.0, 981.0]),
                   "class_labels": np.array([4, config["num_embeds_ada_norm"]])}
+    elif model in (CLIPVisionModel, CLIPVisionModelWithProjection):
+        arrays = {"images": rng.standard_normal((2, *[config["image_size"]] * 2, 3))}
     elif model is AutoencoderKL:
         arrays = {"images": rng.standard_normal((2, 8, 16, 3)),
                   "z": rng.standard_normal((2, 2, 3, config["latent_channels"]))}
@@ -236,8 +250,8 @@ def outputs(module, arrays, *tape):
         return *module.encode(arrays["images"], *tape), module.decode(arrays["z"], *tape)
     if isinstance(module, DiTTransformer2DModel):
         return (module.forward(*arrays.values(), *tape),)
-    y = module.forward(*(arrays[name] for name in ("latents", "timesteps", "context", "ids")
-                         if name in arrays), *tape,
+    y = module.forward(*(arrays[name] for name in ("latents", "images", "timesteps", "context",
+                                                   "ids") if name in arrays), *tape,
                        **{name: x for name, x in arrays.items() if name in
                           ("timestep_cond", "text_embeds", "time_ids", "class_labels")})
     return y if isinstance(y, tuple) else (y,)
@@ -251,6 +265,8 @@ def backward(module, arrays, dys, tape):
     found = module.backward(*dys, tape)
     if isinstance(module, DiTTransformer2DModel):
         return {"latents": found}
+    if isinstance(module, (CLIPVisionModel, CLIPVisionModelWithProjection)):
+        return {"images": found}
     names = ("latents", "context", "timestep_cond", "text_embeds", "class_labels")
     return {name: getattr(found, name) for name in names
             if name in arrays and getattr(found, name) is not None}

@@ -1,6 +1,7 @@
 """The networks of Stable Diffusion, one per file; attributes have the names of the weight files.
 
 clip.py       encodes the prompt: token ids -> context
+clip_vision.py  encodes a picture: the other half of CLIP
 unet.py       predicts the noise in the latents, given the context
 unet_2d.py    predicts the noise in an image: DDPM in pixels
 vae.py        turns images into latents and back
@@ -10,6 +11,7 @@ inception.py  the network of the FID: a picture -> features, for metrics/
 blocks.py     what these share
 """
 from .clip import CLIPTextModel, CLIPTextModelWithProjection
+from .clip_vision import CLIPVisionModel, CLIPVisionModelWithProjection
 from .dit import DiTTransformer2DModel
 from .inception import InceptionV3
 from .prior import PriorTransformer, StableUnCLIPImageNormalizer

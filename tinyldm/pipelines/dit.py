@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
+from ..diffusion.samplers.ddpm import LEARNED
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
@@ -139,8 +140,11 @@ class DiT(Pipeline):
         steps, sampler, schedule = (request.num_inference_steps, request.sampler,
                                     self.schedule_for(request))
         options = own_options(self.scheduler, sampler)
-        check_sampler(sampler, schedule, steps, options=options)
-        seeds, settings, xp = request.generators(), self.transformer.settings, self.transformer.xp
+        settings, xp = self.transformer.settings, self.transformer.xp
+        learned = options.get("variance_type") in LEARNED   # all other samplers do without it
+        check_sampler(sampler, schedule, steps, options=options,
+                      outputs=2 if learned and settings.learns_variance else 1)
+        seeds = request.generators()
         shape = (len(seeds), settings.sample_size, settings.sample_size, settings.in_channels)
         draw_noise = partial(self.draw_noise, seeds, shape)         # () -> (B,h,w,C)
         if request.latents is None:
@@ -155,13 +159,16 @@ class DiT(Pipeline):
             conditioning.insert(0, {"class_labels": xp.asarray(no_class)})
         predict = Predictor(self.transformer, conditioning, request.guidance_scale,
                             guided_channels=self.guided_channels,
-                            keeps_variance="learned" in options.get("variance_type", ""))
+                            keeps_variance=learned)
         states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, **options)
         return finite_states(states, predict)
 
     def label_number(self, label):
         """A class's number or name -> its number. Raises TinyldmError for an unknown one."""
         last = self.transformer.settings.num_embeds_ada_norm - 1
+        if label is None:
+            raise TinyldmError("this model draws pictures of a class: give a label, a class's name "
+                               f"or a whole number from 0 to {last}")
         if isinstance(label, str):
             text = label.strip()
             folded = {name.casefold(): number for name, number in reversed(self.names.items())}
