@@ -14,6 +14,7 @@ from ..backend import asarray, get_xp, to_host
 from ..diffusion.samplers import SAMPLERS, check_sampler, default_sampler, own_options
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
+from ..models.clip import end_tokens
 from ..text.prompt import split_into_chunks
 from .finite import check_output, finite_states
 from .interpolation import ends, mixed, slerp
@@ -102,9 +103,8 @@ class TextPrior:
                                "pipeline")
         mask = np.arange(ids.shape[1])[None] < min(len(tokens), size) + 2       # start and end
         ids = encoder.xp.asarray(ids)
-        context, text_embeds = encoder(ids)             # without the last layer
-        context = encoder.text_model.encoder.layers[-1](context)
-        context = encoder.text_model.final_layer_norm(context)
+        context = encoder.text_model(ids)               # after the last layer and its norm
+        text_embeds = encoder.text_projection(context[end_tokens(ids, encoder.end)])
         for output in context, text_embeds:
             check_output(output, f"the prior's text encoder gives NaN or infinity for {text!a:.80}",
                          encoder, partial(encoder, ids))
