@@ -135,6 +135,19 @@ UNETS_2D = {                # of UNet2DModel
                                      down_block_types=["AttnDownBlock2D"],
                                      up_block_types=["UpBlock2D"], layers_per_block=3),
 }
+# Published ones: google/ddpm-cifar10-32, google/ddpm-cat-256; and the tutorials' of 128 pixels.
+CIFAR10 = {
+    "sample_size": 32, "block_out_channels": [128, 256, 256, 256], "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
+    "flip_sin_to_cos": False, "freq_shift": 1}
+CAT256 = CIFAR10 | {
+    "sample_size": 256, "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4]}
+TRACE = {"sample_size": 128, "block_out_channels": [128, 128, 256, 256, 512, 512],
+         "down_block_types": ["DownBlock2D"] * 6, "up_block_types": ["UpBlock2D"] * 6}
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4)
 VAES = {
     "four levels": dict(VAE, block_out_channels=[4, 8, 8, 16], layers_per_block=2),
