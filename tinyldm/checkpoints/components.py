@@ -14,6 +14,8 @@ from ..errors import TinyldmError, note, shorten
 from ..files import as_path, read_json, write_json
 from ..layers import OUR_AXES, Conv2d, Linear, check_fit, named_modules, to_file
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ..models.clip_model import CLIPModel
+from ..models.clip_vision import CLIPVisionModel, CLIPVisionModelWithProjection
 from ..models.dit import DiTTransformer2DModel
 from ..models.prior import PriorTransformer, StableUnCLIPImageNormalizer
 from ..models.unet import UNet2DConditionModel
@@ -22,12 +24,19 @@ from ..models.vae import AutoencoderKL
 from . import layout
 from .formats.reading import read_tensors
 from .formats.safetensors_file import read_metadata, write_safetensors
+from .single_file import ddpm
 from .single_file.alone import one_component
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection,
-          DiTTransformer2DModel, UNet2DModel, PriorTransformer, StableUnCLIPImageNormalizer)
+          CLIPVisionModel, CLIPVisionModelWithProjection, CLIPModel, DiTTransformer2DModel,
+          UNet2DModel, PriorTransformer, StableUnCLIPImageNormalizer)
+# transformers' names of configs
+MODEL_TYPES = {"CLIPTextModel": "clip_text_model", "CLIPTextModelWithProjection": "clip_text_model",
+               "CLIPVisionModel": "clip_vision_model",
+               "CLIPVisionModelWithProjection": "clip_vision_model", "CLIPModel": "clip"}
 # What some files call a class: transformers writes a model_type, old files of DiT a wider class.
-ALIASES = {"clip_text_model": "CLIPTextModel", "Transformer2DModel": "DiTTransformer2DModel"}
+ALIASES = {"clip_text_model": "CLIPTextModel", "clip_vision_model": "CLIPVisionModel",
+           "clip": "CLIPModel", "Transformer2DModel": "DiTTransformer2DModel"}
 # The names that diffusers and transformers give, pickles last. The float16 variant of name.end is
 # name.fp16.end; an index of shards is name.end.index.json, or name.end.index.fp16.json.
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors",
@@ -43,6 +52,9 @@ def read_config(folder):
     """
     path = Path(folder) / "config.json"
     config = read_json(path)
+    if class_name(config) is None and ddpm.is_original(config):
+        with config_errors(path, "network of the original DDPM that is supported"):
+            config = ddpm.public_config(config)
     name = class_name(config)
     name = ALIASES.get(name, name) if isinstance(name, str) else name
     for model in MODELS:
@@ -113,7 +125,8 @@ def _shards(folder, index, names):
 def load_weights(module, files, dtype=np.float32, low_memory=False):
     """Fill every parameter of `module` from weight files, one path or a list; see fill."""
     files = [files] if isinstance(files, (str, Path)) else files
-    tensors = layout.fitted(read_files(files), dict(module.named_parameters()))
+    stored = ddpm.public_tensors(read_files(files))
+    tensors = layout.fitted(stored, dict(module.named_parameters()))
     misfit = f"{', '.join(map(str, files))} does not fit the {type(module).__name__} of its config"
     fill(module, tensors, misfit, dtype, low_memory)
 
@@ -191,9 +204,12 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
 
 
 def has_config(file):
-    """Whether a weight file has the name of a component's own, beside a config.json."""
+    """Whether a weight file has the name of a component's own, beside a config.json; for one of the
+    original DDPM, any name."""
     names = {name.partition(".")[0] for name in WEIGHT_FILES}
-    return file.name.partition(".")[0] in names and file.with_name("config.json").is_file()
+    config = file.with_name("config.json")
+    return config.is_file() and (file.name.partition(".")[0] in names
+                                 or ddpm.is_original(read_json(config)))
 
 
 def _is_xl(file):
@@ -225,13 +241,13 @@ def save_model(module, folder, dtype=np.float16):
     dtype = narrowest(tensors.values()) if dtype is None else np.dtype(dtype)
     for key, tensor in tensors.items():
         with np.errstate(over="ignore"):                # an overflow is reported below
-            tensors[key] = np.ascontiguousarray(tensor, dtype)
+            tensors[key] = np.asarray(tensor, dtype, order="C")
         if not np.isfinite(tensors[key]).all():
             raise TinyldmError(f"{key} is not finite in {dtype}, so nothing is written: use a "
                                "wider dtype, or correct the weight")
-    if name.startswith("CLIPText"):
+    if name in MODEL_TYPES:
         # transformers computes in this dtype, by default in the file's; diffusers in float32.
-        identity = {"architectures": [name], "model_type": "clip_text_model", "dtype": "float32"}
+        identity = {"architectures": [name], "model_type": MODEL_TYPES[name], "dtype": "float32"}
         weights = "model.safetensors"
     else:
         identity, weights = {"_class_name": name}, "diffusion_pytorch_model.safetensors"
