@@ -112,7 +112,8 @@ def test_labels(label, number, pipe):
 @pytest.mark.parametrize("label, message", [
     ("golden retriver", r"no class 'golden retriver': did you mean 'golden retriever' \(207\)\?"),
     ("", "no class ''"), ("1001", "a class's name, a whole number from 0 to 999, or 1000 for"),
-    (-1, "not -1"), (1.5, "not 1.5"), (True, "not True"), (None, "give a label, a"), ("-3", "no class"),
+    (-1, "not -1"), (1.5, "not 1.5"), (True, "not True"), (None, "give a label, a"),
+    ("-3", "no class"),
     ("9" * 5000, "not '99999"), (float("nan"), "not nan"), ([[1, 2]], r"not \[1, 2\]"),
     ([], "a list of labels must have at least one"), (tinyldm.Between(1, 2, 0.5), "not Between"),
     (np.zeros((2, 2)), r"not \[0.0, 0.0\]"), ([1] * 10001, "the number of images must be"),

@@ -22,6 +22,8 @@ HOMES = {
     "DDIMPipeline": "ddpm.DDPM",
     "PNDMPipeline": "ddpm.DDPM",
     "StableDiffusionUpscalePipeline": "upscale.Upscaler",
+    "StableUnCLIPPipeline": "unclip.UnCLIP",
+    "StableUnCLIPImg2ImgPipeline": "unclip.UnCLIP",
     "DiTPipeline": "dit.DiT",
 }
 
