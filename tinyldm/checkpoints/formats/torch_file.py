@@ -3,8 +3,8 @@
 The file is a zip archive without compression. `<root>/data.pkl` is a pickle that lists the tensors;
 each `<root>/data/<key>` holds the raw numbers of one storage. A tensor is a view of a storage:
 an offset, a shape and strides, all counted in numbers. Every claim of the pickle is checked against
-the archive first; then the numbers are read from a memory map of the file. A TorchScript program, as
-OpenAI published CLIP, is such a file with code beside the pickle. The code stays unread.
+the archive first; then the numbers are read from a memory map of the file. A TorchScript program,
+such as OpenAI's CLIP, is such a file with code beside the pickle. The code stays unread.
 Source: torch 2.13, torch/serialization.py and torch/_utils.py.
 """
 import math
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ...errors import TinyldmError
 from .foreign import zip_content
 from .stored import LONGEST_NAME, MOST_AXES, MOST_NUMBERS, StoredTensor, checked, map_file
-from .unpickle import ScriptModule, Global, unpickle
+from .unpickle import Global, ScriptModule, unpickle
 
 NAMELESS = "emb_params"         # a textual inversion's vectors, where the file name is the word
 LARGEST_PICKLE = 1 << 24        # bytes; a checkpoint has about 200 per tensor
@@ -46,9 +46,9 @@ def read_torch(path):
 
     Lightning stores the state dict under `state_dict`, the training of DiT two under `model` and
     `ema`, of which the averaged one is taken; other entries are dropped, and so is what is not a
-    tensor. Of a TorchScript program it is the state dict of its module. Web interfaces store the vectors of a textual inversion under `string_to_param`
-    and its word under `name`: that word names the tensor here, or NAMELESS without one, as in
-    safetensors files.
+    tensor. Of a TorchScript program it is the state dict of its module. Web interfaces store the
+    vectors of a textual inversion under `string_to_param` and its word under `name`: that word
+    names the tensor here, or NAMELESS without one, as in safetensors files.
     Raises TinyldmError, naming the file, if it is damaged or its pickle holds more than weights.
     """
     path = Path(path)

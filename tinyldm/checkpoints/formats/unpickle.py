@@ -3,8 +3,8 @@
 A pickle is a program for a machine with a stack and a memo. Python's own machine imports and calls
 whatever the program names. The machine here has no instruction that does: a name stays a text, an
 object becomes INERT, and a call is either one of the few functions that the caller allows, or
-refused. Only of a module in TorchScript, whose classes are the file's own code, the attributes stay.
-The standard library's pickletools splits the bytes into instructions.
+refused. Only a module in TorchScript, whose class is the file's own code, keeps its attributes. The
+standard library's pickletools splits the bytes into instructions.
 
 No value is hashed, compared or printed before it is known to be a text or a number. A list that
 holds another list twice, which holds another one twice, and so on, is small in the file, but
