@@ -110,7 +110,8 @@ def trace(module, run):
             return y
         return traced
 
-    with forward_hooks({layer: hook(name, layer) for name, layer in named}):
+    with forward_hooks({layer: hook(name, layer) for name, layer in named}), (
+            np.errstate(all="ignore")):                 # zeros may be divided by their length
         y = run()
     return [*map(tuple, rows), ("output", _shown(y))]
 
@@ -149,9 +150,11 @@ def inputs(module, size=None):
     Raises TinyldmError for an argument that is not known here.
     """
     settings = getattr(module, "settings", None)
+    places = [settings, *(getattr(settings, part, None) for part in ("text", "vision"))]    # CLIP
 
     def own(*keys):                                     # the first that the config has, or None
-        return next((value for key in keys if (value := getattr(settings, key, None))), None)
+        return next((value for key in keys for place in places
+                     if (value := getattr(place, key, None))), None)
 
     sides = _sides(size or own("sample_size", "image_size"))
     D = own("cross_attention_dim", "embedding_dim")
