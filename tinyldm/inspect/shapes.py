@@ -120,13 +120,14 @@ def quick_shape(layer, x=None):
     """The shape of a layer's output for x, for the layers that take long; None for any other."""
     if isinstance(layer, Linear):
         return *x.shape[:-1], layer.weight.shape[0]
-    if type(layer) is Conv2d:
-        K, O = layer.weight.shape[1:4:2]
-        return (len(x), *((side + sum(layer.padding) - K) // layer.stride + 1
-                          for side in x.shape[1:3]), O)
+    if isinstance(layer, Conv2d):
+        *kernel, _, O = layer.weight.shape
+        zeros = np.broadcast_to(layer.padding, (2, 2)).sum(axis=1).tolist()     # of both axes
+        return (len(x), *((side + more - k) // layer.stride + 1
+                          for side, more, k in zip(x.shape[1:3], zeros, kernel)), O)
     if isinstance(layer, Attention):
         return x.shape
-    if isinstance(layer, WeightedOp) and not isinstance(layer, Conv2d):     # a norm
+    if isinstance(layer, WeightedOp):                   # a norm
         return x.shape
     if isinstance(layer, Activation):                   # by one row: GEGLU halves the width
         return *x.shape[:-1], layer.forward(np.zeros((1, x.shape[-1]), x.dtype)).shape[-1]
