@@ -16,6 +16,7 @@ from tests.support.small_pipelines import (
 from tinyldm.files import read_json, write_json
 from tinyldm.models import (
     CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
     PriorTransformer,
     StableUnCLIPImageNormalizer,
 )
@@ -29,7 +30,13 @@ PRIOR_SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000,
 PRIOR = {"_class_name": "PriorTransformer", "num_attention_heads": 2, "attention_head_dim": 6,
          "num_layers": 2, "embedding_dim": EMBEDDING, "num_embeddings": 77,
          "additional_embeddings": 4}
-FILES |= dict.fromkeys((PriorTransformer, StableUnCLIPImageNormalizer), "diffusion_pytorch_model")
+VISION = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model",
+          "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "image_size": 12, "patch_size": 4, "hidden_act": "gelu",
+          "projection_dim": EMBEDDING}
+PREPROCESSOR = {"image_processor_type": "CLIPImageProcessor", "crop_size": 12, "size": 12}
+FILES |= {CLIPVisionModelWithProjection: "model", PriorTransformer: "diffusion_pytorch_model",
+          StableUnCLIPImageNormalizer: "diffusion_pytorch_model"}
 
 
 def common(folder, kind, width=2 * EMBEDDING):
@@ -75,4 +82,17 @@ def unclip(folder, **prior_scheduler):
                 prior_text_encoder=["transformers", "CLIPTextModelWithProjection"],
                 prior_tokenizer=["transformers", "CLIPTokenizer"],
                 prior_scheduler=["diffusers", config["_class_name"]])
+    return folder
+
+
+def unclip_img2img(folder):
+    """StableUnCLIPImg2ImgPipeline: a picture, through CLIP's image encoder."""
+    common(folder, "StableUnCLIPImg2ImgPipeline")
+    tensors = random_weights(CLIPVisionModelWithProjection(VISION), 8)
+    write_component(folder / "image_encoder", (CLIPVisionModelWithProjection, VISION, tensors))
+    (folder / "feature_extractor").mkdir()
+    write_json(folder / "feature_extractor" / "preprocessor_config.json", PREPROCESSOR)
+    change_json(folder / "model_index.json",
+                image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+                feature_extractor=["transformers", "CLIPImageProcessor"])
     return folder

@@ -16,6 +16,7 @@ from ..errors import TinyldmError, note
 from ..files import read_json
 from ..layers import check_fit
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.dit import DiTTransformer2DModel
 from ..models.prior import PriorTransformer, StableUnCLIPImageNormalizer
 from ..models.unet import UNet2DConditionModel
@@ -63,6 +64,8 @@ PIPELINES = {
     "StableUnCLIPPipeline": UNCLIP | {
         "prior_tokenizer": VOCABULARY, "prior_text_encoder": CLIPTextModelWithProjection,
         "prior": PriorTransformer, "prior_scheduler": SCHEDULER},
+    "StableUnCLIPImg2ImgPipeline": UNCLIP | {
+        "feature_extractor": PROCESSOR, "image_encoder": CLIPVisionModelWithProjection},
     "DDPMPipeline": DDPM,
     "DDIMPipeline": DDPM,
     "PNDMPipeline": DDPM,

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .. import ops
 from ..backend import get_xp
@@ -25,6 +26,7 @@ from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
+from ..image_processor import ImageProcessor
 from ..images import Pictures, check_image
 from .conditioning import Conditioner
 from .finite import check_output, finite_states
@@ -173,6 +175,20 @@ class UnCLIP(Pipeline):
                 f"{unet.settings.projection_class_embeddings_input_dim}, but should be twice as "
                 "many: use parts of one pipeline")
 
+        self._check_pictures()
+
+    def _check_pictures(self):
+        """Raise TinyldmError if the preprocessing gives pictures of another size than it should."""
+        if self.text_prior:
+            return
+        side = self.image_encoder.settings.image_size
+        blank = Image.new("RGB", (side, side))
+        _, height, width, _ = self.feature_extractor([blank]).shape
+        if (height, width) != (side, side):
+            raise TinyldmError(f"the feature_extractor gives pictures of {width}x{height} pixels, "
+                               f"but the image encoder takes {side}x{side}: use parts of one "
+                               "pipeline")
+
     @classmethod
     def from_parts(cls, parts, low_memory=False):
         """PipelineParts -> UnCLIP."""
@@ -184,6 +200,8 @@ class UnCLIP(Pipeline):
                 schedulers["prior_scheduler"])
         else:
             source["image_encoder"] = models["image_encoder"]
+            source["feature_extractor"] = ImageProcessor.from_folder(
+                parts.folders["feature_extractor"])
         scale = index.get("_guidance_scale")
         return cls(tokenizers["tokenizer"], models["text_encoder"], models["unet"], models["vae"],
                    schedulers["scheduler"], models["image_normalizer"],
