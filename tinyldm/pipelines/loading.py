@@ -21,6 +21,9 @@ HOMES = {
     "DDPMPipeline": "ddpm.DDPM",
     "DDIMPipeline": "ddpm.DDPM",
     "PNDMPipeline": "ddpm.DDPM",
+    "StableDiffusionUpscalePipeline": "upscale.Upscaler",
+    "StableUnCLIPPipeline": "unclip.UnCLIP",
+    "StableUnCLIPImg2ImgPipeline": "unclip.UnCLIP",
     "DiTPipeline": "dit.DiT",
 }
 
