@@ -236,7 +236,7 @@ def test_the_bound_of_coin_flips_is_above_one_bit(T, rng):
     pictures = rng.choice([-1.0, 1.0], (16, 8, 8, 1))
     bits = bits_per_dimension(ideal, process, [pictures], rng.standard_normal, "fixed_small")
     assert bits.total > 1
-    assert_allclose(bits.terms[1:].sum(), 1, atol=5 / T)
+    assert_allclose(bits.terms[1:].sum(), 1, atol=5 / T + 0.05)     # 1024 flips
 
 
 # ---- what is refused ---------------------------------------------------------------------------
