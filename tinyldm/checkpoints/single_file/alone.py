@@ -12,7 +12,7 @@ from ...models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ...models.dit import DiTTransformer2DModel
 from ...models.unet import UNet2DConditionModel
 from ...models.vae import AutoencoderKL
-from . import dit, kinds
+from . import ddpm, dit, kinds
 from .names import by_part
 
 # What layout_of says -> the words that stand before the names in a whole single file.
@@ -40,6 +40,10 @@ def one_component(stored, path, vae_config=None, xl=False):
     means that of Stable Diffusion 1, or with xl of Stable Diffusion XL; scaling_factor differs.
     Raises TinyldmError for a file of several components, and of none that is known.
     """
+    if ddpm.is_ddpm(stored):
+        raise TinyldmError(f"{path} holds a network of the original DDPM code: put a config.json "
+                           "with its description (ch, ch_mult, num_res_blocks, attn_resolutions, "
+                           "resolution) beside it")
     if dit.is_dit(stored):
         return Alone(DiTTransformer2DModel, *dit.transformer(stored, path))
     found, rest = _parts(stored)
