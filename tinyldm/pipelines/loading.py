@@ -23,6 +23,8 @@ HOMES = {
     "PNDMPipeline": "ddpm.DDPM",
     "CascadePipeline": "cascade.Cascade",
     "StableDiffusionUpscalePipeline": "upscale.Upscaler",
+    "StableUnCLIPPipeline": "unclip.UnCLIP",
+    "StableUnCLIPImg2ImgPipeline": "unclip.UnCLIP",
     "DiTPipeline": "dit.DiT",
 }
 
