@@ -20,7 +20,7 @@ from .activation import (
 from .attention import attention, attention_backward
 from .conv import (
     conv2d, conv2d_backward, downsample_average, downsample_average_backward,
-    upsample_nearest, upsample_nearest_backward)
+    upsample_bilinear, upsample_bilinear_backward, upsample_nearest, upsample_nearest_backward)
 from .embedding import (
     embedding, embedding_backward, timestep_embedding, timestep_embedding_backward)
 from .linear import (
