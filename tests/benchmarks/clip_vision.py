@@ -1,6 +1,6 @@
 """CLIP's vision transformer, ViT-B/32 or L/14, float32, ours against transformers, equal threads.
 
-    python -m tests.benchmarks.clip_vision [--model B/32 L/14] [--batch 1 8] [--rounds 7] [--json PATH]
+    python -m tests.benchmarks.clip_vision [--model B/32 L/14] [--batch 1 8] [--rounds 7]
 """
 import numpy as np
 import torch
