@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "ops": BOTTOM | {"kernels"},
     "layers": BOTTOM | {"ops"},
     "models": BOTTOM | {"ops", "layers"},
-    "diffusion": BOTTOM,
+    "diffusion": BOTTOM | {"ops"},
     "text": BOTTOM,
     "checkpoints": BOTTOM | {"kernels", "layers", "models"},
     "pipelines": BOTTOM | {"noise", "images", "image_processor", "ops", "layers", "models",
