@@ -114,10 +114,17 @@ def test_what_save_writes_diffusers_draws(kind, tmp_path):
     ("DDPM", 1000, "ddpm"), ("DDIM", 50, "ddim"), ("PNDM", 50, "pndm")])
 def test_defaults(kind, steps, sampler):
     unet = UNet2DModel(SMALL)
-    pipe = DDPM(unet, LINEAR | {"_class_name": "DDPMScheduler"}, kind=f"{kind}Pipeline")
+    scheduler = LINEAR | {"_class_name": "DDPMScheduler", "skip_prk_steps": True}
+    pipe = DDPM(unet, scheduler, kind=f"{kind}Pipeline")
     assert (pipe.num_inference_steps, pipe.sampler()) == (steps, sampler)
     short = DDPM(unet, LINEAR | {"num_train_timesteps": 20})
     assert short.num_inference_steps == 20
+
+
+def test_pndm_begins_without_runge_kutta_and_a_note_says_so():
+    pipe = DDPM(UNet2DModel(SMALL), LINEAR, kind="PNDMPipeline")
+    with pytest.warns(UserWarning, match="skip_prk_steps = False is not built here"):
+        assert pipe.sampler() == "pndm"
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,8 @@ def pipeline_folder(path):
     if os.path.isfile(folder / "config.json"):
         name = class_name(read_json(folder / "config.json"))
         raise TinyldmError(f"{folder} holds one component, {name}, but no pipeline "
-                           f"({hub.INDEX}): name the folder of a pipeline")
+                           f"({hub.INDEX}): name the folder of a pipeline, or read it with "
+                           "tinyldm.load_model")
     pipelines = sorted(index.parent for index in folder.glob(f"*/{hub.INDEX}"))
     files = sorted(file for file in files_near(folder) if file.endswith(hub.CHECKPOINTS))
     for what, found in (("folders of pipelines", [pipeline.name for pipeline in pipelines]),
