@@ -13,7 +13,7 @@ from ...models.clip_model import CLIPModel
 from ...models.dit import DiTTransformer2DModel
 from ...models.unet import UNet2DConditionModel
 from ...models.vae import AutoencoderKL
-from . import clip, dit, kinds
+from . import clip, ddpm, dit, kinds
 from .names import by_part
 
 # What layout_of says -> the words that stand before the names in a whole single file.
@@ -42,6 +42,10 @@ def one_component(stored, path, vae_config=None, xl=False):
     a CLIP it may say the activation, see clip.whole.
     Raises TinyldmError for a file of several components, and of none that is known.
     """
+    if ddpm.is_ddpm(stored):
+        raise TinyldmError(f"{path} holds a network of the original DDPM code: put a config.json "
+                           "with its description (ch, ch_mult, num_res_blocks, attn_resolutions, "
+                           "resolution) beside it")
     if dit.is_dit(stored):
         return Alone(DiTTransformer2DModel, *dit.transformer(stored, path))
     if clip.is_clip(stored):
