@@ -69,6 +69,10 @@ PIPELINES = {
     "DDPMPipeline": DDPM,
     "DDIMPipeline": DDPM,
     "PNDMPipeline": DDPM,
+    "CascadePipeline": {"text_encoder": CLIPTextModel, "tokenizer": VOCABULARY,
+                        "unet": UNet2DConditionModel, "scheduler": SCHEDULER,
+                        "super_res": UNet2DConditionModel, "super_res_scheduler": SCHEDULER,
+                        "low_res_scheduler": SCHEDULER},
     "StableDiffusionUpscalePipeline": SD | {"low_res_scheduler": SCHEDULER},
     "DiTPipeline": {"transformer": DiTTransformer2DModel, "vae": AutoencoderKL,
                     "scheduler": SCHEDULER},
@@ -227,6 +231,8 @@ class IndexConfig(Config):
     tokenizer_2: Part = one_of(default=None, lengths=(2,))
     scheduler: Part = one_of(default=None, lengths=(2,))
     low_res_scheduler: Part = one_of(default=None, lengths=(2,))
+    super_res: Part = one_of(default=None, lengths=(2,))
+    super_res_scheduler: Part = one_of(default=None, lengths=(2,))
     prior: Part = one_of(default=None, lengths=(2,))
     prior_text_encoder: Part = one_of(default=None, lengths=(2,))
     prior_tokenizer: Part = one_of(default=None, lengths=(2,))
