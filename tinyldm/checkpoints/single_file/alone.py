@@ -11,8 +11,9 @@ from ...errors import TinyldmError
 from ...models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ...models.dit import DiTTransformer2DModel
 from ...models.unet import UNet2DConditionModel
+from ...models.unet_2d import UNet2DModel
 from ...models.vae import AutoencoderKL
-from . import dit, kinds
+from . import dit, kinds, openai
 from .names import by_part
 
 # What layout_of says -> the words that stand before the names in a whole single file.
@@ -42,6 +43,8 @@ def one_component(stored, path, vae_config=None, xl=False):
     """
     if dit.is_dit(stored):
         return Alone(DiTTransformer2DModel, *dit.transformer(stored, path))
+    if openai.is_openai(stored):
+        return Alone(UNet2DModel, *openai.unet(stored, path))
     found, rest = _parts(stored)
     if vae_config and "vae" in found:
         found, rest = {"vae": found["vae"]}, {}
