@@ -14,6 +14,7 @@ from tests.support.original_dit import OriginalDiT
 from tests.support.reference import nchw, nhwc, randomise
 from tests.support.tolerance import assert_close, within
 from tinyldm.errors import TinyldmError
+from tinyldm.inspect.__main__ import main as inspect
 from tinyldm.layers import Tape
 from tinyldm.models.dit import config_of
 
@@ -189,3 +190,13 @@ def test_files_that_do_not_fit(change, message, tmp_path):
     with pytest.raises(TinyldmError) as error:
         tinyldm.load_model(file)
     assert re.search(message, str(error.value).replace("\n", " ")), error.value
+
+
+def test_inspect_tells_what_it_is(tmp_path, capsys):
+    file = write(tmp_path / "x.safetensors", without("blocks.0.mlp.fc1.bias")(state(original())))
+    assert inspect([str(file)]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"layout: original", "kind: DiT", "unexpected: none",
+            "one component: DiTTransformer2DModel (--vae gives it a VAE to draw with)",
+            "missing: 1: transformer_blocks.0.ff.net.0.proj.bias",
+            "left out, as it is no weight: 1: pos_embed"} <= set(lines)

@@ -69,6 +69,8 @@ def model(name):
             answer = reference(x["images"].permute(0, 3, 1, 2))
             found = [answer.last_hidden_state, answer.image_embeds if "Projection" in name
                      else answer.pooler_output]
+        elif "CLIPModel" in name:
+            found = [reference(x["ids"], x["images"].permute(0, 3, 1, 2)).logits_per_image]
         elif "images" in x:
             moments = reference.encode(x["images"].permute(0, 3, 1, 2)).latent_dist
             image = reference.decode(x["z"].permute(0, 3, 1, 2)).sample

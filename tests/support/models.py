@@ -5,6 +5,7 @@ from tests.support.arrays import normal, read_only
 from tinyldm.layers import OUR_AXES, file_shape
 from tinyldm.models import (
     AutoencoderKL,
+    CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionModel,
@@ -23,10 +24,10 @@ def random_weights(module, seed, dtype=np.float32):
     """
     rng, tensors = np.random.RandomState(seed), {}
     for name, parameter in module.named_parameters():
-        noise = rng.standard_normal(file_shape(parameter))
+        noise = np.asarray(rng.standard_normal(file_shape(parameter)))
         if noise.ndim == 1:
             noise = 0.2 * noise + ("norm" in name and name.endswith("weight"))
-        else:
+        elif noise.ndim:
             noise *= noise[0].size ** -0.5
         tensors[name] = noise.astype(dtype)
     return tensors
@@ -51,7 +52,7 @@ def with_weights(module, tensors):
     for name, parameter in module.named_parameters():
         tensor = tensors[name]
         tensor = tensor.transpose(OUR_AXES) if tensor.ndim == 4 else tensor
-        parameter.data = read_only(np.ascontiguousarray(tensor))
+        parameter.data = read_only(np.asarray(tensor, order="C"))
     return module
 
 
@@ -170,6 +171,12 @@ VISIONS = {                 # of CLIP's vision transformer
     "as H/14": dict(hidden_size=20, intermediate_size=32, num_hidden_layers=2,
                     num_attention_heads=2, hidden_act="gelu", image_size=11, patch_size=3),
 }
+WHOLE_CLIPS = {             # of CLIPModel
+    "as L/14": {"text_config": dict(CLIPS["as SD 1"], projection_dim=3), "projection_dim": 6,
+                "vision_config": dict(VISIONS["as L/14"], projection_dim=4)},
+    "as H/14, old": {"text_config": dict(CLIPS["as SD 2"], eos_token_id=2, projection_dim=7),
+                     "vision_config": VISIONS["as H/14"], "projection_dim": 7},
+}
 
 
 def vae_config(config):
@@ -203,7 +210,7 @@ def cases():
         (AutoencoderKL, {name: vae_config(config) for name, config in VAES.items()}),
         (CLIPTextModel, CLIPS), (CLIPTextModelWithProjection, {"as SDXL": projecting}),
         (CLIPVisionModel, VISIONS), (CLIPVisionModelWithProjection, {
-            "as L/14": dict(VISIONS["as L/14"], projection_dim=7)}),
+            "as L/14": dict(VISIONS["as L/14"], projection_dim=7)}), (CLIPModel, WHOLE_CLIPS),
     ) for name, config in configs.items()}
 
 
@@ -231,6 +238,11 @@ def inputs(name):
                   "class_labels": np.array([4, config["num_embeds_ada_norm"]])}
     elif model in (CLIPVisionModel, CLIPVisionModelWithProjection):
         arrays = {"images": rng.standard_normal((2, *[config["image_size"]] * 2, 3))}
+    elif model is CLIPModel:
+        ids = rng.randint(3, 97, (3, 77))
+        ids[[0, 1, 2], [9, 30, 76]] = 98
+        size = config["vision_config"]["image_size"]
+        arrays = {"images": rng.standard_normal((2, size, size, 3)), "ids": ids}
     elif model is AutoencoderKL:
         arrays = {"images": rng.standard_normal((2, 8, 16, 3)),
                   "z": rng.standard_normal((2, 2, 3, config["latent_channels"]))}
@@ -278,7 +290,7 @@ def backward(module, arrays, dys, tape):
     found = module.backward(*dys, tape)
     if isinstance(module, DiTTransformer2DModel):
         return {"latents": found}
-    if isinstance(module, (CLIPVisionModel, CLIPVisionModelWithProjection)):
+    if isinstance(module, (CLIPVisionModel, CLIPVisionModelWithProjection, CLIPModel)):
         return {"images": found}
     names = ("latents", "context", "timestep_cond", "text_embeds", "class_labels")
     return {name: getattr(found, name) for name in names

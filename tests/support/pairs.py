@@ -4,7 +4,8 @@ import torch
 from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel as ReferenceUNet
 from diffusers import UNet2DModel as ReferenceUNet2D
-from transformers import CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPModel as ReferenceWholeCLIP
 from transformers import CLIPTextModel as ReferenceCLIP
 from transformers import CLIPTextModelWithProjection as ReferenceCLIPWithProjection
 from transformers import CLIPVisionModel as ReferenceVision
@@ -15,6 +16,7 @@ from tests.support.models import CLIPS, CONDITIONED, class_labels, vae_config
 from tests.support.reference import copy_weights, randomise, widen_embeddings
 from tinyldm.models import (
     AutoencoderKL,
+    CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionModel,
@@ -104,3 +106,14 @@ def vision_pair(config, dtype):
     images = np.random.default_rng(1).standard_normal((2, *[config["image_size"]] * 2, 3))
     images = images.astype(np.float64 if dtype == torch.float64 else np.float32)
     return reference, copy_weights(reference, ours(config)), read_only(images)
+
+
+def whole_clip_pair(config, dtype, count=2):
+    """-> reference, module, images, ids: `count` of each; an end token is in each text."""
+    reference = randomise(ReferenceWholeCLIP(CLIPConfig(**config)).to(dtype)).eval()
+    size, rng = config["vision_config"]["image_size"], np.random.default_rng(1)
+    images = rng.standard_normal((count, size, size, 3))
+    images = images.astype(np.float64 if dtype == torch.float64 else np.float32)
+    ids = rng.integers(3, 97, (count, 77))
+    ids[np.arange(count), 9 + np.arange(count)] = ids[:, 76] = 98
+    return reference, copy_weights(reference, CLIPModel(config)), read_only(images), read_only(ids)

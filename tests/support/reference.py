@@ -74,8 +74,10 @@ def randomise(reference, seed=0):
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             if parameter.ndim == 1:
                 parameter.copy_(0.2 * noise + ("norm" in name and name.endswith("weight")))
-            else:
+            elif parameter.ndim:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            else:
+                parameter.copy_(noise)
     return reference
 
 

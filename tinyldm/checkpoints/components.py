@@ -14,6 +14,7 @@ from ..errors import TinyldmError, note, shorten
 from ..files import as_path, read_json, write_json
 from ..layers import OUR_AXES, Conv2d, Linear, check_fit, named_modules, to_file
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ..models.clip_model import CLIPModel
 from ..models.clip_vision import CLIPVisionModel, CLIPVisionModelWithProjection
 from ..models.dit import DiTTransformer2DModel
 from ..models.prior import PriorTransformer, StableUnCLIPImageNormalizer
@@ -23,15 +24,19 @@ from ..models.vae import AutoencoderKL
 from . import layout
 from .formats.reading import read_tensors
 from .formats.safetensors_file import read_metadata, write_safetensors
-from .single_file import ddpm
+from .single_file import clip, ddpm
 from .single_file.alone import one_component
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection,
-          CLIPVisionModel, CLIPVisionModelWithProjection, DiTTransformer2DModel, UNet2DModel,
-          PriorTransformer, StableUnCLIPImageNormalizer)
+          CLIPVisionModel, CLIPVisionModelWithProjection, CLIPModel, DiTTransformer2DModel,
+          UNet2DModel, PriorTransformer, StableUnCLIPImageNormalizer)
+# transformers' names of configs
+MODEL_TYPES = {"CLIPTextModel": "clip_text_model", "CLIPTextModelWithProjection": "clip_text_model",
+               "CLIPVisionModel": "clip_vision_model",
+               "CLIPVisionModelWithProjection": "clip_vision_model", "CLIPModel": "clip"}
 # What some files call a class: transformers writes a model_type, old files of DiT a wider class.
 ALIASES = {"clip_text_model": "CLIPTextModel", "clip_vision_model": "CLIPVisionModel",
-           "Transformer2DModel": "DiTTransformer2DModel"}
+           "clip": "CLIPModel", "Transformer2DModel": "DiTTransformer2DModel"}
 # The names that diffusers and transformers give, pickles last. The float16 variant of name.end is
 # name.fp16.end; an index of shards is name.end.index.json, or name.end.index.fp16.json.
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors",
@@ -178,13 +183,16 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
     file without a config, such as a VAE published by itself, see single_file/alone.py.
     dtype, low_memory: see fill; dtype also selects the variant, see find_weights. defaults: the
     config of a VAE in a file, and what a VAE's folder leaves out of its config. None: as published
-    with Stable Diffusion 1, or XL if the file's header names it.
+    with Stable Diffusion 1, or XL if the file's header names it. For CLIP's original file, see
+    single_file/clip.py.
     Raises TinyldmError as build_model, find_weights and fill do.
     """
     path = as_path("the folder or file of a model", path)
+    path = clip.weights_of(path) or path
     if path.is_file() and not has_config(path):
         alone = one_component(read_tensors(path), path, defaults, _is_xl(path))
-        module = alone.model(alone.config)
+        with config_errors(path, f"{alone.model.__name__} that is supported"):
+            module = alone.model(alone.config)
         misfit = f"{path} does not fit the {alone.model.__name__} that its shapes describe"
         tensors = layout.fitted(alone.tensors, dict(module.named_parameters()))
         fill(module, tensors, misfit, dtype, low_memory)
@@ -236,14 +244,13 @@ def save_model(module, folder, dtype=np.float16):
     dtype = narrowest(tensors.values()) if dtype is None else np.dtype(dtype)
     for key, tensor in tensors.items():
         with np.errstate(over="ignore"):                # an overflow is reported below
-            tensors[key] = np.ascontiguousarray(tensor, dtype)
+            tensors[key] = np.asarray(tensor, dtype, order="C")
         if not np.isfinite(tensors[key]).all():
             raise TinyldmError(f"{key} is not finite in {dtype}, so nothing is written: use a "
                                "wider dtype, or correct the weight")
-    if name.startswith("CLIP"):
+    if name in MODEL_TYPES:
         # transformers computes in this dtype, by default in the file's; diffusers in float32.
-        kind = "clip_text_model" if "Text" in name else "clip_vision_model"
-        identity = {"architectures": [name], "model_type": kind, "dtype": "float32"}
+        identity = {"architectures": [name], "model_type": MODEL_TYPES[name], "dtype": "float32"}
         weights = "model.safetensors"
     else:
         identity, weights = {"_class_name": name}, "diffusion_pytorch_model.safetensors"

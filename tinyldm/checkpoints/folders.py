@@ -16,7 +16,9 @@ from ..errors import TinyldmError, note
 from ..files import read_json
 from ..layers import check_fit
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.dit import DiTTransformer2DModel
+from ..models.prior import PriorTransformer, StableUnCLIPImageNormalizer
 from ..models.unet import UNet2DConditionModel
 from ..models.unet_2d import UNet2DModel
 from ..models.vae import AutoencoderKL
@@ -47,6 +49,8 @@ XL = COMPONENTS | {"tokenizer": VOCABULARY, "tokenizer_2": VOCABULARY,
                    "scheduler": SCHEDULER}
 SD = {part: kind for part, kind in XL.items() if "_2" not in part}
 DDPM = {"unet": UNet2DModel, "scheduler": SCHEDULER}
+UNCLIP = SD | {"image_normalizer": StableUnCLIPImageNormalizer,
+               "image_noising_scheduler": SCHEDULER}
 # The public pipeline classes that are read here: {part: its kind}. pipelines/loading.py says which
 # class here draws with them.
 PIPELINES = {
@@ -57,9 +61,19 @@ PIPELINES = {
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL,
+    "StableUnCLIPPipeline": UNCLIP | {
+        "prior_tokenizer": VOCABULARY, "prior_text_encoder": CLIPTextModelWithProjection,
+        "prior": PriorTransformer, "prior_scheduler": SCHEDULER},
+    "StableUnCLIPImg2ImgPipeline": UNCLIP | {
+        "feature_extractor": PROCESSOR, "image_encoder": CLIPVisionModelWithProjection},
     "DDPMPipeline": DDPM,
     "DDIMPipeline": DDPM,
     "PNDMPipeline": DDPM,
+    "CascadePipeline": {"text_encoder": CLIPTextModel, "tokenizer": VOCABULARY,
+                        "unet": UNet2DConditionModel, "scheduler": SCHEDULER,
+                        "super_res": UNet2DConditionModel, "super_res_scheduler": SCHEDULER,
+                        "low_res_scheduler": SCHEDULER},
+    "StableDiffusionUpscalePipeline": SD | {"low_res_scheduler": SCHEDULER},
     "DiTPipeline": {"transformer": DiTTransformer2DModel, "vae": AutoencoderKL,
                     "scheduler": SCHEDULER},
 }
@@ -199,10 +213,11 @@ class IndexConfig(Config):
     UNUSED = frozenset({
         "safety_checker", "requires_safety_checker", "feature_extractor",   # none here
         "image_encoder",                                # for adapters that read pictures
-        "add_watermarker"})                             # none here
+        "add_watermarker", "watermarker"})              # none here
 
     force_zeros_for_empty_prompt: bool | None = None
     requires_aesthetics_score: bool | None = None
+    max_noise_level: int | None = within(0, 100_000, None)      # of the upscaler
     _num_inference_steps: int | None = within(1, 1000, None)
     _guidance_scale: float | None = within(0, 100, None)
     _guided_channels: int | None = within(1, 1024, None)        # the original DiT's: 3 of 4
@@ -215,6 +230,15 @@ class IndexConfig(Config):
     tokenizer: Part = one_of(default=None, lengths=(2,))
     tokenizer_2: Part = one_of(default=None, lengths=(2,))
     scheduler: Part = one_of(default=None, lengths=(2,))
+    low_res_scheduler: Part = one_of(default=None, lengths=(2,))
+    super_res: Part = one_of(default=None, lengths=(2,))
+    super_res_scheduler: Part = one_of(default=None, lengths=(2,))
+    prior: Part = one_of(default=None, lengths=(2,))
+    prior_text_encoder: Part = one_of(default=None, lengths=(2,))
+    prior_tokenizer: Part = one_of(default=None, lengths=(2,))
+    prior_scheduler: Part = one_of(default=None, lengths=(2,))
+    image_normalizer: Part = one_of(default=None, lengths=(2,))
+    image_noising_scheduler: Part = one_of(default=None, lengths=(2,))
 
 
 def read_index(folder):
