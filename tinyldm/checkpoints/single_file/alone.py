@@ -1,4 +1,4 @@
-"""A file with one component and no config: a VAE, a UNet, a text encoder, the original DiT or CLIP.
+"""A file with one component and no config: a VAE, a text encoder, CLIP, the original DiT, a UNet.
 
 Such a file has the names of a whole single file, those of one part of it without the words before
 them, or the public names; names.py turns all of these into the public ones. Shapes tell which
