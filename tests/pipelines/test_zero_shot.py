@@ -102,6 +102,22 @@ def test_refused_pictures(clip, images, message):
         clip(images, NAMES)
 
 
+def test_saved_folders_load_here_and_in_transformers(clip, tmp_path):
+    clip.save(tmp_path / "new", np.float64)
+    np.testing.assert_array_equal(ZeroShot.load(tmp_path / "new", np.float64)(pictures(), NAMES),
+                                  clip(pictures(), NAMES))
+    model = transformers.CLIPModel.from_pretrained(tmp_path / "new", dtype=torch.float64).eval()
+    ids = transformers.CLIPTokenizer.from_pretrained(tmp_path / "new")(
+        [f"a photo of a {name}." for name in NAMES], padding=True, return_tensors="pt")
+    pixels = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / "new")(
+        pictures(), return_tensors="pt")["pixel_values"].double()
+    with torch.no_grad():
+        theirs = model(**ids, pixel_values=pixels).logits_per_image.softmax(1).numpy()
+    within(abs(clip(pictures(), NAMES) - theirs).max(), 1e-12)
+    with pytest.raises(TinyldmError, match="cannot copy the tokenizer"):
+        clip.save(tmp_path / "new")
+
+
 def test_what_is_no_whole_clip(clip, folder, tmp_path):
     half = CLIPVisionModelWithProjection({"num_hidden_layers": 1})
     with pytest.raises(TinyldmError, match="expected a CLIPModel, with both halves, not a CLIPVis"):

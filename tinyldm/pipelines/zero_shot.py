@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import ops
 from ..backend import to_host, widen
-from ..checkpoints.components import load_model
+from ..checkpoints.components import load_model, save_model
 from ..checkpoints.places import resolve_model
 from ..errors import TinyldmError, note
 from ..image_processor import ImageProcessor
@@ -56,6 +56,15 @@ class ZeroShot:
                                "of the three")
         tokenizer, processor = Tokenizer.from_folder(folder), ImageProcessor.from_folder(folder)
         return cls(load_model(folder, dtype), tokenizer, processor)
+
+    def save(self, folder, dtype=np.float16):
+        """Write all three into a new folder, from which transformers loads them, too.
+
+        dtype: see save_model. Raises TinyldmError for a folder that is there already.
+        """
+        self.tokenizer.save(folder)
+        save_model(self.model, folder, dtype)
+        self.processor.save(folder)
 
     def __call__(self, images, names, templates=TEMPLATES):
         """PIL images, names of classes -> probabilities (images, names) float64; see classifier."""
