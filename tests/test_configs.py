@@ -21,6 +21,7 @@ from tinyldm.errors import TinyldmError
 from tinyldm.files import read_json
 from tinyldm.models.clip import CLIPTextConfig, CLIPTextProjectionConfig
 from tinyldm.models.dit import DiTConfig
+from tinyldm.models.prior import PriorConfig
 from tinyldm.models.unet import UNetConfig
 from tinyldm.models.vae import VAEConfig
 from tinyldm.pipelines.loading import load
@@ -107,6 +108,7 @@ def public_keys(*classes):
 @pytest.mark.parametrize("kind, classes", [
     (UNetConfig, lambda: [diffusers.UNet2DConditionModel]),
     (VAEConfig, lambda: [diffusers.AutoencoderKL]),
+    (PriorConfig, lambda: [diffusers.PriorTransformer]),
     (DiTConfig, lambda: [diffusers.DiTTransformer2DModel, diffusers.Transformer2DModel]),
     (CLIPTextConfig, lambda: [transformers.CLIPTextConfig]),
     (CLIPTextProjectionConfig, lambda: [transformers.CLIPTextConfig]),
@@ -157,6 +159,13 @@ def test_a_message_names_file_key_value_and_what_is_allowed(folders, name, key, 
     finally:
         file.write_bytes(content)
     assert file.name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_stable_diffusion_gives_no_class_labels(tmp_path):
+    folder = smallest(tmp_path)
+    change_json(folder / "unet" / "config.json", class_embed_type="identity")
+    with pytest.raises(TinyldmError, match="class embedding is identity, but this pipeline's is N"):
+        load(folder)
 
 
 def test_unknown_keys_are_named_once_where_they_are_switched_on(tmp_path):

@@ -104,14 +104,14 @@ def unet(config, array, rng):
 
 def unet_2d(config, array, rng):
     module = UNet2DModel(config)
-    images = array(rng.standard_normal((2, 8, 12, config.get("in_channels", 3))))
+    latents = array(rng.standard_normal((2, 8, 12, config.get("in_channels", 3))))
     labels = class_labels(config, rng)
     more = {} if labels is None else {"class_labels": array(labels)}
 
     def run(tape):
-        y = module.forward(images, array([3, 981]) + 0.3, tape, **more)
-        dimages, _ = module.backward(array(rng.standard_normal(y.shape)), tape)
-        return {"y": y}, {"dimages": dimages}
+        y = module.forward(latents, array([3, 981]) + 0.3, tape, **more)
+        dlatents, _ = module.backward(array(rng.standard_normal(y.shape)), tape)
+        return {"y": y}, {"dlatents": dlatents}
     return module, run
 
 

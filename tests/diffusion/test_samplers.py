@@ -32,7 +32,7 @@ from tinyldm.diffusion.samplers import (
     find_sampler,
     own_options,
 )
-from tinyldm.diffusion.samplers.shared import NO_PICTURE, Origin
+from tinyldm.diffusion.samplers.shared import NO_PICTURE, Origin, dynamic_threshold
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 
@@ -460,7 +460,6 @@ def test_the_nearest_sampler_is_taken_and_named(config, expected, message):
     ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch.*supported: DDPMScheduler"),
     ({}, "None.*supported: DDPMScheduler"), ({"_class_name": []}, "supported: DDPMScheduler"),
     ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas = True"),
-    ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type = 'learned'"),
     ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type"),
     ({"_class_name": "LCMScheduler", "original_inference_steps": 20}, "original_inference_steps"),
 ])
@@ -472,11 +471,10 @@ def test_unsupported_classes(config, message):
 
 # keys that change nothing, and why
 CHANGE_NOTHING = {
-    "dynamic_thresholding_ratio": "only with thresholding, which is refused",
-    "sample_max_value": "only with thresholding, which is refused",
     "flow_shift": "only with use_flow_sigmas, which is refused",
     "use_dynamic_shifting": "only with use_flow_sigmas, which is refused",
     "time_shift_type": "only with use_flow_sigmas, which is refused",
+    "variance_type": "of DPM-Solver: it says which channels to drop, as pipelines do here anyway",
     "shift_terminal": "only with use_flow_sigmas, which is refused",
 }
 # keys for which the public class itself knows one value only
@@ -491,10 +489,50 @@ def test_every_key_of_a_public_class_is_used_noted_or_refused(name):
     keys = set(inspect.signature(cls.__init__).parameters) - {"self"}
     of_schedule = {item.name for item in dataclasses.fields(Schedule)} | {
         "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-        "rescale_betas_zero_snr", "thresholding"}       # the last is refused
+        "rescale_betas_zero_snr"}
     names = {f"use_{spacing}_sigmas" for spacing in ("karras", "exponential")}
     rest = keys - of_schedule - names - {*options} - noted.keys() - refused.keys()
     assert rest <= CHANGE_NOTHING.keys() | ONE_VALUE.get(name, set())
+
+
+# ---- thresholding, for pixels ---------------------------------------------------------------
+
+THRESHOLDING = [name for name in SAMPLERS
+                if "thresholding" in inspect.signature(
+                    scheduler_of(name, SD).__init__).parameters]
+
+
+@pytest.mark.parametrize("name", THRESHOLDING)
+@every_prediction
+@pytest.mark.parametrize("options", [
+    {}, {"sample_max_value": 1.5}, {"dynamic_thresholding_ratio": 0.9, "sample_max_value": 100.0},
+    {"sample_max_value": 0.5, "clip_sample": True, "clip_sample_range": 0.1}], ids=str)
+def test_dynamic_thresholding(name, prediction, options):
+    config = {**SD, "thresholding": True, "prediction_type": prediction, **options}
+    for steps in (1, 3, 20):
+        check(name, config, steps)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in THRESHOLDING])
+def test_thresholding_is_refused_where_the_public_class_has_none(name):
+    schedule = Schedule.from_config({**SD, "thresholding": True})
+    refused(name, schedule, 5, message="thresholding = true.*: choose ddpm, ddim, dpmpp_2m, unipc")
+
+
+def test_the_numbers_of_dynamic_thresholding():
+    x = np.linspace(-2, 2, 12).reshape(1, 2, 2, 3)
+    for ratio, largest, expected in ((0.995, 1.5, [-1, -1, -0.848485, -0.606061]),
+                                     (0.9, 100.0, [-1, -0.833333, -0.648148]),
+                                     (0.995, 1.0, [-1, -1, -1, -0.909091])):
+        schedule = Schedule.from_config({"thresholding": True, "sample_max_value": largest,
+                                         "dynamic_thresholding_ratio": ratio})
+        found = dynamic_threshold(x, schedule).reshape(-1)
+        np.testing.assert_allclose(found[:len(expected)], expected, atol=1e-6)
+        np.testing.assert_allclose(found, -found[::-1], atol=1e-15)
+    # each image by its own quantile; one that stays within 1 is not changed
+    both = dynamic_threshold(np.concatenate([x, x / 4]), schedule)
+    np.testing.assert_array_equal(both[1:], x / 4)
+    np.testing.assert_array_equal(both[:1], dynamic_threshold(x, schedule))
 
 
 # ---- one trajectory under two names ---------------------------------------------------------

@@ -126,7 +126,9 @@ def test_to_x_start_and_noise_undoes_add_noise(kind):
     ("steps_offset", None, "number"),
     ("trained_betas", [0.1, 0.2], "1000 numbers"),
     ("trained_betas", [0.1] * 999 + [1.5], "between 0 and 1"),
-    ("thresholding", True, "thresholding"),
+    ("thresholding", "dynamic", "true or false"),
+    ("dynamic_thresholding_ratio", 1.5, "between 0 and 1"),
+    ("sample_max_value", float("inf"), "between 0 and 1e"),
 ])
 def test_bad_config(field, value, message):
     with pytest.raises(TinyldmError, match=message) as error:

@@ -28,22 +28,22 @@ TRACE = {"sample_size": 128, "block_out_channels": [128, 128, 256, 256, 512, 512
          "down_block_types": ["DownBlock2D"] * 6, "up_block_types": ["UpBlock2D"] * 6}
 
 
-def run(reference, images, timesteps, labels):
+def run(reference, latents, timesteps, labels):
     options = {} if labels is None else {"class_labels": labels}
-    return reference(images, torch.from_numpy(timesteps.copy()), **options).sample
+    return reference(latents, torch.from_numpy(timesteps.copy()), **options).sample
 
 
 @pytest.mark.parametrize("name", UNETS_2D)
 def test_gradients(name):
-    reference, module, images, timesteps, labels = unet_2d_pair(UNETS_2D[name], torch.float64)
-    x = nchw(images).requires_grad_()
+    reference, module, latents, timesteps, labels = unet_2d_pair(UNETS_2D[name], torch.float64)
+    x = nchw(latents).requires_grad_()
     their_labels = None if labels is None else torch.from_numpy(labels.copy())
     is_vector = labels is not None and labels.ndim == 2
     if is_vector:
         their_labels.requires_grad_()
     theirs = run(reference, x, timesteps, their_labels)
     tape = Tape()
-    ours = module.forward(images, timesteps, tape, class_labels=labels)
+    ours = module.forward(latents, timesteps, tape, class_labels=labels)
     assert_close(ours, nhwc(theirs), 1e-10, "output")
 
     dy = read_only(np.random.default_rng(2).standard_normal(ours.shape))
@@ -51,24 +51,24 @@ def test_gradients(name):
     gradients = module.backward(dy, tape)
     assert not tape.entries
     assert_same_gradients(reference, module)
-    assert_close(gradients.images, nhwc(x.grad), 1e-6, "dimages")
+    assert_close(gradients.latents, nhwc(x.grad), 1e-6, "dlatents")
     if is_vector:
         assert_close(gradients.class_labels, their_labels.grad.numpy(), 1e-6, "dclass_labels")
     else:
         assert gradients.class_labels is None
-    again = module.forward(images, timesteps, class_labels=labels)
+    again = module.forward(latents, timesteps, class_labels=labels)
     np.testing.assert_array_equal(ours, again)
 
 
 @pytest.mark.parametrize("name", UNETS_2D)
 def test_float32(name):
-    reference, module, images, timesteps, labels = unet_2d_pair(UNETS_2D[name], torch.float32)
+    reference, module, latents, timesteps, labels = unet_2d_pair(UNETS_2D[name], torch.float32)
     with torch.no_grad():
-        theirs = nhwc(run(reference, nchw(images), timesteps,
+        theirs = nhwc(run(reference, nchw(latents), timesteps,
                           None if labels is None else torch.from_numpy(labels.copy())))
-    assert_close(module(images, timesteps, class_labels=labels), theirs, 1e-3, "fast")
+    assert_close(module(latents, timesteps, class_labels=labels), theirs, 1e-3, "fast")
     with backend.plain():
-        assert_close(module(images, timesteps, class_labels=labels), theirs, 1e-4, "plain")
+        assert_close(module(latents, timesteps, class_labels=labels), theirs, 1e-4, "plain")
 
 
 @pytest.mark.parametrize("config, tensors, numbers", [
@@ -127,10 +127,10 @@ def test_refuses_what_it_does_not_build(change, named):
 
 def test_refuses_inputs_that_do_not_fit():
     module = unet_2d_pair(PIXELS, torch.float32)[1]
-    images, t = np.zeros((1, 8, 8, 3), np.float32), np.array([5])
+    latents, t = np.zeros((1, 8, 8, 3), np.float32), np.array([5])
     with pytest.raises(AssertionError, match="multiples of 2"):
-        module(images[:, :7], t)
+        module(latents[:, :7], t)
     with pytest.raises(AssertionError, match="timesteps must be an array"):
-        module(images, 5)
+        module(latents, 5)
     with pytest.raises(AssertionError, match="takes no class_labels"):
-        module(images, t, class_labels=t)
+        module(latents, t, class_labels=t)

@@ -1,6 +1,7 @@
 """Attention in blocks of rows, and its gradients."""
 import importlib
 
+import numpy as np
 import pytest
 
 from tests.support.checks import check_op
@@ -14,8 +15,10 @@ def torch_attention(num_heads, causal=False):
     def split_heads(x):
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-    def attention(q, k, v):
-        y = F.scaled_dot_product_attention(*map(split_heads, (q, k, v)), is_causal=causal)
+    def attention(q, k, v, mask=None):
+        added = None if mask is None else mask[:, None].to(q.dtype)
+        y = F.scaled_dot_product_attention(*map(split_heads, (q, k, v)), attn_mask=added,
+                                           is_causal=causal)
         return y.transpose(1, 2).flatten(2)
     return attention
 
@@ -30,6 +33,17 @@ def test_attention(B, N, M, C, heads, causal, rows, rng, monkeypatch):
     inputs = [2 * rng.normal(size=(B, tokens, C)) for tokens in (N, M, M)]
     check_op(ops.attention, ops.attention_backward, inputs, torch_attention(heads, causal),
              num_heads=heads, causal=causal)
+
+
+@pytest.mark.parametrize("rows", [512, 2])
+@pytest.mark.parametrize("hidden", [-2, -10000])
+def test_attention_with_a_mask(rows, hidden, rng, monkeypatch):
+    """Numbers added to the scores, each sample its own; where it is -10000 nothing is seen."""
+    monkeypatch.setattr(attention_module, "ROWS", rows)
+    inputs = [rng.normal(size=(2, tokens, 6)) for tokens in (5, 7, 7)]
+    mask = np.where(rng.random((2, 5, 7)) < 0.4, hidden, 0)             # integers: no gradient
+    check_op(lambda q, k, v, mask: ops.attention(q, k, v, 3, mask=mask), ops.attention_backward,
+             [*inputs, mask], torch_attention(3))
 
 
 def test_attention_needs_whole_heads(rng):

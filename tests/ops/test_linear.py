@@ -13,3 +13,10 @@ def test_linear(shape, out, with_bias, rng):
     bias = rng.normal(size=out) if with_bias else None
     check_op(ops.linear, ops.linear_backward,
              [rng.normal(size=shape), rng.normal(size=(out, shape[-1])), bias], F.linear)
+
+
+@pytest.mark.parametrize("B, C", [(3, 5), (1, 1)])
+def test_scale_shift(B, C, rng):
+    check_op(ops.scale_shift, ops.scale_shift_backward,
+             [rng.normal(size=(B, C)), rng.normal(size=(1, C)), rng.normal(size=(1, C))],
+             lambda x, scale, shift: x * scale + shift)

@@ -8,11 +8,15 @@ import pytest
 import tinyldm
 from tests.support.drawing import assert_same_drawing
 from tests.support.extra import diffusers, torch
-from tests.support.reference import float32_noise, nhwc, widen_embeddings
+from tests.support.models import fill
+from tests.support.original_dit import OriginalDiT
+from tests.support.reference import float32_noise, nchw, nhwc, randomise, widen_embeddings
 from tests.support.small_pipelines import change_json, dit
+from tests.support.tolerance import assert_close
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.errors import TinyldmError
-from tinyldm.pipelines.dit import DiTRequest
+from tinyldm.noise import get_generator
+from tinyldm.pipelines.dit import DiTOptions
 from tinyldm.pipelines.loading import load
 
 STEPS = 5
@@ -75,7 +79,7 @@ def test_several_labels_and_seeds(folder, pipe):
 def test_defaults(pipe):
     request = pipe.complete(pipe.request((207,), {}))
     assert (request.num_inference_steps, request.guidance_scale, request.sampler) == (50, 4, "ddim")
-    assert [field.name for field in fields(DiTRequest)][:4] == [
+    assert [field.name for field in fields(DiTOptions)][:4] == [
         "label", "guidance_scale", "num_inference_steps", "seed"]
     assert pipe.picture_size(request) == (32, 32)
     assert repr(pipe).startswith("<DiT of 1000 classes: transformer ")
@@ -108,7 +112,7 @@ def test_labels(label, number, pipe):
 @pytest.mark.parametrize("label, message", [
     ("golden retriver", r"no class 'golden retriver': did you mean 'golden retriever' \(207\)\?"),
     ("", "no class ''"), ("1001", "a class's name, a whole number from 0 to 999, or 1000 for"),
-    (-1, "not -1"), (1.5, "not 1.5"), (True, "not True"), (None, "not None"), ("-3", "no class"),
+    (-1, "not -1"), (1.5, "not 1.5"), (True, "not True"), (None, "give a label, a"), ("-3", "no class"),
     ("9" * 5000, "not '99999"), (float("nan"), "not nan"), ([[1, 2]], r"not \[1, 2\]"),
     ([], "a list of labels must have at least one"), (tinyldm.Between(1, 2, 0.5), "not Between"),
     (np.zeros((2, 2)), r"not \[0.0, 0.0\]"), ([1] * 10001, "the number of images must be"),
@@ -186,3 +190,114 @@ def test_parts_that_do_not_fit(pipe):
     other = type(pipe.transformer)(pipe.transformer.config | {"out_channels": 5})
     with pytest.raises(TinyldmError, match="out_channels is 5, but .* 4, and twice as many"):
         type(pipe)(other, pipe.vae, pipe.scheduler)
+
+
+# ---- the original's file ------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def original(folder, tmp_path_factory):
+    """-> the original class in float64, the file of its weights, a VAE's folder."""
+    model = OriginalDiT(depth=2, width=64, heads=1, patch=2, size=8, classes=10)
+    fixed = model.pos_embed.data.clone()
+    model = randomise(model).eval()
+    model.pos_embed.data = fixed
+    file = tmp_path_factory.mktemp("original") / "DiT.pt"
+    torch.save(model.state_dict(), file)
+    return model.double(), file, folder / "vae"
+
+
+def guided(model, label, guidance_scale):
+    """x_t (1,8,8,4), t -> the original's guided prediction (1,8,8,8) by forward_with_cfg."""
+    def predict(x_t, t):
+        x = nchw(x_t).double()
+        output = model.forward_with_cfg(torch.cat([x, x]), torch.tensor([t, t]),
+                                        torch.tensor([label, 10]), guidance_scale)
+        return nhwc(output[:1])
+    return predict
+
+
+def test_the_original_draws_with_guidance_on_three_channels(original):
+    """And with diffusers' DDIM of the original's schedule."""
+    model, file, vae = original
+    pipe = load(file, vae=vae, dtype=np.float64)
+    ours = list(pipe.stream(3, num_inference_steps=STEPS, sampler="ddim", seed=2))
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="linspace")
+    scheduler.set_timesteps(STEPS)
+    x, predict = tinyldm.noise.randn((1, 4, 8, 8), 2).transpose(0, 2, 3, 1), guided(model, 3, 4.0)
+    for state, t in zip(ours, scheduler.timesteps, strict=True):
+        noise = torch.from_numpy(predict(x, int(t))[..., :4])
+        x = scheduler.step(noise, t, torch.from_numpy(x).double()).prev_sample.numpy()
+        assert_close(state.latents, x, 1e-5, f"latents after step {state.step + 1}")
+    pipe.guided_channels = None                         # as diffusers: the fourth one, too
+    for three, four in zip(ours, pipe.stream(3, 4.0, STEPS, 2, sampler="ddim")):
+        assert not np.allclose(three.latents, four.latents)
+
+
+def test_the_originals_own_sampling(original):
+    """Respaced DDPM whose variance the model predicts, written as the original's diffusion/ is."""
+    model, file, vae = original
+    pipe = load(file, vae=vae, dtype=np.float64)
+    ours = list(pipe.stream(3, num_inference_steps=STEPS, seed=2))
+    times = np.round(np.arange(STEPS) * 999 / (STEPS - 1)).astype(int)
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[times]
+    before = np.append(1.0, alpha_bar[:-1])
+    betas = 1 - alpha_bar / before
+    variances = betas * (1 - before) / (1 - alpha_bar)
+    variances[0] = variances[1]                         # clipped for the logarithm
+    draws, predict = get_generator("torch-cpu")(2), guided(model, 3, 4.0)
+    x = draws.randn((1, 4, 8, 8)).transpose(0, 2, 3, 1).astype(float)
+    for state, i in zip(ours, reversed(range(STEPS)), strict=True):
+        assert state.timestep == times[i]
+        noise, share = np.split(predict(x, int(times[i])), 2, axis=-1)
+        x_start = (x - (1 - alpha_bar[i]) ** 0.5 * noise) / alpha_bar[i] ** 0.5
+        mean = (betas[i] * before[i] ** 0.5 * x_start
+                + (1 - before[i]) * (1 - betas[i]) ** 0.5 * x) / (1 - alpha_bar[i])
+        share = (share + 1) / 2
+        log_variance = share * np.log(betas[i]) + (1 - share) * np.log(variances[i])
+        x = mean
+        if i > 0:
+            fresh = draws.randn((1, 4, 8, 8)).transpose(0, 2, 3, 1)
+            x = mean + np.exp(log_variance / 2) * fresh
+        assert_close(state.latents, x, 1e-4, f"latents after step {state.step + 1}")
+
+
+def test_the_originals_250_timesteps(original):
+    """space_timesteps(1000, [250]) of the original."""
+    _, file, vae = original
+    pipe = load(file, vae=vae)
+    stride, at, expected = 999 / 249, 0.0, []
+    for _ in range(250):
+        expected.append(round(at))
+        at += stride
+    found = pipe.schedule.timesteps(pipe.num_inference_steps, "leading").round()
+    assert found[::-1].tolist() == expected
+
+
+def test_a_variance_that_the_model_does_not_predict(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    change_json(copied / "scheduler" / "scheduler_config.json", _class_name="DDPMScheduler",
+                variance_type="learned_range")
+    pipe = load(copied)
+    assert len(list(pipe.stream(1, num_inference_steps=2))) == 2
+    pipe.transformer = fill(type(pipe.transformer)(pipe.transformer.config | {"out_channels": 4}))
+    with pytest.raises(TinyldmError, match="learned_range needs a model that also predicts"):
+        pipe.stream(1, num_inference_steps=2)
+
+
+def test_an_original_needs_a_vae(original):
+    _, file, _ = original
+    with pytest.raises(TinyldmError) as error:
+        load(file)
+    assert str(error.value) == (f"{file} (DiT) holds no VAE: name one with --vae (from Python "
+                                "vae=), a file, a folder or a name on the hub")
+
+
+def test_an_original_is_saved_as_what_it_is(original, tmp_path):
+    _, file, vae = original
+    pipe = load(file, vae=vae)
+    assert (pipe.num_inference_steps, pipe.guidance_scale, pipe.guided_channels) == (250, 4, 3)
+    with pytest.warns(UserWarning, match="differ from diffusers'"):
+        tinyldm.save(pipe, tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.guided_channels == 3 and again.transformer.config["freq_shift"] == 0
+    assert np.array_equal(*(p(3, sampler="ddim", num_inference_steps=2)[0] for p in (pipe, again)))

@@ -62,7 +62,7 @@ def model(name):
             found = [reference(x["latents"].permute(0, 3, 1, 2), x["timesteps"],
                                x["class_labels"]).sample.permute(0, 2, 3, 1)]
         elif "UNet2DModel" in name:
-            found = [reference(x["images"].permute(0, 3, 1, 2), x["timesteps"],
+            found = [reference(x["latents"].permute(0, 3, 1, 2), x["timesteps"],
                                class_labels=x.get("class_labels")).sample.permute(0, 2, 3, 1)]
         elif "images" in x:
             moments = reference.encode(x["images"].permute(0, 3, 1, 2)).latent_dist

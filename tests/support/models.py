@@ -195,7 +195,7 @@ def inputs(name):
         if "time_ids" in arrays:
             arrays["time_ids"] = np.array([[64.0, 48, 0, 0, 64, 48], [32, 32, 4, 8, 16, 16]])
     elif model is UNet2DModel:
-        arrays = {"images": rng.standard_normal((2, 8, 12, config.get("in_channels", 3))),
+        arrays = {"latents": rng.standard_normal((2, 8, 12, config.get("in_channels", 3))),
                   "timesteps": np.array([3.0, 981.0])}
         if (labels := class_labels(config, rng)) is not None:
             arrays["class_labels"] = labels
@@ -236,8 +236,8 @@ def outputs(module, arrays, *tape):
         return *module.encode(arrays["images"], *tape), module.decode(arrays["z"], *tape)
     if isinstance(module, DiTTransformer2DModel):
         return (module.forward(*arrays.values(), *tape),)
-    y = module.forward(*(arrays[name] for name in ("latents", "images", "timesteps", "context",
-                                                   "ids") if name in arrays), *tape,
+    y = module.forward(*(arrays[name] for name in ("latents", "timesteps", "context", "ids")
+                         if name in arrays), *tape,
                        **{name: x for name, x in arrays.items() if name in
                           ("timestep_cond", "text_embeds", "time_ids", "class_labels")})
     return y if isinstance(y, tuple) else (y,)
@@ -251,6 +251,6 @@ def backward(module, arrays, dys, tape):
     found = module.backward(*dys, tape)
     if isinstance(module, DiTTransformer2DModel):
         return {"latents": found}
-    names = ("latents", "images", "context", "timestep_cond", "text_embeds", "class_labels")
+    names = ("latents", "context", "timestep_cond", "text_embeds", "class_labels")
     return {name: getattr(found, name) for name in names
             if name in arrays and getattr(found, name) is not None}

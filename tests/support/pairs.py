@@ -55,7 +55,7 @@ def call_conditioned(reference, latents, timesteps, context, tensors):
 
 
 def unet_2d_pair(config, dtype):
-    """-> reference, module, images, timesteps, class_labels: two images of 8×12."""
+    """-> reference, module, latents, timesteps, class_labels: two maps of 8×12."""
     reference = randomise(ReferenceUNet2D(**config).to(dtype)).eval()
     module = copy_weights(reference, UNet2DModel(config))
     kind = np.float32
@@ -63,12 +63,12 @@ def unet_2d_pair(config, dtype):
         widen_embeddings(reference)
         kind = np.float64
     rng = np.random.default_rng(1)
-    images = rng.standard_normal((2, 8, 12, config.get("in_channels", 3))).astype(kind)
+    latents = rng.standard_normal((2, 8, 12, config.get("in_channels", 3))).astype(kind)
     labels = class_labels(config, rng)
     if config.get("class_embed_type") == "identity":
         labels = rng.standard_normal((2, reference.time_embedding.linear_2.out_features))
         labels = labels.astype(kind)
-    return reference, module, *map(read_only, (images, np.array([3, 981]), labels))
+    return reference, module, *map(read_only, (latents, np.array([3, 981]), labels))
 
 
 def vae_pair(config, dtype):

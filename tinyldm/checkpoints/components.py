@@ -15,16 +15,18 @@ from ..files import as_path, read_json, write_json
 from ..layers import OUR_AXES, Conv2d, Linear, check_fit, named_modules, to_file
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.dit import DiTTransformer2DModel
+from ..models.prior import PriorTransformer, StableUnCLIPImageNormalizer
 from ..models.unet import UNet2DConditionModel
 from ..models.unet_2d import UNet2DModel
 from ..models.vae import AutoencoderKL
 from . import layout
 from .formats.reading import read_tensors
 from .formats.safetensors_file import read_metadata, write_safetensors
+from .single_file import ddpm
 from .single_file.alone import one_component
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection,
-          DiTTransformer2DModel, UNet2DModel)
+          DiTTransformer2DModel, UNet2DModel, PriorTransformer, StableUnCLIPImageNormalizer)
 # What some files call a class: transformers writes a model_type, old files of DiT a wider class.
 ALIASES = {"clip_text_model": "CLIPTextModel", "Transformer2DModel": "DiTTransformer2DModel"}
 # The names that diffusers and transformers give, pickles last. The float16 variant of name.end is
@@ -42,6 +44,9 @@ def read_config(folder):
     """
     path = Path(folder) / "config.json"
     config = read_json(path)
+    if class_name(config) is None and ddpm.is_original(config):
+        with config_errors(path, "network of the original DDPM that is supported"):
+            config = ddpm.public_config(config)
     name = class_name(config)
     name = ALIASES.get(name, name) if isinstance(name, str) else name
     for model in MODELS:
@@ -112,7 +117,8 @@ def _shards(folder, index, names):
 def load_weights(module, files, dtype=np.float32, low_memory=False):
     """Fill every parameter of `module` from weight files, one path or a list; see fill."""
     files = [files] if isinstance(files, (str, Path)) else files
-    tensors = layout.fitted(read_files(files), dict(module.named_parameters()))
+    stored = ddpm.public_tensors(read_files(files))
+    tensors = layout.fitted(stored, dict(module.named_parameters()))
     misfit = f"{', '.join(map(str, files))} does not fit the {type(module).__name__} of its config"
     fill(module, tensors, misfit, dtype, low_memory)
 
@@ -180,7 +186,7 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
         tensors = layout.fitted(alone.tensors, dict(module.named_parameters()))
         fill(module, tensors, misfit, dtype, low_memory)
         return module
-    if (path / "model_index.json").is_file():
+    if (path / "model_index.json").is_file() and not (path / "config.json").is_file():
         raise TinyldmError(f"{path} holds a whole pipeline: read it with tinyldm.load, or name one "
                            "of its folders, such as unet")
     folder, files = (path.parent, path) if path.is_file() else (path, None)
@@ -190,9 +196,12 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
 
 
 def has_config(file):
-    """Whether a weight file has the name of a component's own, beside a config.json."""
+    """Whether a weight file has the name of a component's own, beside a config.json; for one of the
+    original DDPM, any name."""
     names = {name.partition(".")[0] for name in WEIGHT_FILES}
-    return file.name.partition(".")[0] in names and file.with_name("config.json").is_file()
+    config = file.with_name("config.json")
+    return config.is_file() and (file.name.partition(".")[0] in names
+                                 or ddpm.is_original(read_json(config)))
 
 
 def _is_xl(file):

@@ -18,6 +18,7 @@ from ..layers import check_fit
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.dit import DiTTransformer2DModel
 from ..models.unet import UNet2DConditionModel
+from ..models.unet_2d import UNet2DModel
 from ..models.vae import AutoencoderKL
 from . import hub
 from .components import (
@@ -45,6 +46,7 @@ COMPONENTS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae"
 XL = COMPONENTS | {"tokenizer": VOCABULARY, "tokenizer_2": VOCABULARY,
                    "scheduler": SCHEDULER}
 SD = {part: kind for part, kind in XL.items() if "_2" not in part}
+DDPM = {"unet": UNet2DModel, "scheduler": SCHEDULER}
 # The public pipeline classes that are read here: {part: its kind}. pipelines/loading.py says which
 # class here draws with them.
 PIPELINES = {
@@ -55,6 +57,9 @@ PIPELINES = {
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL,
+    "DDPMPipeline": DDPM,
+    "DDIMPipeline": DDPM,
+    "PNDMPipeline": DDPM,
     "DiTPipeline": {"transformer": DiTTransformer2DModel, "vae": AutoencoderKL,
                     "scheduler": SCHEDULER},
 }

@@ -25,6 +25,7 @@ from ..errors import TinyldmError
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 FINAL_SIGMAS = ("zero", "sigma_min")
 
 
@@ -35,8 +36,6 @@ class SchedulerConfig(Config):
     What they mean is read below, and in samplers/__init__.py, where each class has defaults and
     switches of its own. None stands for an absent key.
     """
-
-    CHANGES = {"thresholding": (False, None)}           # of pixels; latents have no fixed range
 
     _class_name: str | None = None
     num_train_timesteps: int = within(1, 100_000, 1000)
@@ -51,6 +50,9 @@ class SchedulerConfig(Config):
     set_alpha_to_one: bool | None = None
     clip_sample: bool | None = None
     clip_sample_range: float = within(0, 1e6, 1.0)
+    thresholding: bool | None = None                    # for pixels; latents have no fixed range
+    dynamic_thresholding_ratio: float = within(0, 1, 0.995)
+    sample_max_value: float = within(0, 1e6, 1.0)
     final_sigmas_type: str | None = one_of(*FINAL_SIGMAS, default=None)
     # Of single classes.
     skip_prk_steps: bool | None = None
@@ -65,7 +67,7 @@ class SchedulerConfig(Config):
     solver_order: int | None = within(1, 3, None)
     solver_type: str | None = None
     algorithm_type: str | None = None
-    variance_type: str | None = None
+    variance_type: str | None = one_of(*VARIANCE_TYPES, default=None)
     interpolation_type: str | None = None
     timestep_type: str | None = None
     original_inference_steps: int | None = within(1, 100_000, None)
@@ -87,6 +89,9 @@ class Schedule:
     set_alpha_to_one: bool | None = None    # is alpha_bar 1 beyond the last step, or alpha_bar[0]?
     clip_sample: bool | None = None         # clip x_start to +-clip_sample_range?
     clip_sample_range: float = 1.0
+    thresholding: bool = False              # instead: x_start by shared.dynamic_threshold?
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
     final_sigmas_type: str = "zero"         # where Euler and DPM-Solver++ end: 0, or sigmas[0]
 
     @classmethod
@@ -109,6 +114,9 @@ class Schedule:
             set_alpha_to_one=config.set_alpha_to_one,
             clip_sample=config.clip_sample,
             clip_sample_range=config.clip_sample_range,
+            thresholding=bool(config.thresholding),
+            dynamic_thresholding_ratio=config.dynamic_thresholding_ratio,
+            sample_max_value=config.sample_max_value,
             final_sigmas_type=config.final_sigmas_type or FINAL_SIGMAS[0],
         )
 

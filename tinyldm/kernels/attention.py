@@ -26,10 +26,10 @@ LOWEST = np.finfo(np.float32).min       # not -inf, because -inf - -inf is NaN
 
 
 @np.errstate(under="ignore")            # weights close to 0
-def attention(q, k, v, num_heads, causal=False):
-    """Twin of ops.attention. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C)."""
+def attention(q, k, v, num_heads, causal=False, mask=None):
+    """Twin of ops.attention without a mask. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C)."""
     B, N, C = q.shape
-    if N * k.shape[1] < FEW or C % num_heads:
+    if N * k.shape[1] < FEW or C % num_heads or mask is not None:
         return NotImplemented
     d = C // num_heads
     y = np.empty_like(q)
@@ -43,7 +43,7 @@ def attention(q, k, v, num_heads, causal=False):
                   start if causal else None)
     parallel(work, [(b, h, start) for b in range(B) for h in range(num_heads)
                     for start in range(0, N, size)])
-    return y, (q, k, v, num_heads, causal)
+    return y, (q, k, v, num_heads, causal, mask)
 
 
 def _one_head(q, k, v, y, first):

@@ -376,16 +376,16 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
 
 # ---- attention --------------------------------------------------------------------------------
 
-def attention(q, k, v, num_heads, causal=False):
-    """Twin of ops.attention. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C).
+def attention(q, k, v, num_heads, causal=False, mask=None):
+    """Twin of ops.attention without a mask. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C).
 
     The scores are computed for one image and some queries at a time, in float32: float16 has too
     few digits for the exponential of a large score.
     """
     xp, (B, N, C), M = get_xp(q), q.shape, k.shape[1]
-    if C % num_heads:
+    if C % num_heads or mask is not None:
         return NotImplemented
-    cache, d = (q, k, v, num_heads, causal), C // num_heads
+    cache, d = (q, k, v, num_heads, causal, mask), C // num_heads
     q, k, v = _contiguous(q, k, v)
     y = xp.empty_like(q)
     step = max(1, min(N, SCORES // (num_heads * M)))

@@ -5,12 +5,14 @@ unet.py       predicts the noise in the latents, given the context
 unet_2d.py    predicts the noise in an image: DDPM in pixels
 vae.py        turns images into latents and back
 dit.py        predicts the noise, given a class: a transformer in the UNet's place
+prior.py      predicts a picture's CLIP embedding from a text's: unCLIP's first half
 inception.py  the network of the FID: a picture -> features, for metrics/
 blocks.py     what these share
 """
 from .clip import CLIPTextModel, CLIPTextModelWithProjection
 from .dit import DiTTransformer2DModel
 from .inception import InceptionV3
+from .prior import PriorTransformer, StableUnCLIPImageNormalizer
 from .unet import UNet2DConditionModel
 from .unet_2d import UNet2DModel
 from .vae import AutoencoderKL

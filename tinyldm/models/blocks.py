@@ -172,6 +172,7 @@ class ResnetBlock2D(Module):
 class Attention(Module):
     """Queries from x; keys and values from the context. For self-attention the context is x.
 
+    mask (B,N,M): see ops.attention.
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Rombach et al. 2022,
     arXiv:2112.10752, section 3.3.
     """
@@ -183,14 +184,14 @@ class Attention(Module):
         self.to_out = [Linear(channels, channels)]
         self.num_heads = num_heads
 
-    def forward(self, x, context, tape=NO_TAPE):        # (B,N,C), (B,M,D) -> (B,N,C)
+    def forward(self, x, context, tape=NO_TAPE, *, mask=None):  # (B,N,C), (B,M,D) -> (B,N,C)
         B, D = len(x), self.to_k.weight.shape[1]
         assert context.ndim == 3 and (len(context), context.shape[2]) == (B, D), (
             f"the context must be (B,M,D) = ({B},M,{D}), not {context.shape}")
         q = self.to_q(x, tape)
         k = self.to_k(context, tape)                    # (B,M,C)
         v = self.to_v(context, tape)
-        y, cache = ops.attention(q, k, v, self.num_heads)
+        y, cache = ops.attention(q, k, v, self.num_heads, mask=mask)
         tape.save(self, cache)
         return self.to_out[0](y, tape)
 

@@ -72,6 +72,11 @@ class DiTConfig(Config):
         """D, the channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def learns_variance(self):
+        """Whether the output holds a variance behind the noise."""
+        return self.out_channels == 2 * self.in_channels
+
 
 def config_of(size, patch_size, sample_size=32, **changes):
     """The config of DiT-S, B, L or XL for ImageNet's classes, with patches of 2, 4 or 8."""

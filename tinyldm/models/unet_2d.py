@@ -40,7 +40,7 @@ from .blocks import (
 DOWN_BLOCKS = "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"
 UP_BLOCKS = "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"
 # What backward returns: the gradients of forward's inputs, None for labels that are integers.
-UNet2DGradients = namedtuple("UNet2DGradients", "images class_labels")
+UNet2DGradients = namedtuple("UNet2DGradients", "latents class_labels")
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,13 @@ class UNet2DConfig(Config):
 class UNet2DModel(Module):
     """config: the dict of the public config.json; settings: the same as a UNet2DConfig.
 
-    forward: images (B,H,W,C) in [-1, 1] with noise, timesteps (B,) in [0, 1000) -> model_output
-    (B,H,W,O): the noise, or what else the model was trained to predict. H and W are multiples of
-    2^(levels - 1).
+    forward: latents (B,H,W,C), timesteps (B,) in [0, 1000) -> model_output (B,H,W,O): the noise, or
+    what else the model was trained to predict; for O = 2C behind it what the learned variance is
+    made of. The latents of DDPM are the pixels themselves, in [-1, 1] plus noise. H and W are
+    multiples of 2^(levels - 1).
     class_labels: for a model with classes, by its config (blocks.ClassEmbedding): (B,) integers,
     (B,) numbers for "timestep", or (B,E) for "identity".
-    backward: dy (B,H,W,O) -> UNet2DGradients: dimages (B,H,W,C), dclass_labels (B,E) or None.
+    backward: dy (B,H,W,O) -> UNet2DGradients: dlatents (B,H,W,C), dclass_labels (B,E) or None.
     Raises TinyldmError for a config that is not supported.
     """
 
@@ -163,14 +164,14 @@ class UNet2DModel(Module):
         self.conv_norm_out = GroupNormSiLU(C, groups, eps)
         self.conv_out = Conv2d(C, settings.out_channels)
 
-    def forward(self, images, timesteps, tape=NO_TAPE, *, class_labels=None):
-        settings, dtype = self.settings, images.dtype
+    def forward(self, latents, timesteps, tape=NO_TAPE, *, class_labels=None):
+        settings, dtype = self.settings, latents.dtype
         width, multiple = settings.block_out_channels[0], 2 ** (len(self.down_blocks) - 1)
-        assert images.shape[1] % multiple == images.shape[2] % multiple == 0, (
-            f"the height and width of images must be multiples of {multiple}, not {images.shape}")
-        assert getattr(timesteps, "shape", None) == images.shape[:1], (
-            f"timesteps must be an array of shape {images.shape[:1]}, one for each of the images, "
-            f"not {timesteps!r}")
+        assert latents.shape[1] % multiple == latents.shape[2] % multiple == 0, (
+            f"the height and width of latents must be multiples of {multiple}, not {latents.shape}")
+        assert getattr(timesteps, "shape", None) == latents.shape[:1], (
+            f"timesteps must be an array of shape {latents.shape[:1]}, one for each of the "
+            f"latents, not {timesteps!r}")
         check_condition(self, "classes", self.class_embedding, "class_labels", class_labels)
         t = sinusoidal(timesteps, width, settings, dtype)
         temb = self.time_embedding(t, tape)             # (B,E)
@@ -178,7 +179,7 @@ class UNet2DModel(Module):
             if settings.class_embed_type == "timestep":
                 class_labels = sinusoidal(class_labels, width, settings, dtype)
             temb = temb + self.class_embedding(class_labels, tape)
-        h = self.conv_in(2 * images - 1 if settings.center_input_sample else images, tape)
+        h = self.conv_in(2 * latents - 1 if settings.center_input_sample else latents, tape)
         skips = [h]
         for block in self.down_blocks:
             h = block(h, temb, skips, tape)
@@ -202,13 +203,13 @@ class UNet2DModel(Module):
             dh = block.backward(dh, grads, tape)
         dh = dh + grads.skips.pop()                     # conv_in's output was the first skip: add
         assert not grads.skips, f"{len(grads.skips)} skip gradients were not used"
-        dimages, dlabels = self.conv_in.backward(dh, tape), None
+        dlatents, dlabels = self.conv_in.backward(dh, tape), None
         if self.settings.center_input_sample:
-            dimages = 2 * dimages
+            dlatents = 2 * dlatents
         if self.class_embedding:
             dlabels = self.class_embedding.backward(grads.temb, tape)
         self.time_embedding.backward(grads.temb, tape)
-        return UNet2DGradients(dimages, dlabels if self.settings.class_embed_type == "identity"
+        return UNet2DGradients(dlatents, dlabels if self.settings.class_embed_type == "identity"
                                else None)
 
 

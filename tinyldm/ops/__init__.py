@@ -23,7 +23,7 @@ from .conv import (
     upsample_nearest, upsample_nearest_backward)
 from .embedding import (
     embedding, embedding_backward, timestep_embedding, timestep_embedding_backward)
-from .linear import linear, linear_backward
+from .linear import linear, linear_backward, scale_shift, scale_shift_backward
 from .loss import (
     cross_entropy, cross_entropy_backward, kl_normal, kl_normal_backward,
     l1, l1_backward, mse, mse_backward)

@@ -21,10 +21,12 @@ def _merge_heads(x):                                                # (B,h,N,d) 
     return x.swapaxes(1, 2).reshape(B, N, h * d)
 
 
-def _weights(q, k, start, causal):
+def _weights(q, k, start, causal, mask):
     """softmax(q @ k.T / sqrt(d)), queries from `start` on: (B,h,n,d), (B,h,M,d) -> (B,h,n,M)."""
     xp = get_xp(q)
     scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)              # (B,h,n,M)
+    if mask is not None:
+        scores += mask[:, None, start:start + q.shape[2]]
     if causal:
         future = xp.arange(k.shape[2]) > xp.arange(start, start + q.shape[2])[:, None]
         scores = xp.where(future, -xp.inf, scores)
@@ -33,12 +35,13 @@ def _weights(q, k, start, causal):
 
 @fast_twin(cpu=blocked.attention, gpu=cuda.attention)
 @np.errstate(under="ignore")            # weights close to 0
-def attention(q, k, v, num_heads, causal=False):
+def attention(q, k, v, num_heads, causal=False, mask=None):
     """Scaled dot-product attention, each head on its own d = C/h channels.
 
-        y = softmax(q @ k.T / sqrt(d)) @ v
+        y = softmax(q @ k.T / sqrt(d) + mask) @ v
 
     q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C). causal: token n sees only tokens 0..n (N = M).
+    mask (B,N,M): 0 where a query may look, and far below 0 elsewhere; it has no gradient.
     For backward only q, k and v are kept: the N x M weights are computed again.
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1 and section 3.2.2.
     """
@@ -47,8 +50,8 @@ def attention(q, k, v, num_heads, causal=False):
     y = get_xp(q).empty_like(heads[0])
     for start in range(0, q.shape[1], ROWS):
         rows = slice(start, start + ROWS)
-        y[:, :, rows] = _weights(heads[0][:, :, rows], heads[1], start, causal) @ heads[2]
-    return _merge_heads(y).astype(q.dtype, copy=False), (q, k, v, num_heads, causal)
+        y[:, :, rows] = _weights(heads[0][:, :, rows], heads[1], start, causal, mask) @ heads[2]
+    return _merge_heads(y).astype(q.dtype, copy=False), (q, k, v, num_heads, causal, mask)
 
 
 @np.errstate(under="ignore")
@@ -62,13 +65,13 @@ def attention_backward(dy, cache):
 
     All queries share the keys and values, so dk and dv are sums over the blocks of rows.
     """
-    *qkv, num_heads, causal = cache
+    *qkv, num_heads, causal, mask = cache
     q, k, v, dy = (widen(_split_heads(x, num_heads)) for x in (*qkv, dy))
     xp, scale = get_xp(q), q.shape[-1] ** -0.5
     dq, dk, dv = xp.empty_like(q), xp.zeros_like(k), xp.zeros_like(v)
     for start in range(0, q.shape[2], ROWS):
         rows = slice(start, start + ROWS)
-        p = _weights(q[:, :, rows], k, start, causal)               # (B,h,n,M)
+        p = _weights(q[:, :, rows], k, start, causal, mask)         # (B,h,n,M)
         dv += p.swapaxes(-1, -2) @ dy[:, :, rows]
         dp = dy[:, :, rows] @ v.swapaxes(-1, -2)
         ds = softmax_backward(dp, p) * scale                        # causal: p = 0, so ds = 0

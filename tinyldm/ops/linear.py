@@ -1,4 +1,4 @@
-"""The linear layer: a matrix product with a weight, plus a bias."""
+"""The linear layer: a matrix product with a weight, plus a bias. And scale and shift by channel."""
 from ..backend import add_up, fast_twin
 from ..kernels import product
 
@@ -28,3 +28,17 @@ def linear_backward(dy, cache):
     dx = rows @ weight                                                   # (R, out) @ (out, in)
     dweight = rows.T @ inputs                                            # (out, R) @ (R, in)
     return dx.reshape(x.shape), dweight, add_up(rows, axis=0)
+
+
+def scale_shift(x, scale, shift):
+    """Scale and shift each channel: y = x * scale + shift.
+
+    x (B,C), scale (1,C), shift (1,C) -> y (B,C).
+    """
+    return x * scale + shift, (x, scale)
+
+
+def scale_shift_backward(dy, cache):
+    """dy (B,C) -> dx (B,C), dscale (1,C), dshift (1,C). All rows share the scale and the shift."""
+    x, scale = cache
+    return dy * scale, add_up(dy * x, axis=0)[None], add_up(dy, axis=0)[None]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
+from ..diffusion.samplers.ddpm import LEARNED
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
@@ -32,7 +33,7 @@ STEPS, GUIDANCE = 50, 4.0           # of diffusers' DiTPipeline
 
 
 @dataclass(frozen=True, eq=False)
-class DiTRequest(Drawing):
+class DiTOptions(Drawing):
     """The options, in the order in which they may be given by position.
 
     label: what to draw: the number of a class, or one of the names that the weights give it, such
@@ -91,7 +92,7 @@ class DiT(Pipeline):
     Raises TinyldmError for parts that do not fit together.
     """
 
-    Options, name, network = DiTRequest, "DiT", "transformer"
+    Options, name, network = DiTOptions, "DiT", "transformer"
     kind = "DiTPipeline"
 
     def __init__(self, transformer, vae, scheduler, names=None, num_inference_steps=STEPS,
@@ -112,15 +113,15 @@ class DiT(Pipeline):
                    GUIDANCE if index.get("_guidance_scale") is None else index["_guidance_scale"],
                    index.get("_guided_channels"), low_memory)
 
-    @takes(DiTRequest)
+    @takes(DiTOptions)
     def __call__(self, *arguments: Any, **options: Any) -> Pictures:
-        """Draw num_images pictures of a label -> list of PIL images. Arguments: see DiTRequest.
+        """Draw num_images pictures of a label -> list of PIL images. Arguments: see DiTOptions.
 
         In a notebook a progress bar shows the steps.
         """
         return self.draw(arguments, options)
 
-    @takes(DiTRequest)
+    @takes(DiTOptions)
     def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
         """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
 
@@ -139,8 +140,11 @@ class DiT(Pipeline):
         steps, sampler, schedule = (request.num_inference_steps, request.sampler,
                                     self.schedule_for(request))
         options = own_options(self.scheduler, sampler)
-        check_sampler(sampler, schedule, steps, options=options)
-        seeds, settings, xp = request.generators(), self.transformer.settings, self.transformer.xp
+        settings, xp = self.transformer.settings, self.transformer.xp
+        learned = options.get("variance_type") in LEARNED   # all other samplers do without it
+        check_sampler(sampler, schedule, steps, options=options,
+                      outputs=2 if learned and settings.learns_variance else 1)
+        seeds = request.generators()
         shape = (len(seeds), settings.sample_size, settings.sample_size, settings.in_channels)
         draw_noise = partial(self.draw_noise, seeds, shape)         # () -> (B,h,w,C)
         if request.latents is None:
@@ -155,13 +159,16 @@ class DiT(Pipeline):
             conditioning.insert(0, {"class_labels": xp.asarray(no_class)})
         predict = Predictor(self.transformer, conditioning, request.guidance_scale,
                             guided_channels=self.guided_channels,
-                            keeps_variance="learned" in options.get("variance_type", ""))
+                            keeps_variance=learned)
         states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, **options)
         return finite_states(states, predict)
 
     def label_number(self, label):
         """A class's number or name -> its number. Raises TinyldmError for an unknown one."""
         last = self.transformer.settings.num_embeds_ada_norm - 1
+        if label is None:
+            raise TinyldmError("this model draws pictures of a class: give a label, a class's name "
+                               f"or a whole number from 0 to {last}")
         if isinstance(label, str):
             text = label.strip()
             folded = {name.casefold(): number for name, number in reversed(self.names.items())}

@@ -18,6 +18,9 @@ HOMES = {
     "StableDiffusionXLPipeline": "stable_diffusion.StableDiffusion",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion.StableDiffusion",
     "StableDiffusionXLInpaintPipeline": "stable_diffusion.StableDiffusion",
+    "DDPMPipeline": "ddpm.DDPM",
+    "DDIMPipeline": "ddpm.DDPM",
+    "PNDMPipeline": "ddpm.DDPM",
     "DiTPipeline": "dit.DiT",
 }
 

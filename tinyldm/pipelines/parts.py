@@ -4,8 +4,11 @@ import numpy as np
 from ..errors import TinyldmError
 
 
-def check_parts(readers, unet, vae):
-    """Raise TinyldmError for parts that do not fit: [(tokenizer, text encoder)], UNet and VAE."""
+def check_parts(readers, unet, vae, class_embed_type=None):
+    """Raise TinyldmError for parts that do not fit: [(tokenizer, text encoder)], UNet and VAE.
+
+    class_embed_type: what the pipeline gives the UNet as class_labels; None: nothing.
+    """
     texts, unet = [encoder.settings for _, encoder in readers], unet.settings
     check_colours(vae)
     C, D = vae.settings.latent_channels, sum(text.hidden_size for text in texts)
@@ -16,6 +19,10 @@ def check_parts(readers, unet, vae):
         value = getattr(unet, key)                      # may be a list, one item per level
         if not np.isin(value, fitting).all():
             _misfit(f"the UNet's {key} is {value}, but the {reason}")
+    classes = unet.class_embed_type or unet.num_class_embeds and "a table"
+    if classes != class_embed_type:
+        _misfit(f"the UNet's class embedding is {classes}, but this pipeline's is "
+                f"{class_embed_type}")
     kind = unet.addition_embed_type
     if (kind is None) != (len(texts) == 1):
         _misfit(f"the UNet's addition_embed_type is {kind}, but there is "

@@ -121,7 +121,7 @@ def unet_name(name):
     if match := UNET_MIDDLE.fullmatch(name):
         number, inner = int(match[1]), match[2]
         return ("mid_block." + (f"attentions.0.{inner}" if number == 1 else
-                                f"resnets.{number // 2}.{_renamed(inner, UNET_RESNET)}"))
+                                f"resnets.{number // 2}.{renamed(inner, UNET_RESNET)}"))
     if not (match := UNET_BLOCK.fullmatch(name)):
         return name
     side, number, module, inner = match[1], int(match[2]), int(match[3]), match[4]
@@ -133,7 +133,7 @@ def unet_name(name):
     if inner.startswith("conv."):
         return f"{block}.upsamplers.0.{inner}"
     if module == 0:
-        return f"{block}.resnets.{layer}.{_renamed(inner, UNET_RESNET)}"
+        return f"{block}.resnets.{layer}.{renamed(inner, UNET_RESNET)}"
     return f"{block}.attentions.{layer}.{inner}"
 
 
@@ -145,7 +145,7 @@ def vae_name(name):
     if match := VAE_MIDDLE.fullmatch(name):
         side, what, number, inner = match[1], match[2], int(match[3]), match[4]
         return (f"{side}.mid_block." +
-                (f"attentions.0.{_renamed(inner, VAE_ATTENTION)}" if what == "attn" else
+                (f"attentions.0.{renamed(inner, VAE_ATTENTION)}" if what == "attn" else
                  f"resnets.{number - 1}.{inner}"))
     if match := VAE_BLOCK.fullmatch(name):
         side, way, level, inner = match[1], match[2], int(match[3]), match[4]
@@ -156,7 +156,8 @@ def vae_name(name):
     return name.replace(".norm_out.", ".conv_norm_out.")
 
 
-def _renamed(name, words):
+def renamed(name, words):
+    """A name whose words before the last one are replaced, as the table says."""
     stem, _, kind = name.rpartition(".")
     return f"{words.get(stem, stem)}.{kind}"
 
@@ -180,7 +181,7 @@ def open_clip_names(name, tensor):
         D, kind = tensor.shape[0] // 3, inner.removeprefix("attn.in_proj_")
         return {f"{layer}self_attn.{word}_proj.{kind}": tensor.rows(i * D, (i + 1) * D)
                 for i, word in enumerate("qkv")}
-    return {layer + _renamed(inner, OPEN_CLIP_WORDS): tensor}
+    return {layer + renamed(inner, OPEN_CLIP_WORDS): tensor}
 
 
 def _is_dropped(part, name, text_layers):

@@ -76,7 +76,7 @@ DPM = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_beta_sigmas": Fa
 DPM_OPTIONS = ("solver_order", "solver_type", "lower_order_final", "euler_at_final")
 LATENT_CONSISTENCY = {"original_inference_steps": LCM_TIMESTEPS, "timestep_scaling": 10.0}
 CLASSES = {
-    "DDPMScheduler": ("ddpm", (), {}, {"variance_type": "fixed_small"}),
+    "DDPMScheduler": ("ddpm", ("variance_type",), {}, {}),
     "DDIMScheduler": ("ddim", (), {}, {}),
     "PNDMScheduler": ("pndm", (), {"skip_prk_steps": True}, {}),
     "EulerDiscreteScheduler": ("euler", (), SIGMAS | {"interpolation_type": "linear"},
@@ -84,7 +84,7 @@ CLASSES = {
     "EulerAncestralDiscreteScheduler": ("euler_ancestral", (), {}, {}),
     "HeunDiscreteScheduler": ("heun", (), SIGMAS, {}),
     "LMSDiscreteScheduler": ("lms", (), SIGMAS, {}),
-    "DPMSolverMultistepScheduler": ("dpmpp_2m", DPM_OPTIONS, DPM, {"variance_type": None} | FLOW),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", DPM_OPTIONS, DPM, FLOW),
     "UniPCMultistepScheduler": ("unipc", (), SIGMAS | {
         "solver_order": 2, "solver_type": "bh2", "predict_x0": True, "lower_order_final": True,
         "disable_corrector": [], "solver_p": None}, FLOW),
@@ -131,16 +131,18 @@ def _plain(name):
     return re.sub("discrete|multistep|scheduler$|sampler$|gpu", "", name)
 
 
-def check_sampler(name, schedule, num_inference_steps, first=0, reach=1.0, options=None):
+def check_sampler(name, schedule, num_inference_steps, first=0, reach=1.0, options=None,
+                  outputs=1):
     """Raise TinyldmError for an unknown name, or a schedule or number of steps it cannot take.
 
     name: a key of SAMPLERS. The sampler makes its first step on a zero, without a model. first,
-    reach: see Origin. options: further keywords of the sampler.
+    reach: see Origin. options: further keywords of the sampler. outputs: how many times as many
+    channels the model gives as it takes, 2 if it also predicts the variance.
     """
     name = find_sampler(name)
     zero, origin = np.zeros(1, np.float32), Origin(first=first, reach=reach)
-    next(SAMPLERS[name](lambda x_t, t: x_t, zero, schedule, num_inference_steps, lambda: zero,
-                        origin, **(options or {})))
+    next(SAMPLERS[name](lambda x_t, t: np.tile(x_t, outputs), zero, schedule, num_inference_steps,
+                        lambda: zero, origin, **(options or {})))
 
 
 def default_sampler(config):

@@ -3,7 +3,7 @@ import math
 
 from ..objective import to_x_start_and_noise
 from .dpm_solver import begin_dpm, scales_of
-from .shared import NO_PICTURE, State, spacing_of
+from .shared import NO_PICTURE, State, dynamic_threshold, spacing_of
 
 
 def deis(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE,
@@ -31,6 +31,9 @@ def deis(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_
         sigma, sigma_to = sigmas[step:step + 2]
         (a, s), (a_to, _) = scales_of(sigma), scales_of(sigma_to)
         x_start, noise = to_x_start_and_noise(schedule, predict(x_t, t), x_t, a, s)
+        if schedule.thresholding:
+            x_start = dynamic_threshold(x_start, schedule)
+            noise = (x_t - a * x_start) / s             # that x_t then holds
         x_t = a_to / a * x_t + a_to * (sigma_to - sigma) * noise
         if solver_order > 1 and step > first and not (step == n - 1 and first_order_last):
             c = sigma_to * (math.log(sigma_to / sigma) - 1) + sigma

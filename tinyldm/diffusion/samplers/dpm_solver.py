@@ -8,7 +8,16 @@ import math
 import numpy as np
 
 from ..objective import to_x_start_and_noise
-from .shared import NO_PICTURE, State, final_sigma, respaced, sigmas_at, spacing_of, to_ints
+from .shared import (
+    NO_PICTURE,
+    State,
+    dynamic_threshold,
+    final_sigma,
+    respaced,
+    sigmas_at,
+    spacing_of,
+    to_ints,
+)
 
 
 def dpmpp_2m(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE,
@@ -87,7 +96,7 @@ def scales_of(sigma):
 
 def dpm_x_start(predict, x_t, t, sigma, schedule):
     x_start, _ = to_x_start_and_noise(schedule, predict(x_t, t), x_t, *scales_of(sigma))
-    return x_start
+    return dynamic_threshold(x_start, schedule) if schedule.thresholding else x_start
 
 
 def dpm_step(x_t, D, sigma, sigma_to, h):

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 from ...errors import TinyldmError
 from ..objective import to_x_start_and_noise
-from .shared import NO_PICTURE, State, alpha_bar_after, to_ints
+from .shared import NO_PICTURE, State, alpha_bar_after, refuse_thresholding, to_ints
 
 
 def pndm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_PICTURE):
@@ -19,6 +19,7 @@ def pndm(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_
     Source: Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds",
     arXiv:2202.09778, eq. 9, 12 and 13; the start is CompVis' PLMS sampler, without Runge-Kutta.
     """
+    refuse_thresholding(schedule)
     if schedule.alphas_cumprod[-1] == 0:
         raise TinyldmError("pndm divides by alpha_bar, which rescale_betas_zero_snr makes 0: "
                            "use another sampler")

@@ -3,6 +3,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...backend import get_xp, widen
+from ...errors import TinyldmError
 from ..objective import to_x_start_and_noise
 
 
@@ -60,11 +62,40 @@ def to_ints(timesteps):
 
 
 def clip(x_start, schedule, by_default):
-    """x_start clipped to the schedule's range if clip_sample asks for it, or None and by_default.
+    """x_start thresholded if the schedule asks for it; or else clipped to the schedule's range, if
+    clip_sample asks for it, or is None and by_default.
     """
+    if schedule.thresholding:
+        return dynamic_threshold(x_start, schedule)
     if not (by_default if schedule.clip_sample is None else schedule.clip_sample):
         return x_start
     return x_start.clip(-schedule.clip_sample_range, schedule.clip_sample_range)
+
+
+def dynamic_threshold(x_start, schedule):
+    """Pull the pixels of each image back into [-1, 1] by its own quantile of their sizes.
+
+        s = the quantile of |x_start| over all pixels and channels, at least 1
+        x_start = clip(x_start, -s, s) / s
+
+    Strong guidance drives many pixels beyond 1. Static thresholding (clip_sample) makes all of them
+    black or white; this one keeps their differences. s is at most sample_max_value, which the paper
+    does not bound: with 1, the public default, it is static thresholding.
+    Source: Saharia et al. 2022, "Photorealistic Text-to-Image Diffusion Models with Deep Language
+    Understanding" (Imagen), arXiv:2205.11487, section 2.3.
+    """
+    x, xp = widen(x_start), get_xp(x_start)
+    s = xp.quantile(abs(x).reshape(len(x), -1), schedule.dynamic_thresholding_ratio, axis=1)
+    s = xp.minimum(xp.maximum(s, 1.0), schedule.sample_max_value)
+    s = s.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))              # (B,1,...,1)
+    return (x.clip(-s, s) / s).astype(x_start.dtype)
+
+
+def refuse_thresholding(schedule):
+    """Raise TinyldmError if the schedule asks for thresholding: for samplers that have none."""
+    if schedule.thresholding:
+        raise TinyldmError("the weights' scheduler has thresholding = true, which this sampler has "
+                           "not: choose ddpm, ddim, dpmpp_2m, unipc, deis or lcm")
 
 
 def alpha_bar_after(schedule, p, end_is_one):
@@ -118,6 +149,7 @@ def begin_at_sigma(schedule, num_inference_steps, latents, last_sigma, origin, s
     Without a picture the first x is noise times the largest sigma; with "leading" spacing, which
     begins below the noisiest timestep, times sqrt(sigma^2 + 1), as x then holds some picture too.
     """
+    refuse_thresholding(schedule)
     timesteps = schedule.timesteps(num_inference_steps, "linspace").astype(np.float32)
     sigmas = sigmas_at(schedule, timesteps)
     if spacing:

@@ -1,0 +1,233 @@
+"""DDPM in pixels against diffusers' pipelines: whole drawings, files, labels, bad options."""
+import json
+from functools import cache
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import tinyldm
+from tests.support.models import PIXELS
+from tests.support.reference import float32_noise, randomise, widen_embeddings
+from tests.support.tolerance import assert_allclose, assert_close
+from tinyldm.diffusion.samplers import SAMPLERS
+from tinyldm.errors import TinyldmError
+from tinyldm.models import UNet2DModel
+from tinyldm.pipelines.ddpm import DDPM
+
+SMALL = PIXELS | {"sample_size": 8, "norm_eps": 1e-6, "downsample_padding": 0,
+                  "flip_sin_to_cos": False, "freq_shift": 1}
+LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02,
+          "beta_schedule": "linear", "clip_sample": True}
+KINDS = ["DDPM", "DDIM", "PNDM"]
+
+
+@cache
+def reference(kind="DDPM", variance_type="fixed_large", **changes):
+    """diffusers' pipeline with a small random UNet."""
+    torch.manual_seed(0)
+    unet = randomise(diffusers.UNet2DModel(**SMALL | changes)).eval()
+    with torch.no_grad():
+        unet.conv_out.weight *= 0.3                     # noise of about the right size
+    own = {"DDPM": {"variance_type": variance_type}, "DDIM": {}, "PNDM": {"skip_prk_steps": True}}
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(
+        **{key: value for key, value in LINEAR.items() if kind != "PNDM" or key != "clip_sample"},
+        **own[kind])
+    pipe = getattr(diffusers, f"{kind}Pipeline")(unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def to_root(folder):
+    """The layout of google/ddpm-cifar10-32: no folder for the model and the scheduler."""
+    for part in ("unet", "scheduler"):
+        for file in (folder / part).iterdir():
+            file.rename(folder / file.name)
+        (folder / part).rmdir()
+
+
+def pictures(pipe, seed, steps, **options):
+    """Ours: the last step's images, (B,H,W,3) in [0, 1]."""
+    *_, state = pipe.stream(seed=seed, num_inference_steps=steps, **options)
+    return pipe.decode(state.latents) / 2 + 0.5
+
+
+def in_float64(pipe, seed, steps):
+    """Theirs, computed in float64 from float32's noise."""
+    pipe.unet.double()
+    widen_embeddings(pipe)
+    hook = pipe.unet.register_forward_pre_hook(     # PNDM's pipeline draws float32
+        lambda unet, inputs: (inputs[0].double(), *inputs[1:]))
+    with float32_noise():
+        found = pipe(generator=torch.Generator().manual_seed(seed), num_inference_steps=steps,
+                     output_type="np").images
+    hook.remove()
+    pipe.unet.float()
+    return found
+
+
+@pytest.mark.parametrize("kind", [("DDPM", "fixed_small"), ("DDPM", "fixed_large"), ("DDIM",),
+                                  ("PNDM",)], ids=str)
+@pytest.mark.parametrize("root", [False, True])
+def test_whole_drawings(kind, root, tmp_path):
+    theirs = in_float64(reference(*kind), 3, 6)
+    reference(*kind).save_pretrained(tmp_path)
+    if root:
+        to_root(tmp_path)
+    pipe = tinyldm.load(tmp_path)
+    ours = pictures(pipe, 3, 6)
+    assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    image, = pipe(seed=3, num_inference_steps=6)
+    assert abs(np.asarray(image) - 255 * theirs[0]).max() < 1
+
+
+def test_the_published_tiny_pipeline():
+    """test_ddpm.py of diffusers: torch's initialisation and noise from seed 0."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=4, sample_size=8,
+        in_channels=3, out_channels=3, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    ours = UNet2DModel(dict(unet.config))
+    ours.load_state_dict(unet.state_dict())
+    found = pictures(DDPM(ours, {"_class_name": "DDPMScheduler"}), 0, 2)
+    assert_allclose(found[0, -3:, -3:, -1].reshape(-1), [
+        0.0, 0.9996672, 0.00329116, 1.0, 0.9995991, 1.0, 0.0060907, 0.00115037, 0.0],
+        atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_save_writes_diffusers_draws(kind, tmp_path):
+    reference(kind).save_pretrained(tmp_path / "pipe")
+    pipe = tinyldm.load(tmp_path / "pipe")
+    tinyldm.save(pipe, tmp_path / "again")
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    theirs = getattr(diffusers, index["_class_name"]).from_pretrained(tmp_path / "again")
+    theirs.set_progress_bar_config(disable=True)
+    assert_allclose(pictures(pipe, 1, 4), in_float64(theirs, 1, 4), atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(pictures(tinyldm.load(tmp_path / "again"), 1, 4),
+                                  pictures(pipe, 1, 4))
+
+
+@pytest.mark.parametrize("kind, steps, sampler", [
+    ("DDPM", 1000, "ddpm"), ("DDIM", 50, "ddim"), ("PNDM", 50, "pndm")])
+def test_defaults(kind, steps, sampler):
+    unet = UNet2DModel(SMALL)
+    pipe = DDPM(unet, LINEAR | {"_class_name": "DDPMScheduler"}, kind=f"{kind}Pipeline")
+    assert (pipe.num_inference_steps, pipe.sampler()) == (steps, sampler)
+    short = DDPM(unet, LINEAR | {"num_train_timesteps": 20})
+    assert short.num_inference_steps == 20
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddpm")
+    reference().save_pretrained(folder)
+    return tinyldm.load(folder)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if "_karras" not in name])
+def test_any_sampler_draws(pipe, sampler):
+    images = pipe(seed=1, num_inference_steps=3, sampler=sampler)
+    assert [image.size for image in images] == [(8, 8)]
+
+
+def test_images_latents_and_seeds(pipe):
+    first, second = pipe(seed=5, num_inference_steps=3, num_images=2)
+    alone, = pipe(6, 3)
+    assert (np.asarray(second) == np.asarray(alone)).all()
+    latents = tinyldm.noise.randn((1, 3, 8, 8), 5).transpose(0, 2, 3, 1)
+    given, = pipe(seed=5, num_inference_steps=3, latents=latents, sampler="ddim")
+    drawn, = pipe(seed=5, num_inference_steps=3, sampler="ddim")
+    assert (np.asarray(given) == np.asarray(drawn)).all()
+    assert repr(pipe).startswith("<DDPM: unet ")
+
+
+def random_pipe(variance_type="fixed_small", steps=None, **changes):
+    """Ours alone, with random weights."""
+    rng, unet = np.random.default_rng(0), UNet2DModel(SMALL | changes)
+    for parameter in unet.parameters():
+        size = np.prod(parameter.shape[:-1]) if len(parameter.shape) > 1 else 100
+        parameter.data = (rng.standard_normal(parameter.shape) / size ** 0.5).astype(np.float32)
+    return DDPM(unet, LINEAR | {"_class_name": "DDPMScheduler", "variance_type": variance_type})
+
+
+@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small"])
+def test_a_model_that_also_predicts_the_variance(variance_type):
+    """Twice as many channels. DDPM uses them; other samplers, and a fixed variance, do not."""
+    pipe = random_pipe(variance_type, out_channels=6)
+    noise = pipe(seed=1, num_inference_steps=3)
+    pipe.unet.conv_out.bias.data[3:] += 1               # a larger variance
+    changed = pipe(seed=1, num_inference_steps=3)
+    assert (np.asarray(noise[0]) != np.asarray(changed[0])).any() == (
+        variance_type == "learned_range")
+    assert pipe(seed=1, num_inference_steps=3, sampler="euler")
+
+
+def test_learned_range_as_diffusers(tmp_path):
+    theirs = reference("DDPM", "learned_range", out_channels=6)
+    theirs.save_pretrained(tmp_path)
+    assert_allclose(pictures(tinyldm.load(tmp_path), 2, 5), in_float64(theirs, 2, 5), atol=1e-4,
+                    rtol=0)
+
+
+def test_labels_are_the_class_labels_of_the_unet():
+    pipe = random_pipe(num_class_embeds=5)
+    two = pictures(pipe, 4, 3, label=[1, 4], num_images=2)
+    assert two.shape == (4, 8, 8, 3)
+    for i, (label, seed) in enumerate([(1, 4), (1, 5), (4, 4), (4, 5)]):
+        assert_close(two[i], pictures(pipe, seed, 3, label=label)[0], 1e-4)
+    assert abs(two[0] - two[2]).max() > 1e-3
+
+
+def test_labels_of_the_other_kinds():
+    times = random_pipe(class_embed_type="timestep")
+    assert abs(pictures(times, 4, 3, label=7.5) - pictures(times, 4, 3, label=90)).max() > 1e-3
+    vectors = random_pipe(class_embed_type="identity")
+    a, b = np.zeros(32), np.ones(32)
+    assert_close(pictures(vectors, 4, 3, label=[a, b])[1], pictures(vectors, 4, 3, label=b)[0],
+                 1e-4)
+
+
+@pytest.mark.parametrize("changes, options, message", [
+    ({}, {"label": 3}, "has no classes: leave the label out"),
+    ({"num_class_embeds": 5}, {}, "give a label, a whole number from 0 to 4"),
+    ({"num_class_embeds": 5}, {"label": 5}, "a label must be a whole number from 0 to 4, not 5"),
+    ({"num_class_embeds": 5}, {"label": "cat"}, "from 0 to 4, not 'cat'"),
+    ({"num_class_embeds": 5}, {"label": [1, None]}, "from 0 to 4, not None"),
+    ({"num_class_embeds": 5}, {"label": []}, "must have at least one"),
+    ({"class_embed_type": "timestep"}, {}, "a label must be a finite number, not None"),
+    ({"class_embed_type": "identity"}, {"label": [1.0]}, "a label must be 32 finite numbers"),
+    ({"class_embed_type": "identity"}, {}, "the labels must be an array of numbers|32 finite"),
+    ({}, {"num_inference_steps": 1001}, "the number of steps must be a whole number"),
+    ({}, {"latents": np.zeros((1, 4, 8, 3))}, r"of shape \(1, 8, 8, 3\)"),
+    ({}, {"prompt": "a cat"}, "there is no option 'prompt'"),
+    ({}, {"sampler": "dpm7"}, "unknown sampler"),
+])
+def test_bad_options_end_in_one_line(changes, options, message):
+    with pytest.raises(TinyldmError, match=message) as error:
+        random_pipe(**changes)(**{"num_inference_steps": 2} | options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_learned_variance_that_the_model_does_not_predict():
+    with pytest.raises(TinyldmError, match="variance_type learned needs a model that"):
+        random_pipe("learned")(num_inference_steps=2)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"in_channels": 4}, "in_channels and out_channels are 4 and 3"),
+    ({"out_channels": 4}, "in_channels and out_channels are 3 and 4"),
+    ({"sample_size": None}, "sample_size.* is None: expected multiples of 2"),
+    ({"sample_size": [8, 7]}, r"is \[8, 7\]: expected multiples of 2"),
+])
+def test_models_that_give_no_pictures(changes, message):
+    with pytest.raises(TinyldmError, match=message):
+        DDPM(UNet2DModel(SMALL | changes), LINEAR)
+
+
+def test_grey_pictures():
+    image, = random_pipe(in_channels=1, out_channels=1)(num_inference_steps=2)
+    pixels = np.asarray(image)
+    assert pixels.shape == (8, 8, 3) and (pixels == pixels[..., :1]).all()

@@ -1,0 +1,201 @@
+"""DDPM: a seed in, a picture out. No prompt and no VAE: the latents are the pixels.
+
+    stream          seed -> pixels, denoised step by step by a sampler that calls the UNet
+    decode          pixels -> the same, clipped
+
+A model with classes also takes a label. Any sampler draws with such a model; the public pipelines
+of DDPM, DDIM and PNDM differ only in their default sampler and number of steps.
+Source: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239, algorithm 2.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..backend import is_finite
+from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
+from ..diffusion.samplers.ddpm import LEARNED
+from ..diffusion.samplers.shared import State
+from ..diffusion.schedule import Schedule
+from ..errors import TinyldmError
+from ..images import Pictures
+from .finite import finite_states
+from .interpolation import as_list
+from .pipeline import Pipeline
+from .predictor import Predictor
+from .request import Drawing, check_finite, check_latents, check_whole, takes, whole
+
+# A public pipeline -> its sampler (None: that of its scheduler's class) and number of steps.
+KINDS = {"DDPMPipeline": (None, 1000), "DDIMPipeline": ("ddim", 50), "PNDMPipeline": ("pndm", 50)}
+
+
+@dataclass(frozen=True, eq=False)
+class DDPMOptions(Drawing):
+    """The options, in the order in which they may be given by position. See also request.Request.
+
+    seed: image i is drawn from seed + i; or a list of seeds, one for each image.
+    num_inference_steps: 1 to 1000; more is slower and finer. Default: the weights' own number.
+    num_images: how many, of each label.
+    sampler: a key of diffusion.samplers.SAMPLERS, or its name elsewhere. Default: the weights' own.
+    latents: standard normal numbers to start from in place of the seed's, of shape (images, height,
+        width, channels).
+    noise: whose normal numbers a seed stands for, a key of noise.GENERATORS.
+    timestep_spacing: "leading", "trailing" or "linspace". Default: the weights' own.
+    label: for a model with classes, and only there: a whole number from 0, or a list of them. Where
+        the model's class_embed_type is "timestep", any number; where it is "identity", a vector as
+        long as the time embedding.
+
+    Raises TinyldmError for a value that is wrong for every pipeline.
+    """
+
+    seed: Any = 0
+    num_inference_steps: int | None = None
+    num_images: int = 1
+    sampler: str | None = None
+    latents: Any = None
+    noise: str = "torch-cpu"
+    timestep_spacing: str | None = None
+    label: Any = None
+
+    @property
+    def subjects(self):
+        """A list of the labels; [None] without any."""
+        labels = as_list(self.label)
+        if not labels:
+            raise TinyldmError("a list of labels must have at least one: give one")
+        return labels
+
+
+class DDPM(Pipeline):
+    """A UNet2DModel and a noise schedule.
+
+    scheduler: the dict of a scheduler_config.json. num_inference_steps: the default; None: the
+    public pipeline's. kind: the public pipeline's class, a key of KINDS.
+    Raises TinyldmError for a UNet that does not give pictures.
+    """
+
+    Options, name = DDPMOptions, "DDPM"
+
+    def __init__(self, unet, scheduler, num_inference_steps=None, kind="DDPMPipeline"):
+        self.unet, self.scheduler, self._kind = unet, scheduler, kind
+        self.schedule = Schedule.from_config(scheduler)
+        steps = min(KINDS[kind][1], self.schedule.num_train_timesteps)
+        self.num_inference_steps = num_inference_steps or steps
+        channels, outputs = unet.settings.in_channels, unet.settings.out_channels
+        if channels not in (1, 3) or outputs not in (channels, 2 * channels):
+            raise TinyldmError(f"the UNet's in_channels and out_channels are {channels} and "
+                               f"{outputs}: expected 3 colours, or 1 for grey pictures, and the "
+                               "same number or twice as many")
+        multiple = 2 ** (len(unet.settings.block_out_channels) - 1)
+        if None in self.size or any(side % multiple for side in self.size):
+            raise TinyldmError("the UNet's sample_size, the size of the pictures in pixels, is "
+                               f"{unet.settings.sample_size}: expected multiples of {multiple}")
+
+    @classmethod
+    def from_parts(cls, parts, low_memory=False):
+        """PipelineParts -> DDPM. low_memory plays no part: there is no VAE to decode in tiles."""
+        return cls(parts.models["unet"], parts.schedulers["scheduler"],
+                   parts.index.get("_num_inference_steps"), parts.kind)
+
+    @takes(DDPMOptions)
+    def __call__(self, *arguments: Any, **options: Any) -> Pictures:
+        """Draw num_images pictures -> list of PIL images. Arguments: see DDPMOptions."""
+        return self.draw(arguments, options)
+
+    @takes(DDPMOptions)
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
+        """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
+
+        The arguments are the fields of DDPMOptions. Raises TinyldmError at once for a bad argument,
+        and while drawing, if the latents stop being finite.
+        """
+        return self.states(self.complete(self.request(arguments, options)))
+
+    def states(self, request):
+        """The iterator of `stream` for options that `complete` has filled in."""
+        steps, sampler, settings = request.num_inference_steps, request.sampler, self.unet.settings
+        schedule, channels = self.schedule_for(request), settings.in_channels
+        options = own_options(self.scheduler, sampler)
+        learned = options.get("variance_type") in LEARNED   # all other samplers do without it
+        check_sampler(sampler, schedule, steps, options=options,
+                      outputs=settings.out_channels // channels if learned else 1)
+        seeds, (width, height) = request.generators(), self.size
+        shape = len(seeds), height, width, channels
+        draw_noise = partial(self.draw_noise, seeds, shape)     # () -> (B,H,W,C)
+        if request.latents is None:
+            latents = draw_noise()
+        else:
+            latents = self.array(request.latents, "latents")
+            check_latents(latents, shape, 1)
+        predict = Predictor(self.unet, [self.conditions(request)], 1.0,
+                            keeps_variance=learned)
+        states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, **options)
+        return finite_states(states, predict)
+
+    def conditions(self, request):
+        """The UNet's keyword arguments for the labels: {"class_labels": (labels,) or (labels,E)}.
+
+        {} for a model without classes. Raises TinyldmError for a label that is missing or wrong.
+        """
+        labels, settings, xp = request.subjects, self.unet.settings, self.unet.xp
+        given = any(label is not None for label in labels)
+        if self.unet.class_embedding is None:
+            if given:
+                raise TinyldmError("this model has no classes: leave the label out")
+            return {}
+        if settings.class_embed_type is None:
+            last = settings.num_class_embeds - 1
+            if not given:
+                raise TinyldmError("this model draws pictures of a class: give a label, a whole "
+                                   f"number from 0 to {last}")
+            labels = [whole(label) for label in labels]
+            for label in labels:
+                check_whole("a label", label, 0, last)
+            return {"class_labels": xp.asarray(labels)}
+        if settings.class_embed_type == "timestep":
+            for label in labels:
+                check_finite("a label", label)
+            return {"class_labels": self.array(labels, "the labels")}
+        labels, E = self.array(labels, "the labels"), settings.temb_channels
+        labels = labels if labels.ndim == 2 else labels[None]
+        if labels.shape[1:] != (E,) or not is_finite(labels):
+            raise TinyldmError(f"a label must be {E} finite numbers, not of shape "
+                               f"{labels.shape[1:]}")
+        return {"class_labels": labels.astype(self.unet.dtype)}
+
+    def decode(self, latents: Any) -> Any:
+        """Clean pixels (B,H,W,C) -> images (B,H,W,3) in [-1, 1]; grey ones get three equal colours.
+        """
+        latents, channels = self.array(latents, "latents"), self.unet.settings.in_channels
+        if latents.ndim != 4 or latents.shape[-1] != channels or 0 in latents.shape:
+            raise TinyldmError(f"latents must have the shape (images, height, width, {channels}), "
+                               f"not {latents.shape}")
+        if not is_finite(latents):
+            raise TinyldmError("latents must be finite, but they hold NaN or infinity: look for "
+                               "where it began")
+        return latents.clip(-1, 1).repeat(3 // channels, axis=-1)
+
+    def sampler(self, name=None):
+        """The name of the sampler that will draw: the given one, or that of the public pipeline."""
+        return super().sampler(name or KINDS[self._kind][0])
+
+    def picture_size(self, request):
+        """(width, height) in pixels: the weights' own."""
+        return self.size
+
+    @property
+    def size(self):
+        """(width, height) of the pictures in pixels."""
+        size = self.unet.settings.sample_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return width, height
+
+    @property
+    def models(self):
+        """{name of the part: model}."""
+        return {"unet": self.unet}
+
+    @property
+    def kind(self):
+        """The public class whose folder holds such a pipeline."""
+        return self._kind
