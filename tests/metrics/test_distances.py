@@ -80,7 +80,7 @@ def test_singular_values_of_the_features_give_the_same(rng):
     centred = [(a - a.mean(0)) / 19 ** 0.5 for a in (x, y)]
     expected = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
     S = [statistics(a).covariance for a in (x, y)]
-    assert_allclose(fid.trace_of_root(*S), expected, 1e-7)
+    assert_allclose(fid.trace_of_root(*S), expected, 1e-12)
 
 
 def test_scale_and_sameness(rng):

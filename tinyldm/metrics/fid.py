@@ -76,7 +76,8 @@ def _trace_of_root(A, B):
 def _factor(S):
     """P (F,R) with P P.T = S, of rank R."""
     values, vectors = np.linalg.eigh(S)
-    kept = values > 0                                   # rounding makes some slightly negative
+    # With fewer pictures than features most should be 0; rounding makes them about +-1e-16.
+    kept = values > len(S) * np.finfo(S.dtype).eps * values[-1]
     return vectors[:, kept] * values[kept] ** 0.5
 
 
