@@ -32,7 +32,7 @@ MAY_IMPORT = {
                            "checkpoints"},
     "cli": BOTTOM | {"__version__", "noise", "images", "text", "layers", "models", "checkpoints",
                      "pipelines"},
-    "inspect": BOTTOM | {"checkpoints", "cli", "images", "layers"},
+    "inspect": BOTTOM | {"checkpoints", "cli", "images", "layers", "models"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "checkpoints"},
     "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
                         "pipelines", "training", "cli"},

@@ -278,10 +278,13 @@ def check_image(name, image):
                            "PIL.Image.open reads a file")
 
 
-def from_pil(image, size):
-    """Resize a PIL image to size = (W, H) -> (1,H,W,3) float32 in [-1, 1]."""
+def from_pil(image, size, filter="lanczos"):
+    """Resize a PIL image to size = (W, H) -> (1,H,W,3) float32 in [-1, 1].
+
+    filter: "lanczos" or "bicubic".
+    """
     image = _on_white(decoded("image", image)).convert("RGB")
-    return (np.asarray(_resized(image, size), np.float32) / 255 * 2 - 1)[None]
+    return (np.asarray(_resized(image, size, filter), np.float32) / 255 * 2 - 1)[None]
 
 
 def mask_from_pil(mask, size):
@@ -291,10 +294,10 @@ def mask_from_pil(mask, size):
     return (np.asarray(mask, np.float32) / 255 >= 0.5).astype(np.float32)[None, :, :, None]
 
 
-def _resized(image, size):
+def _resized(image, size, filter="lanczos"):
     from PIL import Image
 
-    return image.resize(size, Image.Resampling.LANCZOS)
+    return image.resize(size, Image.Resampling[filter.upper()])
 
 
 def check_mask_size(mask, image):

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DModel as ReferenceUNet2D
 
 from tests.support.arrays import read_only
-from tests.support.models import PIXELS, UNETS_2D
+from tests.support.models import CAT256, CIFAR10, PIXELS, TRACE, UNETS_2D
 from tests.support.pairs import unet_2d_pair
 from tests.support.reference import assert_same_gradients, nchw, nhwc
 from tests.support.tolerance import assert_close
@@ -13,19 +13,6 @@ from tinyldm import backend
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Tape, file_shape
 from tinyldm.models import UNet2DModel
-
-CIFAR10 = {
-    "sample_size": 32, "block_out_channels": [128, 256, 256, 256], "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
-    "flip_sin_to_cos": False, "freq_shift": 1}
-CAT256 = CIFAR10 | {
-    "sample_size": 256, "block_out_channels": [128, 128, 256, 256, 512, 512],
-    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4]}
-TRACE = {"sample_size": 128, "block_out_channels": [128, 128, 256, 256, 512, 512],
-         "down_block_types": ["DownBlock2D"] * 6, "up_block_types": ["UpBlock2D"] * 6}
 
 
 def run(reference, latents, timesteps, labels):

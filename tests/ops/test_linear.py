@@ -20,3 +20,10 @@ def test_scale_shift(B, C, rng):
     check_op(ops.scale_shift, ops.scale_shift_backward,
              [rng.normal(size=(B, C)), rng.normal(size=(1, C)), rng.normal(size=(1, C))],
              lambda x, scale, shift: x * scale + shift)
+
+
+@pytest.mark.parametrize("N, M, P", [(1, 1, 1), (3, 3, 5), (2, 7, 4)])
+def test_similarity(N, M, P, rng):
+    check_op(ops.similarity, ops.similarity_backward,
+             [rng.normal(size=(N, P)), rng.normal(size=(M, P)), rng.normal(size=())],
+             lambda a, b, log_scale: log_scale.exp() * a @ b.T)

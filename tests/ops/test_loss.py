@@ -1,10 +1,12 @@
 """The losses and their gradients."""
+import numpy as np
 import pytest
 
 from tests.support.arrays import read_only
 from tests.support.checks import check_op, shapes
 from tests.support.extra import F, library, torch
 from tests.support.reference import chw
+from tests.support.tolerance import within
 from tinyldm import ops
 
 
@@ -34,3 +36,19 @@ def test_kl_normal(shape, rng):
 def test_cross_entropy(R, V, rng):
     check_op(ops.cross_entropy, ops.cross_entropy_backward,
              [5 * rng.normal(size=(R, V)) + 1000, rng.integers(0, V, R)], F.cross_entropy)
+
+
+@pytest.mark.parametrize("N", [1, 2, 7])
+def test_contrastive(N, rng):
+    def reference(logits):
+        return library("transformers.models.clip.modeling_clip").image_text_contrastive_loss(logits)
+    logits = 5 * rng.normal(size=(N, N)) + 1000
+    check_op(ops.contrastive, ops.contrastive_backward, [logits], reference)
+
+
+def test_contrastive_of_one_pair_and_of_equal_logits():
+    loss, cache = ops.contrastive(np.array([[3.0]]))
+    assert loss == 0 and not ops.contrastive_backward(1.0, cache).any()
+    within(ops.contrastive(np.full((2, 2), 7.0))[0] - np.log(2), 1e-15)
+    with pytest.raises(AssertionError, match="2 images and 3 texts are not pairs"):
+        ops.contrastive(np.zeros((2, 3)))

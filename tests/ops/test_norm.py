@@ -48,6 +48,12 @@ def test_batch_norm_relu(shape, eps, rng):
         assert_same(ops.batch_norm_relu(*inputs, eps)[0], hwc(theirs).numpy(), "batch norm")
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (1, 2), (2, 7, 9)], ids=str)
+def test_unit(shape, rng):
+    check_op(ops.unit, ops.unit_backward, [rng.normal(size=shape)],
+             lambda x: x / x.norm(dim=-1, keepdim=True))
+
+
 def test_groups_must_divide_the_channels(rng):
     with pytest.raises(AssertionError, match="5 channels"):
         ops.group_norm(*norm_inputs(rng, (1, 3, 3, 5)), 2, 1e-5)

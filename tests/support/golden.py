@@ -45,12 +45,13 @@ def model(name):
 
     kind, config = models.cases()[name]
     if hasattr(transformers, kind.__name__):
-        reference = getattr(transformers, kind.__name__)(transformers.CLIPTextConfig(**config))
+        build = getattr(transformers, kind.__name__)
+        reference = build(build.config_class(**config))
     else:
         reference = getattr(diffusers, kind.__name__)(**config)
     tensors = models.random_weights(kind(config), 0, np.float64)
     ours = set(dict(reference.named_parameters()))
-    state = {key if key in ours else key.removeprefix("text_model."): torch.from_numpy(tensor)
+    state = {key if key in ours else key.partition("_model.")[2]: torch.from_numpy(tensor)
              for key, tensor in tensors.items()}
     reference = reference.double().eval()
     widen_embeddings(reference)
@@ -64,6 +65,12 @@ def model(name):
         elif "UNet2DModel" in name:
             found = [reference(x["latents"].permute(0, 3, 1, 2), x["timesteps"],
                                class_labels=x.get("class_labels")).sample.permute(0, 2, 3, 1)]
+        elif "CLIPVision" in name:
+            answer = reference(x["images"].permute(0, 3, 1, 2))
+            found = [answer.last_hidden_state, answer.image_embeds if "Projection" in name
+                     else answer.pooler_output]
+        elif "CLIPModel" in name:
+            found = [reference(x["ids"], x["images"].permute(0, 3, 1, 2)).logits_per_image]
         elif "images" in x:
             moments = reference.encode(x["images"].permute(0, 3, 1, 2)).latent_dist
             image = reference.decode(x["z"].permute(0, 3, 1, 2)).sample

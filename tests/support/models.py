@@ -5,8 +5,11 @@ from tests.support.arrays import normal, read_only
 from tinyldm.layers import OUR_AXES, file_shape
 from tinyldm.models import (
     AutoencoderKL,
+    CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     DiTTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -21,10 +24,10 @@ def random_weights(module, seed, dtype=np.float32):
     """
     rng, tensors = np.random.RandomState(seed), {}
     for name, parameter in module.named_parameters():
-        noise = rng.standard_normal(file_shape(parameter))
+        noise = np.asarray(rng.standard_normal(file_shape(parameter)))
         if noise.ndim == 1:
             noise = 0.2 * noise + ("norm" in name and name.endswith("weight"))
-        else:
+        elif noise.ndim:
             noise *= noise[0].size ** -0.5
         tensors[name] = noise.astype(dtype)
     return tensors
@@ -49,7 +52,7 @@ def with_weights(module, tensors):
     for name, parameter in module.named_parameters():
         tensor = tensors[name]
         tensor = tensor.transpose(OUR_AXES) if tensor.ndim == 4 else tensor
-        parameter.data = read_only(np.ascontiguousarray(tensor))
+        parameter.data = read_only(np.asarray(tensor, order="C"))
     return module
 
 
@@ -133,6 +136,19 @@ UNETS_2D = {                # of UNet2DModel
                                      down_block_types=["AttnDownBlock2D"],
                                      up_block_types=["UpBlock2D"], layers_per_block=3),
 }
+# Published ones: google/ddpm-cifar10-32, google/ddpm-cat-256; and the tutorials' of 128 pixels.
+CIFAR10 = {
+    "sample_size": 32, "block_out_channels": [128, 256, 256, 256], "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
+    "flip_sin_to_cos": False, "freq_shift": 1}
+CAT256 = CIFAR10 | {
+    "sample_size": 256, "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4]}
+TRACE = {"sample_size": 128, "block_out_channels": [128, 128, 256, 256, 512, 512],
+         "down_block_types": ["DownBlock2D"] * 6, "up_block_types": ["UpBlock2D"] * 6}
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4)
 VAES = {
     "four levels": dict(VAE, block_out_channels=[4, 8, 8, 16], layers_per_block=2),
@@ -146,6 +162,20 @@ CLIPS = {
                     num_attention_heads=4, hidden_act="quick_gelu"),
     "as SD 2": dict(CLIP, hidden_size=20, intermediate_size=32, num_hidden_layers=2,
                     num_attention_heads=5, hidden_act="gelu"),
+}
+
+
+VISIONS = {                 # of CLIP's vision transformer
+    "as L/14": dict(hidden_size=24, intermediate_size=48, num_hidden_layers=3,
+                    num_attention_heads=4, hidden_act="quick_gelu", image_size=12, patch_size=4),
+    "as H/14": dict(hidden_size=20, intermediate_size=32, num_hidden_layers=2,
+                    num_attention_heads=2, hidden_act="gelu", image_size=11, patch_size=3),
+}
+WHOLE_CLIPS = {             # of CLIPModel
+    "as L/14": {"text_config": dict(CLIPS["as SD 1"], projection_dim=3), "projection_dim": 6,
+                "vision_config": dict(VISIONS["as L/14"], projection_dim=4)},
+    "as H/14, old": {"text_config": dict(CLIPS["as SD 2"], eos_token_id=2, projection_dim=7),
+                     "vision_config": VISIONS["as H/14"], "projection_dim": 7},
 }
 
 
@@ -179,6 +209,8 @@ def cases():
         (UNet2DModel, UNETS_2D), (DiTTransformer2DModel, DITS),
         (AutoencoderKL, {name: vae_config(config) for name, config in VAES.items()}),
         (CLIPTextModel, CLIPS), (CLIPTextModelWithProjection, {"as SDXL": projecting}),
+        (CLIPVisionModel, VISIONS), (CLIPVisionModelWithProjection, {
+            "as L/14": dict(VISIONS["as L/14"], projection_dim=7)}), (CLIPModel, WHOLE_CLIPS),
     ) for name, config in configs.items()}
 
 
@@ -204,6 +236,13 @@ def inputs(name):
         arrays = {"latents": rng.standard_normal((2, size, size, config["in_channels"])),
                   "timesteps": np.array([3.0, 981.0]),
                   "class_labels": np.array([4, config["num_embeds_ada_norm"]])}
+    elif model in (CLIPVisionModel, CLIPVisionModelWithProjection):
+        arrays = {"images": rng.standard_normal((2, *[config["image_size"]] * 2, 3))}
+    elif model is CLIPModel:
+        ids = rng.randint(3, 97, (3, 77))
+        ids[[0, 1, 2], [9, 30, 76]] = 98
+        size = config["vision_config"]["image_size"]
+        arrays = {"images": rng.standard_normal((2, size, size, 3)), "ids": ids}
     elif model is AutoencoderKL:
         arrays = {"images": rng.standard_normal((2, 8, 16, 3)),
                   "z": rng.standard_normal((2, 2, 3, config["latent_channels"]))}
@@ -236,8 +275,8 @@ def outputs(module, arrays, *tape):
         return *module.encode(arrays["images"], *tape), module.decode(arrays["z"], *tape)
     if isinstance(module, DiTTransformer2DModel):
         return (module.forward(*arrays.values(), *tape),)
-    y = module.forward(*(arrays[name] for name in ("latents", "timesteps", "context", "ids")
-                         if name in arrays), *tape,
+    y = module.forward(*(arrays[name] for name in ("latents", "images", "timesteps", "context",
+                                                   "ids") if name in arrays), *tape,
                        **{name: x for name, x in arrays.items() if name in
                           ("timestep_cond", "text_embeds", "time_ids", "class_labels")})
     return y if isinstance(y, tuple) else (y,)
@@ -251,6 +290,8 @@ def backward(module, arrays, dys, tape):
     found = module.backward(*dys, tape)
     if isinstance(module, DiTTransformer2DModel):
         return {"latents": found}
+    if isinstance(module, (CLIPVisionModel, CLIPVisionModelWithProjection, CLIPModel)):
+        return {"images": found}
     names = ("latents", "context", "timestep_cond", "text_embeds", "class_labels")
     return {name: getattr(found, name) for name in names
             if name in arrays and getattr(found, name) is not None}

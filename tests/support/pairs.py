@@ -4,17 +4,23 @@ import torch
 from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel as ReferenceUNet
 from diffusers import UNet2DModel as ReferenceUNet2D
-from transformers import CLIPTextConfig
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPModel as ReferenceWholeCLIP
 from transformers import CLIPTextModel as ReferenceCLIP
 from transformers import CLIPTextModelWithProjection as ReferenceCLIPWithProjection
+from transformers import CLIPVisionModel as ReferenceVision
+from transformers import CLIPVisionModelWithProjection as ReferenceVisionWithProjection
 
 from tests.support.arrays import read_only
 from tests.support.models import CLIPS, CONDITIONED, class_labels, vae_config
 from tests.support.reference import copy_weights, randomise, widen_embeddings
 from tinyldm.models import (
     AutoencoderKL,
+    CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -90,3 +96,24 @@ def projection_pair(end, dtype, **options):
     ids = np.random.default_rng(1).integers(3, 97, (2, 77))
     ids[[0, 1], [9, 30]] = ids[:, 76] = 98
     return reference, module, read_only(ids)
+
+
+def vision_pair(config, dtype):
+    """-> reference, module, images: with a projection if the config has projection_dim."""
+    theirs, ours = ((ReferenceVisionWithProjection, CLIPVisionModelWithProjection)
+                    if "projection_dim" in config else (ReferenceVision, CLIPVisionModel))
+    reference = randomise(theirs(CLIPVisionConfig(**config)).to(dtype)).eval()
+    images = np.random.default_rng(1).standard_normal((2, *[config["image_size"]] * 2, 3))
+    images = images.astype(np.float64 if dtype == torch.float64 else np.float32)
+    return reference, copy_weights(reference, ours(config)), read_only(images)
+
+
+def whole_clip_pair(config, dtype, count=2):
+    """-> reference, module, images, ids: `count` of each; an end token is in each text."""
+    reference = randomise(ReferenceWholeCLIP(CLIPConfig(**config)).to(dtype)).eval()
+    size, rng = config["vision_config"]["image_size"], np.random.default_rng(1)
+    images = rng.standard_normal((count, size, size, 3))
+    images = images.astype(np.float64 if dtype == torch.float64 else np.float32)
+    ids = rng.integers(3, 97, (count, 77))
+    ids[np.arange(count), 9 + np.arange(count)] = ids[:, 76] = 98
+    return reference, copy_weights(reference, CLIPModel(config)), read_only(images), read_only(ids)

@@ -74,17 +74,19 @@ def randomise(reference, seed=0):
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             if parameter.ndim == 1:
                 parameter.copy_(0.2 * noise + ("norm" in name and name.endswith("weight")))
-            else:
+            elif parameter.ndim:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            else:
+                parameter.copy_(noise)
     return reference
 
 
 def reference_names(reference):
-    """Name -> tensor, the text encoder's with the published prefix."""
-    is_text = type(reference).__name__ == "CLIPTextModel"
+    """Name -> tensor, those of CLIP's encoders with the published prefix."""
+    half = {"CLIPTextModel": "text_model.", "CLIPVisionModel": "vision_model."}.get(
+        type(reference).__name__, "")
     for name, parameter in reference.named_parameters():
-        prefix = "text_model." if is_text and not name.startswith("text_model.") else ""
-        yield prefix + name, parameter
+        yield name if name.startswith(half) else half + name, parameter
 
 
 def copy_weights(reference, module):

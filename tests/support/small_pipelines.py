@@ -270,3 +270,24 @@ def smallest(folder):
     return save(folder, make_unet((8, 8), 8, "yn", attention_head_dim=2, sample_size=4,
                                   norm_num_groups=4), make_vae((4, 8, 8)),
                 scheduler("DDIM", steps_offset=1, clip_sample=False), 8)
+
+
+def upscaler(folder, half=False):
+    """The x4 upscaler: picture and latents side by side, levels of noise as classes, v, two
+    schedulers. Its VAE has two halvings."""
+    betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
+    save(folder, make_unet((16, 16, 32), 24, "nyy", attention_head_dim=4, sample_size=8,
+                           in_channels=7, num_class_embeds=1000, use_linear_projection=True,
+                           only_cross_attention=(True, True, False)),
+         make_vae((8, 16, 16), scaling_factor=0.08333),
+         ("DDIMScheduler", betas | {"prediction_type": "v_prediction", "clip_sample": False,
+                                    "set_alpha_to_one": False, "steps_offset": 1}), 24,
+         padding="!", half=half, pipeline="StableDiffusionUpscalePipeline", hidden_act="gelu")
+    (folder / "low_res_scheduler").mkdir()
+    write_json(folder / "low_res_scheduler" / "scheduler_config.json",
+               {"_class_name": "DDPMScheduler", **betas, "clip_sample": True})
+    index = read_json(folder / "model_index.json")
+    index = {key: value for key, value in index.items() if key != "requires_safety_checker"}
+    write_json(folder / "model_index.json", index | {
+        "low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": 350})
+    return folder

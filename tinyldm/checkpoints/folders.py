@@ -60,6 +60,7 @@ PIPELINES = {
     "DDPMPipeline": DDPM,
     "DDIMPipeline": DDPM,
     "PNDMPipeline": DDPM,
+    "StableDiffusionUpscalePipeline": SD | {"low_res_scheduler": SCHEDULER},
     "DiTPipeline": {"transformer": DiTTransformer2DModel, "vae": AutoencoderKL,
                     "scheduler": SCHEDULER},
 }
@@ -199,10 +200,11 @@ class IndexConfig(Config):
     UNUSED = frozenset({
         "safety_checker", "requires_safety_checker", "feature_extractor",   # none here
         "image_encoder",                                # for adapters that read pictures
-        "add_watermarker"})                             # none here
+        "add_watermarker", "watermarker"})              # none here
 
     force_zeros_for_empty_prompt: bool | None = None
     requires_aesthetics_score: bool | None = None
+    max_noise_level: int | None = within(0, 100_000, None)      # of the upscaler
     _num_inference_steps: int | None = within(1, 1000, None)
     _guidance_scale: float | None = within(0, 100, None)
     _guided_channels: int | None = within(1, 1024, None)        # the original DiT's: 3 of 4
@@ -215,6 +217,7 @@ class IndexConfig(Config):
     tokenizer: Part = one_of(default=None, lengths=(2,))
     tokenizer_2: Part = one_of(default=None, lengths=(2,))
     scheduler: Part = one_of(default=None, lengths=(2,))
+    low_res_scheduler: Part = one_of(default=None, lengths=(2,))
 
 
 def read_index(folder):

@@ -1,9 +1,9 @@
 """The names and axes of weights in public files, and in the models here.
 
 The models use today's public names, so most names are equal. Published files have three older
-habits: VAE attention is named query/key/value/proj_attn, text encoders lack the `text_model.`
-prefix, and the constant list of positions 0 to 76 is stored too. Programs that train and merge
-models leave more beside the weights: see is_leftover.
+habits: VAE attention is named query/key/value/proj_attn, CLIP's encoders lack the `text_model.` or
+`vision_model.` prefix, and the constant list of positions 0 to 76 is stored too. Programs that
+train and merge models leave more beside the weights: see is_leftover.
 """
 import re
 
@@ -20,9 +20,10 @@ LEFTOVERS = "|".join((
     r"safety_checker|safety_model|v_pred|ztsnr",                # the last two: see statements.py
 ))
 LEFTOVER = re.compile(rf"(.*\.)?({LEFTOVERS})(\..*)?|(.*[._])?ema([._].*)?")
-# CLIP's other half, which sees pictures; no text encoder here uses it.
-CLIP_LEFTOVER = re.compile(r"(.*\.)?(vision_model|visual|visual_projection)(\..*)?")
-TEXT_PROJECTION = re.compile(r"(.*\.)?text_projection(\.weight)?")
+# The halves of CLIP, which see texts and pictures. What comes after a half is its projection.
+HALVES = {"text_model.": re.compile(r"(.*\.)?(text_model\..*|text_projection(\.weight)?)"),
+          "vision_model.": re.compile(r"(.*\.)?(vision_model|visual|visual_projection)(\..*)?")}
+PROJECTION = re.compile(r"(.*\.)?(text|visual)_projection(\.weight)?")
 # torch puts these words before the names of a module that it compiled or wrapped.
 WRAPPER = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|module)\.")
 # diffusers before 0.17 -> since then
@@ -61,12 +62,13 @@ def ignored(stored, tensors):
 
 
 def _is_unused(name, wanted):
-    """Whether a text encoder has no use for a part of CLIP: its projection, the other half."""
-    if not any(parameter.startswith("text_model.") for parameter in wanted):
+    """Whether an encoder of CLIP has no use for a name: the other half, its own projection."""
+    found = [half for half in HALVES if any(own.startswith(half) for own in wanted)]
+    if not found:
         return False
-    projects = "text_projection.weight" in wanted
-    return bool(CLIP_LEFTOVER.fullmatch(name)
-                or not projects and TEXT_PROJECTION.fullmatch(name))
+    projects = any(PROJECTION.fullmatch(own) for own in wanted)
+    return (any(HALVES[half].fullmatch(name) for half in HALVES.keys() - found)
+            or not projects and bool(PROJECTION.fullmatch(name)))
 
 
 def _public_name(name, wanted):
@@ -77,9 +79,9 @@ def _public_name(name, wanted):
     if bare != name:
         public = _public_name(bare, wanted)
         return public if public in wanted else name
-    prefixed = f"text_model.{name}"
-    if prefixed in wanted:
-        return prefixed
+    for half in HALVES:
+        if half + name in wanted:
+            return half + name
     old = OLD_NAME.fullmatch(name)
     if old and (renamed := f"{old[1]}.{OLD_ATTENTION[old[2]]}.{old[3]}") in wanted:
         return renamed

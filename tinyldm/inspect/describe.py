@@ -5,6 +5,7 @@
                             out, and its parameters by module
     a component's folder    the same, and what does not fit the model that its config.json names
     a pipeline's folder     the same of every component
+    --shapes                of a folder or a file with weights, the shape of every block's output
     a picture               its size, and what tinyldm or another program recorded in it: prompt,
                             steps, sampler, seed ...
 
@@ -26,6 +27,7 @@ from ..checkpoints.components import (
 from ..checkpoints.formats.foreign import HEAD, is_picture
 from ..checkpoints.formats.reading import read_tensors
 from ..checkpoints.layout import fitted
+from ..checkpoints.single_file.ddpm import is_original, public_tensors
 from ..checkpoints.single_file.kinds import family, layout_of
 from ..cli.console import say
 from ..cli.options import Parser
@@ -36,6 +38,7 @@ from .fit import describe_fit, lists
 PNG = b"\x89PNG\r\n\x1a\n"
 LONGEST_LINE = 20_000           # characters; prompts are long
 LONGEST_JSON = 500              # of nodes that nothing here knows
+LARGEST = 8192                  # --size
 MOST_ROWS, WIDEST = 100, 60     # of the table of modules
 
 
@@ -45,7 +48,21 @@ def run(arguments=None):
                     "a picture was made.")
     parser.add_argument("file", type=Path, help="a file of weights, the folder of a pipeline or "
                         "of one component, or a picture")
-    for line in describe(parser.parse_args(arguments).file):
+    parser.add_argument("--shapes", action="store_true", help="print the shape of every block's "
+                        "output instead; of a folder, the config.json is enough")
+    parser.add_argument("--size", type=int, metavar="N", help="with --shapes, height "
+                        "and width of the input, in pixels or latents; default: the config's own")
+    args = parser.parse_args(arguments)
+    if args.size is not None and not (args.shapes and 1 <= args.size <= LARGEST):
+        raise TinyldmError(f"--size must be from 1 to {LARGEST}, and is for --shapes, which must "
+                           "be given, too")
+    if args.shapes:
+        from .shapes import describe_shapes  # takes long to import
+
+        lines = describe_shapes(args.file, args.size)
+    else:
+        lines = describe(args.file)
+    for line in lines:
         say(clean(line, LONGEST_LINE))
 
 
@@ -77,14 +94,15 @@ def describe_pipeline(folder):
     for part, named in index.items():
         if not isinstance(named, list) or named[:1] == [None]:
             continue                                    # a setting, or a component left out
-        if not (folder / part).is_dir():
+        if not (folder / part).is_dir() and not (folder / "config.json").is_file():
             lines.append(f"  missing: the folder {part}")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        config = read_json(scheduler)
+    for place in folder / "scheduler", folder:          # the oldest have all files in one folder
+        if not (place / "scheduler_config.json").is_file():
+            continue
+        config = read_json(place / "scheduler_config.json")
         lines.append(f"  scheduler: {config.get('_class_name')}, the model predicts "
                      f"{config.get('prediction_type', 'epsilon')}")
-    for config in sorted(folder.glob("*/config.json")):
+    for config in sorted([*folder.glob("*/config.json"), *folder.glob("config.json")]):
         try:
             lines += ["", *describe_component(config.parent)]
         except TinyldmError as error:                   # go on with the others
@@ -99,12 +117,14 @@ def describe_component(folder):
                            "config.json (a component): name a folder or a file that does")
     config = read_json(folder / "config.json")
     stored = read_files(find_weights(folder))
-    return [f"{folder}: {class_name(config)}", *describe_tensors(stored),
-            *compare(folder, stored)]
+    name = class_name(config) or (is_original(config) and "UNet2DModel, as the original DDPM "
+                                  "describes it")
+    return [f"{folder}: {name}", *describe_tensors(stored), *compare(folder, stored)]
 
 
 def compare(folder, stored):
     """Lines on how a component's weights differ from its config's model."""
+    stored = public_tensors(stored)
     try:
         parameters = dict(build_model(folder).named_parameters())
     except TinyldmError as error:

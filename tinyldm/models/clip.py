@@ -50,9 +50,13 @@ class CLIPTextConfig(Config):
     layer_norm_eps: float = within(0, 1, 1e-5)
 
     def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads:
-            raise TinyldmError(f"num_attention_heads must divide hidden_size, {self.hidden_size}, "
-                               f"but {self.num_attention_heads} does not")
+        check_heads(self)
+
+
+def check_heads(settings):
+    if settings.hidden_size % settings.num_attention_heads:
+        raise TinyldmError(f"num_attention_heads must divide hidden_size, {settings.hidden_size}, "
+                           f"but {settings.num_attention_heads} does not")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +120,7 @@ class CLIPTextModelWithProjection(Module):
         context = self.text_model(ids, tape, skip=1)
         h = self.text_model.encoder.layers[-1](context, tape)
         h = self.text_model.final_layer_norm(h, tape)
-        places = (ids if self.end == 2 else ids == self.end).argmax(axis=1)
-        rows = get_xp(ids).arange(len(ids)), places
+        rows = end_tokens(ids, self.end)
         tape.save(self, (h, rows))
         return context, self.text_projection(h[rows], tape)
 
@@ -131,10 +134,15 @@ class CLIPTextModelWithProjection(Module):
         self.text_model.backward(dcontext + dh, tape)   # context was used twice: add
 
 
+def end_tokens(ids, end):
+    """The place of each text's end token, see above: states (B,M,D)[end_tokens] is (B,D)."""
+    return get_xp(ids).arange(len(ids)), (ids if end == 2 else ids == end).argmax(axis=1)
+
+
 class CLIPTextTransformer(Module):
     def __init__(self, config):
         self.embeddings = CLIPTextEmbeddings(config)
-        self.encoder = CLIPEncoder(config)
+        self.encoder = CLIPEncoder(config, causal=True)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, ids, tape=NO_TAPE, *, skip=0):    # (B,M) -> (B,M,D)
@@ -173,20 +181,22 @@ class CLIPTextEmbeddings(Module):
         self.token_embedding.backward(dy, tape)
 
 
+# ---- the layers that both of CLIP's transformers have, of texts here, of images in clip_vision.py
+
 class CLIPEncoder(Module):
     """Holds the layers: the names in weight files have this level."""
 
-    def __init__(self, config):
-        self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
+    def __init__(self, config, causal):
+        self.layers = [CLIPEncoderLayer(config, causal) for _ in range(config.num_hidden_layers)]
 
 
 class CLIPEncoderLayer(Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)). causal: token n sees tokens 0..n only."""
 
-    def __init__(self, config):
+    def __init__(self, config, causal):
         D, eps = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = LayerNorm(D, eps)
-        self.self_attn = CLIPAttention(D, config.num_attention_heads)
+        self.self_attn = CLIPAttention(D, config.num_attention_heads, causal)
         self.layer_norm2 = LayerNorm(D, eps)
         self.mlp = CLIPMLP(D, config.intermediate_size, config.hidden_act)
 
@@ -204,14 +214,14 @@ class CLIPEncoderLayer(Module):
 
 
 class CLIPAttention(Module):
-    def __init__(self, channels, num_heads):
+    def __init__(self, channels, num_heads, causal):
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (
             Linear(channels, channels) for _ in range(4))
-        self.num_heads = num_heads
+        self.num_heads, self.causal = num_heads, causal
 
     def forward(self, x, tape=NO_TAPE):                 # (B,M,D) -> (B,M,D)
         q, k, v = self.q_proj(x, tape), self.k_proj(x, tape), self.v_proj(x, tape)
-        y, cache = ops.attention(q, k, v, self.num_heads, causal=True)
+        y, cache = ops.attention(q, k, v, self.num_heads, causal=self.causal)
         tape.save(self, cache)
         return self.out_proj(y, tape)
 

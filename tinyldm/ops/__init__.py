@@ -23,8 +23,10 @@ from .conv import (
     upsample_nearest, upsample_nearest_backward)
 from .embedding import (
     embedding, embedding_backward, timestep_embedding, timestep_embedding_backward)
-from .linear import linear, linear_backward, scale_shift, scale_shift_backward
+from .linear import (
+    linear, linear_backward, scale_shift, scale_shift_backward, similarity, similarity_backward)
 from .loss import (
+    contrastive, contrastive_backward,
     cross_entropy, cross_entropy_backward, kl_normal, kl_normal_backward,
     l1, l1_backward, mse, mse_backward)
 from .modulation import (
@@ -32,7 +34,8 @@ from .modulation import (
     add_gated, add_gated_backward)
 from .norm import (
     batch_norm_relu, batch_norm_relu_backward, group_norm, group_norm_backward,
-    group_norm_silu, group_norm_silu_backward, layer_norm, layer_norm_backward)
+    group_norm_silu, group_norm_silu_backward, layer_norm, layer_norm_backward,
+    unit, unit_backward)
 from .pool import average_pool, average_pool_backward, max_pool, max_pool_backward
 from .shape import (
     concat, concat_backward, split, split_backward, unpatchify, unpatchify_backward)

@@ -80,3 +80,27 @@ def cross_entropy_backward(dloss, cache):
     dlogits /= dlogits.sum(axis=-1, keepdims=True)
     dlogits[xp.arange(labels.shape[0]), labels] -= 1
     return (dlogits * (dloss / labels.shape[0])).astype(logits.dtype, copy=False)
+
+
+def contrastive(logits):
+    """CLIP's loss: each image should find its own text, and each text its own image.
+
+        loss = 1/2 (cross_entropy over the rows + cross_entropy over the columns)
+
+    logits (N,N): row n belongs to image n, column n to its text; the right class is the diagonal.
+    N = 1 gives 0, and equal logits give ln N.
+    Source: Radford et al. 2021, arXiv:2103.00020, section 2.3, figure 3.
+    """
+    N, M = logits.shape
+    assert N == M, f"{N} images and {M} texts are not pairs"
+    pairs = get_xp(logits).arange(N)
+    rows, row_cache = cross_entropy(logits, pairs)
+    columns, column_cache = cross_entropy(logits.T, pairs)
+    return (rows + columns) / 2, (row_cache, column_cache)
+
+
+def contrastive_backward(dloss, cache):
+    """-> dlogits (N,N) = (P - I + Q - I) / 2N, with P, Q the softmax over rows and columns."""
+    rows, columns = cache
+    return (cross_entropy_backward(dloss / 2, rows)
+            + cross_entropy_backward(dloss / 2, columns).T)

@@ -1,5 +1,6 @@
 """Normalisation: group norm (images), group norm followed by SiLU, layer norm (tokens), and batch
-norm followed by ReLU, with the statistics of the data that the network was trained on."""
+norm followed by ReLU, with the statistics of the data that the network was trained on; and vectors
+of length 1 (embeddings)."""
 from ..backend import add_up, fast_twin, get_xp, widen
 from ..kernels import cuda, norm
 from .activation import silu, silu_backward
@@ -153,3 +154,20 @@ def batch_norm_relu_backward(dy, cache):
     dmean, dvar = -dbias * scale, -0.5 * dweight * scale * rstd
     return tuple(gradient.astype(x.dtype, copy=False)
                  for gradient in (g * scale, dweight, dbias, dmean, dvar))
+
+
+def unit(x):
+    """Divide each vector by its length:  y = x / |x|.  x (...,C) -> y (...,C)."""
+    wide = widen(x)
+    length = (wide * wide).sum(axis=-1, keepdims=True) ** 0.5            # (...,1)
+    y = (wide / length).astype(x.dtype, copy=False)
+    return y, (y, length)
+
+
+def unit_backward(dy, cache):
+    """dx = (dy - y * sum(dy * y)) / |x|.  The part of dy along x only changes the length: it is 0.
+    """
+    y, length = cache
+    dy = widen(dy)
+    dx = (dy - y * (dy * y).sum(axis=-1, keepdims=True)) / length
+    return dx.astype(y.dtype, copy=False)

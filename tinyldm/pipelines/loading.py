@@ -21,6 +21,7 @@ HOMES = {
     "DDPMPipeline": "ddpm.DDPM",
     "DDIMPipeline": "ddpm.DDPM",
     "PNDMPipeline": "ddpm.DDPM",
+    "StableDiffusionUpscalePipeline": "upscale.Upscaler",
     "DiTPipeline": "dit.DiT",
 }
 

@@ -9,16 +9,26 @@ def check_parts(readers, unet, vae, class_embed_type=None):
 
     class_embed_type: what the pipeline gives the UNet as class_labels; None: nothing.
     """
-    texts, unet = [encoder.settings for _, encoder in readers], unet.settings
     check_colours(vae)
-    C, D = vae.settings.latent_channels, sum(text.hidden_size for text in texts)
-    for key, fitting, reason in [
-            ("in_channels", (C, 2 * C + 1), f"VAE's latent_channels is {C}"),
-            ("out_channels", (C,), f"VAE's latent_channels is {C}"),
-            ("cross_attention_dim", (D,), f"text encoder's hidden_size is {D}")]:
+    C = vae.settings.latent_channels
+    check_unet(readers, unet, (C, 2 * C + 1), (C,), f"the VAE's latent_channels is {C}",
+               class_embed_type)
+
+
+def check_unet(readers, unet, in_channels, out_channels, reason, class_embed_type=None):
+    """Raise TinyldmError for a UNet that does not fit: [(tokenizer, text encoder)] and UNet.
+
+    in_channels, out_channels: those that fit, with the reason. class_embed_type: what the pipeline
+    gives the UNet as class_labels; "a table": a row's number; None: nothing.
+    """
+    texts, unet = [encoder.settings for _, encoder in readers], unet.settings
+    D = sum(text.hidden_size for text in texts)
+    for key, fitting, why in [
+            ("in_channels", in_channels, reason), ("out_channels", out_channels, reason),
+            ("cross_attention_dim", (D,), f"the text encoder's hidden_size is {D}")]:
         value = getattr(unet, key)                      # may be a list, one item per level
         if not np.isin(value, fitting).all():
-            _misfit(f"the UNet's {key} is {value}, but the {reason}")
+            _misfit(f"the UNet's {key} is {value}, but {why}")
     classes = unet.class_embed_type or unet.num_class_embeds and "a table"
     if classes != class_embed_type:
         _misfit(f"the UNet's class embedding is {classes}, but this pipeline's is "

@@ -113,8 +113,41 @@ class Drawing:
         return [mixed(seed, generator, BetweenGenerator) for seed in self.seeds()]
 
 
+class Prompted(Drawing):
+    """What the options of pipelines with a text encoder share besides. Further fields:
+
+    prompt, negative_prompt, guidance_scale, clip_skip
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "clip_skip", whole(self.clip_skip))
+        if self.negative_prompt is None:
+            object.__setattr__(self, "negative_prompt", "")
+        if self.guidance_scale is not None:
+            check_finite("guidance_scale", self.guidance_scale)
+        check_prompts(self.prompts, self.negative_prompts)
+        if self.clip_skip is not None:
+            check_whole("clip_skip", self.clip_skip, 0, MOST_LAYERS)
+
+    @property
+    def prompts(self):
+        """A list, of one prompt or several."""
+        prompts = as_list(self.prompt)
+        if not prompts:
+            raise TinyldmError("a list of prompts must have at least one: give one")
+        return prompts
+
+    subjects = prompts
+
+    @property
+    def negative_prompts(self):
+        """A list, one for each prompt, where one text is for all."""
+        return negatives_of(self.negative_prompt, self.prompts)
+
+
 @dataclass(frozen=True, eq=False)
-class Request(Drawing):
+class Request(Prompted):
     """The options, in the order in which they may be given by position.
 
     prompt: what to draw, at any length, with weights such as (word:1.3): see text/prompt.py. A list
@@ -178,37 +211,14 @@ class Request(Drawing):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("width", "height", "clip_skip"):
-            object.__setattr__(self, name, whole(getattr(self, name)))
-        if self.negative_prompt is None:
-            object.__setattr__(self, "negative_prompt", "")
-        if self.guidance_scale is not None:
-            check_finite("guidance_scale", self.guidance_scale)
         check_fraction("guidance_rescale", self.guidance_rescale)
-        check_prompts(self.prompts, self.negative_prompts)
         for name in ("width", "height"):
+            object.__setattr__(self, name, whole(getattr(self, name)))
             if getattr(self, name) is not None:
                 check_pixels(name, getattr(self, name))
-        if self.clip_skip is not None:
-            check_whole("clip_skip", self.clip_skip, 0, MOST_LAYERS)
         check_edit(self.image, self.strength, self.mask)
         for name in ("image", "mask"):                  # decoded here, once, for all that read them
             object.__setattr__(self, name, decoded_ends(name, getattr(self, name)))
-
-    @property
-    def prompts(self):
-        """A list, of one prompt or several."""
-        prompts = as_list(self.prompt)
-        if not prompts:
-            raise TinyldmError("a list of prompts must have at least one: give one")
-        return prompts
-
-    subjects = prompts
-
-    @property
-    def negative_prompts(self):
-        """A list, one for each prompt, where one text is for all."""
-        return negatives_of(self.negative_prompt, self.prompts)
 
 
 def negatives_of(negative_prompt, prompts):

@@ -74,7 +74,7 @@ def write_safetensors(tensors, path):
 
     Raises TinyldmError if the file cannot be written.
     """
-    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
