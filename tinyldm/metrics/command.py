@@ -84,8 +84,8 @@ def parse(arguments):
 def options(add):
     add("--inception", metavar="FILE", help="the weights of the Inception network")
     add("--clip", metavar="FOLDER", help="a CLIP with a vision model: a folder or a file")
-    add("--resize", choices=tuple(features.RESIZES), help="to the Inception network's size as pytorch-fid "
-        "does (pytorch, the default), as clean-fid does, or as TensorFlow 1 did (tf)")
+    add("--resize", choices=tuple(features.RESIZES), help="to the Inception network's size as "
+        "pytorch-fid does (pytorch, the default), as clean-fid does, or as TensorFlow 1 did (tf)")
     add("--batch", type=int, default=50, metavar="N", help="pictures at a time (50)")
     add("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: a GPU, with CuPy (cpu)")
 

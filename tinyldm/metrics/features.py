@@ -60,8 +60,9 @@ def extract(pictures, extractor, batch=50, progress=lambda done: None):
     """
     found = []
     for start in range(0, len(pictures), batch):
-        arrays = parallel(lambda picture: extractor.prepare(as_image(picture)),
-                          pictures[start:start + batch])
+        # Opened one by one: in several threads Python's filters of warnings would get mixed up.
+        images = [as_image(picture) for picture in pictures[start:start + batch]]
+        arrays = parallel(extractor.prepare, images)
         features = to_host(extractor.compute(extractor.xp.asarray(np.stack(arrays))))
         if not is_finite(features):
             raise TinyldmError("the features hold NaN or infinity: the network's weights are not "
@@ -103,8 +104,12 @@ def bundled_vae(module):
     No one else has such features, so they compare only among themselves. But nothing else is
     needed, and they tell the bundled model's pictures apart.
     """
-    from ..images import from_pil
+    from PIL import Image
 
-    size = module.settings.sample_size
-    return Extractor("the bundled VAE", lambda image: from_pil(image, (size, size))[0],
+    side = module.settings.sample_size
+
+    def prepare(image):
+        image = image.resize((side, side), Image.Resampling.LANCZOS)
+        return np.asarray(image, np.float32) / 127.5 - 1
+    return Extractor("the bundled VAE", prepare,
                      lambda images: module.encode(images)[0].reshape(len(images), -1), module.xp)
