@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.drawing import Reference, assert_same_drawing, ours
 from tests.support.extra import diffusers, transformers
-from tests.support.small_pipelines import change_json, sdxl, smallest
+from tests.support.small_pipelines import change_json, dit, sdxl, smallest
 from tinyldm.checkpoints.folders import PIPELINES, IndexConfig
 from tinyldm.diffusion.schedule import SchedulerConfig
 from tinyldm.errors import TinyldmError
@@ -39,10 +39,12 @@ TOKENIZER_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max
                   "added_tokens_decoder")
 XL_KINDS = {"text_encoder_2/config.json": CLIPTextProjectionConfig, "unet/config.json": UNetConfig}
 
+DIT_KINDS = {"transformer/config.json": DiTConfig, "model_index.json": IndexConfig}
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {make: make(tmp_path_factory.mktemp(make.__name__)) for make in (smallest, sdxl)}
+    return {make: make(tmp_path_factory.mktemp(make.__name__)) for make in (smallest, sdxl, dit)}
 
 
 def keys_of(kind, file):
@@ -57,7 +59,8 @@ def outcome(folder):
     """"drawn" or the message. Whatever else happens fails the test."""
     try:
         pipe = load(folder)
-        *_, state = pipe.stream("red cat", num_inference_steps=1)
+        subject = "umbrella" if "label" in pipe.Options.__dataclass_fields__ else "red cat"
+        *_, state = pipe.stream(subject, num_inference_steps=1)
         return "drawn" if np.isfinite(pipe.decode(state.latents)).all() else "not finite"
     except TinyldmError as error:
         return str(error)
@@ -67,7 +70,8 @@ def outcome(folder):
 @pytest.mark.parametrize("make, name, kind", [
     *((smallest, *row) for row in KINDS.items()),
     *((smallest, name, None) for name in sorted(TOKENIZER)),
-    *((sdxl, *row) for row in XL_KINDS.items())],
+    *((sdxl, *row) for row in XL_KINDS.items()),
+    *((dit, *row) for row in DIT_KINDS.items())],
     ids=lambda value: getattr(value, "__name__", None))
 def test_every_key_with_every_bad_value(folders, make, name, kind):
     file = folders[make] / name

@@ -17,7 +17,7 @@ from tests.support.gpu import LARGE, PROMPT, draw, sampled
 from tests.support.models import CLIPS, UNETS, UNETS_2D, VAES, class_labels, vae_config
 from tests.support.pictures import hole, picture
 from tests.support.schedulers import SD15
-from tests.support.small_pipelines import inpainting, lcm, sdxl
+from tests.support.small_pipelines import change_json, dit, inpainting, lcm, sdxl
 from tests.support.sources import PACKAGE, SOURCES
 from tests.support.tolerance import assert_allclose, assert_same_pixels, within
 from tinyldm import Between, backend, layers, ops
@@ -253,6 +253,21 @@ def test_a_picture(options, pipes):
     latents, close = draw(pipes["float16"], **options)
     assert latents.dtype == np.float32                  # the sampler's sums
     assert_same_pixels(close, images, 4)
+
+
+@pytest.mark.parametrize("scheduler", [{}, {"_class_name": "DDPMScheduler",
+                                            "variance_type": "learned_range"}], ids=str)
+def test_dit(scheduler, tmp_path):
+    """A label in place of a prompt; also the variance that a model learned."""
+    folder = dit(tmp_path / "dit")
+    change_json(folder / "scheduler" / "scheduler_config.json", **scheduler)
+    host, device, half = load(folder), *(load(folder, "cuda", dtype)
+                                         for dtype in ("float32", "float16"))
+    expected, images = draw(host, prompt="umbrella")
+    latents, same = draw(device, prompt="umbrella")
+    np.testing.assert_array_equal(latents, expected)
+    np.testing.assert_array_equal(same, images)
+    within(abs(draw(half, prompt="umbrella")[1] - images).mean(), 3)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

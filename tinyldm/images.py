@@ -287,6 +287,14 @@ def from_pil(image, size, filter="lanczos"):
     return (np.asarray(_resized(image, size, filter), np.float32) / 255 * 2 - 1)[None]
 
 
+def to_rgb(name, image):
+    """Any PIL image -> an upright one of mode "RGB", with white behind transparent parts.
+
+    Raises TinyldmError, with the name, as `decoded` does.
+    """
+    return _on_white(decoded(name, image)).convert("RGB")
+
+
 def mask_from_pil(mask, size):
     """Resize a PIL image to size = (W, H) -> (1,H,W,1) float32: 1 if at least half white, else 0.
     """

@@ -136,6 +136,13 @@ def test_bad_descriptions_end_in_one_line(change, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_file_without_a_description(tmp_path):
+    write(tmp_path, SMALL, reference_of(SMALL).state_dict(), "model-790000.ckpt")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(TinyldmError, match="original DDPM code: put a config.json with its desc"):
+        tinyldm.load_model(tmp_path / "model-790000.ckpt")
+
+
 def test_an_incomplete_description(tmp_path):
     with pytest.raises(TinyldmError, match="original DDPM .*lacks num_res_blocks, resolution"):
         tinyldm.load_model(write(tmp_path, {"ch": 64, "ch_mult": [1, 2]}, {}))

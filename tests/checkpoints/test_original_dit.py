@@ -14,6 +14,7 @@ from tests.support.original_dit import OriginalDiT
 from tests.support.reference import nchw, nhwc, randomise
 from tests.support.tolerance import assert_close, within
 from tinyldm.errors import TinyldmError
+from tinyldm.inspect.__main__ import main as inspect
 from tinyldm.layers import Tape
 from tinyldm.models.dit import config_of
 
@@ -182,10 +183,30 @@ QKV = "blocks.1.attn.qkv.weight"
     (replaced("x_embedder.proj.weight", lambda x: x[:, :, :1]), "wrong shape: .*proj_out_2|pos_e"),
     (replaced("x_embedder.proj.bias", lambda x: x * np.nan), "holds NaN"),
     (lambda tensors: {**tensors, "blocks.9999.mlp.fc1.bias": np.zeros(256, np.float32)},
-     "num_layers must be"),
+     "holds no DiT that is supported .num_layers must be"),
+    (replaced("x_embedder.proj.weight", lambda x: x[:0]), "0 channels and 16 tokens: expected"),
+    (replaced("x_embedder.proj.weight", lambda x: x[:, :, :0, :0]), "expected a multiple of 64"),
+    (replaced("y_embedder.embedding_table.weight", lambda x: x[:0]), "num_embeds_ada_norm must be"),
+    (replaced("final_layer.linear.weight", lambda x: x[:3]), "out_channels must be"),
+    (lambda tensors: {**tensors, "pos_embed": np.zeros((1, 10**6, 1), np.float32),
+                      "x_embedder.proj.weight": np.zeros((65536, 4, 1, 1), np.float32)},
+     "its pos_embed is not DiT's table|not supported|sample_size must be"),
+    (lambda tensors: {**tensors, "pos_embed": np.zeros((1, 90000, 1), np.float32),
+                      "x_embedder.proj.weight": np.zeros((65536, 4, 1, 1), np.float32)},
+     "its pos_embed is not DiT's table"),
 ])
 def test_files_that_do_not_fit(change, message, tmp_path):
     file = write(tmp_path / "x.safetensors", change(state(original())))
     with pytest.raises(TinyldmError) as error:
         tinyldm.load_model(file)
     assert re.search(message, str(error.value).replace("\n", " ")), error.value
+
+
+def test_inspect_tells_what_it_is(tmp_path, capsys):
+    file = write(tmp_path / "x.safetensors", without("blocks.0.mlp.fc1.bias")(state(original())))
+    assert inspect([str(file)]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"layout: original", "kind: DiT", "unexpected: none",
+            "one component: DiTTransformer2DModel (--vae gives it a VAE to draw with)",
+            "missing: 1: transformer_blocks.0.ff.net.0.proj.bias",
+            "left out, as it is no weight: 1: pos_embed"} <= set(lines)

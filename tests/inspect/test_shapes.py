@@ -11,6 +11,7 @@ from tests.support.models import CIFAR10, TRACE
 from tinyldm.inspect import shapes
 from tinyldm.inspect.__main__ import main
 from tinyldm.layers import forward_hooks, named_modules
+from tinyldm.models.inception import InceptionV3
 
 # From tutorials: the channels and the side of each residual block and resampling, one by one.
 DOWN = [[(128, 128)] * 2 + [(128, 64)], [(128, 64)] * 2 + [(128, 32)],
@@ -87,6 +88,11 @@ def test_every_model_of_the_tests_has_inputs(name):
     any_size = "UNet" in name or "Autoencoder" in name
     lines = shapes.of_model("it", model(config), 16 if any_size else None)
     assert lines[0].startswith(f"it: {model.__name__}, ") and len(lines) > 8
+
+
+def test_kernels_that_are_not_square():
+    lines = shapes.of_model("it", InceptionV3(), 299)
+    assert rows_of(lines)["Mixed_6e"] == "(1, 768, 17, 17)"
 
 
 def test_a_pipeline_and_its_parts(weights, capsys):

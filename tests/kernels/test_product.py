@@ -26,7 +26,7 @@ def test_linear_and_its_backward(shape, O):
 
 @pytest.mark.parametrize("R, I, O", [
     (5, 7, 3), (3, 7, 5), (1, 1, 1), (700, 40, 600), (600, 30, 700), (77, 768, 700),
-    (17, 700, 770)])
+    (17, 700, 770), (2, 30, 700), (3, 30, 2)])
 def test_product(R, I, O):
     x, weight, bias = normal(R, I), normal(O, I, seed=1), normal(O, seed=2)
     assert_close(product(x, weight.T, bias), x @ weight.T + bias, TOLERANCE)

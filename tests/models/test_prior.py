@@ -40,17 +40,16 @@ PRIORS = {
 KARLO = {"_class_name": "PriorTransformer", "additional_embeddings": 4, "attention_head_dim": 64,
          "dropout": 0.0, "embedding_dim": 768, "num_attention_heads": 32, "num_embeddings": 77,
          "num_layers": 20}
-NAMES = ("embeds", "timesteps", "text_embeds", "context")
 
 
 def make_inputs(config, kind=np.float64, batch=3):
-    """-> embeds, timesteps, text_embeds, context, and a mask whose first token is always seen."""
+    """-> latents, timesteps, text_embeds, context, and a mask whose first token is always seen."""
     rng, M, C = np.random.default_rng(1), config["num_embeddings"], config["embedding_dim"]
     P = config.get("embedding_proj_dim") or C
-    embeds, text_embeds, context = (rng.standard_normal((batch, *shape)).astype(kind)
+    latents, text_embeds, context = (rng.standard_normal((batch, *shape)).astype(kind)
                                     for shape in ((C,), (P,), (M, C)))
     mask = np.arange(M) < np.array([M, 1, max(M // 2, 1)])[:batch, None]
-    return tuple(map(read_only, (embeds, np.array([3, 981, 500][:batch]), text_embeds, context,
+    return tuple(map(read_only, (latents, np.array([3, 981, 500][:batch]), text_embeds, context,
                                  mask)))
 
 
@@ -65,9 +64,9 @@ def pair(config, dtype):
                                           else np.float32)
 
 
-def call(reference, embeds, timesteps, text_embeds, context, mask=None):
+def call(reference, latents, timesteps, text_embeds, context, mask=None):
     mask = None if mask is None else torch.from_numpy(mask.copy())
-    found = reference(embeds, torch.from_numpy(timesteps.copy()), text_embeds, context, mask)
+    found = reference(latents, torch.from_numpy(timesteps.copy()), text_embeds, context, mask)
     return reference.post_process_latents(found.predicted_image_embedding)
 
 
@@ -108,14 +107,14 @@ def test_float32(name):
 
 def test_what_is_hidden_changes_nothing():
     """Padding is never seen. The timestep comes after the text, and is always seen."""
-    _, module, (embeds, timesteps, text_embeds, context, mask) = pair(PRIOR, torch.float64)
-    before = module(embeds, timesteps, text_embeds, context, mask=mask)
+    _, module, (latents, timesteps, text_embeds, context, mask) = pair(PRIOR, torch.float64)
+    before = module(latents, timesteps, text_embeds, context, mask=mask)
     other = np.where(mask[..., None], context, 7.0)
     np.testing.assert_array_equal(
-        before, module(embeds, timesteps, text_embeds, other, mask=mask))
-    assert abs(before - module(embeds, timesteps, text_embeds, other)).max() > 0.01
-    assert (abs(before - module(embeds, timesteps + 5, text_embeds, context, mask=mask)).max(axis=1)
-            > 1e-4).all()
+        before, module(latents, timesteps, text_embeds, other, mask=mask))
+    assert abs(before - module(latents, timesteps, text_embeds, other)).max() > 0.01
+    later = module(latents, timesteps + 5, text_embeds, context, mask=mask)
+    assert (abs(before - later).max(axis=1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -190,11 +189,11 @@ def test_a_config_that_is_not_built_is_named(tmp_path, change, message):
 
 
 def test_wrong_inputs_are_named():
-    _, module, (embeds, timesteps, text_embeds, context, _) = pair(PRIOR, torch.float32)
+    _, module, (latents, timesteps, text_embeds, context, _) = pair(PRIOR, torch.float32)
     with pytest.raises(AssertionError, match=r"must be \(B,M,C\) = \(3,7,C\), not \(3, 6, 8\)"):
-        module(embeds, timesteps, text_embeds, context[:, 1:])
+        module(latents, timesteps, text_embeds, context[:, 1:])
     with pytest.raises(AssertionError, match=r"timesteps must be an array of shape \(3,\)"):
-        module(embeds, 3, text_embeds, context)
+        module(latents, 3, text_embeds, context)
 
 
 # ---- the normaliser -----------------------------------------------------------------------------

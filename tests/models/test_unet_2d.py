@@ -1,10 +1,14 @@
 """DDPM's UNet against diffusers on random weights: outputs, all gradients, names and shapes."""
+import dataclasses
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel as ReferenceUNet2D
 
 from tests.support.arrays import read_only
+from tests.support.keys import digest
 from tests.support.models import CAT256, CIFAR10, PIXELS, TRACE, UNETS_2D
 from tests.support.pairs import unet_2d_pair
 from tests.support.reference import assert_same_gradients, nchw, nhwc
@@ -58,10 +62,11 @@ def test_float32(name):
         assert_close(module(latents, timesteps, class_labels=labels), theirs, 1e-4, "plain")
 
 
-@pytest.mark.parametrize("config, tensors, numbers", [
-    (CIFAR10, 328, 35_746_307), (CAT256, 450, 113_673_219), (TRACE, 400, 108_414_979)],
-    ids=["cifar10", "cat-256", "trace"])
-def test_names_and_shapes_are_the_published_ones(config, tensors, numbers):
+@pytest.mark.parametrize("config, tensors, numbers, listed", [
+    (CIFAR10, 328, 35_746_307, "5a35041a67ef8656"), (CAT256, 450, 113_673_219, "bf99219a0b986be8"),
+    (TRACE, 400, 108_414_979, None)], ids=["cifar10", "cat-256", "trace"])
+def test_names_and_shapes_are_the_published_ones(config, tensors, numbers, listed):
+    """listed: the digest of the list of what the public file holds."""
     with torch.device("meta"):
         reference = ReferenceUNet2D(**config)
     theirs = {name: tuple(tensor.shape) for name, tensor in reference.named_parameters()}
@@ -70,6 +75,17 @@ def test_names_and_shapes_are_the_published_ones(config, tensors, numbers):
     assert ours == theirs
     assert len(ours) == tensors
     assert sum(int(np.prod(shape)) for shape in ours.values()) == numbers
+    assert listed in (None, digest([("unet", *item) for item in ours.items()]))
+
+
+def test_every_key_of_the_public_class_is_known_and_has_its_default():
+    public = inspect.signature(ReferenceUNet2D.__init__).parameters
+    own, fields = UNet2DModel.Settings, dataclasses.fields(UNet2DModel.Settings)
+    assert public.keys() - {"self"} <= {field.name for field in fields} | own.CHANGES.keys() | (
+        own.UNUSED)
+    for field in fields:
+        if field.name in public:
+            assert field.default == public[field.name].default, field.name
 
 
 def test_a_missing_head_dim_is_the_default_of_diffusers():

@@ -13,6 +13,7 @@ B, H, C, G, T = 2, 6, 8, 4, 12                          # T tokens
     ("conv2d", [(B, H, H, C), (3, 3, C, 5), (5,)], 0, {"padding": (1, 1)}),
     ("upsample_nearest", [(B, H, H, C)], 0, {}),
     ("downsample_average", [(B, H, H, C)], 0, {}),
+    ("upsample_bilinear", [(B, H, H, C)], 2 * 2 * H * H, {"size": (2 * H, 2 * H)}),
     ("group_norm", [(B, H, H, C), (C,), (C,)], 2 * B * G, {"num_groups": G, "eps": 1e-5}),
     ("group_norm_silu", [(B, H, H, C), (C,), (C,)], 2 * B * G, {"num_groups": G, "eps": 1e-5}),
     ("layer_norm", [(T, C), (C,), (C,)], 2 * T, {"eps": 1e-5}),

@@ -60,6 +60,20 @@ def test_upsample_nearest_to_another_size(size, rng):
         ops.upsample_nearest(rng.normal(size=(1, 3, 4, 2)), size)
 
 
+@pytest.mark.parametrize("shape, size", [
+    ((1, 1, 1, 1), (1, 1)), ((2, 1, 3, 2), (5, 3)), ((2, 4, 3, 5), (16, 12)), ((1, 5, 4, 3), (7, 9))
+], ids=str)
+def test_upsample_bilinear(shape, size, rng):
+    check_op(ops.upsample_bilinear, ops.upsample_bilinear_backward, [rng.normal(size=shape)],
+             lambda x: hwc(F.interpolate(chw(x), size=size, mode="bilinear", align_corners=True)),
+             size=size)
+
+
+def test_upsample_bilinear_does_not_shrink(rng):
+    with pytest.raises(AssertionError, match="is larger than"):
+        ops.upsample_bilinear(rng.normal(size=(1, 3, 4, 2)), (6, 3))
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 2, 1), (3, 6, 4, 5)], ids=str)
 def test_downsample_average(shape, rng):
     check_op(ops.downsample_average, ops.downsample_average_backward, [rng.normal(size=shape)],

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tinyldm
+from tests.support import strict
 from tests.support.models import PIXELS
 from tests.support.reference import float32_noise, randomise, widen_embeddings
 from tests.support.tolerance import assert_allclose, assert_close
@@ -82,6 +83,20 @@ def test_whole_drawings(kind, root, tmp_path):
     assert abs(np.asarray(image) - 255 * theirs[0]).max() < 1
 
 
+def test_the_oldest_files(tmp_path):
+    """As google/ddpm-cifar10-32: a pickle, with the first names of attention's matrices."""
+    reference().save_pretrained(tmp_path, safe_serialization=False)
+    to_root(tmp_path)
+    expected = pictures(tinyldm.load(tmp_path), 0, 2)
+    file = tmp_path / "diffusion_pytorch_model.bin"
+    words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = torch.load(file)
+    for new, old in words.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    torch.save(tensors, file)
+    np.testing.assert_array_equal(pictures(tinyldm.load(tmp_path), 0, 2), expected)
+
+
 def test_the_published_tiny_pipeline():
     """test_ddpm.py of diffusers: torch's initialisation and noise from seed 0."""
     torch.manual_seed(0)
@@ -114,10 +129,17 @@ def test_what_save_writes_diffusers_draws(kind, tmp_path):
     ("DDPM", 1000, "ddpm"), ("DDIM", 50, "ddim"), ("PNDM", 50, "pndm")])
 def test_defaults(kind, steps, sampler):
     unet = UNet2DModel(SMALL)
-    pipe = DDPM(unet, LINEAR | {"_class_name": "DDPMScheduler"}, kind=f"{kind}Pipeline")
+    scheduler = LINEAR | {"_class_name": "DDPMScheduler", "skip_prk_steps": True}
+    pipe = DDPM(unet, scheduler, kind=f"{kind}Pipeline")
     assert (pipe.num_inference_steps, pipe.sampler()) == (steps, sampler)
     short = DDPM(unet, LINEAR | {"num_train_timesteps": 20})
     assert short.num_inference_steps == 20
+
+
+def test_pndm_begins_without_runge_kutta_and_a_note_says_so():
+    pipe = DDPM(UNet2DModel(SMALL), LINEAR, kind="PNDMPipeline")
+    with pytest.warns(UserWarning, match="skip_prk_steps = False is not built here"):
+        assert pipe.sampler() == "pndm"
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +247,18 @@ def test_a_learned_variance_that_the_model_does_not_predict():
 def test_models_that_give_no_pictures(changes, message):
     with pytest.raises(TinyldmError, match=message):
         DDPM(UNet2DModel(SMALL | changes), LINEAR)
+
+
+@pytest.mark.parametrize("dtype, allowed", [("float32", 0), ("float16", 3)])
+def test_on_a_gpu(dtype, allowed, tmp_path):
+    """The stand-in for CuPy: the same picture as on the CPU."""
+    tinyldm.save(random_pipe(num_class_embeds=5), tmp_path / "pipe")
+    options = {"seed": 1, "label": [1, 2], "num_inference_steps": 3}
+    expected = tinyldm.load(tmp_path / "pipe")(**options)
+    with strict.installed():
+        found = tinyldm.load(tmp_path / "pipe", device="cuda", dtype=dtype)(**options)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert abs(np.asarray(ours, int) - np.asarray(theirs)).max() <= allowed
 
 
 def test_grey_pictures():

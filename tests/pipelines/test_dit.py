@@ -12,7 +12,7 @@ from tests.support.models import fill
 from tests.support.original_dit import OriginalDiT
 from tests.support.reference import float32_noise, nchw, nhwc, randomise, widen_embeddings
 from tests.support.small_pipelines import change_json, dit
-from tests.support.tolerance import assert_close
+from tests.support.tolerance import assert_allclose, assert_close
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.errors import TinyldmError
 from tinyldm.noise import get_generator
@@ -68,6 +68,22 @@ def test_a_drawing(sampler, scheduler, guidance_scale, folder, pipe):
     assert_same_drawing(found, reference(folder, [207], [7], guidance_scale, scheduler, **config))
 
 
+def test_the_numbers_of_diffusers_own_test(tmp_path):
+    """tests/pipelines/dit/test_dit.py there: weights of torch's seed 0, and a corner of a picture.
+    """
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        sample_size=16, num_layers=2, patch_size=4, attention_head_dim=8, num_attention_heads=2,
+        in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
+    diffusers.DiTPipeline(transformer.eval(), diffusers.AutoencoderKL().eval(),
+                          diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    pipe = load(tmp_path)
+    *_, state = pipe.stream(1, num_inference_steps=2)
+    corner = pipe.decode(state.latents)[0, -3:, -3:, -1] / 2 + 0.5
+    assert_allclose(corner.ravel(), [0.2946, 0.6601, 0.4329, 0.3296, 0.4144, 0.5319, 0.7273, 0.5013,
+                                     0.4457], rtol=0, atol=1e-3)
+
+
 def test_several_labels_and_seeds(folder, pipe):
     """By default guidance 4; each label from the same seeds, or from seeds of its own."""
     found = ours(pipe, [207, "umbrella"], seed=3, num_images=2)
@@ -91,6 +107,8 @@ def test_given_latents_and_noise(pipe):
     seeded, = pipe(1, num_inference_steps=2, seed=5)
     other, = pipe(1, num_inference_steps=2, seed=5, noise="numpy")
     assert np.array_equal(given, seeded) and not np.array_equal(other, seeded)
+    end, = pipe(1, num_inference_steps=2, seed=tinyldm.Between(5, 6, 0.0))
+    assert np.array_equal(end, seeded)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -112,7 +130,8 @@ def test_labels(label, number, pipe):
 @pytest.mark.parametrize("label, message", [
     ("golden retriver", r"no class 'golden retriver': did you mean 'golden retriever' \(207\)\?"),
     ("", "no class ''"), ("1001", "a class's name, a whole number from 0 to 999, or 1000 for"),
-    (-1, "not -1"), (1.5, "not 1.5"), (True, "not True"), (None, "give a label, a"), ("-3", "no class"),
+    (-1, "not -1"), (1.5, "not 1.5"), (True, "not True"), (None, "give a label, a"),
+    ("-3", "no class"),
     ("9" * 5000, "not '99999"), (float("nan"), "not nan"), ([[1, 2]], r"not \[1, 2\]"),
     ([], "a list of labels must have at least one"), (tinyldm.Between(1, 2, 0.5), "not Between"),
     (np.zeros((2, 2)), r"not \[0.0, 0.0\]"), ([1] * 10001, "the number of images must be"),
@@ -158,10 +177,14 @@ def test_saving(pipe, tmp_path):
 
 
 def test_diffusers_own_folder(pipe, folder, tmp_path):
+    """As it writes one today, and with the wider class that the published folders name."""
     theirs = diffusers.DiTPipeline.from_pretrained(folder)
     theirs.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
-    assert np.array_equal(loaded(879)[0], pipe(879)[0])
+    expected, = pipe(879, num_inference_steps=2)
+    for name in ("DiTTransformer2DModel", "Transformer2DModel"):
+        change_json(tmp_path / "model_index.json", transformer=["diffusers", name])
+        change_json(tmp_path / "transformer" / "config.json", _class_name=name)
+        assert np.array_equal(load(tmp_path)(879, num_inference_steps=2)[0], expected)
 
 
 @pytest.mark.parametrize("part, changes, message", [

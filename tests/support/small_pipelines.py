@@ -291,3 +291,30 @@ def upscaler(folder, half=False):
     write_json(folder / "model_index.json", index | {
         "low_res_scheduler": ["diffusers", "DDPMScheduler"], "max_noise_level": 350})
     return folder
+
+
+def cascade(folder, half=False, variance=True):
+    """Two UNets of pixels, 6x6 to 16x16. DDPM with dynamic thresholding; with a variance that the
+    models predict, or DDIM with static thresholding."""
+    words = write_words(folder / "tokenizer", "<|endoftext|>")
+    outputs = 6 if variance else 3
+    parts = {"unet": make_unet((16, 24), 16, "ny", attention_head_dim=4, sample_size=6,
+                               in_channels=3, out_channels=outputs),
+             "super_res": make_unet((16, 16, 24), 16, "nny", attention_head_dim=4, sample_size=16,
+                                    in_channels=6, out_channels=outputs,
+                                    class_embed_type="timestep"),
+             "text_encoder": make_text_encoder(16, words)}
+    cosine = {"beta_schedule": "squaredcos_cap_v2"}
+    sampling = ("DDPMScheduler", cosine | {
+        "variance_type": "learned_range", "thresholding": True, "sample_max_value": 1.5,
+        "dynamic_thresholding_ratio": 0.95}) if variance else ("DDIMScheduler", cosine | {
+            "clip_sample": True, "prediction_type": "v_prediction"})
+    write(folder, parts, sampling, half, _class_name="CascadePipeline")
+    index = read_json(folder / "model_index.json")
+    for part, (kind, config) in {"super_res_scheduler": sampling,
+                                 "low_res_scheduler": ("DDPMScheduler", cosine)}.items():
+        (folder / part).mkdir()
+        write_json(folder / part / "scheduler_config.json", {"_class_name": kind, **config})
+        index[part] = ["diffusers", kind]
+    write_json(folder / "model_index.json", index)
+    return folder

@@ -24,7 +24,7 @@ from ..models.vae import AutoencoderKL
 from . import layout
 from .formats.reading import read_tensors
 from .formats.safetensors_file import read_metadata, write_safetensors
-from .single_file import ddpm
+from .single_file import clip, ddpm
 from .single_file.alone import one_component
 
 MODELS = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection,
@@ -183,13 +183,16 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
     file without a config, such as a VAE published by itself, see single_file/alone.py.
     dtype, low_memory: see fill; dtype also selects the variant, see find_weights. defaults: the
     config of a VAE in a file, and what a VAE's folder leaves out of its config. None: as published
-    with Stable Diffusion 1, or XL if the file's header names it.
+    with Stable Diffusion 1, or XL if the file's header names it. For CLIP's original file, see
+    single_file/clip.py.
     Raises TinyldmError as build_model, find_weights and fill do.
     """
     path = as_path("the folder or file of a model", path)
+    path = clip.weights_of(path) or path
     if path.is_file() and not has_config(path):
         alone = one_component(read_tensors(path), path, defaults, _is_xl(path))
-        module = alone.model(alone.config)
+        with config_errors(path, f"{alone.model.__name__} that is supported"):
+            module = alone.model(alone.config)
         misfit = f"{path} does not fit the {alone.model.__name__} that its shapes describe"
         tensors = layout.fitted(alone.tensors, dict(module.named_parameters()))
         fill(module, tensors, misfit, dtype, low_memory)

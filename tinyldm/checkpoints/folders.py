@@ -16,7 +16,9 @@ from ..errors import TinyldmError, note
 from ..files import read_json
 from ..layers import check_fit
 from ..models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.dit import DiTTransformer2DModel
+from ..models.prior import PriorTransformer, StableUnCLIPImageNormalizer
 from ..models.unet import UNet2DConditionModel
 from ..models.unet_2d import UNet2DModel
 from ..models.vae import AutoencoderKL
@@ -47,6 +49,8 @@ XL = COMPONENTS | {"tokenizer": VOCABULARY, "tokenizer_2": VOCABULARY,
                    "scheduler": SCHEDULER}
 SD = {part: kind for part, kind in XL.items() if "_2" not in part}
 DDPM = {"unet": UNet2DModel, "scheduler": SCHEDULER}
+UNCLIP = SD | {"image_normalizer": StableUnCLIPImageNormalizer,
+               "image_noising_scheduler": SCHEDULER}
 # The public pipeline classes that are read here: {part: its kind}. pipelines/loading.py says which
 # class here draws with them.
 PIPELINES = {
@@ -57,9 +61,18 @@ PIPELINES = {
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL,
+    "StableUnCLIPPipeline": UNCLIP | {
+        "prior_tokenizer": VOCABULARY, "prior_text_encoder": CLIPTextModelWithProjection,
+        "prior": PriorTransformer, "prior_scheduler": SCHEDULER},
+    "StableUnCLIPImg2ImgPipeline": UNCLIP | {
+        "feature_extractor": PROCESSOR, "image_encoder": CLIPVisionModelWithProjection},
     "DDPMPipeline": DDPM,
     "DDIMPipeline": DDPM,
     "PNDMPipeline": DDPM,
+    "CascadePipeline": {"text_encoder": CLIPTextModel, "tokenizer": VOCABULARY,
+                        "unet": UNet2DConditionModel, "scheduler": SCHEDULER,
+                        "super_res": UNet2DConditionModel, "super_res_scheduler": SCHEDULER,
+                        "low_res_scheduler": SCHEDULER},
     "StableDiffusionUpscalePipeline": SD | {"low_res_scheduler": SCHEDULER},
     "DiTPipeline": {"transformer": DiTTransformer2DModel, "vae": AutoencoderKL,
                     "scheduler": SCHEDULER},
@@ -218,6 +231,14 @@ class IndexConfig(Config):
     tokenizer_2: Part = one_of(default=None, lengths=(2,))
     scheduler: Part = one_of(default=None, lengths=(2,))
     low_res_scheduler: Part = one_of(default=None, lengths=(2,))
+    super_res: Part = one_of(default=None, lengths=(2,))
+    super_res_scheduler: Part = one_of(default=None, lengths=(2,))
+    prior: Part = one_of(default=None, lengths=(2,))
+    prior_text_encoder: Part = one_of(default=None, lengths=(2,))
+    prior_tokenizer: Part = one_of(default=None, lengths=(2,))
+    prior_scheduler: Part = one_of(default=None, lengths=(2,))
+    image_normalizer: Part = one_of(default=None, lengths=(2,))
+    image_noising_scheduler: Part = one_of(default=None, lengths=(2,))
 
 
 def read_index(folder):

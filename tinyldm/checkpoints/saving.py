@@ -47,7 +47,8 @@ def write_pipeline(folder, kind, models, tokenizers, schedulers, settings, dtype
                       type(model).__name__] for part, model in models.items()}
     classes |= {part: ["transformers", "CLIPTokenizer"] for part in tokenizers}
     classes |= {part: ["diffusers", class_name(config)] for part, config in schedulers.items()}
-    absent = {part: [None, None] for part in ABSENT if kind.startswith(("Stable", "Latent"))
+    absent = {part: [None, None] for part in ABSENT
+              if kind.startswith(("StableDiffusion", "LatentConsistency"))
               and not (part == "safety_checker" and "XL" in kind)
               and not (part == "image_encoder" and "Upscale" in kind)}
     index = {"_class_name": kind, "_diffusers_version": "0.30.0", **absent, **classes, **settings}

@@ -27,6 +27,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 FINAL_SIGMAS = ("zero", "sigma_min")
+# What UnCLIPScheduler, karlo's DDPM, has where its file does not say it.
+UNCLIP = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "linspace"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +98,14 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config):
-        """Read the dict of a scheduler_config.json; its `_class_name` plays no part.
+        """Read the dict of a scheduler_config.json; of its `_class_name` only UNCLIP's counts.
 
         Raises TinyldmError for a value that SchedulerConfig refuses, and for betas that do not
         describe a schedule.
         """
+        own = UNCLIP if config.get("_class_name") == "UnCLIPScheduler" else {}
         try:
-            config = SchedulerConfig.read(config)
+            config = SchedulerConfig.read(own | config)
             betas = _betas(config)
         except TinyldmError as error:
             raise TinyldmError(f"scheduler_config.json: {error}") from None

@@ -19,7 +19,7 @@ def describe_fit(path, stored):
     try:
         if content == SINGLE_FILE:
             return describe_single_file(path, stored)
-        if content in ("UNet", "VAE", "text encoder"):
+        if content in ("UNet", "VAE", "text encoder", "DiT"):
             return describe_alone(path, stored)
     except TinyldmError as error:
         return [f"  not read: {error}"] if content == SINGLE_FILE else []
@@ -53,7 +53,9 @@ def describe_alone(path, stored):
     """What does not fit the one component. Raises TinyldmError if it is unknown."""
     alone = one_component(stored, path)
     parameters = dict(alone.model(alone.config).named_parameters())
-    use = "--vae puts it into a pipeline" if "Autoencoder" in alone.model.__name__ else "no config"
+    uses = {"AutoencoderKL": "--vae puts it into a pipeline",
+            "DiTTransformer2DModel": "--vae gives it a VAE to draw with"}
+    use = uses.get(alone.model.__name__, "no config")
     return [*describe_header(path), f"  one component: {alone.model.__name__} ({use})",
             *lists(parameters, fitted(alone.tensors, parameters), stored)]
 

@@ -110,7 +110,8 @@ def trace(module, run):
             return y
         return traced
 
-    with forward_hooks({layer: hook(name, layer) for name, layer in named}):
+    with forward_hooks({layer: hook(name, layer) for name, layer in named}), (
+            np.errstate(all="ignore")):                 # zeros may be divided by their length
         y = run()
     return [*map(tuple, rows), ("output", _shown(y))]
 
@@ -119,13 +120,14 @@ def quick_shape(layer, x=None):
     """The shape of a layer's output for x, for the layers that take long; None for any other."""
     if isinstance(layer, Linear):
         return *x.shape[:-1], layer.weight.shape[0]
-    if type(layer) is Conv2d:
-        K, O = layer.weight.shape[1:4:2]
-        return (len(x), *((side + sum(layer.padding) - K) // layer.stride + 1
-                          for side in x.shape[1:3]), O)
+    if isinstance(layer, Conv2d):
+        *kernel, _, O = layer.weight.shape
+        zeros = np.broadcast_to(layer.padding, (2, 2)).sum(axis=1).tolist()     # of both axes
+        return (len(x), *((side + more - k) // layer.stride + 1
+                          for side, more, k in zip(x.shape[1:3], zeros, kernel)), O)
     if isinstance(layer, Attention):
         return x.shape
-    if isinstance(layer, WeightedOp) and not isinstance(layer, Conv2d):     # a norm
+    if isinstance(layer, WeightedOp):                   # a norm
         return x.shape
     if isinstance(layer, Activation):                   # by one row: GEGLU halves the width
         return *x.shape[:-1], layer.forward(np.zeros((1, x.shape[-1]), x.dtype)).shape[-1]
@@ -149,9 +151,11 @@ def inputs(module, size=None):
     Raises TinyldmError for an argument that is not known here.
     """
     settings = getattr(module, "settings", None)
+    places = [settings, *(getattr(settings, part, None) for part in ("text", "vision"))]    # CLIP
 
     def own(*keys):                                     # the first that the config has, or None
-        return next((value for key in keys if (value := getattr(settings, key, None))), None)
+        return next((value for key in keys for place in places
+                     if (value := getattr(place, key, None))), None)
 
     sides = _sides(size or own("sample_size", "image_size"))
     D = own("cross_attention_dim", "embedding_dim")

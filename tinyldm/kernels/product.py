@@ -13,6 +13,7 @@ from .half import widened
 PART = 128                  # at least so many rows or columns per item of work
 FEW = range(16, PART)       # with so few rows, a thread would have less than a millisecond of work,
 LARGE = 1 << 19             # but a matrix with so many numbers is worth more than one thread
+PAIR = 2, 3                 # so few rows are faster one by one: BLAS need not rearrange the matrix
 
 
 def linear(x, weight, bias=None):
@@ -43,12 +44,19 @@ def product(x, matrix, bias=None):
     longer, threads = max(R, O), free_threads()
     whole = threads == 1 and matrix.dtype != np.float16
     step = max(1, longer) if whole else max(PART, -(-longer // (4 * threads)))
+    if R in PAIR:
+        step = PART                                     # the second row finds it in the cache
 
     def part(start):
         at = slice(start, start + step)
         rows, columns = (at, slice(None)) if R > O else (slice(None), at)
         part_matrix = widened(matrix[:, columns], "part")
-        out = np.matmul(x[rows], part_matrix, out=y[rows, columns])
+        out = y[rows, columns]
+        if R in PAIR:
+            for i in range(R):
+                np.matmul(x[i], part_matrix, out=out[i])
+        else:
+            np.matmul(x[rows], part_matrix, out=out)
         if bias is not None:
             out += bias[columns]
     parallel(part, range(0, longer, step))

@@ -12,7 +12,7 @@ channels (B batch, M text tokens, C and P widths of the image and of the text em
     context         77      one vector for each token of the text, from CLIP's text transformer
     text_embeds      1      the whole text, as CLIP compares it with pictures
     timestep         1      a sinusoidal embedding, then a perceptron
-    embeds           1      the noisy image embedding
+    latents          1      the noisy image embedding
     query            1      learned; here the output is read
 """
 from collections import namedtuple
@@ -68,11 +68,11 @@ class PriorConfig(Config):
 class PriorTransformer(Module):
     """config: the dict of the public prior/config.json; settings: the same as a PriorConfig.
 
-    forward: embeds (B,C), the noisy image embedding, timesteps (B,) in [0, 1000), text_embeds
+    forward: latents (B,C), the noisy image embedding, timesteps (B,) in [0, 1000), text_embeds
     (B,P), context (B,M,C) -> (B,C), the clean image embedding as the model predicts it.
     mask (B,M): True for a token of the text, False for the padding behind its end. With it no token
     sees the padding, nor those after itself; without it, as in the public class, each sees all.
-    backward: dy (B,C) -> PriorGradients: dembeds (B,C), dtext_embeds (B,P), dcontext (B,M,C).
+    backward: dy (B,C) -> PriorGradients: dlatents (B,C), dtext_embeds (B,P), dcontext (B,M,C).
 
     The model works on embeddings with a mean of 0 and a standard deviation of 1 in each channel.
     post_process_latents gives them those of CLIP, clip_mean and clip_std.
@@ -99,9 +99,9 @@ class PriorTransformer(Module):
         self.proj_to_clip_embeddings = Linear(D, output)
         self.clip_mean, self.clip_std = Parameter(1, output), Parameter(1, output)
 
-    def forward(self, embeds, timesteps, text_embeds, context, tape=NO_TAPE, *, mask=None):
-        settings, dtype, B = self.settings, embeds.dtype, len(embeds)
-        xp, M, D = get_xp(embeds), settings.num_embeddings, settings.width
+    def forward(self, latents, timesteps, text_embeds, context, tape=NO_TAPE, *, mask=None):
+        settings, dtype, B = self.settings, latents.dtype, len(latents)
+        xp, M, D = get_xp(latents), settings.num_embeddings, settings.width
         assert context.shape[:2] == (B, M), (
             f"the context must be (B,M,C) = ({B},{M},C), not {context.shape}")
         assert getattr(timesteps, "shape", None) == (B,), (
@@ -113,7 +113,7 @@ class PriorTransformer(Module):
             check_filled(self, parameter)
         time = self.time_embedding(t.astype(dtype, copy=False), tape)               # (B,D)
         text = self.embedding_proj(text_embeds, tape)
-        noisy = self.proj_in(embeds, tape)
+        noisy = self.proj_in(latents, tape)
         query = self.prd_embedding.data.astype(dtype, copy=False).repeat(B, axis=0) # (B,1,D)
         h = self.encoder_hidden_states_proj(context, tape)                          # (B,M,D)
         h = xp.concatenate([h, text[:, None], time[:, None], noisy[:, None], query], axis=1)
@@ -136,28 +136,28 @@ class PriorTransformer(Module):
         self.positional_embedding.add_grad(dpositions)
         self.prd_embedding.add_grad(dpositions[:, -1:])
         dcontext = self.encoder_hidden_states_proj.backward(dh[:, :-FURTHER], tape)
-        dembeds = self.proj_in.backward(dh[:, -2], tape)
+        dlatents = self.proj_in.backward(dh[:, -2], tape)
         dtext_embeds = self.embedding_proj.backward(dh[:, -4], tape)
         self.time_embedding.backward(dh[:, -3], tape)
-        return PriorGradients(dembeds, dtext_embeds, dcontext)
+        return PriorGradients(dlatents, dtext_embeds, dcontext)
 
-    def post_process_latents(self, embeds, tape=NO_TAPE):
+    def post_process_latents(self, latents, tape=NO_TAPE):
         """Give sampled embeddings CLIP's mean and standard deviation: (B,C) -> (B,C)."""
         for parameter in (self.clip_mean, self.clip_std):
             check_filled(self, parameter)
-        y, cache = ops.scale_shift(embeds, self.clip_std.data, self.clip_mean.data)
+        y, cache = ops.scale_shift(latents, self.clip_std.data, self.clip_mean.data)
         tape.save(self, cache)
         return y
 
     def post_process_latents_backward(self, dy, tape):
-        """dy (B,C) -> dembeds (B,C)."""
-        dembeds, dstd, dmean = ops.scale_shift_backward(dy, tape.load(self))
+        """dy (B,C) -> dlatents (B,C)."""
+        dlatents, dstd, dmean = ops.scale_shift_backward(dy, tape.load(self))
         self.clip_std.add_grad(dstd)
         self.clip_mean.add_grad(dmean)
-        return dembeds
+        return dlatents
 
 
-PriorGradients = namedtuple("PriorGradients", "embeds text_embeds context")
+PriorGradients = namedtuple("PriorGradients", "latents text_embeds context")
 
 
 def hidden(mask, N, dtype):

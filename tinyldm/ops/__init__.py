@@ -20,9 +20,12 @@ from .activation import (
 from .attention import attention, attention_backward
 from .conv import (
     conv2d, conv2d_backward, downsample_average, downsample_average_backward,
-    upsample_nearest, upsample_nearest_backward)
+    upsample_bilinear, upsample_bilinear_backward, upsample_nearest, upsample_nearest_backward)
 from .embedding import (
     embedding, embedding_backward, timestep_embedding, timestep_embedding_backward)
+from .gaussian import (
+    discretized_log_likelihood, discretized_log_likelihood_backward,
+    gaussian_kl, gaussian_kl_backward)
 from .linear import (
     linear, linear_backward, scale_shift, scale_shift_backward, similarity, similarity_backward)
 from .loss import (

@@ -95,6 +95,39 @@ def upsample_nearest_backward(dy, cache):
     return add_up(dy.reshape(B, H // 2, 2, W // 2, 2, C), axis=(2, 4))
 
 
+def upsample_bilinear(x, size):
+    """Enlarge a map by straight lines between its pixels; the corners stay where they are.
+
+        y = R x C^T,   R[i,j] = max(0, 1 - abs(i (H - 1) / (Ho - 1) - j)), and C the same of W
+
+    x (B,H,W,C), size = (Ho, Wo) -> y (B,Ho,Wo,C). Each new pixel is a mean of the two nearest ones,
+    in both directions ("align_corners" elsewhere).
+    """
+    assert size[0] >= x.shape[1] and size[1] >= x.shape[2], f"{x.shape} is larger than {size}"
+    rows, columns = _lines(x, size[0], x.shape[1]), _lines(x, size[1], x.shape[2])
+    return _along(_along(x, 1, rows), 2, columns), (rows, columns)
+
+
+def upsample_bilinear_backward(dy, cache):
+    """dy (B,Ho,Wo,C) -> dx (B,H,W,C) = R^T dy C: each pixel gets from the new ones it is in."""
+    rows, columns = cache
+    return _along(_along(dy, 2, columns.T), 1, rows.T)
+
+
+def _lines(like, new, old):
+    """(new,old): the weights of the old pixels in each new one."""
+    xp = get_xp(like)
+    places = xp.arange(new) * ((old - 1) / max(new - 1, 1))
+    return (1 - abs(places[:, None] - xp.arange(old))).clip(0, None).astype(like.dtype)
+
+
+def _along(x, axis, matrix):
+    """Multiply x by a matrix (new,old) along an axis, as one product of matrices."""
+    x = x.swapaxes(axis, -1)
+    y = x.reshape(-1, x.shape[-1]) @ matrix.T
+    return y.reshape(*x.shape[:-1], -1).swapaxes(axis, -1)
+
+
 def downsample_average(x):
     """Halve the map: each pixel is the mean of 2x2 pixels. x (B,2H,2W,C) -> y (B,H,W,C)."""
     B, H, W, C = x.shape

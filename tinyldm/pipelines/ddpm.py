@@ -25,8 +25,9 @@ from .pipeline import Pipeline
 from .predictor import Predictor
 from .request import Drawing, check_finite, check_latents, check_whole, takes, whole
 
-# A public pipeline -> its sampler (None: that of its scheduler's class) and number of steps.
-KINDS = {"DDPMPipeline": (None, 1000), "DDIMPipeline": ("ddim", 50), "PNDMPipeline": ("pndm", 50)}
+# A public pipeline -> the class to which it turns every scheduler, if any, and its number of steps.
+KINDS = {"DDPMPipeline": ({}, 1000), "DDIMPipeline": ({"_class_name": "DDIMScheduler"}, 50),
+         "PNDMPipeline": ({"_class_name": "PNDMScheduler"}, 50)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +78,11 @@ class DDPM(Pipeline):
     Options, name = DDPMOptions, "DDPM"
 
     def __init__(self, unet, scheduler, num_inference_steps=None, kind="DDPMPipeline"):
-        self.unet, self.scheduler, self._kind = unet, scheduler, kind
+        own_class, steps = KINDS[kind]
+        self.unet, self.scheduler, self._kind = unet, scheduler | own_class, kind
         self.schedule = Schedule.from_config(scheduler)
-        steps = min(KINDS[kind][1], self.schedule.num_train_timesteps)
-        self.num_inference_steps = num_inference_steps or steps
+        self.num_inference_steps = num_inference_steps or min(
+            steps, self.schedule.num_train_timesteps)
         channels, outputs = unet.settings.in_channels, unet.settings.out_channels
         if channels not in (1, 3) or outputs not in (channels, 2 * channels):
             raise TinyldmError(f"the UNet's in_channels and out_channels are {channels} and "
@@ -174,10 +176,6 @@ class DDPM(Pipeline):
             raise TinyldmError("latents must be finite, but they hold NaN or infinity: look for "
                                "where it began")
         return latents.clip(-1, 1).repeat(3 // channels, axis=-1)
-
-    def sampler(self, name=None):
-        """The name of the sampler that will draw: the given one, or that of the public pipeline."""
-        return super().sampler(name or KINDS[self._kind][0])
 
     def picture_size(self, request):
         """(width, height) in pixels: the weights' own."""

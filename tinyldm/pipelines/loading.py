@@ -21,7 +21,10 @@ HOMES = {
     "DDPMPipeline": "ddpm.DDPM",
     "DDIMPipeline": "ddpm.DDPM",
     "PNDMPipeline": "ddpm.DDPM",
+    "CascadePipeline": "cascade.Cascade",
     "StableDiffusionUpscalePipeline": "upscale.Upscaler",
+    "StableUnCLIPPipeline": "unclip.UnCLIP",
+    "StableUnCLIPImg2ImgPipeline": "unclip.UnCLIP",
     "DiTPipeline": "dit.DiT",
 }
 

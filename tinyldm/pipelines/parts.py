@@ -15,11 +15,13 @@ def check_parts(readers, unet, vae, class_embed_type=None):
                class_embed_type)
 
 
-def check_unet(readers, unet, in_channels, out_channels, reason, class_embed_type=None):
+def check_unet(readers, unet, in_channels, out_channels, reason, class_embed_type=None,
+               name="the UNet"):
     """Raise TinyldmError for a UNet that does not fit: [(tokenizer, text encoder)] and UNet.
 
     in_channels, out_channels: those that fit, with the reason. class_embed_type: what the pipeline
-    gives the UNet as class_labels; "a table": a row's number; None: nothing.
+    gives the UNet as class_labels; "a table": a row's number; None: nothing. name: of the UNet, for
+    the messages.
     """
     texts, unet = [encoder.settings for _, encoder in readers], unet.settings
     D = sum(text.hidden_size for text in texts)
@@ -28,10 +30,10 @@ def check_unet(readers, unet, in_channels, out_channels, reason, class_embed_typ
             ("cross_attention_dim", (D,), f"the text encoder's hidden_size is {D}")]:
         value = getattr(unet, key)                      # may be a list, one item per level
         if not np.isin(value, fitting).all():
-            _misfit(f"the UNet's {key} is {value}, but {why}")
+            _misfit(f"{name}'s {key} is {value}, but {why}")
     classes = unet.class_embed_type or unet.num_class_embeds and "a table"
     if classes != class_embed_type:
-        _misfit(f"the UNet's class embedding is {classes}, but this pipeline's is "
+        _misfit(f"{name}'s class embedding is {classes}, but this pipeline's is "
                 f"{class_embed_type}")
     kind = unet.addition_embed_type
     if (kind is None) != (len(texts) == 1):

@@ -150,11 +150,6 @@ def test_an_unfinished_download(tmp_path):
     assert read_tensors(tmp_path / "a.part").keys() == {"w"}
 
 
-def test_torchscript_is_a_program(tmp_path):
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "is a program for TorchScript, which is not run")
-
-
 def test_lora_embedding_and_vae_say_the_same(tmp_path):
     import tinyldm
 

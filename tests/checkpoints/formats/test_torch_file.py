@@ -70,6 +70,56 @@ def test_views_of_shared_storages_and_parameters(tmp_path):
     assert np.array_equal(stored["slice"].transposed().read(np.float32), base[2:5, 1::3].T.numpy())
 
 
+class Scripted(torch.nn.Module):
+    """Modules in modules, a buffer, a whole number, a list: what TorchScript may hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(),
+                                         torch.nn.LayerNorm(4))
+        self.register_buffer("size", torch.tensor(224))
+        self.w = torch.nn.Parameter(torch.randn(2, 3))
+        self.sizes = [1, 2]
+
+    def forward(self, x):
+        return self.inner(x @ self.w.T @ self.w) + self.size + len(self.sizes)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script,
+                                  lambda module: torch.jit.trace(module, torch.randn(1, 3))])
+def test_the_weights_of_a_torchscript_program(make, tmp_path):
+    """OpenAI's CLIP is one. Its code, which torch compresses, stays unread."""
+    module = Scripted().half().float()
+    torch.jit.save(make(module), tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        assert any("/code/" in entry.filename for entry in archive.infolist())
+    stored = read_tensors(tmp_path / "x.pt")
+    assert stored.keys() == module.state_dict().keys()
+    assert stored["size"].format == "I64"
+    for name, tensor in module.named_parameters():
+        assert np.array_equal(stored[name].read(np.float32), tensor.detach().numpy()), name
+        assert stored[name].name == name
+
+
+def script(layers):
+    """The pickle of a TorchScript module that holds one twice, which holds one twice, and so on."""
+    made = b"c__torch__\nM\n)\x81q%c}X\1\0\0\0xK\1sb"            # a module in the memo, BUILD
+    nest = (b"c__torch__\nM\n)\x81}(X\1\0\0\0ah%cX\1\0\0\0bh%cubq%c")
+    code = made % b"\0" + b"0"
+    for i in range(layers):
+        code += nest % (bytes([i % 200]), bytes([i % 200]), bytes([(i + 1) % 200])) + b"0"
+    return b"\x80\2" + code + b"h" + bytes([layers % 200]) + b"."
+
+
+def test_modules_of_torchscript_that_never_end(tmp_path):
+    """2^100 modules in a small file, and names of thousands of letters."""
+    assert not read_tensors(write(tmp_path / "a.pt", script(100)))
+    with pytest.raises(TinyldmError, match="are nested deeper than any model's"):
+        read_tensors(write(tmp_path / "b.pt", script(1000)))
+    own = b"\x80\2c__torch__\nM\n)\x81q\0}X\1\0\0\0xh\0sb."           # holds itself
+    assert not read_tensors(write(tmp_path / "c.pt", own))
+
+
 def test_whole_numbers_are_read_as_what_they_are_and_never_as_weights(tmp_path):
     kinds = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
              "U8": torch.uint8, "BOOL": torch.bool}

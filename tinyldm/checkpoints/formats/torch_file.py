@@ -3,7 +3,8 @@
 The file is a zip archive without compression. `<root>/data.pkl` is a pickle that lists the tensors;
 each `<root>/data/<key>` holds the raw numbers of one storage. A tensor is a view of a storage:
 an offset, a shape and strides, all counted in numbers. Every claim of the pickle is checked against
-the archive first; then the numbers are read from a memory map of the file.
+the archive first; then the numbers are read from a memory map of the file. A TorchScript program,
+such as OpenAI's CLIP, is such a file with code beside the pickle. The code stays unread.
 Source: torch 2.13, torch/serialization.py and torch/_utils.py.
 """
 import math
@@ -13,8 +14,8 @@ from typing import NamedTuple
 
 from ...errors import TinyldmError
 from .foreign import zip_content
-from .stored import MOST_AXES, MOST_NUMBERS, StoredTensor, checked, map_file
-from .unpickle import Global, unpickle
+from .stored import LONGEST_NAME, MOST_AXES, MOST_NUMBERS, StoredTensor, checked, map_file
+from .unpickle import Global, ScriptModule, unpickle
 
 NAMELESS = "emb_params"         # a textual inversion's vectors, where the file name is the word
 LARGEST_PICKLE = 1 << 24        # bytes; a checkpoint has about 200 per tensor
@@ -45,9 +46,9 @@ def read_torch(path):
 
     Lightning stores the state dict under `state_dict`, the training of DiT two under `model` and
     `ema`, of which the averaged one is taken; other entries are dropped, and so is what is not a
-    tensor. Web interfaces store the vectors of a textual inversion under `string_to_param`
-    and its word under `name`: that word names the tensor here, or NAMELESS without one, as in
-    safetensors files.
+    tensor. Of a TorchScript program it is the state dict of its module. Web interfaces store the
+    vectors of a textual inversion under `string_to_param` and its word under `name`: that word
+    names the tensor here, or NAMELESS without one, as in safetensors files.
     Raises TinyldmError, naming the file, if it is damaged or its pickle holds more than weights.
     """
     path = Path(path)
@@ -57,6 +58,8 @@ def read_torch(path):
              "torch._utils._rebuild_tensor_v3": archive.tensor_of_new_dtype,
              "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
     content = unpickle(path, archive.pickle, calls, archive.storage)
+    if isinstance(content, ScriptModule):
+        content = _state_dict(path, content)
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     if isinstance(content, dict) and {"model", "ema"} <= content.keys():
@@ -75,6 +78,29 @@ def read_torch(path):
                           if isinstance(tensor, StoredTensor)})
 
 
+def _state_dict(path, module):
+    """The tensors of a ScriptModule and of those in it, with dots between the names.
+
+    A module that is in several places, as none of CLIP's is, counts once: otherwise a small file
+    could make a tree without end.
+    """
+    found, modules, seen = {}, [("", module)], set()
+    while modules:
+        prefix, module = modules.pop()
+        if id(module.state) in seen:
+            continue
+        seen.add(id(module.state))
+        for name, value in module.state.items():
+            if len(prefix) + len(name) > LONGEST_NAME:
+                raise TinyldmError(f"{path}: its modules are nested deeper than any model's: use "
+                                   "another file")
+            if isinstance(value, StoredTensor):
+                found[prefix + name] = value
+            elif isinstance(value, ScriptModule):
+                modules.append((f"{prefix}{name}.", value))
+    return found
+
+
 class Archive:
     """The zip archive: its pickle, and where in the file its storages lie."""
 
@@ -85,8 +111,8 @@ class Archive:
             with zipfile.ZipFile(path) as archive:
                 self.entries = {entry.filename: entry for entry in archive.infolist()}
                 pickle = self._the_pickle()
-                self._check_entries(pickle)
                 self.root = pickle.filename.removesuffix("data.pkl")
+                self._check_entries(pickle)
                 self.pickle = archive.read(pickle)      # with its checksum
                 order = self.entries.get(f"{self.root}byteorder")
                 order = archive.read(order) if order and order.file_size < 9 else b"little"
@@ -99,12 +125,16 @@ class Archive:
                                "expected was 'little': save it again on a common processor")
 
     def _check_entries(self, pickle):
-        for entry in self.entries.values():
+        # torch compresses the code of a TorchScript program, and only that. It is not read.
+        code = f"{self.root}code/" if f"{self.root}constants.pkl" in self.entries else None
+        entries = [entry for name, entry in self.entries.items()
+                   if code is None or not name.startswith(code)]
+        for entry in entries:
             if (entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED
                     or entry.file_size != entry.compress_size):
                 raise TinyldmError(f"{self.path}: its entry {entry.filename!a:.80} is compressed "
                                    "or encrypted, but torch writes neither: use another file")
-        total = sum(entry.file_size for entry in self.entries.values())
+        total = sum(entry.file_size for entry in entries)
         if total > len(self.mapped):
             raise self._damaged(f"entries of {total} bytes in a file of {len(self.mapped)}")
         if pickle.file_size > LARGEST_PICKLE:
@@ -121,9 +151,6 @@ class Archive:
         if len(found) > 1:
             raise TinyldmError(f"expected a zip as torch.save writes it, but {self.path} holds "
                                f"{len(found)} pickles named <folder>/data.pkl: use another file")
-        if f"{found[0].filename.removesuffix('data.pkl')}constants.pkl" in self.entries:
-            raise TinyldmError(f"{self.path} is a program for TorchScript, which is not run: use "
-                               "the file of its weights")
         return found[0]
 
     def _damaged(self, reason):

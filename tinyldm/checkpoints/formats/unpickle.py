@@ -3,7 +3,8 @@
 A pickle is a program for a machine with a stack and a memo. Python's own machine imports and calls
 whatever the program names. The machine here has no instruction that does: a name stays a text, an
 object becomes INERT, and a call is either one of the few functions that the caller allows, or
-refused. The standard library's pickletools splits the bytes into instructions.
+refused. Only a module in TorchScript, whose class is the file's own code, keeps its attributes. The
+standard library's pickletools splits the bytes into instructions.
 
 No value is hashed, compared or printed before it is known to be a text or a number. A list that
 holds another list twice, which holds another one twice, and so on, is small in the file, but
@@ -29,7 +30,11 @@ NOT_NEEDED = {
     "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct",
     "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath",
-    "pathlib._local.WindowsPath", "torch.Size", "torch.device"}
+    "pathlib._local.WindowsPath", "torch.Size", "torch.device",
+    *(f"torch.jit._pickle.{name}" for name in (         # lists and marks of TorchScript
+        "build_intlist", "build_doublelist", "build_boollist", "build_tensorlist",
+        "restore_type_tag"))}
+SCRIPT = "__torch__."           # how the classes of a TorchScript program begin
 INERT = object()                # stands for every object; it ignores its state and its items
 
 
@@ -37,12 +42,20 @@ class Global(str):
     """The name of something that a pickle would import, "module.name". It is only this text."""
 
 
+class ScriptModule:
+    """A module in TorchScript. state: {name: a tensor, a ScriptModule, anything else}."""
+
+    def __init__(self):
+        self.state = {}
+
+
 def unpickle(path, data, calls, persistent):
     """The object that the bytes of a pickle describe.
 
     calls: {"module.name": the function to call instead}. persistent: a function that turns the
     tuple by which a pickle refers to something outside itself into that thing. path: for messages.
-    A dictionary keeps only the entries whose key is a text. A set becomes a list, an object INERT.
+    A dictionary keeps only the entries whose key is a text. A set becomes a list, an object INERT,
+    a module in TorchScript a ScriptModule.
     Raises TinyldmError for a damaged pickle, for one that is too long, and for one that calls
     anything else, which the message names.
     """
@@ -137,10 +150,13 @@ class Machine:
             case "INST":
                 self.call(Global(argument.replace(" ", ".")), self.pop_marked())
             case "NEWOBJ" | "NEWOBJ_EX":                # of a class and the arguments of __new__
-                self.pop(2 if name == "NEWOBJ" else 3)
-                stack.append(INERT)
+                kind, *_ = self.pop(2 if name == "NEWOBJ" else 3)
+                script = isinstance(kind, Global) and kind.startswith(SCRIPT)
+                stack.append(ScriptModule() if script else INERT)
             case "BUILD":
-                stack.pop()                             # the state; the object stays as it is
+                state = stack.pop()                     # any other object stays as it is
+                if isinstance(stack[-1], ScriptModule) and isinstance(state, dict):
+                    stack[-1].state = state
             case "BINPERSID":
                 stack.append(self.persistent(stack.pop()))
             case _:

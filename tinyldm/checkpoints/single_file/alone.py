@@ -1,4 +1,4 @@
-"""A file with one component and no config: a VAE, a UNet, a text encoder, or the original DiT.
+"""A file with one component and no config: a VAE, a UNet, a text encoder, the original DiT or CLIP.
 
 Such a file has the names of a whole single file, those of one part of it without the words before
 them, or the public names; names.py turns all of these into the public ones. Shapes tell which
@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from ...errors import TinyldmError
 from ...models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ...models.clip_model import CLIPModel
 from ...models.dit import DiTTransformer2DModel
 from ...models.unet import UNet2DConditionModel
 from ...models.vae import AutoencoderKL
-from . import dit, kinds
+from . import clip, ddpm, dit, kinds
 from .names import by_part
 
 # What layout_of says -> the words that stand before the names in a whole single file.
@@ -37,11 +38,18 @@ def one_component(stored, path, vae_config=None, xl=False):
     """The one component in {name: StoredTensor} -> Alone.
 
     vae_config: if given, the VAE is wanted, of a whole single file too, and has this config. None
-    means that of Stable Diffusion 1, or with xl of Stable Diffusion XL; scaling_factor differs.
+    means that of Stable Diffusion 1, or with xl of Stable Diffusion XL; scaling_factor differs. Of
+    a CLIP it may say the activation, see clip.whole.
     Raises TinyldmError for a file of several components, and of none that is known.
     """
+    if ddpm.is_ddpm(stored):
+        raise TinyldmError(f"{path} holds a network of the original DDPM code: put a config.json "
+                           "with its description (ch, ch_mult, num_res_blocks, attn_resolutions, "
+                           "resolution) beside it")
     if dit.is_dit(stored):
         return Alone(DiTTransformer2DModel, *dit.transformer(stored, path))
+    if clip.is_clip(stored):
+        return Alone(CLIPModel, *clip.whole(stored, path, vae_config))
     found, rest = _parts(stored)
     if vae_config and "vae" in found:
         found, rest = {"vae": found["vae"]}, {}
@@ -54,7 +62,7 @@ def one_component(stored, path, vae_config=None, xl=False):
         what = f"{content} in the {layout} layout" if content else (
             f"an unknown kind of model ({len(stored)} tensors: {', '.join(list(stored)[:4])} ...)")
         raise TinyldmError(f"{path} holds {what}: expected a UNet, a VAE or a text encoder of "
-                           "Stable Diffusion 1, 2 or XL, or a DiT")
+                           "Stable Diffusion 1, 2 or XL, a DiT or a CLIP")
     (part, tensors), = found.items()
     model, config = _model(part, tensors, path, vae_config, xl)
     return Alone(model, config, tensors | {tensor.name: tensor for tensor in rest.values()})

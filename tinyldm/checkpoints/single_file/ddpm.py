@@ -80,14 +80,19 @@ def public_config(config):
     } | ({} if own.resamp_with_conv else {"resamp_with_conv": False})   # diffusers lacks the key
 
 
+def is_ddpm(names):
+    """Whether the names of a file's tensors are those of the original code."""
+    return any(WRAPPER.sub(r"\1", name) == TIME for name in names)
+
+
 def public_tensors(stored):
     """{name in the file: StoredTensor} -> {public name: StoredTensor}, for the original's names.
 
     A file with other names stays as it is, and so do names that are unknown.
     """
-    bare = {WRAPPER.sub(r"\1", name): tensor for name, tensor in stored.items()}
-    if TIME not in bare:
+    if not is_ddpm(stored):
         return stored
+    bare = {WRAPPER.sub(r"\1", name): tensor for name, tensor in stored.items()}
     ups = [int(match[2]) for match in map(LEVEL.fullmatch, bare) if match and match[1] == "up"]
     tensors = {}
     for name, tensor in bare.items():

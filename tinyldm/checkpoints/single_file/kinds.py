@@ -174,6 +174,7 @@ LAYOUTS = (
     ("_lora.down.", "diffusers, oldest", "LoRA"),
     (".lora_linear_layer.", "diffusers", "LoRA"),
     ("y_embedder.embedding_table.", "original", "DiT"),
+    ("temb.dense.", "original", "DDPM"),
     (".class_embedder.embedding_table.", "diffusers", "DiT"),
     ("joint_blocks.", "original", "Stable Diffusion 3 (not supported)"),
     ("double_blocks.", "original", "Flux (not supported)"),

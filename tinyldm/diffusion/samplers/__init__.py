@@ -94,7 +94,8 @@ CLASSES = {
 }
 # the same algorithm, for several images at once
 CLASSES |= {"DDPMParallelScheduler": CLASSES["DDPMScheduler"],
-            "DDIMParallelScheduler": CLASSES["DDIMScheduler"]}
+            "DDIMParallelScheduler": CLASSES["DDIMScheduler"],
+            "UnCLIPScheduler": CLASSES["DDPMScheduler"]}        # see schedule.UNCLIP
 # classes that are not built here -> the nearest sampler
 NEAREST = {
     "DPMSolverSinglestepScheduler": "dpmpp_2m", "TCDScheduler": "lcm",
