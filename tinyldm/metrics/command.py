@@ -4,6 +4,7 @@
     kid REAL DRAWN                  kernel distance: mean and standard deviation over the subsets
     precision-recall REAL DRAWN     how many drawn ones look real; how many real ones are matched
     cmmd REAL DRAWN                 kernel distance of CLIP embeddings
+    clip-score DRAWN --texts FILE   how well pictures match texts, by a CLIP
     inception-score DRAWN           from the logits of one set alone
     stats PICTURES OUT.npz          mean and covariance, for fid here and in pytorch-fid
 
@@ -22,7 +23,8 @@ from ..errors import TinyldmError, note
 from . import features
 from .fid import frechet_distance, read_statistics, statistics, write_statistics
 
-DESCRIPTION = """How like real pictures the drawn ones are. REAL and DRAWN are folders of pictures, or .npz files.
+OPTIONS_OF = {"inception": "inception", "resize": "inception", "dims": "inception", "clip": "clip"}
+DESCRIPTION = """How like real pictures the drawn ones are. REAL and DRAWN are folders or .npz files.
 
 --features inception, the default, needs the public weights (--inception FILE, or the variable
 TINYLDM_INCEPTION). --features clip needs a CLIP (--clip FOLDER). --features vae needs nothing else:
@@ -71,6 +73,10 @@ def parse(arguments):
     add = command("inception-score", inception_score, ("DRAWN",), "how clear and how varied one "
                   "folder is", features="inception")
     add("--splits", type=int, default=10, metavar="N", help="parts of the folder (10)")
+    add = command("clip-score", clip_score, ("DRAWN",), "how well the pictures of a folder match "
+                  "texts: 100 times the cosine of their CLIP embeddings", features="clip")
+    add("--texts", type=Path, required=True, metavar="FILE", help="one line for each picture, in "
+        "the order of their names")
     add = command("stats", stats, ("PICTURES", "OUT.npz"), "write mean and covariance for fid")
     dims(add)
     args = parser.parse_args(arguments)
@@ -136,6 +142,35 @@ def inception_score(args):
     say(f"inception-score {mean:.6f} std {std:.6f}")
 
 
+def clip_score(args):
+    from ..pipelines.zero_shot import ZeroShot
+    from .clip_score import clip_score
+
+    if args.clip is None:
+        raise TinyldmError("a CLIP score needs a whole CLIP with its tokenizer: name its folder by "
+                           "--clip")
+    pictures = features.pictures_in(args.drawn)
+    try:
+        texts = args.texts.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise TinyldmError(f"cannot read {args.texts} as a text ({error}): name a file with one "
+                           "line for each picture") from None
+    if len(texts) != len(pictures):
+        raise TinyldmError(f"{args.texts} has {len(texts)} lines for {len(pictures)} pictures: "
+                           "give one line for each, in the order of the pictures' names")
+    clip = ZeroShot.load(args.clip)
+    on_device(clip.model, args)
+    scores = []
+    with progress(args.drawn, len(pictures)) as bar:
+        for start in range(0, len(pictures), args.batch):
+            part = slice(start, start + args.batch)
+            images = [features.as_image(picture) for picture in pictures[part]]
+            scores += [*clip_score(clip.model, clip.tokenizer, clip.processor, images,
+                                   texts[part])]
+            bar.update(len(images))
+    say(f"clip-score {np.mean(scores):.6f}")
+
+
 def stats(args):
     out = getattr(args, "out.npz")
     if out.suffix != ".npz":
@@ -167,22 +202,23 @@ def features_of(place, args):
     """A folder of pictures, or an .npz of them -> (N,F), with a progress bar."""
     pictures = features.pictures_in(place)              # first, as a wrong name costs nothing
     chosen = extractor(args)
-    from tqdm import tqdm
-
-    with tqdm(total=len(pictures), desc=place.name or str(place), unit="picture",
-              file=sys.stderr) as bar:
+    with progress(place, len(pictures)) as bar:
         return features.extract(pictures, chosen, args.batch, bar.update)
+
+
+def progress(place, total):
+    from tqdm import tqdm  # here, so that a wrong argument is reported at once
+
+    return tqdm(total=total, desc=place.name or str(place), unit="picture", file=sys.stderr)
 
 
 def extractor(args):
     """What the options ask for, loaded once."""
     if not hasattr(args, "extractor"):
-        for name, kind in ("inception", "inception"), ("resize", "inception"), ("dims", "inception"):
-            if getattr(args, name) is not None and args.features != kind:
-                raise TinyldmError(f"--{name} belongs to --features {kind}, not to "
+        for option, kind in OPTIONS_OF.items():
+            if getattr(args, option) is not None and args.features != kind:
+                raise TinyldmError(f"--{option} belongs to --features {kind}, not to "
                                    f"{args.features}")
-        if args.clip is not None and args.features != "clip":
-            raise TinyldmError(f"--clip belongs to --features clip, not to {args.features}")
         keep_freed_memory()
         args.extractor = EXTRACTORS[args.features](args)
     return args.extractor
@@ -193,6 +229,18 @@ def inception(args):
 
     module = load_inception(args.inception)
     return features.inception(on_device(module, args), args.dims or 2048, args.resize or "pytorch")
+
+
+def clip(args):
+    from ..checkpoints.components import load_model
+    from ..image_processor import ImageProcessor
+
+    if args.clip is None:
+        raise TinyldmError("--features clip needs a CLIP, which is not part of tinyldm: name a "
+                           "folder with its config.json, weights and preprocessor_config.json by "
+                           "--clip, or use --features vae")
+    module = on_device(load_model(args.clip), args)
+    return features.clip(module, ImageProcessor.from_folder(args.clip))
 
 
 def vae(args):
@@ -208,4 +256,4 @@ def on_device(module, args):
     return module
 
 
-EXTRACTORS = {"inception": inception, "vae": vae}
+EXTRACTORS = {"inception": inception, "clip": clip, "vae": vae}

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import is_finite, parallel, to_host
+from .. import ops
+from ..backend import is_finite, to_host
 from ..errors import TinyldmError, shorten
 from ..files import as_path
+from ..models.clip_model import CLIPModel
+from ..models.clip_vision import CLIPVisionModelWithProjection
 from .fid import read_npz
 from .resize import RESIZES
 
@@ -23,7 +26,7 @@ class Extractor(NamedTuple):
     """One way to get features."""
 
     kind: str                   # what tells it from others: such features do not compare
-    prepare: Callable           # an RGB PIL image -> float32 (H,W,3), in a worker thread
+    prepare: Callable           # an RGB PIL image -> float32 (H,W,3)
     compute: Callable           # (B,H,W,3) -> (B,F)
     xp: Any = np                # of the arrays that compute takes
 
@@ -60,9 +63,7 @@ def extract(pictures, extractor, batch=50, progress=lambda done: None):
     """
     found = []
     for start in range(0, len(pictures), batch):
-        # Opened one by one: in several threads Python's filters of warnings would get mixed up.
-        images = [as_image(picture) for picture in pictures[start:start + batch]]
-        arrays = parallel(extractor.prepare, images)
+        arrays = [extractor.prepare(as_image(picture)) for picture in pictures[start:start + batch]]
         features = to_host(extractor.compute(extractor.xp.asarray(np.stack(arrays))))
         if not is_finite(features):
             raise TinyldmError("the features hold NaN or infinity: the network's weights are not "
@@ -98,8 +99,23 @@ def inception(module, dims=2048, resize="pytorch"):
                      lambda image: RESIZES[resize](np.asarray(image)), compute, module.xp)
 
 
+def clip(module, processor):
+    """The image embeddings of a CLIPModel or a CLIPVisionModelWithProjection, not normalised."""
+    if isinstance(module, CLIPModel):
+        compute = module.encode_image
+    elif isinstance(module, CLIPVisionModelWithProjection):
+        def compute(images):
+            return module(images)[1]
+    else:
+        raise TinyldmError(f"CLIP's features are image embeddings, but a {type(module).__name__} "
+                           "has none: use a whole CLIP, or a vision model with projection")
+    width, _ = module.visual_projection.weight.shape
+    return Extractor(f"clip of {width} numbers", lambda image: processor([image])[0], compute,
+                     module.xp)
+
+
 def bundled_vae(module):
-    """The mean latents of the bundled model's VAE, all numbers of a picture in its own size.
+    """The mean latents of the bundled model's VAE, averaged over squares of 4x4.
 
     No one else has such features, so they compare only among themselves. But nothing else is
     needed, and they tell the bundled model's pictures apart.
@@ -112,4 +128,5 @@ def bundled_vae(module):
         image = image.resize((side, side), Image.Resampling.LANCZOS)
         return np.asarray(image, np.float32) / 127.5 - 1
     return Extractor("the bundled VAE", prepare,
-                     lambda images: module.encode(images)[0].reshape(len(images), -1), module.xp)
+                     lambda images: ops.average_pool(module.encode(images)[0], 4, 4)[0].reshape(
+                         len(images), -1), module.xp)
