@@ -106,6 +106,24 @@ class StoredTensor(NamedTuple):
                 self.mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
+class Joined:
+    """Rows of a tensor in a file, not read yet, that do not lie beside each other.
+
+    parts: a list of StoredTensors of one tensor, of equal shape except for their first axis.
+    """
+
+    def __init__(self, parts):
+        self.parts, first = parts, parts[0]
+        self.path, self.name, self.format = first.path, first.name, first.format
+        self.shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+        self.fits_float16 = first.fits_float16
+
+    def read(self, dtype, axes=None, contiguous=True):
+        """See StoredTensor.read; here the numbers are always copied."""
+        assert axes is None, axes
+        return np.concatenate([part.read(dtype) for part in self.parts])
+
+
 def checked(path, tensors):
     """{name: StoredTensor}, if no name and no shape is beyond what any model has.
 
