@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "cli": BOTTOM | {"__version__", "noise", "images", "text", "layers", "models", "checkpoints",
                      "pipelines"},
     "inspect": BOTTOM | {"checkpoints", "cli", "images", "layers", "models"},
+    "metrics": BOTTOM | {"images", "image_processor", "ops", "layers", "models", "text",
+                         "checkpoints", "pipelines"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "checkpoints"},
     "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
                         "pipelines", "training", "cli"},

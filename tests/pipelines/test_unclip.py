@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import tinyldm
+from tests.support import strict
 from tests.support.drawing import NEGATIVE, PROMPT, assert_same_drawing
 from tests.support.extra import diffusers, torch
 from tests.support.keys import CONFIGS, published_shapes
@@ -13,7 +14,7 @@ from tests.support.pictures import picture
 from tests.support.reference import float32_noise, nchw, nhwc, sinusoidal, widen_embeddings
 from tests.support.small_pipelines import change_json
 from tests.support.small_unclip import EMBEDDING, unclip, unclip_img2img
-from tests.support.tolerance import assert_close
+from tests.support.tolerance import assert_close, within
 from tinyldm.errors import TinyldmError
 from tinyldm.files import read_json
 from tinyldm.layers import file_shape
@@ -371,6 +372,20 @@ def test_the_first_layer_that_gives_nan_is_named(tmp_path):
     spoil(pipe.prior, "transformer_blocks.1.ff.net.2.weight")
     with pytest.raises(TinyldmError, match="transformer_blocks.1.ff.* of PriorTransformer"):
         list(pipe.stream("cat", **SMALL))
+
+
+@pytest.mark.parametrize("make, options", [
+    (unclip, SMALL | {"prompt": Between("red cat", PROMPT, 0.5)}),
+    (unclip_img2img, {"image": Between(picture(), picture().rotate(90), 0.5), "noise_level": 50,
+                      "num_inference_steps": 4})], ids=["prompt", "picture"])
+def test_on_strict_arrays(make, options, tmp_path):
+    """What CuPy would refuse is refused; the picture is the same, in float16 nearly."""
+    folder = make(tmp_path)
+    expected = np.asarray(load(folder)(**options)[0], int)
+    with strict.installed():
+        for dtype, most in ((np.float32, 2), (np.float16, 10)):
+            drawn, = load(folder, device="cuda", dtype=dtype)(**options)
+            within(abs(np.asarray(drawn, int) - expected).max(), most)
 
 
 def test_no_argument_is_written_to(text):

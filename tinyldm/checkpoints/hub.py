@@ -18,7 +18,7 @@ from .components import find_weights
 INDEX = "model_index.json"
 SETTINGS = {"config.json", "scheduler_config.json", "vocab.json", "merges.txt", "tokenizer.json",
             "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-            "preprocessor_config.json"}
+            "preprocessor_config.json", "processor_config.json"}
 CHECKPOINTS = (".safetensors", ".ckpt")
 
 
@@ -99,6 +99,22 @@ def download_vae(name, dtype=None):
     inside = {file.removeprefix(part) for file in listed if file.startswith(part)}
     weights = find_weights(Path(part), dtype, inside)
     return fetch(name, [config, *(path.as_posix() for path in weights)]) / part
+
+
+def download_model(name, dtype=None):
+    """The local folder of the repository `name`, which is one model, with the files beside it.
+
+    dtype: see find_weights. Raises TinyldmError for a failed download, and if it has no weights.
+    """
+    listed = _ask(name) or files_in(fetch(name, SETTINGS))
+    files = {file for file in listed if "/" not in file}
+    indexes = [file for file in files if ".index." in file]
+    folder = fetch(name, ["config.json", *indexes])     # an index lists the files of the weights
+    try:
+        weights = [path.name for path in find_weights(folder, dtype, files)]
+    except TinyldmError as error:
+        raise TinyldmError(f"{name} on the Hugging Face hub: {error}") from None
+    return fetch(name, [*SETTINGS & files, *indexes, *weights])
 
 
 def _paths(parts, wanted):

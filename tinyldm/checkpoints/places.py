@@ -104,6 +104,23 @@ def resolve_vae(vae, dtype=None):
     return hub.download_file(place.name, place.file)
 
 
+def resolve_model(model, dtype=None):
+    """What a user calls a model -> its folder, or its file; of a repository that is one model all
+    files that are read here, its tokenizer's too.
+
+    dtype: see find_weights. Raises TinyldmError for a failed download; reading checks the rest.
+    """
+    path = local_path(model)
+    if os.path.isdir(path):
+        return snapshot(path)
+    place = None if os.path.isfile(path) else hub_place(model)
+    if place is None:
+        return path
+    if not place.file:
+        return hub.download_model(place.name, dtype)
+    return hub.download_file(place.name, place.file)
+
+
 def resolve_addon(addon, usual):
     """What a user calls a LoRA or a textual inversion -> the path of its file.
 

@@ -44,6 +44,8 @@ def product(x, matrix, bias=None):
     longer, threads = max(R, O), free_threads()
     whole = threads == 1 and matrix.dtype != np.float16
     step = max(1, longer) if whole else max(PART, -(-longer // (4 * threads)))
+    if R in PAIR:
+        step = PART                                     # the second row finds it in the cache
 
     def part(start):
         at = slice(start, start + step)
