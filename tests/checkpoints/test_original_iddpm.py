@@ -11,11 +11,15 @@ from tests.support.arrays import read_only
 from tests.support.keys import digest
 from tests.support.original_iddpm import UNetModel
 from tests.support.reference import nchw, nhwc, randomise
-from tests.support.tolerance import assert_close, within
+from tests.support.tolerance import assert_close, assert_same_pixels, within
 from tinyldm import backend
 from tinyldm.checkpoints.formats.reading import read_tensors
 from tinyldm.checkpoints.layout import fitted
+from tinyldm.checkpoints.places import kind_of
 from tinyldm.checkpoints.single_file import iddpm
+from tinyldm.diffusion.process import Process, kept_timesteps
+from tinyldm.diffusion.samplers.shared import to_ints
+from tinyldm.diffusion.variational import bits_per_dimension, reverse
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Tape, file_shape
 from tinyldm.models import UNet2DModel
@@ -126,7 +130,8 @@ PUBLISHED = {
     "bedroom": (dict(width=128, mult=(1, 1, 2, 2, 4, 4), layers=2, attention=(4,), heads=1,
                      scale_shift=False), 426, 113_676_678, None, (256, 1000, False)),
     "adm64": (dict(width=192, mult=(1, 2, 3, 4), layers=3, attention=(1, 2, 3), head_channels=64,
-                   updown=True, classes=1000), 541, 295_904_454, "3a55b98a9f28c286", (64, 1000, False)),
+                   updown=True, classes=1000), 541, 295_904_454, "3a55b98a9f28c286",
+              (64, 1000, False)),
     "adm256": (dict(width=256, mult=(1, 1, 2, 2, 4, 4), layers=2, attention=(3, 4, 5),
                     head_channels=64, updown=True), 566, 552_814_086, None, (256, 1000, False)),
 }
@@ -159,9 +164,10 @@ def test_published_files(name):
     config, found = iddpm.unet({key: Shape(shape) for key, shape in shapes.items()}, "file")
     ours = {key: file_shape(parameter) for key, parameter in UNet2DModel(config).named_parameters()}
     assert {key: tensor.shape for key, tensor in found.items()} == ours
-    told = iddpm.scheduler(config)
+    told, settings = iddpm.drawing(config)
     assert config["sample_size"] == size and told["num_train_timesteps"] == T
-    assert told["rescale_timesteps"] == rescaled and told["variance_type"] == "learned_range"
+    assert settings.get("_rescale_timesteps", False) == rescaled
+    assert told["variance_type"] == "learned_range"
     cosine = name not in ("bedroom", "adm256")
     assert told["beta_schedule"] == ("squaredcos_cap_v2" if cosine else "linear")
     heads = {key: block.attentions[0].num_heads for key, block in enumerate(
@@ -216,3 +222,79 @@ def test_wrapped_names_and_leftovers(tmp_path):
     config, found = iddpm.unet(read_tensors(file), file)
     assert fitted(found, dict(module.named_parameters())).keys() == found.keys() - {"betas"}
     assert config["num_class_embeds"] == 5 and config["attention_head_dim"] == 64
+
+
+# ---- drawing ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def improved(tmp_path_factory):
+    """A file of the kind of Improved DDPM, its network in torch, and the pipeline."""
+    reference = original("improved")
+    reference.out[2].weight.data *= 0.3
+    file = tmp_path_factory.mktemp("iddpm") / "ema_0.9999_500000.pt"
+    torch.save(reference.state_dict(), file)
+    return file, reference, tinyldm.load(file, dtype=np.float64)
+
+
+def test_draws_as_its_authors_code(improved):
+    """Respaced steps of 4000, x_start clipped, the variance between beta~ and beta; the network
+    sees t / 4. Ours has the schedule in float32, so the last steps round otherwise."""
+    _, reference, pipe = improved
+    reference = reference.double()
+    process = Process.cosine(4000, rescale_timesteps=True).respaced(10)
+    size = pipe.size[0]
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 3, size, size, generator=generator).double()
+    assert (x == noise).all()
+    states = list(pipe.stream(seed=3, num_inference_steps=10))
+    for t in reversed(range(10)):
+        step = np.array([t])
+        with torch.no_grad():
+            output = nhwc(reference(x, torch.tensor(process.model_timesteps(step, x.numpy()))))
+        p = reverse(process, output, nhwc(x), step)
+        z = torch.randn(1, 3, size, size, generator=generator).double() if t else 0 * x
+        x = nchw(p.mean + np.exp(p.logvar / 2) * nhwc(z))
+        assert states[9 - t].timestep == process.timesteps[t]
+        assert_close(states[9 - t].latents, nhwc(x), 1e-3, f"step {t}")
+    assert_same_pixels(pipe.decode(states[-1].latents) * 127.5, np.clip(nhwc(x), -1, 1) * 127.5)
+
+
+@pytest.mark.parametrize("steps", [25, 250])
+def test_linspace_steps_are_the_respaced_ones(steps, improved):
+    ours = to_ints(improved[2].schedule.timesteps(steps, "leading"))
+    assert list(ours)[::-1] == kept_timesteps(4000, steps).tolist()
+
+
+def test_the_pipeline_of_a_file_and_of_its_folder(improved, tmp_path):
+    file, _, pipe = improved
+    assert kind_of(file) == pipe.kind == "DDPMPipeline"
+    assert pipe.rescale_timesteps and pipe.num_inference_steps == 250
+    assert pipe.schedule.num_train_timesteps == 4000
+    tinyldm.save(pipe, tmp_path / "folder", dtype=np.float64)
+    again = tinyldm.load(tmp_path / "folder", dtype=np.float64)
+    for sampler in (None, "ddim"):
+        first, second = (list(p.stream(seed=1, num_inference_steps=3, sampler=sampler))[-1].latents
+                         for p in (pipe, again))
+        assert (first == second).all()
+
+
+def test_a_vae_has_no_place(improved):
+    with pytest.raises(TinyldmError, match="has no VAE: leave vae out"):
+        tinyldm.load(improved[0], vae=improved[0])
+
+
+def test_bits_per_dimension_of_a_loaded_model(improved):
+    """The sum is what the torch network gives."""
+    _, reference, pipe = improved
+    process = Process.of(pipe.schedule, pipe.rescale_timesteps).respaced("5")
+    pictures = np.random.default_rng(0).integers(0, 256, (2, *pipe.size, 3)) / 127.5 - 1
+
+    def theirs(x_t, timesteps):
+        with torch.no_grad():
+            return nhwc(reference.double()(nchw(x_t), torch.from_numpy(timesteps.copy())))
+    ours, expected = (bits_per_dimension(predict, process, [pictures],
+                                         np.random.default_rng(1).standard_normal)
+                      for predict in (pipe.unet, theirs))
+    within(abs(ours.terms - expected.terms), 1e-9 * expected.terms + 1e-9)
+    assert ours.total > 0

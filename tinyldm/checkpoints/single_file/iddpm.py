@@ -53,10 +53,10 @@ def unet(stored, path):
     return config, tensors
 
 
-def scheduler(config):
-    """The scheduler_config.json of such a file's model, from the model's config.
+def drawing(config):
+    """A model's config -> its scheduler_config.json, and entries of model_index.json.
 
-    The timesteps of the unconditional models of Improved DDPM are rescaled to 0 ... 1000.
+    The unconditional models of Improved DDPM see timesteps that are rescaled to 0 ... 1000.
     """
     is_adm, old = config["downsample_type"] == "resnet", config["resnet_time_scale_shift"]
     long = not is_adm and old == "scale_shift"
@@ -64,10 +64,11 @@ def scheduler(config):
     learned = config["out_channels"] == 2 * config["in_channels"]
     shape = {"beta_schedule": "squaredcos_cap_v2"} if cosine else {
         "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-    return SCHEDULER | shape | {
+    scheduler = SCHEDULER | shape | {
         "num_train_timesteps": 4000 if long else 1000,
-        "rescale_timesteps": long and "num_class_embeds" not in config,
         "variance_type": "learned_range" if learned else "fixed_large"}
+    rescaled = {"_rescale_timesteps": True} if long and "num_class_embeds" not in config else {}
+    return scheduler, {"_num_inference_steps": STEPS} | rescaled
 
 
 def _config(stored, path):
@@ -170,7 +171,7 @@ def _inner(block, inner):
 
 
 def _matrices(public, tensor, heads, is_new):
-    """A tensor under its public name; q, k and v apart. Attention's are matrices (O,C), not (O,C,1).
+    """A tensor under its public name; q, k and v apart. Attention's (O,C,1) become matrices (O,C).
 
     The rows of q, k, v are in the order of head, q/k/v, channel; or if is_new of q/k/v, head,
     channel.
