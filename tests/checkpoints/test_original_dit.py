@@ -183,7 +183,17 @@ QKV = "blocks.1.attn.qkv.weight"
     (replaced("x_embedder.proj.weight", lambda x: x[:, :, :1]), "wrong shape: .*proj_out_2|pos_e"),
     (replaced("x_embedder.proj.bias", lambda x: x * np.nan), "holds NaN"),
     (lambda tensors: {**tensors, "blocks.9999.mlp.fc1.bias": np.zeros(256, np.float32)},
-     "num_layers must be"),
+     "holds no DiT that is supported .num_layers must be"),
+    (replaced("x_embedder.proj.weight", lambda x: x[:0]), "0 channels and 16 tokens: expected"),
+    (replaced("x_embedder.proj.weight", lambda x: x[:, :, :0, :0]), "expected a multiple of 64"),
+    (replaced("y_embedder.embedding_table.weight", lambda x: x[:0]), "num_embeds_ada_norm must be"),
+    (replaced("final_layer.linear.weight", lambda x: x[:3]), "out_channels must be"),
+    (lambda tensors: {**tensors, "pos_embed": np.zeros((1, 10**6, 1), np.float32),
+                      "x_embedder.proj.weight": np.zeros((65536, 4, 1, 1), np.float32)},
+     "its pos_embed is not DiT's table|not supported|sample_size must be"),
+    (lambda tensors: {**tensors, "pos_embed": np.zeros((1, 90000, 1), np.float32),
+                      "x_embedder.proj.weight": np.zeros((65536, 4, 1, 1), np.float32)},
+     "its pos_embed is not DiT's table"),
 ])
 def test_files_that_do_not_fit(change, message, tmp_path):
     file = write(tmp_path / "x.safetensors", change(state(original())))

@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from ...errors import TinyldmError
-from ...models.dit import positions
+from ...models.dit import DiTConfig, positions
 from ..layout import WRAPPER
 
 TABLE, PATCHES, POSITIONS = ("y_embedder.embedding_table.weight", "x_embedder.proj.weight",
@@ -49,6 +49,10 @@ def transformer(stored, path):
     """
     stored = {WRAPPER.sub(r"\1", name): tensor for name, tensor in stored.items()}
     config = _config(stored, path)
+    try:
+        DiTConfig.read(config)
+    except TinyldmError as error:
+        raise TinyldmError(f"{path} holds no DiT that is supported ({error})") from None
     if POSITIONS in stored:
         _check_positions(stored.pop(POSITIONS), config, path)
     tensors = {}
@@ -66,7 +70,7 @@ def _config(stored, path):
         raise TinyldmError(f"{path} holds only a part of a DiT: get the whole file")
     (D, channels, p, _), classes = shapes[PATCHES], shapes[TABLE][0] - 1
     tokens = table[1] or (32 // max(p, 1)) ** 2         # without positions 256x256 pixels
-    if D % 64 or not p or math.isqrt(tokens) ** 2 != tokens:
+    if D % 64 or not D or not p or math.isqrt(tokens) ** 2 != tokens:
         raise TinyldmError(f"{path} holds a DiT of {D} channels and {tokens} tokens: expected a "
                            "multiple of 64 channels, and tokens that make a square")
     heads = HEADS.get(D, D // 64)
@@ -82,8 +86,9 @@ def _config(stored, path):
 def _check_positions(tensor, config, path):
     """The file's positions must be those that the model computes; bfloat16 keeps two digits."""
     G = config["sample_size"] // config["patch_size"]
-    table = positions(np, G, config["num_attention_heads"] * config["attention_head_dim"])
-    if tensor.shape != (1, *table.shape) or abs(tensor.read(np.float32)[0] - table).max() > 0.01:
+    D = config["num_attention_heads"] * config["attention_head_dim"]
+    if tensor.shape != (1, G * G, D) or not np.allclose(
+            tensor.read(np.float32)[0], positions(np, G, D), rtol=0, atol=0.01):
         raise TinyldmError(f"{path}: its pos_embed is not DiT's table of sines and cosines for "
                            f"{G}x{G} patches, so this is another model, which is not supported")
 
