@@ -34,7 +34,7 @@ from .components import (
 )
 from .formats.reading import read_tensors
 from .layout import fitted
-from .single_file import dit, iddpm, kinds
+from .single_file import dit, kinds, openai
 from .single_file.alone import LABELS
 from .single_file.names import by_part, with_ema_weights
 from .single_file.statements import read_statements, told_scheduler
@@ -221,7 +221,6 @@ class IndexConfig(Config):
     _num_inference_steps: int | None = within(1, 1000, None)
     _guidance_scale: float | None = within(0, 100, None)
     _guided_channels: int | None = within(1, 1024, None)        # the original DiT's: 3 of 4
-    _rescale_timesteps: bool | None = None              # openai's Improved DDPM: t * 1000 / T
     id2label: dict | None = None                        # DiT: names by the numbers of classes
     unet: Part = one_of(default=None, lengths=(2,))
     transformer: Part = one_of(default=None, lengths=(2,))
@@ -270,8 +269,8 @@ def _load_file(path, dtype, low_memory, ema, vae, prediction_type):
     stored = read_tensors(path)
     if dit.is_dit(stored):
         return _load_dit(path, dtype, low_memory, vae, prediction_type)
-    if iddpm.is_iddpm(stored):
-        return _load_iddpm(path, dtype, low_memory, vae, prediction_type)
+    if openai.is_openai(stored):
+        return _load_openai(path, dtype, low_memory, vae, prediction_type)
     statements = read_statements(stored, path)
     kind = kinds.recognise(stored, path, prediction_type or statements.prediction_type)
     scheduler = told_scheduler(kind.scheduler, statements, prediction_type, path)
@@ -305,15 +304,15 @@ def _load_dit(path, dtype, low_memory, vae, prediction_type):
                          {"_class_name": "DiTPipeline", **dit.SETTINGS})
 
 
-def _load_iddpm(path, dtype, low_memory, vae, prediction_type):
-    """A file of openai's Improved DDPM or guided diffusion: one UNet, which works on pixels."""
+def _load_openai(path, dtype, low_memory, vae, prediction_type):
+    """A file of Improved DDPM or guided diffusion holds a UNet of pixels, drawn with as DDPM is."""
     if vae:
-        raise TinyldmError(f"{path} holds a UNet for pixels, which has no VAE: leave vae out")
+        raise TinyldmError(f"{path} holds a UNet of Improved DDPM, which draws pixels without a "
+                           "VAE: leave vae out")
     unet = load_model(path, dtype, low_memory)
-    scheduler, settings = iddpm.drawing(unet.config)
     told = {"prediction_type": prediction_type} if prediction_type else {}
-    return PipelineParts({"unet": unet}, {"scheduler": scheduler | told}, {},
-                         {"_class_name": "DDPMPipeline", **settings})
+    return PipelineParts({"unet": unet}, {"scheduler": openai.scheduler(unet.config) | told}, {},
+                         {"_class_name": "DDPMPipeline", "_num_inference_steps": openai.STEPS})
 
 
 def _no_vae(path, name):

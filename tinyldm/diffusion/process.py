@@ -68,10 +68,9 @@ class Process:
         return cls(np.array(betas), None, 1000 / T if rescale_timesteps else 1.0, prediction_type)
 
     @classmethod
-    def of(cls, schedule, rescale_timesteps=False):
-        """The chain of a Schedule, from its float32 betas. rescale_timesteps: see linear."""
-        scale = 1000 / schedule.num_train_timesteps if rescale_timesteps else 1.0
-        return cls(schedule.betas.astype(np.float64), None, scale, schedule.prediction_type)
+    def of(cls, schedule):
+        """The chain of a Schedule, from its float32 betas."""
+        return cls(schedule.betas.astype(np.float64), prediction_type=schedule.prediction_type)
 
     def __post_init__(self):
         betas = np.asarray(self.betas, np.float64)

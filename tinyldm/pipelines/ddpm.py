@@ -17,7 +17,7 @@ from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.ddpm import LEARNED
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
-from ..errors import TinyldmError, note
+from ..errors import TinyldmError
 from ..images import Pictures
 from .finite import finite_states
 from .interpolation import as_list
@@ -71,17 +71,14 @@ class DDPM(Pipeline):
     """A UNet2DModel and a noise schedule.
 
     scheduler: the dict of a scheduler_config.json. num_inference_steps: the default; None: the
-    public pipeline's. kind: the public pipeline's class, a key of KINDS. rescale_timesteps: the
-    UNet sees timesteps between 0 and 1000, however many there are, as in Improved DDPM.
+    public pipeline's. kind: the public pipeline's class, a key of KINDS.
     Raises TinyldmError for a UNet that does not give pictures.
     """
 
     Options, name = DDPMOptions, "DDPM"
 
-    def __init__(self, unet, scheduler, num_inference_steps=None, kind="DDPMPipeline",
-                 rescale_timesteps=False):
+    def __init__(self, unet, scheduler, num_inference_steps=None, kind="DDPMPipeline"):
         own_class, steps = KINDS[kind]
-        self.rescale_timesteps = bool(rescale_timesteps)
         self.unet, self.scheduler, self._kind = unet, scheduler | own_class, kind
         self.schedule = Schedule.from_config(scheduler)
         self.num_inference_steps = num_inference_steps or min(
@@ -100,8 +97,7 @@ class DDPM(Pipeline):
     def from_parts(cls, parts, low_memory=False):
         """PipelineParts -> DDPM. low_memory plays no part: there is no VAE to decode in tiles."""
         return cls(parts.models["unet"], parts.schedulers["scheduler"],
-                   parts.index.get("_num_inference_steps"), parts.kind,
-                   parts.index.get("_rescale_timesteps"))
+                   parts.index.get("_num_inference_steps"), parts.kind)
 
     @takes(DDPMOptions)
     def __call__(self, *arguments: Any, **options: Any) -> Pictures:
@@ -133,9 +129,8 @@ class DDPM(Pipeline):
         else:
             latents = self.array(request.latents, "latents")
             check_latents(latents, shape, 1)
-        scale = 1000 / schedule.num_train_timesteps if self.rescale_timesteps else 1
-        predict = Predictor(self.unet, [self.conditions(request)], 1.0, keeps_variance=learned,
-                            timestep_scale=scale)
+        predict = Predictor(self.unet, [self.conditions(request)], 1.0,
+                            keeps_variance=learned)
         states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, **options)
         return finite_states(states, predict)
 
@@ -202,13 +197,3 @@ class DDPM(Pipeline):
     def kind(self):
         """The public class whose folder holds such a pipeline."""
         return self._kind
-
-    def settings(self):
-        """What model_index.json says besides the parts."""
-        settings, heads = super().settings(), self.unet.settings.attention_head_dim
-        if self.rescale_timesteps:
-            settings["_rescale_timesteps"] = True
-        if self.rescale_timesteps or isinstance(heads, (list, tuple)):
-            note("these are weights of openai's Improved DDPM, whose heads and timesteps differ "
-                 "from those of diffusers' class: the saved folder is for tinyldm")
-        return settings

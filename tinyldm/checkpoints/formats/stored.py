@@ -93,6 +93,16 @@ class StoredTensor(NamedTuple):
         return self._replace(shape=(last - first, *self.shape[1:]), start=start,
                              stop=start + (last - first) * self.strides[0])
 
+    def picked(self, spans):
+        """The rows of several (first, last) spans one below the other, copied: a StoredTensor."""
+        file = np.frombuffer(self.mapped, np.uint8)
+        numbers = np.ndarray(self.shape, DTYPES[self.format], file, self.start, self.strides)
+        rows = np.concatenate([numbers[first:last] for first, last in spans])
+        mapped = mmap.mmap(-1, max(rows.nbytes, 1))
+        mapped.write(rows.tobytes())
+        return self._replace(mapped=mapped, shape=rows.shape, start=0, stop=rows.nbytes,
+                             strides=row_major(rows.shape, rows.itemsize))
+
     def transposed(self):
         """The matrix with its axes exchanged."""
         return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
@@ -104,24 +114,6 @@ class StoredTensor(NamedTuple):
             last = self.stop // mmap.PAGESIZE * mmap.PAGESIZE           # at the edges are shared
             if first < last:
                 self.mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
-class Joined:
-    """Rows of a tensor in a file, not read yet, that do not lie beside each other.
-
-    parts: a list of StoredTensors of one tensor, of equal shape except for their first axis.
-    """
-
-    def __init__(self, parts):
-        self.parts, first = parts, parts[0]
-        self.path, self.name, self.format = first.path, first.name, first.format
-        self.shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-        self.fits_float16 = first.fits_float16
-
-    def read(self, dtype, axes=None, contiguous=True):
-        """See StoredTensor.read; here the numbers are always copied."""
-        assert axes is None, axes
-        return np.concatenate([part.read(dtype) for part in self.parts])
 
 
 def checked(path, tensors):

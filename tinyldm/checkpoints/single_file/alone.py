@@ -1,4 +1,4 @@
-"""A file with one component and no config: a VAE, a UNet, a text encoder, DiT, CLIP, Improved DDPM.
+"""A file with one component and no config: a VAE, a text encoder, CLIP, the original DiT, a UNet.
 
 Such a file has the names of a whole single file, those of one part of it without the words before
 them, or the public names; names.py turns all of these into the public ones. Shapes tell which
@@ -14,7 +14,7 @@ from ...models.dit import DiTTransformer2DModel
 from ...models.unet import UNet2DConditionModel
 from ...models.unet_2d import UNet2DModel
 from ...models.vae import AutoencoderKL
-from . import clip, ddpm, dit, iddpm, kinds
+from . import clip, ddpm, dit, kinds, openai
 from .names import by_part
 
 # What layout_of says -> the words that stand before the names in a whole single file.
@@ -49,8 +49,8 @@ def one_component(stored, path, vae_config=None, xl=False):
                            "resolution) beside it")
     if dit.is_dit(stored):
         return Alone(DiTTransformer2DModel, *dit.transformer(stored, path))
-    if iddpm.is_iddpm(stored):
-        return Alone(UNet2DModel, *iddpm.unet(stored, path))
+    if openai.is_openai(stored):
+        return Alone(UNet2DModel, *openai.unet(stored, path))
     if clip.is_clip(stored):
         return Alone(CLIPModel, *clip.whole(stored, path, vae_config))
     found, rest = _parts(stored)
@@ -65,8 +65,7 @@ def one_component(stored, path, vae_config=None, xl=False):
         what = f"{content} in the {layout} layout" if content else (
             f"an unknown kind of model ({len(stored)} tensors: {', '.join(list(stored)[:4])} ...)")
         raise TinyldmError(f"{path} holds {what}: expected a UNet, a VAE or a text encoder of "
-                           "Stable Diffusion 1, 2 or XL, a DiT, a CLIP or a UNet of openai's "
-                           "Improved DDPM")
+                           "Stable Diffusion 1, 2 or XL, a DiT or a CLIP")
     (part, tensors), = found.items()
     model, config = _model(part, tensors, path, vae_config, xl)
     return Alone(model, config, tensors | {tensor.name: tensor for tensor in rest.values()})
