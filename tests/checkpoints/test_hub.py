@@ -19,6 +19,7 @@ from huggingface_hub import constants, file_download
 import tinyldm
 from tests.support.extra import diffusers
 from tests.support.hub_server import serving
+from tests.support.small_clip import pictures, write_clip
 from tests.support.small_pipelines import change_json, smallest
 from tinyldm import checkpoints
 from tinyldm.checkpoints import hub as downloads
@@ -27,6 +28,7 @@ from tinyldm.checkpoints.components import find_weights
 from tinyldm.checkpoints.folders import PIPELINES
 from tinyldm.errors import TinyldmError
 from tinyldm.files import read_json, write_json
+from tinyldm.pipelines.zero_shot import ZeroShot
 
 ROOT = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -542,3 +544,27 @@ def test_a_repository_without_a_vae(hub, tmp_path):
     hub.repositories["owner/other"] = tmp_path / "other"
     with pytest.raises(TinyldmError, match="owner/other .* neither a vae folder nor a config.json"):
         tinyldm.load(vae="owner/other")
+
+
+# ---- a CLIP, which is one model with its tokenizer and its image processor -----------------------
+
+def test_a_clip_is_its_folder(hub, tmp_path, offline):
+    folder = write_clip(tmp_path / "clip")
+    put(folder, "README.md", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin")
+    hub.repositories["owner/clip"] = folder
+    shares = ZeroShot.load("owner/clip")(pictures(), ["cat", "dog"])
+    np.testing.assert_array_equal(shares, ZeroShot.load(folder)(pictures(), ["cat", "dog"]))
+    assert hub.fetched() == ["config.json", "merges.txt", "model.safetensors",
+                             "preprocessor_config.json", "special_tokens_map.json",
+                             "tokenizer_config.json", "vocab.json"]
+    offline("no network")
+    np.testing.assert_array_equal(shares, ZeroShot.load("owner/clip")(pictures(), ["cat", "dog"]))
+
+
+def test_a_repository_without_weights_is_no_clip(hub, tmp_path):
+    put(tmp_path / "empty", "config.json", "README.md")
+    hub.repositories["owner/empty"] = tmp_path / "empty"
+    with pytest.raises(TinyldmError, match="owner/empty on the Hugging Face hub: expected weights"):
+        ZeroShot.load("owner/empty")
+    with pytest.raises(TinyldmError, match="owner/nothing is not here and could not be downloaded"):
+        ZeroShot.load("owner/nothing")

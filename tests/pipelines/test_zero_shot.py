@@ -8,8 +8,10 @@ from tests.support.small_clip import pictures, write_clip
 from tests.support.tolerance import assert_close, within
 from tinyldm.checkpoints.components import load_model, save_model
 from tinyldm.errors import TinyldmError
+from tinyldm.image_processor import ImageProcessor
 from tinyldm.models import CLIPVisionModelWithProjection
 from tinyldm.pipelines.zero_shot import IMAGENET, ZeroShot
+from tinyldm.text.tokenizer import Tokenizer
 
 NAMES = ["cat", "red dog", "old {hat}"]
 
@@ -102,10 +104,33 @@ def test_refused_pictures(clip, images, message):
         clip(images, NAMES)
 
 
+def test_saved_folders_load_here_and_in_transformers(clip, tmp_path):
+    clip.save(tmp_path / "new", np.float64)
+    np.testing.assert_array_equal(ZeroShot.load(tmp_path / "new", np.float64)(pictures(), NAMES),
+                                  clip(pictures(), NAMES))
+    model = transformers.CLIPModel.from_pretrained(tmp_path / "new", dtype=torch.float64).eval()
+    ids = transformers.CLIPTokenizer.from_pretrained(tmp_path / "new")(
+        [f"a photo of a {name}." for name in NAMES], padding=True, return_tensors="pt")
+    pixels = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / "new")(
+        pictures(), return_tensors="pt")["pixel_values"].double()
+    with torch.no_grad():
+        theirs = model(**ids, pixel_values=pixels).logits_per_image.softmax(1).numpy()
+    within(abs(clip(pictures(), NAMES) - theirs).max(), 1e-12)
+    with pytest.raises(TinyldmError, match="cannot copy the tokenizer"):
+        clip.save(tmp_path / "new")
+
+
 def test_what_is_no_whole_clip(clip, folder, tmp_path):
     half = CLIPVisionModelWithProjection({"num_hidden_layers": 1})
     with pytest.raises(TinyldmError, match="expected a CLIPModel, with both halves, not a CLIPVis"):
         ZeroShot(half, clip.tokenizer, clip.processor)
+    for processor in ImageProcessor(), ImageProcessor({"size": 12, "crop_size": 13}):
+        with pytest.raises(TinyldmError, match="but this CLIP reads 12x12: use its own"):
+            ZeroShot(clip.model, clip.tokenizer, processor)(pictures(), NAMES)
+    longer = Tokenizer.from_folder(folder)
+    longer.model_max_length = 100
+    with pytest.raises(TinyldmError, match="rows of 100, but this CLIP reads 99 and 77: use its"):
+        ZeroShot(clip.model, longer, clip.processor)
     with pytest.raises(TinyldmError, match="must be a folder with a CLIP"):
         ZeroShot.load(folder / "model.safetensors")
     save_model(load_model(folder), tmp_path)

@@ -34,7 +34,7 @@ from .components import (
 )
 from .formats.reading import read_tensors
 from .layout import fitted
-from .single_file import dit, kinds
+from .single_file import dit, kinds, openai
 from .single_file.alone import LABELS
 from .single_file.names import by_part, with_ema_weights
 from .single_file.statements import read_statements, told_scheduler
@@ -269,6 +269,8 @@ def _load_file(path, dtype, low_memory, ema, vae, prediction_type):
     stored = read_tensors(path)
     if dit.is_dit(stored):
         return _load_dit(path, dtype, low_memory, vae, prediction_type)
+    if openai.is_openai(stored):
+        return _load_openai(path, dtype, low_memory, vae, prediction_type)
     statements = read_statements(stored, path)
     kind = kinds.recognise(stored, path, prediction_type or statements.prediction_type)
     scheduler = told_scheduler(kind.scheduler, statements, prediction_type, path)
@@ -300,6 +302,17 @@ def _load_dit(path, dtype, low_memory, vae, prediction_type):
     told = {"prediction_type": prediction_type} if prediction_type else {}
     return PipelineParts(models, {"scheduler": dit.SCHEDULER | told}, {},
                          {"_class_name": "DiTPipeline", **dit.SETTINGS})
+
+
+def _load_openai(path, dtype, low_memory, vae, prediction_type):
+    """A file of Improved DDPM or guided diffusion holds a UNet of pixels, drawn with as DDPM is."""
+    if vae:
+        raise TinyldmError(f"{path} holds a UNet of Improved DDPM, which draws pixels without a "
+                           "VAE: leave vae out")
+    unet = load_model(path, dtype, low_memory)
+    told = {"prediction_type": prediction_type} if prediction_type else {}
+    return PipelineParts({"unet": unet}, {"scheduler": openai.scheduler(unet.config) | told}, {},
+                         {"_class_name": "DDPMPipeline", "_num_inference_steps": openai.STEPS})
 
 
 def _no_vae(path, name):

@@ -24,6 +24,7 @@ from .components import class_name
 from .folders import PIPELINES, read_index
 from .formats.reading import read_tensors
 from .single_file.dit import is_dit
+from .single_file.openai import is_openai
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")              # of files of weights
 NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -70,8 +71,8 @@ def kind_of(weights=None):
     """What a user calls the weights of a pipeline -> the public class of that pipeline.
 
     Of the hub's it downloads model_index.json alone. A single file is of Stable Diffusion, unless
-    it is the original DiT's. So is what has no model_index.json, and what cannot be read: `resolve`
-    and reading it say what is wrong with it.
+    it is the original DiT's or Improved DDPM's. So is what has no model_index.json, and what cannot
+    be read: `resolve` and reading it say what is wrong with it.
     Raises TinyldmError as resolve does.
     """
     path = bundled() if weights is None else local_path(weights)
@@ -83,8 +84,11 @@ def kind_of(weights=None):
     if os.path.isdir(path) and os.path.isfile(folder / hub.INDEX):
         return read_index(folder)["_class_name"]
     with suppress(TinyldmError):
-        if os.path.isfile(path) and is_dit(read_tensors(path)):
+        names = read_tensors(path) if os.path.isfile(path) else ()
+        if is_dit(names):
             return "DiTPipeline"
+        if is_openai(names):
+            return "DDPMPipeline"
     return "StableDiffusionPipeline"
 
 

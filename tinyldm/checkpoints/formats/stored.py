@@ -93,6 +93,16 @@ class StoredTensor(NamedTuple):
         return self._replace(shape=(last - first, *self.shape[1:]), start=start,
                              stop=start + (last - first) * self.strides[0])
 
+    def picked(self, spans):
+        """The rows of several (first, last) spans one below the other, copied: a StoredTensor."""
+        file = np.frombuffer(self.mapped, np.uint8)
+        numbers = np.ndarray(self.shape, DTYPES[self.format], file, self.start, self.strides)
+        rows = np.concatenate([numbers[first:last] for first, last in spans])
+        mapped = mmap.mmap(-1, max(rows.nbytes, 1))
+        mapped.write(rows.tobytes())
+        return self._replace(mapped=mapped, shape=rows.shape, start=0, stop=rows.nbytes,
+                             strides=row_major(rows.shape, rows.itemsize))
+
     def transposed(self):
         """The matrix with its axes exchanged."""
         return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])

@@ -1,4 +1,4 @@
-"""A file with one component and no config: a VAE, a UNet, a text encoder, the original DiT or CLIP.
+"""A file with one component and no config: a VAE, a text encoder, CLIP, the original DiT, a UNet.
 
 Such a file has the names of a whole single file, those of one part of it without the words before
 them, or the public names; names.py turns all of these into the public ones. Shapes tell which
@@ -12,8 +12,9 @@ from ...models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ...models.clip_model import CLIPModel
 from ...models.dit import DiTTransformer2DModel
 from ...models.unet import UNet2DConditionModel
+from ...models.unet_2d import UNet2DModel
 from ...models.vae import AutoencoderKL
-from . import clip, ddpm, dit, kinds
+from . import clip, ddpm, dit, kinds, openai
 from .names import by_part
 
 # What layout_of says -> the words that stand before the names in a whole single file.
@@ -48,6 +49,8 @@ def one_component(stored, path, vae_config=None, xl=False):
                            "resolution) beside it")
     if dit.is_dit(stored):
         return Alone(DiTTransformer2DModel, *dit.transformer(stored, path))
+    if openai.is_openai(stored):
+        return Alone(UNet2DModel, *openai.unet(stored, path))
     if clip.is_clip(stored):
         return Alone(CLIPModel, *clip.whole(stored, path, vae_config))
     found, rest = _parts(stored)

@@ -109,8 +109,8 @@ def _short(name):
 
 # ---- the UNet and the VAE -------------------------------------------------------------------
 
-def unet_name(name):
-    """A UNet's original name -> the public one.
+def unet_name(name, layers=LAYERS):
+    """A UNet's original name -> the public one. layers: residual blocks per level of the encoder.
 
     input_blocks.n counts conv_in, then for each level its residual blocks and its downsampler.
     output_blocks.n counts the residual blocks; an upsampler is the last module of such a block.
@@ -126,7 +126,7 @@ def unet_name(name):
         return name
     side, number, module, inner = match[1], int(match[2]), int(match[3]), match[4]
     down = side == "input"
-    level, layer = divmod(number - down, LAYERS + 1)
+    level, layer = divmod(number - down, layers + 1)
     block = f"{'down' if down else 'up'}_blocks.{level}"
     if inner.startswith("op."):
         return f"{block}.downsamplers.0.conv.{inner.removeprefix('op.')}"
