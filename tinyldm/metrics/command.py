@@ -23,8 +23,8 @@ from ..errors import TinyldmError, note
 from . import features
 from .fid import frechet_distance, read_statistics, statistics, write_statistics
 
-OPTIONS_OF = {"inception": "inception", "resize": "inception", "dims": "inception", "clip": "clip"}
-DESCRIPTION = """How like real pictures the drawn ones are. REAL and DRAWN are folders or .npz files.
+OPTIONS_OF = dict.fromkeys(("inception", "resize", "dims"), "inception") | {"clip": "clip"}
+DESCRIPTION = """How like real pictures drawn ones are. REAL and DRAWN are folders, or .npz files.
 
 --features inception, the default, needs the public weights (--inception FILE, or the variable
 TINYLDM_INCEPTION). --features clip needs a CLIP (--clip FOLDER). --features vae needs nothing else:
