@@ -47,5 +47,7 @@ def test_both_conventions(folder):
 def test_numbers_that_do_not_match(folder):
     with pytest.raises(TinyldmError, match="one text for each picture, got 3 pictures and 2 texts"):
         clip_score(*parts(folder), pictures(), TEXTS[:2])
+    with pytest.raises(TinyldmError, match="got 1 pictures and 3 texts"):
+        clip_score(*parts(folder), pictures()[0], TEXTS)
     with pytest.raises(TinyldmError, match="texts must be a list of texts"):
         clip_s(*parts(folder), pictures(), ["a cat", None, "red"])

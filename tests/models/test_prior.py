@@ -13,7 +13,7 @@ import tinyldm
 from tests.support import strict
 from tests.support.arrays import read_only
 from tests.support.keys import digest
-from tests.support.models import random_weights, with_weights
+from tests.support.models import PRIOR, PRIORS, random_weights, with_weights
 from tests.support.reference import (
     assert_same_gradients,
     copy_weights,
@@ -29,14 +29,6 @@ from tinyldm.layers import Tape
 from tinyldm.models import PriorTransformer, StableUnCLIPImageNormalizer
 
 LIST = Path(__file__).parents[3] / "shared" / "reference" / "keys_karlo_prior.txt"
-PRIOR = dict(num_attention_heads=3, attention_head_dim=4, num_layers=2, embedding_dim=8,
-             num_embeddings=7, additional_embeddings=4)
-PRIORS = {
-    "as karlo": PRIOR,
-    "other widths": dict(PRIOR, embedding_proj_dim=5, clip_embed_dim=6, num_layers=1,
-                         time_embed_dim=12),
-    "one token of text": dict(PRIOR, num_embeddings=1, num_attention_heads=1, attention_head_dim=6),
-}
 KARLO = {"_class_name": "PriorTransformer", "additional_embeddings": 4, "attention_head_dim": 64,
          "dropout": 0.0, "embedding_dim": 768, "num_attention_heads": 32, "num_embeddings": 77,
          "num_layers": 20}

@@ -8,8 +8,10 @@ from tests.support.small_clip import pictures, write_clip
 from tests.support.tolerance import assert_close, within
 from tinyldm.checkpoints.components import load_model, save_model
 from tinyldm.errors import TinyldmError
+from tinyldm.image_processor import ImageProcessor
 from tinyldm.models import CLIPVisionModelWithProjection
 from tinyldm.pipelines.zero_shot import IMAGENET, ZeroShot
+from tinyldm.text.tokenizer import Tokenizer
 
 NAMES = ["cat", "red dog", "old {hat}"]
 
@@ -122,6 +124,13 @@ def test_what_is_no_whole_clip(clip, folder, tmp_path):
     half = CLIPVisionModelWithProjection({"num_hidden_layers": 1})
     with pytest.raises(TinyldmError, match="expected a CLIPModel, with both halves, not a CLIPVis"):
         ZeroShot(half, clip.tokenizer, clip.processor)
+    for processor in ImageProcessor(), ImageProcessor({"size": 12, "crop_size": 13}):
+        with pytest.raises(TinyldmError, match="but this CLIP reads 12x12: use its own"):
+            ZeroShot(clip.model, clip.tokenizer, processor)(pictures(), NAMES)
+    longer = Tokenizer.from_folder(folder)
+    longer.model_max_length = 100
+    with pytest.raises(TinyldmError, match="rows of 100, but this CLIP reads 99 and 77: use its"):
+        ZeroShot(clip.model, longer, clip.processor)
     with pytest.raises(TinyldmError, match="must be a folder with a CLIP"):
         ZeroShot.load(folder / "model.safetensors")
     save_model(load_model(folder), tmp_path)

@@ -59,7 +59,11 @@ def model(name):
     assert state.keys() == ours, sorted(state.keys() ^ ours)
     x = {key: torch.from_numpy(array.copy()) for key, array in models.inputs(name).items()}
     with torch.no_grad():
-        if "DiT" in name:
+        if "Prior" in name:
+            latents = reference(x["latents"], x["timesteps"], x["text_embeds"], x["context"],
+                                x["mask"]).predicted_image_embedding
+            found = [reference.post_process_latents(latents)]
+        elif "DiT" in name:
             found = [reference(x["latents"].permute(0, 3, 1, 2), x["timesteps"],
                                x["class_labels"]).sample.permute(0, 2, 3, 1)]
         elif "UNet2DModel" in name:

@@ -11,6 +11,7 @@ from tinyldm.models import (
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
     DiTTransformer2DModel,
+    PriorTransformer,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -149,6 +150,14 @@ CAT256 = CIFAR10 | {
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4]}
 TRACE = {"sample_size": 128, "block_out_channels": [128, 128, 256, 256, 512, 512],
          "down_block_types": ["DownBlock2D"] * 6, "up_block_types": ["UpBlock2D"] * 6}
+PRIOR = dict(num_attention_heads=3, attention_head_dim=4, num_layers=2, embedding_dim=8,
+             num_embeddings=7, additional_embeddings=4)
+PRIORS = {
+    "as karlo": PRIOR,
+    "other widths": dict(PRIOR, embedding_proj_dim=5, clip_embed_dim=6, num_layers=1,
+                         time_embed_dim=12),
+    "one token of text": dict(PRIOR, num_embeddings=1, num_attention_heads=1, attention_head_dim=6),
+}
 VAE = dict(in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4)
 VAES = {
     "four levels": dict(VAE, block_out_channels=[4, 8, 8, 16], layers_per_block=2),
@@ -211,6 +220,7 @@ def cases():
         (CLIPTextModel, CLIPS), (CLIPTextModelWithProjection, {"as SDXL": projecting}),
         (CLIPVisionModel, VISIONS), (CLIPVisionModelWithProjection, {
             "as L/14": dict(VISIONS["as L/14"], projection_dim=7)}), (CLIPModel, WHOLE_CLIPS),
+        (PriorTransformer, PRIORS),
     ) for name, config in configs.items()}
 
 
@@ -236,6 +246,12 @@ def inputs(name):
         arrays = {"latents": rng.standard_normal((2, size, size, config["in_channels"])),
                   "timesteps": np.array([3.0, 981.0]),
                   "class_labels": np.array([4, config["num_embeds_ada_norm"]])}
+    elif model is PriorTransformer:
+        C, M = config["embedding_dim"], config["num_embeddings"]
+        arrays = {"latents": rng.standard_normal((2, C)), "timesteps": np.array([3.0, 981.0]),
+                  "text_embeds": rng.standard_normal((2, config.get("embedding_proj_dim") or C)),
+                  "context": rng.standard_normal((2, M, C)),
+                  "mask": np.arange(M) < [[M], [1]]}
     elif model in (CLIPVisionModel, CLIPVisionModelWithProjection):
         arrays = {"images": rng.standard_normal((2, *[config["image_size"]] * 2, 3))}
     elif model is CLIPModel:
@@ -275,6 +291,9 @@ def outputs(module, arrays, *tape):
         return *module.encode(arrays["images"], *tape), module.decode(arrays["z"], *tape)
     if isinstance(module, DiTTransformer2DModel):
         return (module.forward(*arrays.values(), *tape),)
+    if isinstance(module, PriorTransformer):
+        *inputs, mask = arrays.values()
+        return (module.post_process_latents(module.forward(*inputs, *tape, mask=mask), *tape),)
     y = module.forward(*(arrays[name] for name in ("latents", "images", "timesteps", "context",
                                                    "ids") if name in arrays), *tape,
                        **{name: x for name, x in arrays.items() if name in
@@ -287,6 +306,8 @@ def backward(module, arrays, dys, tape):
     if isinstance(module, AutoencoderKL):
         return {"z": module.decode_backward(dys[2], tape),
                 "images": module.encode_backward(*dys[:2], tape)}
+    if isinstance(module, PriorTransformer):
+        dys = [module.post_process_latents_backward(*dys, tape)]
     found = module.backward(*dys, tape)
     if isinstance(module, DiTTransformer2DModel):
         return {"latents": found}

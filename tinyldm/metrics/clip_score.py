@@ -6,7 +6,7 @@ text. Numbers compare only with the same CLIP and the same convention.
 Source: Hessel et al. 2021, "CLIPScore", arXiv:2104.08718, section 3; torchmetrics, CLIPScore.
 """
 from ..errors import TinyldmError
-from ..pipelines.zero_shot import ZeroShot
+from ..pipelines.zero_shot import ZeroShot, check_texts
 
 PREFIX = "A photo depicts "
 WEIGHT = 2.5                # w of the paper: stretches usual cosines, up to 0.4, to 0..1
@@ -23,12 +23,15 @@ def clip_score(model, tokenizer, processor, images, texts):
 
 def clip_s(model, tokenizer, processor, images, texts):
     """The paper's CLIP-S: 2.5 * max(cos(image, "A photo depicts " + text), 0) -> (N,) float64."""
-    texts = [PREFIX + text if isinstance(text, str) else text for text in texts]
+    check_texts("texts", texts)
+    texts = [PREFIX + text for text in texts]
     return WEIGHT * _cosines(model, tokenizer, processor, images, texts).clip(0)
 
 
 def _cosines(model, tokenizer, processor, images, texts):
     clip = ZeroShot(model, tokenizer, processor)
+    check_texts("texts", texts)
+    images = images if isinstance(images, (list, tuple)) else [images]
     if len(images) != len(texts):
         raise TinyldmError(f"expected one text for each picture, got {len(images)} pictures and "
                            f"{len(texts)} texts")

@@ -35,6 +35,12 @@ class ZeroShot:
         if not isinstance(model, CLIPModel):
             raise TinyldmError(f"expected a CLIPModel, with both halves, not a "
                                f"{type(model).__name__}: load a whole CLIP")
+        text = model.settings.text
+        if (tokenizer.model_max_length > text.max_position_embeddings
+                or len(tokenizer) > text.vocab_size):
+            raise TinyldmError(f"the tokenizer has {len(tokenizer)} words and rows of "
+                               f"{tokenizer.model_max_length}, but this CLIP reads "
+                               f"{text.vocab_size} and {text.max_position_embeddings}: use its own")
         self.model, self.tokenizer, self.processor = model, tokenizer, processor
 
     def __repr__(self):
@@ -97,7 +103,7 @@ class ZeroShot:
     def embed_images(self, images):
         """PIL images -> their embeddings, of length 1, (images, P) float64."""
         images = list(images) if isinstance(images, (list, tuple)) else [images]
-        return self._embed(images, self.processor, self.model.encode_image, self.model.dtype)
+        return self._embed(images, self._pixels, self.model.encode_image, self.model.dtype)
 
     def embed_texts(self, texts):
         """Texts -> their embeddings, of length 1, (texts, P) float64. A note says what is cut."""
@@ -111,6 +117,14 @@ class ZeroShot:
         rows = [widen(to_host(encode(self.model.xp.asarray(prepare(items[i:i + BATCH]), dtype))))
                 for i in range(0, len(items), BATCH)]
         return ops.unit(np.concatenate(rows).astype(np.float64))[0]
+
+    def _pixels(self, images):
+        size, pixels = self.model.settings.vision.image_size, self.processor(images)
+        if pixels.shape[1:3] != (size, size):
+            raise TinyldmError("the image processor makes pictures of "
+                               f"{pixels.shape[2]}x{pixels.shape[1]} pixels, but this CLIP reads "
+                               f"{size}x{size}: use its own")
+        return pixels                                   # (images, H, W, 3)
 
     def _ids(self, texts):
         most = self.tokenizer.model_max_length - 2
