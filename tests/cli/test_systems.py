@@ -110,3 +110,9 @@ def test_parameters_of_another_system_are_left_out_with_a_note(classes, out, cap
     assert main(["--weights", str(classes), "--label", "1", "--from-parameters", text,
                  "--guidance", "4", "--output", str(out / "b.png")]) == 2
     assert "DDPM draws without --guidance: leave it out" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_there_are_named_first(out, tmp_path, capsys):
+    assert main(["--weights", str(tmp_path / "no"), "--label", "1", "--output",
+                 str(out / "a.png")]) == 2
+    assert str(tmp_path / "no") in capsys.readouterr().err.splitlines()[-1]

@@ -396,7 +396,7 @@ def jobs(args, pipeline):
         return first if second is None else Between(first, second, weight)
 
     found = []
-    for prompt, label in itertools.product(args.prompt, labels):
+    for prompt, own_label in itertools.product(args.prompt, labels):
         for i in range(count):
             if between_two:
                 seed = between(args.seed, args.to_seed, i)
@@ -405,7 +405,7 @@ def jobs(args, pipeline):
             else:
                 seed = args.seed + i
             found.append(Job(between(prompt, args.to_prompt, i), seed,
-                             between(image, to_image, i), mask, label))
+                             between(image, to_image, i), mask, own_label))
     check(found, args, pipeline)
     return found
 
