@@ -35,7 +35,7 @@ MAY_IMPORT = {
                      "pipelines"},
     "inspect": BOTTOM | {"checkpoints", "cli", "images", "layers", "models"},
     "metrics": BOTTOM | {"images", "image_processor", "ops", "layers", "models", "text",
-                         "checkpoints", "pipelines"},
+                         "checkpoints", "pipelines", "cli"},
     "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "checkpoints"},
     "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
                         "pipelines", "training", "cli"},

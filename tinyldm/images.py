@@ -36,6 +36,25 @@ def open_image(path, mode="RGB"):
     return (_without_alpha(image) if mode == "L" else _on_white(image)).convert(mode)
 
 
+def open_unchanged(path):
+    """Read a file -> an RGB PIL image as other programs that measure pictures read it: the pixels
+    as they are stored, neither turned by EXIF nor with white behind transparent parts.
+
+    Raises TinyldmError as open_image does.
+    """
+    with _opened(path) as image, _reading(path):
+        _check_size(image)
+        return image.convert("RGB")
+
+
+def _check_size(image):
+    if not image.width * image.height:
+        raise ValueError("it has no pixels")
+    if image.width * image.height > LARGEST:
+        raise ValueError(f"its {image.width}x{image.height} pixels are more than "
+                         f"{LARGEST:,}: make it smaller")
+
+
 def decoded(name, image):
     """Decode a PIL image -> an upright one of mode "1", "L", "P", "LA", "RGB" or "RGBA".
 
@@ -48,11 +67,7 @@ def decoded(name, image):
     with _reading(name):
         if image.format not in (None, *USUAL, *OTHERS):
             raise ValueError(f"its format {image.format} is not one of those that are safe to read")
-        if not image.width * image.height:
-            raise ValueError("it has no pixels")
-        if image.width * image.height > LARGEST:
-            raise ValueError(f"its {image.width}x{image.height} pixels are more than "
-                             f"{LARGEST:,}: make it smaller")
+        _check_size(image)
         frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP", "PNG") else 1
         image.load()
         try:

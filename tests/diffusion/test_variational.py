@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support import improved_ddpm as reference
+from tests.support import strict
 from tests.support.arrays import read_only
 from tests.support.tolerance import assert_allclose
 from tinyldm.diffusion import variational
@@ -146,6 +147,22 @@ def test_float32_stays_so_and_is_close(kind, rng):
     assert_allclose(ours, exact, rtol=2e-4)
     for i in range(6):
         assert_allclose(found[i], gradient[i], atol=2e-3 * abs(gradient[i]).max())
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("variance", VARIANCE_TYPES)
+def test_the_same_on_arrays_as_strict_as_a_gpus(kind, variance, rng):
+    arrays = [x.astype(np.float32) for x in case(rng, variance)]
+    dlosses = rng.normal(size=6).astype(np.float32)
+    expected, cache = variational.loss(COSINE, *arrays, T_OF_CASES, kind, variance)
+    gradient = variational.loss_backward(dlosses, cache)
+    with strict.installed():
+        ours, cache = variational.loss(COSINE, *map(strict.Array, arrays), T_OF_CASES, kind,
+                                       variance)
+        found = variational.loss_backward(strict.Array(dlosses), cache)
+        assert (ours.get() == expected).all() and (found.get() == gradient).all()
+        prior = prior_term(COSINE, strict.Array(arrays[1])).get()
+    assert (prior == prior_term(COSINE, arrays[1])).all()
 
 
 # ---- numbers of the bound ----------------------------------------------------------------------

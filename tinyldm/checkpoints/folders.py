@@ -270,7 +270,7 @@ def _load_file(path, dtype, low_memory, ema, vae, prediction_type):
     if dit.is_dit(stored):
         return _load_dit(path, dtype, low_memory, vae, prediction_type)
     if openai.is_openai(stored):
-        return _load_openai(path, dtype, low_memory, vae, prediction_type)
+        return _load_openai(path, dtype, low_memory, ema, vae, prediction_type)
     statements = read_statements(stored, path)
     kind = kinds.recognise(stored, path, prediction_type or statements.prediction_type)
     scheduler = told_scheduler(kind.scheduler, statements, prediction_type, path)
@@ -304,11 +304,14 @@ def _load_dit(path, dtype, low_memory, vae, prediction_type):
                          {"_class_name": "DiTPipeline", **dit.SETTINGS})
 
 
-def _load_openai(path, dtype, low_memory, vae, prediction_type):
+def _load_openai(path, dtype, low_memory, ema, vae, prediction_type):
     """A file of Improved DDPM or guided diffusion holds a UNet of pixels, drawn with as DDPM is."""
     if vae:
         raise TinyldmError(f"{path} holds a UNet of Improved DDPM, which draws pixels without a "
                            "VAE: leave vae out")
+    if ema:
+        note(f"{path} has one set of weights: Improved DDPM's averaged ones, ema, are a file of "
+             "their own, such as ema_0.9999_500000.pt")
     unet = load_model(path, dtype, low_memory)
     told = {"prediction_type": prediction_type} if prediction_type else {}
     return PipelineParts({"unet": unet}, {"scheduler": openai.scheduler(unet.config) | told}, {},

@@ -15,6 +15,7 @@ LEFTOVERS = "|".join((
     r"logvar|lvlb_weights",                                     # tables of the noise schedule
     r"\w*loss(es|_\w+)?|lpips|\w*discriminator|\w*perceptual\w*",   # how the VAE was trained
     r"embedding_manager",                                       # of a textual inversion's training
+    r"num_batches_tracked",                                     # how many batches a norm has seen
     r"optimi[sz]er\w*|lr_scheduler\w*|(grad_)?scaler|global_step|epoch|num_updates",
     r"safety_checker|safety_model|v_pred|ztsnr",                # the last two: see statements.py
 ))

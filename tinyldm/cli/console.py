@@ -8,9 +8,10 @@ It imports nothing that takes time: what runs inside `run`, imports too, can be 
 import os
 import signal
 import sys
+import warnings
 from contextlib import contextmanager, redirect_stderr, suppress
 
-from ..errors import TinyldmError
+from ..errors import TinyldmError, clean
 from ..signals import handled
 
 
@@ -73,6 +74,24 @@ def _signals():
 
     with handled(stop, (signal.SIG_DFL, signal.default_int_handler).__contains__):
         yield came
+
+
+@contextmanager
+def notes():
+    """Inside, warnings are notes on standard error: in one line, once, without the source."""
+    shown = set()
+
+    def show_warning(message, *_):
+        message = clean(message)                        # other libraries warn, too
+        if message not in shown:
+            from tqdm import tqdm  # which prints above its own progress bars
+            tqdm.write(f"note: {message}", file=sys.stderr)
+        shown.add(message)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show_warning
+        yield
 
 
 # ---- output -----------------------------------------------------------------------------------

@@ -9,14 +9,13 @@ import math
 import os
 import re
 import sys
-import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import TinyldmError, clean, note
+from ..errors import TinyldmError, note
 from ..pipelines.interpolation import ends
-from .console import say, status
+from .console import notes, say, status
 from .options import check_meant, interpolates, jobs, parse, request
 from .parameters import BUNDLED, number
 
@@ -35,19 +34,8 @@ def main(arguments=None):
 
 def run(arguments=None):
     """The same, with an exception for what stops it: see console.status."""
-    shown = set()
-
-    def show_warning(message, *_):                      # in one line, once, without the source
-        message = clean(message)                        # other libraries warn, too
-        if message not in shown:
-            from tqdm import tqdm  # which prints above its own progress bars
-            tqdm.write(f"note: {message}", file=sys.stderr)
-        shown.add(message)
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = show_warning
+        with notes():
             draw(parse(arguments))
     except MemoryError:
         raise TinyldmError("not enough memory: use --low-memory, or a smaller --width and "

@@ -5,6 +5,7 @@
     fid.py               Fréchet distance, and files of means and covariances
     kid.py  cmmd.py      distances of two sets by a kernel
     precision_recall.py  how many of one set lie among the other
+    clip_score.py        how well pictures match their texts
     inception_score.py   from the logits of one set alone
     command.py           the command line
 

@@ -1,4 +1,4 @@
-"""The losses: of an autoencoder, and of a denoiser with its text encoder.
+"""The losses: of an autoencoder, of a denoiser with its text encoder, and of one of pixels.
 
 Each runs forward and backward on one shard of a batch and leaves the gradients on the parameters.
 """
@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import ops
 from ..backend import asarray, get_xp
+from ..diffusion import variational
 from ..diffusion.objective import sample_timesteps, target
 from ..layers import NO_TAPE, Tape
 
@@ -64,3 +65,23 @@ def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
     _, dcontext = unet.backward(doutput, tape)
     text_encoder.backward(dcontext, tape)
     return {"loss": share * loss}
+
+
+def variational_loss(unet, process, images, timesteps, weights, rng, share, kind="rescaled_mse",
+                     variance_type="learned_range", **labels):
+    """Improved DDPM's loss of a UNet2DModel, and its gradients.
+
+    images (B,H,W,C) in [-1, 1]; timesteps and weights (B,), as timestep_sampling.py draws them.
+    process, kind, variance_type: see diffusion/variational.py, `loss`. labels: the UNet's
+    class_labels, if it has classes.
+    -> {"loss"}: the weighted mean times share, the shard's part of the batch; and the losses (B,)
+    without weights, which LossSecondMoment remembers.
+    """
+    noise = asarray(rng.standard_normal(images.shape, np.float32), like=images)
+    x_t, tape = process.add_noise(images, noise, timesteps), Tape()
+    output = unet(x_t, process.model_timesteps(timesteps, x_t), tape, **labels)
+    losses, cache = variational.loss(process, output, images, noise, x_t, timesteps, kind,
+                                     variance_type)
+    weights = asarray(np.asarray(weights, losses.dtype) / len(images), like=losses)
+    unet.backward(variational.loss_backward(share * weights, cache), tape)
+    return {"loss": share * (weights * losses).sum()}, losses

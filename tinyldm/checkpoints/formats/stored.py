@@ -64,11 +64,7 @@ class StoredTensor(NamedTuple):
         changing the order of the axes does not count as a conversion.
         Raises TinyldmError for a dtype that is not in DTYPES, and for NaN or infinity.
         """
-        if self.format not in DTYPES:
-            raise TinyldmError(f"{self.path}: the tensor {self.name} has dtype {self.format}, "
-                               f"supported are {', '.join(DTYPES)}: convert the file")
-        file = np.frombuffer(self.mapped, np.uint8)     # an array on it keeps the map open
-        values = view = np.ndarray(self.shape, DTYPES[self.format], file, self.start, self.strides)
+        values = view = self._view()
         if self.format == "BF16":
             bits = values.astype(np.uint32)
             bits <<= 16
@@ -94,9 +90,11 @@ class StoredTensor(NamedTuple):
                              stop=start + (last - first) * self.strides[0])
 
     def picked(self, spans):
-        """The rows of several (first, last) spans one below the other, copied: a StoredTensor."""
-        file = np.frombuffer(self.mapped, np.uint8)
-        numbers = np.ndarray(self.shape, DTYPES[self.format], file, self.start, self.strides)
+        """The rows of several (first, last) spans one below the other, copied: a StoredTensor.
+
+        Raises TinyldmError for a dtype that is not in DTYPES.
+        """
+        numbers = self._view()
         rows = np.concatenate([numbers[first:last] for first, last in spans])
         mapped = mmap.mmap(-1, max(rows.nbytes, 1))
         mapped.write(rows.tobytes())
@@ -106,6 +104,14 @@ class StoredTensor(NamedTuple):
     def transposed(self):
         """The matrix with its axes exchanged."""
         return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
+
+    def _view(self):
+        """The numbers where they lie, bfloat16 and 8-bit floats as integers."""
+        if self.format not in DTYPES:
+            raise TinyldmError(f"{self.path}: the tensor {self.name} has dtype {self.format}, "
+                               f"supported are {', '.join(DTYPES)}: convert the file")
+        file = np.frombuffer(self.mapped, np.uint8)     # an array on it keeps the map open
+        return np.ndarray(self.shape, DTYPES[self.format], file, self.start, self.strides)
 
     def _forget_pages(self):
         """The numbers were copied: free the map's pages, so that only one copy stays in memory."""
