@@ -1,11 +1,13 @@
 """Lines of the package by room: code, docstrings, comments, blank.
 
     python -m tests.sizes               # prints the table
-    python -m tests.sizes --fill        # and writes the sums that README.md quotes
+    python -m tests.sizes --fill        # and writes the sums that PAGES quote
 
-README.md quotes a sum, rounded to hundreds, between two comments, which must not begin a line:
+A page quotes a sum between two comments, which must not begin a line: of a room, rounded to
+hundreds, or of files, rounded to tens.
 
     <!-- lines: essential core -->3,900<!-- end -->           also: the rest, all, tests
+    <!-- lines: models/dit.py pipelines/dit.py -->310<!-- end -->
 """
 import ast
 import re
@@ -13,11 +15,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGE, README = ROOT / "tinyldm", ROOT / "README.md"
+PACKAGE = ROOT / "tinyldm"
+PAGES = ROOT / "README.md", ROOT / "docs" / "systems.md"
 KINDS = ("code", "docstrings", "comments", "blank")
-# What a text becomes a picture with, and the gradients of it. All else is the rest.
-CORE = ("ops", "layers.py", "models", "diffusion", "text", "noise.py",
+# What a text becomes a picture with, and the gradients of it. All else is the rest, with the other
+# systems.
+CORE = ("ops", "layers.py", "models/__init__.py", "models/blocks.py", "models/unet.py",
+        "models/vae.py", "models/clip.py", "diffusion", "text", "noise.py",
         "pipelines/__init__.py", "pipelines/stable_diffusion.py", "pipelines/request.py",
+        "pipelines/pipeline.py",
         "pipelines/parts.py", "pipelines/conditioning.py", "pipelines/predictor.py")
 QUOTE = re.compile(r"<!-- lines: (.+?) -->(.*?)<!-- end -->")
 
@@ -48,7 +54,7 @@ def rooms():
     for path in sorted(PACKAGE.rglob("*.py")):
         file = path.relative_to(PACKAGE).as_posix()
         room = file.split("/")[0] + "/" * ("/" in file)
-        if room == "pipelines/":
+        if room in ("pipelines/", "models/"):
             room += " the core" if is_core(file) else " the rest"
         add(found.setdefault(room, [0] * 4), count(path.read_text(encoding="utf-8")))
     core = {room: lines for room, lines in found.items()
@@ -91,14 +97,25 @@ def table():
     return "\n".join(lines)
 
 
+def lines_of(name):
+    """What a quote names -> its lines now, and to what they are rounded."""
+    now = totals()
+    if name in now:
+        return sum(now[name]), 100
+    files = [(PACKAGE / file).read_text(encoding="utf-8") for file in name.split()]
+    return sum(sum(count(file)) for file in files), 10
+
+
 def fill(text):
     """A page with its quotes as counted now."""
-    now = totals()
-    return QUOTE.sub(lambda match: f"<!-- lines: {match[1]} -->{round(sum(now[match[1]]), -2):,}"
-                                   "<!-- end -->", text)
+    def quote(match):
+        lines, unit = lines_of(match[1])
+        return f"<!-- lines: {match[1]} -->{round(lines / unit) * unit:,}<!-- end -->"
+    return QUOTE.sub(quote, text)
 
 
 if __name__ == "__main__":
     print(table())
     if "--fill" in sys.argv[1:]:
-        README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -168,9 +168,9 @@ class Picture(NamedTuple):
 
         args, pipe = self.args, self.pipe
         frames = []
-        reading = " and ".join(["reading the prompt"] * (job.prompt != "")
-                               + ["reading the picture"] * (job.image is not None))
-        with self.timed(reading or "beginning"), stage(reading or "beginning"):
+        read = ["the prompt"] * (job.prompt != "") + ["the picture"] * (job.image is not None)
+        reading = f"reading {' and '.join(read)}"
+        with self.timed(reading), stage(reading) if read else nullcontext():
             asked = pipe.complete(request(job, args, type(pipe)))
             size = pipe.picture_size(asked)
             check_scale(args.scale, size)
@@ -273,7 +273,7 @@ def parameters(args, job, request, size, pipe):
         "Seed": seed,
         "Variation seed": other_seed[0] if other_seed else None,
         "Variation seed strength": number(job.seed.weight) if other_seed else None,
-        "Size": f"{size[0]}x{size[1]}",
+        "Size": f"{size[0]}x{size[1]}" if hasattr(request, "width") else None,
         "Scale": args.scale if args.scale > 1 else None,
         "Model": plain(Path(args.weights).resolve().name if args.weights else BUNDLED),
         "VAE": plain(Path(args.vae).resolve().name) if args.vae else None,

@@ -416,7 +416,8 @@ def check_meant(args, pipeline):
     known = fields_of(pipeline)
     for option, field in (FIELDS | NEEDS).items():
         value = getattr(args, option)
-        if field not in known and value not in (None, False, "", [], DEFAULTS.get(option)):
+        given = value is not None and value is not False and value not in ("", [])  # 0 is given
+        if given and field not in known and value != DEFAULTS.get(option):
             what = "a prompt" if option == "prompt" else f"--{option.replace('_', '-')}"
             raise TinyldmError(f"{pipeline.name} draws without {what}: leave it out")
     for option, method in (("lora", "load_lora"), ("embedding", "load_textual_inversion")):

@@ -1,0 +1,84 @@
+"""The command line with other systems: DDPM, which has labels and neither prompt nor size."""
+import numpy as np
+import pytest
+from PIL import Image
+
+import tinyldm
+from tests.support.models import random_weights
+from tinyldm.cli.draw import main
+from tinyldm.images import read_parameters
+from tinyldm.models import UNet2DModel
+from tinyldm.pipelines.ddpm import DDPM
+
+CONFIG = {"sample_size": 8, "block_out_channels": [8, 8], "layers_per_block": 1,
+          "norm_num_groups": 4, "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+          "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "num_class_embeds": 3}
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """A folder of a DDPM with three classes."""
+    unet = UNet2DModel(CONFIG)
+    unet.load_state_dict(random_weights(unet, 1))
+    folder = tmp_path_factory.mktemp("systems") / "ddpm"
+    tinyldm.save(DDPM(unet, {"_class_name": "DDPMScheduler"}, num_inference_steps=3), folder)
+    return folder
+
+
+def test_a_picture_of_each_label(classes, out):
+    arguments = ["--weights", str(classes), "--label", "2", "--label", "0", "--count", "2",
+                 "--seed", "5", "--output", str(out / "out.png")]
+    assert main(arguments) == 0
+    expected = tinyldm.load(classes)(label=[2, 0], num_images=2, seed=5)
+    for i, image in enumerate(expected):
+        assert np.array_equal(np.asarray(Image.open(out / f"out-{i}.png")), np.asarray(image))
+    assert (out / "out-sheet.png").exists()
+
+
+def test_a_picture_is_drawn_again_from_its_own_file(classes, out):
+    first, second = out / "a.png", out / "b.png"
+    assert main(["--weights", str(classes), "--label", "1", "--steps", "2", "--sampler", "Euler",
+                 "--output", str(first)]) == 0
+    assert read_parameters(first) == ("Steps: 2, Sampler: euler, Label: 1, Seed: 0, Model: ddpm")
+    assert main(["--weights", str(classes), "--like", str(first), "--output", str(second)]) == 0
+    assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(second)))
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["a cat"], "DDPM draws without a prompt: leave it out"),
+    (["--label", "1", "--negative", "x"], "DDPM draws without --negative: leave it out"),
+    (["--label", "1", "--width", "8"], "DDPM draws without --width: leave it out"),
+    (["--label", "1", "--guidance", "0"], "DDPM draws without --guidance: leave it out"),
+    (["--label", "1", "--to-prompt", "x"], "DDPM draws without --to-prompt: leave it out"),
+    (["--label", "1", "--random"], "DDPM draws without --random: leave it out"),
+    (["--label", "1", "--lora", "x"], "DDPM takes no --lora: leave it out"),
+    (["--label", "1", "--steps", "0"], "the number of steps must be a whole number from 1 to"),
+    ([], "this model draws pictures of a class: give a label, a whole number from 0 to 2"),
+    (["--label", "3"], "a label must be a whole number from 0 to 2, not 3"),
+    (["--label", "cat"], "a label must be a whole number from 0 to 2, not 'cat'"),
+    (["--label", "1", "--vae", "x"], "which has no VAE: leave vae out"),
+])
+def test_what_means_nothing_there_ends_in_one_line(arguments, said, classes, out, tmp_path, capsys,
+                                                   monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    assert main([*arguments, "--weights", str(classes), "--output", str(out / "out.png")]) == 2
+    message = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert message.startswith("error: ") and said in message
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["a cat", "--label", "1"], "Stable Diffusion draws without --label: leave it out"),
+    (["a cat", "--noise-level", "1"], "Stable Diffusion draws without --noise-level: leave it out"),
+    ([], "the following arguments are required: prompt"),
+])
+def test_stable_diffusion_has_no_labels(arguments, said, out, capsys):
+    assert main([*arguments, "--output", str(out / "out.png")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_film_and_previews_of_pixels(classes, out):
+    assert main(["--weights", str(classes), "--label", "1", "--preview", "2", "--animate",
+                 str(out / "film.gif"), "--profile", "--output", str(out / "out.png")]) == 0
+    assert {path.name for path in out.iterdir()} == {"film.gif", "out.png", "out-step2.png"}
