@@ -14,12 +14,15 @@ import torch
 
 import tinyldm
 from tests.support.arrays import read_only
+from tests.support.improved_ddpm import tables
 from tests.support.keys import digest
 from tests.support.openai_unet import PUBLISHED, UNet
 from tests.support.reference import nchw, nhwc, randomise
 from tests.support.tolerance import assert_close, within
 from tinyldm.checkpoints.places import kind_of
-from tinyldm.checkpoints.single_file.openai import every_fourth, public_name, scheduler, unet
+from tinyldm.checkpoints.single_file.openai import drawing, public_name, unet
+from tinyldm.diffusion.process import kept_timesteps
+from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Tape, file_shape, to_file
@@ -185,17 +188,9 @@ class Shape:
         return Shape((sum(last - first for first, last in spans), *self.shape[1:]))
 
 
-def test_the_chain_of_every_fourth_step():
-    """Its products are alpha_bar of the cosine schedule of 4000 steps, at every fourth."""
-    f = np.cos((np.arange(4001) / 4000 + 0.008) / 1.008 * np.pi / 2) ** 2
-    alpha_bar = np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
-    betas = np.array(every_fourth())
-    assert betas.shape == (1000,) and betas[0] == pytest.approx(9.865818813681315e-06, rel=1e-9)
-    np.testing.assert_allclose(np.cumprod(1 - betas), alpha_bar[::4], rtol=1e-9)
-
-
 @pytest.mark.parametrize("name, expected", [
-    ("cifar10", {"trained_betas": every_fourth()}), ("imagenet64", {"num_train_timesteps": 1000}),
+    ("cifar10", {"num_train_timesteps": 4000, "beta_schedule": "squaredcos_cap_v2"}),
+    ("imagenet64", {"num_train_timesteps": 4000, "beta_schedule": "squaredcos_cap_v2"}),
     ("imagenet64 with classes", {"num_train_timesteps": 4000,
                                  "beta_schedule": "squaredcos_cap_v2"}),
     ("lsun256", {"beta_schedule": "linear", "beta_end": 0.02}),
@@ -206,7 +201,9 @@ def test_the_schedule_is_that_of_the_published_file(name, expected):
     with torch.device("meta"):
         tensors = UNet(**SMALL[name]).state_dict()
     config, _ = unet({key: Shape(tuple(tensor.shape)) for key, tensor in tensors.items()}, name)
-    found = scheduler(config)
+    found, settings = drawing(config)
+    assert ("_rescale_timesteps" in settings) == (name in ("cifar10", "imagenet64",
+                                                           "fixed variance"))
     assert {"variance_type": "learned_range"} | found | expected == found
     Schedule.from_config(found)
 
@@ -234,7 +231,7 @@ def test_drawing_equals_diffusers_sampler_on_the_original_network(name, sampler,
     x = torch.randn(1, 3, 32, 32, generator=generator)
     for ours, t in zip(states, theirs.timesteps, strict=True):
         with torch.no_grad():
-            output = reference(x, t[None])
+            output = reference(x, t[None] * 1000 / theirs.config.num_train_timesteps)
         if kind is diffusers.DDPMScheduler:
             x = theirs.step(output, t, x, generator=generator).prev_sample
         else:                                           # which cannot learn a variance
@@ -243,11 +240,72 @@ def test_drawing_equals_diffusers_sampler_on_the_original_network(name, sampler,
         assert_close(ours.latents, nhwc(x), 2e-3, f"step {ours.step}")
 
 
+def cheap(latents, timesteps):
+    """Any smooth noise and share of the variance, in place of a network: 250 steps take long."""
+    t = timesteps[0] / 1000
+    return [0.7 * latents + 0.2 * np.sin(5 * t + latents), np.cos(3 * t + 2 * latents)]
+
+
+def with_cheap_network(file):
+    """A file's pipeline, float64, which calls `cheap`; and the list of the timesteps it calls it at.
+    """
+    pipe, seen = tinyldm.load(file, dtype="float64"), []
+
+    def forward(latents, timesteps, tape=None, **labels):
+        seen.append(timesteps[0])
+        return np.concatenate(cheap(latents, timesteps), axis=-1)
+
+    pipe.unet.forward = forward
+    return pipe, seen
+
+
+@pytest.mark.parametrize("name, T, scale", [
+    ("adm64", 1000, 1), ("cifar10", 4000, 0.25), ("imagenet64", 4000, 0.25),
+    ("imagenet64 with classes", 4000, 1)])
+def test_the_default_steps_are_the_authors(name, T, scale, tmp_path):
+    """250 respaced steps of all T, a clipped x_start, the variance between beta~ and beta. Our
+    schedule is float32, theirs float64."""
+    torch.save(original(name).state_dict(), tmp_path / "model.pt")
+    pipe, seen = with_cheap_network(tmp_path / "model.pt")
+    label = {"label": 3} if "classes" in SMALL[name] else {}
+    states = list(pipe.stream(seed=5, **label))
+    f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    kept = kept_timesteps(T, 250)
+    alpha_bar = np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))[kept]
+    betas = 1 - alpha_bar / np.append(1, alpha_bar[:-1])
+    assert [state.timestep for state in states] == kept[::-1].tolist()
+    assert seen == (kept[::-1] * scale).tolist()
+    rows = {key: table.numpy().ravel() for key, table in tables(betas).items()}
+    generator = torch.Generator().manual_seed(5)
+    shape = 1, 3, *pipe.size
+    x = nhwc(torch.randn(shape, generator=generator)).astype(np.float64)
+    for state, i in zip(states, reversed(range(250)), strict=True):
+        row = {key: table[i] for key, table in rows.items()}
+        eps, v = cheap(x, [kept[i] * scale])
+        x_start = x / row["alpha_bar"] ** 0.5 - (1 / row["alpha_bar"] - 1) ** 0.5 * eps
+        x_start = x_start.clip(-1, 1)
+        share = (v + 1) / 2
+        logvar = share * row["log_beta"] + (1 - share) * row["low"]
+        x = row["c1"] * x_start + row["c2"] * x
+        if i:
+            x = x + np.exp(logvar / 2) * nhwc(torch.randn(shape, generator=generator))
+        assert_close(state.latents, x, 5e-4, f"step {state.step}")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_with_rescaled_timesteps(sampler, tmp_path):
+    torch.save(original().state_dict(), tmp_path / "model.pt")
+    pipe, seen = with_cheap_network(tmp_path / "model.pt")
+    assert np.isfinite(list(pipe.stream(num_inference_steps=4, sampler=sampler))[-1].latents).all()
+    assert 700 < max(seen) < 1000
+
+
 def test_a_saved_folder_holds_the_same_pipeline(tmp_path):
     """diffusers loads it where all attentions have heads of one width."""
     torch.save(original().state_dict(), tmp_path / "model.pt")
     pipe = tinyldm.load(tmp_path / "model.pt")
-    tinyldm.save(pipe, tmp_path / "saved")
+    with pytest.warns(UserWarning, match="diffusers' classes cannot express"):
+        tinyldm.save(pipe, tmp_path / "saved")
     theirs = diffusers.DDPMPipeline.from_pretrained(tmp_path / "saved")
     again = tinyldm.load(tmp_path / "saved")
     x = np.random.default_rng(5).standard_normal((1, 8, 8, 3)).astype(np.float32)
@@ -256,6 +314,8 @@ def test_a_saved_folder_holds_the_same_pipeline(tmp_path):
     assert_close(again.unet(x, np.array([500.0])), expected, 1e-3)
     np.testing.assert_array_equal(theirs.scheduler.alphas_cumprod, again.schedule.alphas_cumprod)
     np.testing.assert_array_equal(again.schedule.betas, pipe.schedule.betas)
+    first, second = (list(p.stream(num_inference_steps=2))[-1].latents for p in (pipe, again))
+    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])

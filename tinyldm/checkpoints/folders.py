@@ -221,6 +221,7 @@ class IndexConfig(Config):
     _num_inference_steps: int | None = within(1, 1000, None)
     _guidance_scale: float | None = within(0, 100, None)
     _guided_channels: int | None = within(1, 1024, None)        # the original DiT's: 3 of 4
+    _rescale_timesteps: bool | None = None              # Improved DDPM's: t * 1000 / T
     id2label: dict | None = None                        # DiT: names by the numbers of classes
     unet: Part = one_of(default=None, lengths=(2,))
     transformer: Part = one_of(default=None, lengths=(2,))
@@ -314,8 +315,9 @@ def _load_openai(path, dtype, low_memory, ema, vae, prediction_type):
              "their own, such as ema_0.9999_500000.pt")
     unet = load_model(path, dtype, low_memory)
     told = {"prediction_type": prediction_type} if prediction_type else {}
-    return PipelineParts({"unet": unet}, {"scheduler": openai.scheduler(unet.config) | told}, {},
-                         {"_class_name": "DDPMPipeline", "_num_inference_steps": openai.STEPS})
+    scheduler, settings = openai.drawing(unet.config)
+    return PipelineParts({"unet": unet}, {"scheduler": scheduler | told}, {},
+                         {"_class_name": "DDPMPipeline", **settings})
 
 
 def _no_vae(path, name):

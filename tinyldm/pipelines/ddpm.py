@@ -17,7 +17,7 @@ from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.ddpm import LEARNED
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..images import Pictures
 from .finite import finite_states
 from .interpolation import as_list
@@ -71,16 +71,19 @@ class DDPM(Pipeline):
     """A UNet2DModel and a noise schedule.
 
     scheduler: the dict of a scheduler_config.json. num_inference_steps: the default; None: the
-    public pipeline's. kind: the public pipeline's class, a key of KINDS.
+    public pipeline's. kind: the public pipeline's class, a key of KINDS. rescale_timesteps: the
+    UNet sees timesteps between 0 and 1000, whatever their number, as in Improved DDPM.
     Raises TinyldmError for a UNet that does not give pictures.
     """
 
     Options, name = DDPMOptions, "DDPM"
 
-    def __init__(self, unet, scheduler, num_inference_steps=None, kind="DDPMPipeline"):
+    def __init__(self, unet, scheduler, num_inference_steps=None, kind="DDPMPipeline",
+                 rescale_timesteps=False):
         own_class, steps = KINDS[kind]
         self.unet, self.scheduler, self._kind = unet, scheduler | own_class, kind
         self.schedule = Schedule.from_config(scheduler)
+        self.rescale_timesteps = bool(rescale_timesteps)
         self.num_inference_steps = num_inference_steps or min(
             steps, self.schedule.num_train_timesteps)
         channels, outputs = unet.settings.in_channels, unet.settings.out_channels
@@ -97,7 +100,8 @@ class DDPM(Pipeline):
     def from_parts(cls, parts, low_memory=False):
         """PipelineParts -> DDPM. low_memory plays no part: there is no VAE to decode in tiles."""
         return cls(parts.models["unet"], parts.schedulers["scheduler"],
-                   parts.index.get("_num_inference_steps"), parts.kind)
+                   parts.index.get("_num_inference_steps"), parts.kind,
+                   parts.index.get("_rescale_timesteps"))
 
     @takes(DDPMOptions)
     def __call__(self, *arguments: Any, **options: Any) -> Pictures:
@@ -129,8 +133,9 @@ class DDPM(Pipeline):
         else:
             latents = self.array(request.latents, "latents")
             check_latents(latents, shape, 1)
-        predict = Predictor(self.unet, [self.conditions(request)], 1.0,
-                            keeps_variance=learned)
+        scale = 1000 / schedule.num_train_timesteps if self.rescale_timesteps else 1
+        predict = Predictor(self.unet, [self.conditions(request)], 1.0, keeps_variance=learned,
+                            timestep_scale=scale)
         states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, **options)
         return finite_states(states, predict)
 
@@ -198,3 +203,12 @@ class DDPM(Pipeline):
     def kind(self):
         """The public class whose folder holds such a pipeline."""
         return self._kind
+
+    def settings(self):
+        """What model_index.json says besides the parts."""
+        rescaled = {"_rescale_timesteps": True} if self.rescale_timesteps else {}
+        if rescaled or isinstance(self.unet.settings.attention_head_dim, (list, tuple)):
+            note("these are weights of OpenAI's models, whose timesteps or attention heads "
+                 "diffusers' classes cannot express: only tinyldm draws with the saved folder as "
+                 "it should")
+        return super().settings() | rescaled

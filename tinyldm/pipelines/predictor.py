@@ -14,15 +14,18 @@ class Predictor:
     inpainting UNet reads behind x_t, (B,H,W,c). guided_channels: how many channels of the
     prediction are guided, the others are the condition's own; None for all of x_t's.
     keeps_variance: whether what a model predicts behind x_t's channels, for a learned variance, is
-    handed on. The last inputs are kept in `inputs`, for the search for NaN.
+    handed on. timestep_scale: the model sees t times this number. The last inputs are kept in
+    `inputs`, for the search for NaN.
     """
 
     def __init__(self, unet, conditioning, guidance_scale, guidance_rescale=0.0,
-                 extra_channels=None, *, guided_channels=None, keeps_variance=False):
+                 extra_channels=None, *, guided_channels=None, keeps_variance=False,
+                 timestep_scale=1):
         self.unet, self.conditioning, self.extra_channels = unet, conditioning, extra_channels
         self.guidance_scale = float(guidance_scale)     # a NumPy number would change the dtype
         self.guidance_rescale = float(guidance_rescale)
         self.guided_channels, self.keeps_variance = guided_channels, keeps_variance
+        self.timestep_scale = timestep_scale
         self.inputs, self.dtype = {}, unet.dtype
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
@@ -33,7 +36,7 @@ class Predictor:
         latents = [x_t] if self.extra_channels is None else [x_t, self.extra_channels]
         latents = xp.concatenate([xp.concatenate(latents, axis=-1)] * n)
         self.inputs = {"latents": latents.astype(self.dtype), **conditioning,
-                       "timesteps": xp.full(len(latents), t, x_t.dtype)}
+                       "timesteps": xp.full(len(latents), t * self.timestep_scale, x_t.dtype)}
         model_output = self.unet(**self.inputs).astype(x_t.dtype)
         if not self.keeps_variance:
             model_output = model_output[..., :x_t.shape[-1]]

@@ -7,9 +7,7 @@ published models of that structure.
 Source: openai/improved-diffusion, openai/guided-diffusion: unet.py, script_util.py and the flags
 in README.md; Nichol & Dhariwal 2021, arXiv:2102.09672; Dhariwal & Nichol 2021, arXiv:2105.05233.
 """
-import math
 import re
-from itertools import pairwise
 
 from ...errors import TinyldmError
 from ...models.unet_2d import UNet2DModel
@@ -45,36 +43,24 @@ def unet(stored, path):
     return config, tensors
 
 
-def scheduler(config):
-    """The config of a UNet2DModel, from `unet` -> the dict of its scheduler_config.json.
+def drawing(config):
+    """How the authors draw with a UNet2DModel of this config, from `unet`.
 
-    Improved DDPM has 4000 steps, and without classes its network sees a quarter of their number:
-    every fourth step of that chain is one of 1000 steps whose numbers the network sees as they are.
+    -> the dict of its scheduler_config.json, and entries of model_index.json. Improved DDPM has
+    4000 steps. Without classes its network sees their numbers times 1000 / 4000.
     """
-    is_adm, classes = config["downsample_type"] == "resnet", "num_class_embeds" in config
-    cosine = {"beta_schedule": "squaredcos_cap_v2"}
-    if is_adm:
-        steps = cosine if config["sample_size"] == 64 else {}
-    elif config["resnet_time_scale_shift"] == "default":
-        steps = {}
-    else:
-        steps = cosine | {"num_train_timesteps": 4000} if classes else {
-            "beta_schedule": "linear", "trained_betas": every_fourth()}
+    is_adm, shifts = (config["downsample_type"] == "resnet",
+                      config["resnet_time_scale_shift"] == "scale_shift")
+    is_long = shifts and not is_adm
+    is_cosine = is_long or is_adm and config["sample_size"] == 64
     learned = config["out_channels"] == 2 * config["in_channels"]
-    return {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_start": 1e-4,
-            "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True,
-            "variance_type": "learned_range" if learned else "fixed_large"} | steps
-
-
-def every_fourth(T=4000):
-    """The betas of the cosine schedule's steps 0, 4, 8 ... T - 4: a chain that visits only these.
-
-        beta = 1 - alpha_bar_t / alpha_bar_{t-4},    alpha_bar_t = f((t + 1) / T) / f(0)
-
-    Source: arXiv:2102.09672, eq. 17 and section 4.
-    """
-    f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, *range(1, T, 4))]
-    return [1 - after / before for before, after in pairwise(f)]
+    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 4000 if is_long else 1000,
+                 "beta_start": 1e-4, "beta_end": 0.02,
+                 "beta_schedule": "squaredcos_cap_v2" if is_cosine else "linear",
+                 "timestep_spacing": "linspace", "clip_sample": True,
+                 "variance_type": "learned_range" if learned else "fixed_large"}
+    rescaled = {"_rescale_timesteps": True} if is_long and "num_class_embeds" not in config else {}
+    return scheduler, {"_num_inference_steps": STEPS} | rescaled
 
 
 # ---- the config -----------------------------------------------------------------------------
