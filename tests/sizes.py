@@ -4,7 +4,7 @@
     python -m tests.sizes --fill        # and writes the sums that PAGES quote
 
 A page quotes a sum between two comments, which must not begin a line: of a room, rounded to
-hundreds, or of files, rounded to tens.
+hundreds, or of files and folders, rounded to tens.
 
     <!-- lines: essential core -->3,900<!-- end -->   also: other systems, the rest, all, tests
     <!-- lines: models/dit.py pipelines/dit.py -->310<!-- end -->
@@ -101,8 +101,9 @@ def lines_of(name):
     now = totals()
     if name in now:
         return sum(now[name]), 100
-    files = [(PACKAGE / file).read_text(encoding="utf-8") for file in name.split()]
-    return sum(sum(count(file)) for file in files), 10
+    files = [file for path in name.split() for file in
+             ((PACKAGE / path).rglob("*.py") if path.endswith("/") else [PACKAGE / path])]
+    return sum(sum(count(file.read_text(encoding="utf-8"))) for file in files), 10
 
 
 def fill(text):
