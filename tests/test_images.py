@@ -1,6 +1,7 @@
 """Pictures from files: upright, of any mode, and what is no picture."""
 import struct
 import subprocess
+import threading
 import warnings
 import zlib
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from tests.support.pictures import picture
+from tinyldm import images
 from tinyldm.errors import TinyldmError
 from tinyldm.images import (
     decoded,
@@ -68,6 +70,23 @@ def test_half_a_picture_and_none(tmp_path):
     for wrong in (file, tmp_path / "none.png", tmp_path):
         with pytest.raises(TinyldmError, match=r"cannot read .* as a picture \("):
             open_image(wrong)
+
+
+def test_threads_leave_pythons_warnings_as_they_were():
+    """Two that read at once would each put back what they found, so one of them "ignore all"."""
+    before, inside, leave = warnings.filters[:], threading.Event(), threading.Event()
+
+    def read():
+        with images._reading("second"):
+            inside.set()
+            leave.wait(10)
+    second = threading.Thread(target=read)
+    with images._reading("first"):
+        second.start()
+        assert not inside.wait(0.1)
+    leave.set()
+    second.join(10)
+    assert inside.is_set() and warnings.filters == before
 
 
 # ---- any mode, from a file or from Python ---------------------------------------------------

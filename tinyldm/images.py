@@ -5,6 +5,7 @@ The conversions are those of diffusers' image processor. A bad file ends in a Ti
 import base64
 import io
 import os
+import threading
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 USUAL = "PNG", "JPEG", "GIF", "BMP", "PPM"              # loading the others too takes 0.2 s
 OTHERS = "WEBP", "TIFF", "AVIF", "JPEG2000", "MPO", "TGA", "QOI", "ICO", "DIB"
 LARGEST = 8192 ** 2         # pixels to decode: as many as the largest picture to draw has
+SILENT = threading.RLock()  # the list of warnings to ignore is one for all threads
 FLAT = 16                   # levels of 255: colours that differ by less count as one
 
 
@@ -102,7 +104,7 @@ def _reading(name):
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
+        with SILENT, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except (TinyldmError, MemoryError):

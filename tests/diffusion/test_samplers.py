@@ -307,6 +307,69 @@ def test_as_many_steps_as_training_timesteps(name):
         assert np.isfinite(states[-1].latents).all()
 
 
+@every_prediction
+@pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
+def test_pndm_begins_by_runge_kutta(prediction, spacing):
+    config = {**SD15, "skip_prk_steps": False, "prediction_type": prediction}
+    if spacing:
+        config["timestep_spacing"] = spacing
+    for steps in (4, 5, 8, 9, 10, 20, 50):              # half of 1000 // 8 is no whole number
+        check("pndm", config, steps, keywords=own_options(config, "pndm"))
+    published = {"beta_schedule": "linear", "steps_offset": 0, "set_alpha_to_one": True}
+    for steps in (4, 20):
+        check("pndm", config | published, steps, keywords={"skip_prk_steps": False})
+
+
+# Of diffusers' test_scheduler_pndm.py: the sum and the mean of the absolute values at the end.
+@pytest.mark.parametrize("options, total, mean", [
+    ({}, 198.1318, 0.2580), ({"prediction_type": "v_prediction"}, 67.3986, 0.0878),
+    ({"set_alpha_to_one": True, "beta_start": 0.01}, 230.0399, 0.2995),
+    ({"set_alpha_to_one": False, "beta_start": 0.01}, 186.9482, 0.2434)], ids=str)
+def test_the_published_loop_of_pndm(options, total, mean):
+    config = {"_class_name": "PNDMScheduler", "beta_start": 0.0001, "beta_end": 0.02, **options}
+    ramp = (np.arange(768).reshape(3, 8, 8, 4) / 768).astype(np.float32)
+    *_, last = SAMPLERS["pndm"](lambda x, t: x * np.float32(t / (t + 1)), ramp,
+                                Schedule.from_config(config), 10, None,
+                                **own_options(config, default_sampler(config)))
+    assert abs(abs(last.latents).sum() - total) < 1e-2
+    assert abs(abs(last.latents).mean() - mean) < 1e-3
+
+
+@every_prediction
+@pytest.mark.parametrize("masked", [False, True])
+def test_pndm_from_a_picture(prediction, masked):
+    """By Runge-Kutta if all steps are made; or else as without it, like the public inpainting."""
+    config = {**SD, "prediction_type": prediction}
+    random = np.random.default_rng(5)
+    picture = random.standard_normal(SHAPE)
+    mask = (random.random((1, *SHAPE[1:3], 1)) < 0.6).astype(float) if masked else None
+    for steps, first in [(4, 0), (10, 0), (10, 1), (10, 7), (2, 1)]:
+        scheduler = scheduler_of("pndm", {**config, "skip_prk_steps": first > 0})
+        check("pndm", config, steps, scheduler, keywords={"skip_prk_steps": False},
+              origin=Origin(picture, first, mask))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_runge_kutta_takes_four_steps(steps):
+    with pytest.raises(ValueError):
+        diffusers.PNDMScheduler().set_timesteps(steps)
+    with pytest.raises(TinyldmError, match=f"at least 4 steps, not {steps}: take more") as error:
+        check_sampler("pndm", Schedule.from_config(SD), steps, options={"skip_prk_steps": False})
+    assert "\n" not in str(error.value)
+    check_sampler("pndm", Schedule.from_config(SD), steps)
+
+
+@every_sampler
+@pytest.mark.parametrize("prk", [False, True])
+def test_progress_counts_every_step_once(name, prk):
+    keywords = {"skip_prk_steps": False} if prk and name == "pndm" else {}
+    for steps, first in [(1, 0), (4, 0), (10, 0), (10, 1), (10, 9)]:
+        if steps > 1 or not keywords:
+            states = SAMPLERS[name](predict, start()[1], Schedule.from_config(SD), steps,
+                                    noise_source(), Origin(first=first), **keywords)
+            assert sum(not state.repeats for state in states) == steps - first
+
+
 def test_pndm_calls():
     schedule = Schedule.from_config(SD15)
 
@@ -315,6 +378,13 @@ def test_pndm_calls():
     assert timesteps(1) == [1]                                      # one DDIM step, as in diffusers
     assert timesteps(3) == [667, 334, 334, 1]
     assert timesteps(50)[:4] == [981, 961, 961, 941]
+
+    def by_runge_kutta(n):
+        return [s.timestep for s in SAMPLERS["pndm"](predict, start()[1], schedule, n, None,
+                                                     skip_prk_steps=False)]
+    assert by_runge_kutta(4) == [751, 626, 626, 501, 501, 376, 376, 251, 251, 126, 126, 1, 1]
+    assert by_runge_kutta(50)[:6] == [981, 971, 971, 961, 961, 951]
+    assert len(by_runge_kutta(50)) == 59
 
 
 @every_sampler
@@ -422,6 +492,17 @@ def test_options_of_deis(options):
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("file, skips", [({}, False), ({"skip_prk_steps": None}, False),
+                                         ({"skip_prk_steps": False}, False),
+                                         ({"skip_prk_steps": True}, True)], ids=str)
+def test_options_of_pndm(file, skips):
+    """A file without the key means the public class's default."""
+    config = {"_class_name": "PNDMScheduler", **file}
+    assert own_options(config, default_sampler(config)) == {"skip_prk_steps": skips}
+    assert own_options(config, "ddim") == {}
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_parallel_schedulers_are_the_same_algorithm(name):
     public = CLASSES[name].replace("Scheduler", "ParallelScheduler")
@@ -438,7 +519,6 @@ def test_parallel_schedulers_are_the_same_algorithm(name):
     ({"_class_name": "DPMSolverSinglestepScheduler"}, "dpmpp_2m", "DPMSolverSinglestepScheduler"),
     ({"_class_name": "KDPM2DiscreteScheduler", "use_karras_sigmas": True}, "heun_karras", "KDPM2"),
     ({"_class_name": "KDPM2AncestralDiscreteScheduler"}, "euler_ancestral", "KDPM2Ancestral"),
-    ({"_class_name": "PNDMScheduler"}, "pndm", "skip_prk_steps = False"),
     ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "euler",
      "EulerDiscreteScheduler with use_beta_sigmas = True is not built here: .* euler, and False"),
     ({"_class_name": "EulerDiscreteScheduler", "sigma_max": 10.0}, "euler", "sigma_max = 10.0"),

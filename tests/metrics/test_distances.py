@@ -83,6 +83,29 @@ def test_singular_values_of_the_features_give_the_same(rng):
     assert_allclose(fid.trace_of_root(*S), expected, 1e-12)
 
 
+@pytest.mark.parametrize("counts, eighs", [((90, 70), 0), ((20, 90), 1), ((20, 20), 2)])
+def test_both_factors_give_the_same(counts, eighs, rng, monkeypatch):
+    """Cholesky's of covariances of full rank, and the one of eigenvectors of the others."""
+    A, B = (statistics(rng.standard_normal((n, 32)) * np.geomspace(1, 1e-3, 32)).covariance
+            for n in counts)
+    eigh, calls = np.linalg.eigh, []
+    monkeypatch.setattr(np.linalg, "eigh", lambda S: calls.append(S) or eigh(S))
+    found = fid.trace_of_root(A, B)
+    assert len(calls) == eighs
+
+    def fails(S):
+        raise np.linalg.LinAlgError
+    monkeypatch.setattr(np.linalg, "cholesky", fails)
+    assert_allclose(found, fid.trace_of_root(A, B), 1e-12)
+
+
+def test_rank_that_rounding_hides(rng, monkeypatch):
+    """Cholesky may succeed on a covariance that lacks one rank: its last pivot is rounding."""
+    lower = np.tril(rng.standard_normal((5, 5)) / 4, -1) + np.diag([1, 1, 1, 1, 1e-9])
+    monkeypatch.setattr(np.linalg, "cholesky", lambda S: lower)
+    assert fid._factor(lower @ lower.T).shape == (5, 4)
+
+
 def test_scale_and_sameness(rng):
     x, y = rng.standard_normal((2, 30, 6))
     within(abs(distance(x, x)), 1e-10)
@@ -95,11 +118,15 @@ def test_where_lapack_finds_no_eigenvalues(monkeypatch, rng):
     A, B = (np.cov(rng.standard_normal((9, 4)), rowvar=False) for _ in range(2))
     eigh, calls = np.linalg.eigh, []
 
+    def always_fails(S):
+        raise np.linalg.LinAlgError
+
     def fails_once(S):
         calls.append(S)
         if len(calls) == 1:
             raise np.linalg.LinAlgError
         return eigh(S)
+    monkeypatch.setattr(np.linalg, "cholesky", always_fails)
     monkeypatch.setattr(np.linalg, "eigh", fails_once)
     found = fid.trace_of_root(A, B)
     assert_allclose(calls[1], A + 1e-6 * np.eye(4), 1e-12)

@@ -25,13 +25,14 @@ KINDS = ["DDPM", "DDIM", "PNDM"]
 
 
 @cache
-def reference(kind="DDPM", variance_type="fixed_large", **changes):
+def reference(kind="DDPM", variance_type="fixed_large", skip_prk_steps=True, **changes):
     """diffusers' pipeline with a small random UNet."""
     torch.manual_seed(0)
     unet = randomise(diffusers.UNet2DModel(**SMALL | changes)).eval()
     with torch.no_grad():
         unet.conv_out.weight *= 0.3                     # noise of about the right size
-    own = {"DDPM": {"variance_type": variance_type}, "DDIM": {}, "PNDM": {"skip_prk_steps": True}}
+    own = {"DDPM": {"variance_type": variance_type}, "DDIM": {},
+           "PNDM": {"skip_prk_steps": skip_prk_steps}}
     scheduler = getattr(diffusers, f"{kind}Scheduler")(
         **{key: value for key, value in LINEAR.items() if kind != "PNDM" or key != "clip_sample"},
         **own[kind])
@@ -69,7 +70,7 @@ def in_float64(pipe, seed, steps):
 
 
 @pytest.mark.parametrize("kind", [("DDPM", "fixed_small"), ("DDPM", "fixed_large"), ("DDIM",),
-                                  ("PNDM",)], ids=str)
+                                  ("PNDM",), ("PNDM", "", False)], ids=str)
 @pytest.mark.parametrize("root", [False, True])
 def test_whole_drawings(kind, root, tmp_path):
     theirs = in_float64(reference(*kind), 3, 6)
@@ -136,10 +137,14 @@ def test_defaults(kind, steps, sampler):
     assert short.num_inference_steps == 20
 
 
-def test_pndm_begins_without_runge_kutta_and_a_note_says_so():
-    pipe = DDPM(UNet2DModel(SMALL), LINEAR, kind="PNDMPipeline")
-    with pytest.warns(UserWarning, match="skip_prk_steps = False is not built here"):
-        assert pipe.sampler() == "pndm"
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_pndm_begins_by_runge_kutta_unless_the_file_says_otherwise():
+    pipe = DDPM(random_pipe().unet, LINEAR, kind="PNDMPipeline")
+    assert len(list(pipe.stream(num_inference_steps=6))) == 15
+    assert pipe(num_inference_steps=4)
+    with pytest.raises(TinyldmError, match="at least 4 steps, not 3: take more, or another"):
+        pipe(num_inference_steps=3)
+    assert pipe(num_inference_steps=3, sampler="ddim")
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,23 @@ def layer(weights, prefix, name, x, padding):
         weights[f"{prefix}{name}.{part}"] for part in
         ("conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))
     zeros = int(zeros or 0) if padding == "valid" or stride else [k // 2 for k in weight.shape[2:]]
-    x = F.conv2d(x, weight, None, int(stride or 1), zeros)
+    x = F.conv2d(x, weight, weights.get(f"{prefix}{name}.conv.bias"), int(stride or 1), zeros)
+    if f"{prefix}{name}.conv.bias" in weights:
+        return F.relu(x)
+    if not torch.is_grad_enabled():
+        return F.relu(F.batch_norm(x, mean, var, gain, shift, eps=1e-3))
+    # With gradients of the statistics, too, which batch_norm does not give.
     mean, var, gain, shift = (p[None, :, None, None] for p in (mean, var, gain, shift))
     return F.relu((x - mean) / (var + 1e-3).sqrt() * gain + shift)
+
+
+def folded(weights):
+    """The same network with each batch norm folded into its convolution's weight and bias."""
+    result = dict(weights)
+    for name in [name[:-len("conv.weight")] for name in weights if name.endswith("conv.weight")]:
+        mean, var, gain, shift = (weights[f"{name}bn.{part}"] for part in
+                                  ("running_mean", "running_var", "weight", "bias"))
+        scale = gain / (var + 1e-3).sqrt()
+        result[f"{name}conv.weight"] = weights[f"{name}conv.weight"] * scale[:, None, None, None]
+        result[f"{name}conv.bias"] = shift - mean * scale
+    return result

@@ -174,13 +174,11 @@ class Picture(NamedTuple):
             asked = pipe.complete(request(job, args, type(pipe)))
             size = pipe.picture_size(asked)
             check_scale(args.scale, size)
-            steps, sampler = asked.num_inference_steps, asked.sampler
             states = pipe.states(asked)
             text = parameters(args, job, asked, size, pipe)
         with self.timed("drawing"):
-            made = pipe.steps_made(asked)
-            bar = progress("drawing", BAR, made)
-            for state in counted(states, bar, sampler, steps, made):
+            bar = progress("drawing", BAR, pipe.steps_made(asked))
+            for state in counted(states, bar):
                 step = state.step + 1
                 wanted = args.preview and step % args.preview == 0
                 if wanted or step_film or self.live:

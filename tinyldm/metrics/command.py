@@ -4,7 +4,7 @@
     kid REAL DRAWN                  kernel distance: mean and standard deviation over the subsets
     precision-recall REAL DRAWN     how many drawn ones look real; how many real ones are matched
     cmmd REAL DRAWN                 kernel distance of CLIP embeddings
-    clip-score DRAWN --texts FILE   how well pictures match texts, by a CLIP
+    clip-score DRAWN                how well pictures match texts, by a CLIP
     inception-score DRAWN           from the logits of one set alone
     stats PICTURES OUT.npz          mean and covariance, for fid here and in pytorch-fid
 
@@ -23,6 +23,7 @@ from ..errors import TinyldmError, note
 from . import features
 from .fid import frechet_distance, read_statistics, statistics, write_statistics
 
+SLOW = 1000                 # numbers of features from which the distance takes seconds
 OPTIONS_OF = dict.fromkeys(("inception", "resize", "dims"), "inception") | {"clip": "clip"}
 DESCRIPTION = """How like real pictures drawn ones are. REAL and DRAWN are folders, or .npz files.
 
@@ -75,8 +76,8 @@ def parse(arguments):
     add("--splits", type=int, default=10, metavar="N", help="parts of the folder (10)")
     add = command("clip-score", clip_score, ("DRAWN",), "how well the pictures of a folder match "
                   "texts: 100 times the cosine of their CLIP embeddings", features="clip")
-    add("--texts", type=Path, required=True, metavar="FILE", help="one line for each picture, in "
-        "the order of their names")
+    add("--texts", type=Path, metavar="FILE", help="one line for each picture, in the order of "
+        "their names (the prompts that the pictures' files record)")
     add = command("stats", stats, ("PICTURES", "OUT.npz"), "write mean and covariance for fid")
     dims(add)
     args = parser.parse_args(arguments)
@@ -105,6 +106,8 @@ def dims(add):
 
 def fid(args):
     a, b = (statistics_of(place, args) for place in (args.real, args.drawn))
+    if len(a.mean) > SLOW:
+        print("computing the distance", file=sys.stderr)
     value = frechet_distance(a, b)
     if a.count and b.count and a.count != b.count:
         note(f"{a.count} and {b.count} pictures: FIDs compare only among equal numbers of pictures")
@@ -150,14 +153,10 @@ def clip_score(args):
         raise TinyldmError("a CLIP score needs a whole CLIP with its tokenizer: name its folder by "
                            "--clip")
     pictures = features.pictures_in(args.drawn)
-    try:
-        texts = args.texts.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise TinyldmError(f"cannot read {args.texts} as a text ({error}): name a file with one "
-                           "line for each picture") from None
-    if len(texts) != len(pictures):
-        raise TinyldmError(f"{args.texts} has {len(texts)} lines for {len(pictures)} pictures: "
-                           "give one line for each, in the order of the pictures' names")
+    if args.texts:
+        texts = lines_of(args.texts, len(pictures))
+    else:
+        texts = [recorded_prompt(args.drawn, picture) for picture in pictures]
     clip = ZeroShot.load(args.clip)
     on_device(clip.model, args)
     scores = []
@@ -169,6 +168,33 @@ def clip_score(args):
                                    texts[part])]
             bar.update(len(images))
     say(f"clip-score {np.mean(scores):.6f}")
+
+
+def lines_of(path, count):
+    """A text file with one line for each of the pictures -> its lines."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise TinyldmError(f"cannot read {path} as a text ({error}): name a file with one line for "
+                           "each picture") from None
+    if len(lines) != count:
+        raise TinyldmError(f"{path} has {len(lines)} lines for {count} pictures: give one line for "
+                           "each, in the order of the pictures' names")
+    return lines
+
+
+def recorded_prompt(place, picture):
+    """The prompt in a picture's file, as tinyldm and other programs write it."""
+    from ..cli import parameters
+    from ..images import read_parameters
+
+    text = None if isinstance(picture, np.ndarray) else read_parameters(picture)
+    prompt = parameters.read(text).prompt if text else ""
+    if not prompt.strip():
+        where = place if isinstance(picture, np.ndarray) else picture
+        raise TinyldmError(f"{where} records no prompt: give the prompts by --texts, a file with "
+                           "one line for each picture")
+    return prompt
 
 
 def stats(args):

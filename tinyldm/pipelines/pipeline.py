@@ -46,8 +46,7 @@ class Pipeline:
         """What __call__ gives: a list of PIL images. In a notebook a progress bar shows the steps.
         """
         request = self.complete(self.request(arguments, options))
-        steps, made = request.num_inference_steps, self.steps_made(request)
-        for state in with_bar(self.states(request), request.sampler, steps, made):
+        for state in with_bar(self.states(request), self.steps_made(request)):
             latents = state.latents
         return to_pil(self.decode(latents))
 

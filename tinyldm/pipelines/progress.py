@@ -3,8 +3,8 @@ import sys
 import warnings
 
 
-def with_bar(states, sampler, steps, made):
-    """Pass on a stream's states; in a notebook with a bar of `made` of the `steps`."""
+def with_bar(states, steps):
+    """Pass on a stream's states; in a notebook with a bar of `steps` steps."""
     if "ipykernel" not in sys.modules:
         yield from states
         return
@@ -12,24 +12,13 @@ def with_bar(states, sampler, steps, made):
         warnings.simplefilter("ignore")                 # without ipywidgets the bar is text
         from tqdm.auto import tqdm
 
-        bar = tqdm(desc="drawing", total=made, unit="step")
-    yield from counted(states, bar, sampler, steps, made)
+        bar = tqdm(desc="drawing", total=steps, unit="step")
+    yield from counted(states, bar)
 
 
-def counted(states, bar, sampler, steps, made):
-    """Pass on a stream's states; a tqdm bar counts the steps that are made. See second_calls."""
-    again = second_calls(sampler, steps, made)
+def counted(states, bar):
+    """Pass on a stream's states; a tqdm bar counts the steps, not all calls of the model."""
     with bar:
         for state in states:
             yield state
-            bar.update(state.step not in again)
-
-
-def second_calls(name, steps, made):
-    """Which of a sampler's model calls, counted from 0, repeat a step: progress leaves them out.
-
-    steps: of the whole trajectory. made: those that are made, fewer for a picture to begin from.
-    PNDM calls the model twice in its first step, Heun in all steps except the last.
-    """
-    again = {"pndm": range(steps > 1), "heun": range(1, 2 * made, 2)}
-    return again.get(name.partition("_")[0], ())
+            bar.update(not state.repeats)

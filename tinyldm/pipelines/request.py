@@ -153,8 +153,8 @@ class Request(Prompted):
     prompt: what to draw, at any length, with weights such as (word:1.3): see text/prompt.py. A list
         of prompts draws num_images of each, from the same seeds.
     negative_prompt: what to move away from, in the same form; or a list, one for each prompt.
-    num_inference_steps: 1 to 1000; more is slower and finer. PNDM makes one model call more, Heun
-        nearly two per step. Default: the weights' own number.
+    num_inference_steps: 1 to 1000; more is slower and finer. PNDM makes one model call more, or
+        nine with its Runge-Kutta start; Heun nearly two per step. Default: the weights' own number.
     guidance_scale: how strongly to follow the prompt. Up to 1 there is no guidance, and the
         negative prompt plays no part. A model that imitates guidance (LCM) gets this number as an
         input and ignores the negative prompt. Default: the weights' own, or else the public

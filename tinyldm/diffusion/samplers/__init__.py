@@ -78,7 +78,7 @@ LATENT_CONSISTENCY = {"original_inference_steps": LCM_TIMESTEPS, "timestep_scali
 CLASSES = {
     "DDPMScheduler": ("ddpm", ("variance_type",), {}, {}),
     "DDIMScheduler": ("ddim", (), {}, {}),
-    "PNDMScheduler": ("pndm", (), {"skip_prk_steps": True}, {}),
+    "PNDMScheduler": ("pndm", ("skip_prk_steps",), {}, {}),
     "EulerDiscreteScheduler": ("euler", (), SIGMAS | {"interpolation_type": "linear"},
                                {"timestep_type": "discrete"}),
     "EulerAncestralDiscreteScheduler": ("euler_ancestral", (), {}, {}),
@@ -163,7 +163,6 @@ def default_sampler(config):
         refused = FLOW
     else:
         sampler, options, noted, refused = CLASSES[name]
-        config = {"skip_prk_steps": False} | config     # the public class's default
         if config.get("algorithm_type") == "sde-dpmsolver++" and sampler == "dpmpp_2m":
             sampler, noted = "dpmpp_2m_sde", noted | {"algorithm_type": "sde-dpmsolver++"}
         if config.get("solver_order") == 1 and "solver_order" in options:
@@ -193,6 +192,8 @@ def own_options(config, name):
     own = {key: config[key] for key in options if config.get(key) is not None}
     if "solver_type" in options:
         own["solver_type"] = "heun" if own.get("solver_type") == "heun" else "midpoint"
+    if "skip_prk_steps" in options:
+        own.setdefault("skip_prk_steps", False)         # the public class's default
     return own
 
 

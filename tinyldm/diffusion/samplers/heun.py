@@ -32,4 +32,4 @@ def heun(predict, latents, schedule, num_inference_steps, draw_noise, origin=NO_
                            by_default=False)
             d = (d + (x_to - x_start) / float(sigma_to)) / 2
             x = origin.keep(x + d * float(sigma_to - sigma), latents, 1.0, sigma_to)
-            yield State(calls + 1, t, x, x_start)
+            yield State(calls + 1, t, x, x_start, repeats=True)

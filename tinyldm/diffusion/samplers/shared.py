@@ -15,10 +15,11 @@ class State(NamedTuple):
     timestep: float     # where the model was called, 0 .. num_train_timesteps - 1
     latents: Any        # after this step, in the sampler's own scale: see __init__.py
     pred_x0: Any        # x_start, the clean latents, as this call predicts them; for previews
+    repeats: bool = False   # of a step's calls all but one, which progress counts
 
     def __repr__(self):                                 # without the numbers of the arrays
         arrays = (f"{name}=<{x.dtype} {x.shape}>" if hasattr(x, "shape") else f"{name}={x!r}"
-                  for name, x in zip(self._fields[2:], self[2:]))
+                  for name, x in zip(self._fields[2:4], self[2:4]))
         return f"State(step={self.step}, timestep={self.timestep:g}, {', '.join(arrays)})"
 
 
