@@ -82,3 +82,37 @@ def test_a_film_and_previews_of_pixels(classes, out):
     assert main(["--weights", str(classes), "--label", "1", "--preview", "2", "--animate",
                  str(out / "film.gif"), "--profile", "--output", str(out / "out.png")]) == 0
     assert {path.name for path in out.iterdir()} == {"film.gif", "out.png", "out-step2.png"}
+
+
+def test_a_label_that_is_no_whole_number(out, tmp_path):
+    unet = UNet2DModel(CONFIG | {"num_class_embeds": None, "class_embed_type": "timestep"})
+    unet.load_state_dict(random_weights(unet, 1))
+    tinyldm.save(DDPM(unet, {"_class_name": "DDPMScheduler"}, 2), tmp_path / "times")
+    first, second = out / "a.png", out / "b.png"
+    assert main(["--weights", str(tmp_path / "times"), "--label=-0.5", "--output",
+                 str(first)]) == 0
+    assert main(["--weights", str(tmp_path / "times"), "--like", str(first), "--output",
+                 str(second)]) == 0
+    expected, = tinyldm.load(tmp_path / "times")(label=-0.5)
+    for file in (first, second):
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(expected))
+
+
+def test_parameters_of_another_system_are_left_out_with_a_note(classes, out, capsys):
+    text = "a cat\nNegative prompt: dog\nSteps: 2, CFG scale: 3, Clip skip: 2, Seed: 5"
+    assert main(["--weights", str(classes), "--label", "1", "--from-parameters", text, "--output",
+                 str(out / "a.png")]) == 0
+    told = capsys.readouterr().err
+    assert "DDPM draws without some of the parameters, which are not used: " in told
+    assert "prompt: a cat, " in told and "guidance: 3.0" in told and "clip skip: 1" in told
+    expected, = tinyldm.load(classes)(label=1, seed=5, num_inference_steps=2)
+    assert np.array_equal(np.asarray(Image.open(out / "a.png")), np.asarray(expected))
+    assert main(["--weights", str(classes), "--label", "1", "--from-parameters", text,
+                 "--guidance", "4", "--output", str(out / "b.png")]) == 2
+    assert "DDPM draws without --guidance: leave it out" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_there_are_named_first(out, tmp_path, capsys):
+    assert main(["--weights", str(tmp_path / "no"), "--label", "1", "--output",
+                 str(out / "a.png")]) == 2
+    assert str(tmp_path / "no") in capsys.readouterr().err.splitlines()[-1]

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support import models, sd15
 from tests.support.models import CIFAR10, TRACE
+from tests.support.small_unclip import unclip
 from tinyldm.inspect import shapes
 from tinyldm.inspect.__main__ import main
 from tinyldm.layers import forward_hooks, named_modules
@@ -136,3 +137,11 @@ def test_the_real_stable_diffusion_takes_no_time(tmp_path):
     lines = shapes.describe_shapes(write(tmp_path, sd15.UNET, "UNet2DConditionModel"))
     assert time.monotonic() - began < 60
     assert "859,520,964 parameters" in lines[0]
+
+
+def test_a_pipeline_with_a_prior_and_a_normalizer(tmp_path, capsys):
+    assert main([str(unclip(tmp_path / "pipe")), "--shapes"]) == 0
+    printed = capsys.readouterr().out
+    for model in ("PriorTransformer", "StableUnCLIPImageNormalizer, 40 parameters"):
+        assert model in printed
+    assert re.search(r"latents \(input\) +\(1, 20\)", printed)

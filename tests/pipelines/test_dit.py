@@ -149,6 +149,13 @@ def test_weights_without_names(folder, tmp_path):
         load(copied)("umbrella")
 
 
+def test_a_name_of_a_class_that_the_transformer_has_not(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    change_json(copied / "model_index.json", id2label={"1000": "crane"})
+    with pytest.raises(TinyldmError, match="names class 1000 'crane', but .* classes 0 to 999"):
+        load(copied)
+
+
 @pytest.mark.parametrize("options, message", [
     ({"guidance_scale": "x"}, "guidance_scale must be a finite number"),
     ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),

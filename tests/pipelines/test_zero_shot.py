@@ -136,3 +136,9 @@ def test_what_is_no_whole_clip(clip, folder, tmp_path):
     save_model(load_model(folder), tmp_path)
     with pytest.raises(TinyldmError, match="vocab.json"):
         ZeroShot.load(tmp_path)
+
+
+@pytest.mark.parametrize("classifier", [np.zeros((2, 3)), np.zeros(6), "cat", None], ids=str)
+def test_vectors_of_classes_of_another_length(classifier, clip):
+    with pytest.raises(TinyldmError, match=r"must be an array of shape \(classes, 6\), not"):
+        clip.probabilities(pictures(1), classifier)

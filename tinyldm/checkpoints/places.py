@@ -80,6 +80,8 @@ def kind_of(weights=None):
         path = Path()
         if place.file in ("", hub.INDEX):
             path = hub.download_file(place.name, hub.INDEX).parent
+    if not os.path.exists(path):
+        resolve(weights)                                # which says what is missing
     folder = snapshot(path)
     if os.path.isdir(path) and os.path.isfile(folder / hub.INDEX):
         return read_index(folder)["_class_name"]

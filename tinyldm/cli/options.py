@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..errors import TinyldmError, note
-from ..pipelines.interpolation import Between, ends
+from ..pipelines.interpolation import Between, as_list, ends
 from .console import say
+from .parameters import label
 
 INTERPOLATED = 8            # pictures from one prompt, seed or image to another
 MOST_PICTURES = 10_000      # of one command; more is a typing mistake
@@ -148,12 +149,14 @@ def parse(arguments):
                        ("the model", the_model), ("what to write and show", output),
                        ("the machine, and this program", machine)):
         add(parser.add_argument_group(title).add_argument)
-    parser.set_defaults(on_the_way=None)
+    parser.set_defaults(on_the_way=None, told={})
     args = parser.parse_args(arguments)
     if args.like or args.from_parameters is not None:
         from .parameters import options
 
-        parser.set_defaults(**options(args))            # what is given in the command counts more
+        found = options(args)
+        told = {name: (value, parser.get_default(name)) for name, value in found.items()}
+        parser.set_defaults(**found, told=told)         # what is given in the command counts more
         args = parser.parse_args(arguments)
     if args.random and args.prompt:
         raise TinyldmError("--random draws a prompt of its own: leave one of them out")
@@ -332,10 +335,6 @@ def seed(text):
                                          ) from None
 
 
-def label(text):
-    return int(text) if text.strip().isdigit() else text
-
-
 class Job(NamedTuple):
     """A picture to draw: these options of stream. Prompt, seed and image may be a Between."""
 
@@ -397,7 +396,7 @@ def jobs(args, pipeline):
         return first if second is None else Between(first, second, weight)
 
     found = []
-    for prompt, label in itertools.product(args.prompt, labels):
+    for prompt, own_label in itertools.product(args.prompt, labels):
         for i in range(count):
             if between_two:
                 seed = between(args.seed, args.to_seed, i)
@@ -406,7 +405,7 @@ def jobs(args, pipeline):
             else:
                 seed = args.seed + i
             found.append(Job(between(prompt, args.to_prompt, i), seed,
-                             between(image, to_image, i), mask, label))
+                             between(image, to_image, i), mask, own_label))
     check(found, args, pipeline)
     return found
 
@@ -414,6 +413,7 @@ def jobs(args, pipeline):
 def check_meant(args, pipeline):
     """Raise TinyldmError for an option that means nothing to a pipeline, and for what it needs."""
     known = fields_of(pipeline)
+    leave_out(args, pipeline)
     for option, field in (FIELDS | NEEDS).items():
         value = getattr(args, option)
         given = value is not None and value is not False and value not in ("", [])  # 0 is given
@@ -426,6 +426,26 @@ def check_meant(args, pipeline):
     if "prompt" in known and not (args.random or args.prompt or pipeline.prompt_is_optional):
         raise TinyldmError("the following arguments are required: prompt (--help lists the "
                            "options)")
+
+
+def leave_out(args, pipeline):
+    """Undo, with a note, what --like or --from-parameters says and means nothing to a pipeline.
+
+    They may tell of a picture of another system. Changes args, which keeps what the command gives.
+    """
+    known, unused = fields_of(pipeline), {}
+    methods = {"lora": "load_lora", "embedding": "load_textual_inversion"}
+    for option, (value, default) in args.told.items():
+        means = (hasattr(pipeline, methods[option]) if option in methods
+                 else (FIELDS | NEEDS).get(option, "seed") in known)
+        if not means and getattr(args, option) == value != default:
+            setattr(args, option, default)
+            unused[option] = value
+    if unused:
+        names = ", ".join(f"{option.replace('_', ' ')}: "
+                          f"{', '.join(map(str, as_list(value)))}"
+                          for option, value in unused.items())
+        note(f"{pipeline.name} draws without some of the parameters, which are not used: {names}")
 
 
 def fields_of(pipeline):

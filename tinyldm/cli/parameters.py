@@ -32,6 +32,12 @@ def _fraction(text):
     raise ValueError(text)
 
 
+def label(text):
+    """A class's number, of some models any number, or else its name."""
+    number = re.fullmatch(r"\s*(-?\d{1,20})(\.\d{1,20})?\s*", text, re.ASCII)
+    return text if not number else float(text) if number[2] else int(text)
+
+
 # What a text calls an option that takes the value as it is -> the option and its type.
 OPTIONS = {
     "steps": ("steps", int), "cfg scale": ("guidance", float), "cfg": ("guidance", float),
@@ -284,7 +290,7 @@ def _special(args, values, found, unused):
     take("size", _size)
     take("clip skip", lambda text: {"clip_skip": _layers(int(text))})
     take("rng", lambda text: {"noise": GENERATORS.get(text.lower(), text)})
-    take("label", lambda text: {"label": [int(text) if text.isdigit() else text]})
+    take("label", lambda text: {"label": [label(text)]})
     take("low memory", lambda text: {"low_memory": text.lower() == "true"})
     take("ema", lambda text: {"ema": text.lower() == "true"})
     schedule = next((lower[key][1] for key in ("schedule type", "scheduler") if key in lower), "")

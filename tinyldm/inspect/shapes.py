@@ -137,7 +137,8 @@ def quick_shape(layer, x=None):
 def calls(module, size=None):
     """[(function, {name: array})]: what a model is called with; a VAE encodes and decodes."""
     if not isinstance(module, AutoencoderKL):
-        return [(module, inputs(module, size))]
+        # StableUnCLIPImageNormalizer holds two vectors, and no forward.
+        return [(module, inputs(module, size))] if hasattr(module, "forward") else []
     settings, f = module.settings, module.vae_scale_factor
     H, W = _sides(size or settings.sample_size)
     return [(module.encode, {"images": np.zeros((1, H, W, settings.in_channels), np.float32)}),
@@ -161,9 +162,11 @@ def inputs(module, size=None):
     D = own("cross_attention_dim", "embedding_dim")
     D = D[0] if isinstance(D, (list, tuple)) else D     # one item per level, all alike
     shapes = {
-        "latents": (1, *sides, own("in_channels")), "images": (1, *sides, 3), "timesteps": (1,),
+        "latents": ((1, *sides, own("in_channels")) if own("in_channels")
+                    else (1, own("embedding_dim"))),    # a prior's: one embedding
+        "images": (1, *sides, 3), "timesteps": (1,),
         "context": (1, own("num_embeddings") or TOKENS, D),
-        "ids": (1, own("max_position_embeddings")), "embeds": (1, own("embedding_dim")),
+        "ids": (1, own("max_position_embeddings")),
         "text_embeds": (1, own("embedding_proj_dim", "embedding_dim")),
         "timestep_cond": (1, own("time_cond_proj_dim")), "time_ids": (1, 6), "class_labels": (1,)}
     if own("addition_embed_type"):                      # Stable Diffusion XL: P + 6F

@@ -145,11 +145,13 @@ class DDPM(Pipeline):
             if given:
                 raise TinyldmError("this model has no classes: leave the label out")
             return {}
+        last, E = (settings.num_class_embeds or 0) - 1, settings.temb_channels
+        if not given:
+            expected = {None: f"a whole number from 0 to {last}", "timestep": "a number",
+                        "identity": f"{E} numbers"}
+            raise TinyldmError("this model draws pictures of a class: give a label, "
+                               f"{expected[settings.class_embed_type]}")
         if settings.class_embed_type is None:
-            last = settings.num_class_embeds - 1
-            if not given:
-                raise TinyldmError("this model draws pictures of a class: give a label, a whole "
-                                   f"number from 0 to {last}")
             labels = [whole(label) for label in labels]
             for label in labels:
                 check_whole("a label", label, 0, last)
@@ -158,11 +160,10 @@ class DDPM(Pipeline):
             for label in labels:
                 check_finite("a label", label)
             return {"class_labels": self.array(labels, "the labels")}
-        labels, E = self.array(labels, "the labels"), settings.temb_channels
-        labels = labels if labels.ndim == 2 else labels[None]
-        if labels.shape[1:] != (E,) or not is_finite(labels):
-            raise TinyldmError(f"a label must be {E} finite numbers, not of shape "
-                               f"{labels.shape[1:]}")
+        labels = self.array(labels, "the labels")
+        if labels.shape[1:] != (E,) or not is_finite(labels):   # a list is one of labels
+            raise TinyldmError(f"a label must be {E} finite numbers in an array, or several a list "
+                               f"of such, not of shape {labels.shape[1:]}")
         return {"class_labels": labels.astype(self.unet.dtype)}
 
     def decode(self, latents: Any) -> Any:

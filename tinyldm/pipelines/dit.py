@@ -102,6 +102,10 @@ class DiT(Pipeline):
         self.guidance_scale, self.guided_channels = guidance_scale, guided_channels
         self.low_memory = low_memory
         check_transformer(transformer, vae)
+        last = transformer.settings.num_embeds_ada_norm - 1
+        if wrong := [name for name, number in self.names.items() if number > last]:
+            raise TinyldmError(f"model_index.json: id2label names class {self.names[wrong[0]]} "
+                               f"{wrong[0]!r:.60}, but the transformer has the classes 0 to {last}")
         self.schedule = Schedule.from_config(scheduler)
 
     @classmethod

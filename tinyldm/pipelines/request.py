@@ -367,6 +367,10 @@ def note_on_size(size, own, from_image):
 
 def check_latents(latents, shape, factor):
     """Raise TinyldmError unless the latents are finite and of that shape."""
-    if latents.shape != shape or not is_finite(latents):
-        raise TinyldmError(f"latents must be finite and of shape {shape} (num_images, height / "
-                           f"{factor}, width / {factor}, channels), not {latents.shape}")
+    if latents.shape != shape:
+        sides = "height, width" if factor == 1 else f"height / {factor}, width / {factor}"
+        raise TinyldmError(f"latents must be finite and of shape {shape} (num_images, {sides}, "
+                           f"channels), not {latents.shape}")
+    if not is_finite(latents):
+        raise TinyldmError("latents must be finite and of this dtype's range, but they hold NaN, "
+                           "infinity or larger numbers: give standard normal ones")

@@ -96,9 +96,13 @@ class ZeroShot:
         """PIL images, the vectors of classes (K,P) -> probabilities (images, K) float64.
 
         The softmax of exp(logit_scale), which is 100 in OpenAI's models, times the cosines.
+        Raises TinyldmError for vectors of another length.
         """
-        scale = np.exp(float(self.model.logit_scale.data))
-        return ops.softmax(scale * self.embed_images(images) @ classifier.T)[0]
+        scale, embeds = np.exp(float(self.model.logit_scale.data)), self.embed_images(images)
+        if getattr(classifier, "shape", ())[1:] != embeds.shape[1:]:
+            raise TinyldmError(f"the classifier must be an array of shape (classes, "
+                               f"{embeds.shape[1]}), not {classifier!r:.80}: make it by classifier")
+        return ops.softmax(scale * embeds @ classifier.T)[0]
 
     def embed_images(self, images):
         """PIL images -> their embeddings, of length 1, (images, P) float64."""
