@@ -203,7 +203,7 @@ def test_models_in_float16(model, config, xp):
 
 
 BASES = {layers.Module, layers.Sequence, layers.WeightedOp}
-ELSEWHERE = {layers.Pool}                               # of Inception: tests/models/test_inception.py
+ELSEWHERE = {layers.Pool}           # of Inception: tests/models/test_inception.py
 
 
 def test_the_models_use_every_layer():

@@ -79,7 +79,10 @@ CASES = [
     ("timestep_embedding", [(4,)], {"dim": 16, "flip_sin_to_cos": True, "freq_shift": 0}),
     ("mse", [(5, 8)] * 2, {}), ("l1", [(5, 8)] * 2, {}), ("kl_normal", [(5, 8)] * 2, {}),
     ("cross_entropy", [(5, 8), np.array([0, 7, 3, 3, 1])], {}),
-    ("gaussian_kl", [(5, 8)] * 4, {}), ("discretized_log_likelihood", [PIXELS, (5, 8), (5, 8)], {}),
+    ("gaussian_kl", [(5, 8)] * 4, {}),
+    # Of a standard deviation as trained models predict it: of 1, a bin's share would be rounding.
+    ("discretized_log_likelihood", [PIXELS, 0.97 * PIXELS, np.linspace(-7, -5, 40).reshape(5, 8)],
+     {}),
     ("unit", ROWS, {}), ("similarity", [(5, 8), (6, 8), np.array(0.5)], {}),
     ("contrastive", [(5, 5)], {}), ("scale_shift", [(5, 8), (8,), (8,)], {}),
     ("upsample_bilinear", [MAP], {"size": (12, 25)}),
