@@ -4,9 +4,9 @@
     python -m tests.sizes --fill        # and writes the sums that PAGES quote
 
 A page quotes a sum between two comments, which must not begin a line: of a room, rounded to
-hundreds, or of files, rounded to tens.
+hundreds, or of files and folders, rounded to tens.
 
-    <!-- lines: essential core -->3,900<!-- end -->           also: the rest, all, tests
+    <!-- lines: essential core -->3,900<!-- end -->   also: other systems, the rest, all, tests
     <!-- lines: models/dit.py pipelines/dit.py -->310<!-- end -->
 """
 import ast
@@ -18,13 +18,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinyldm"
 PAGES = ROOT / "README.md", ROOT / "docs" / "systems.md"
 KINDS = ("code", "docstrings", "comments", "blank")
-# What a text becomes a picture with, and the gradients of it. All else is the rest, with the other
-# systems.
-CORE = ("ops", "layers.py", "models/__init__.py", "models/blocks.py", "models/unet.py",
-        "models/vae.py", "models/clip.py", "diffusion", "text", "noise.py",
-        "pipelines/__init__.py", "pipelines/stable_diffusion.py", "pipelines/request.py",
-        "pipelines/pipeline.py",
+# What a text becomes a picture with, and the gradients of it; and what only the other systems use.
+# All else is the rest.
+CORE = ("ops/", "layers.py", "models/", "diffusion/", "text/", "noise.py", "pipelines/__init__.py",
+        "pipelines/stable_diffusion.py", "pipelines/request.py", "pipelines/pipeline.py",
         "pipelines/parts.py", "pipelines/conditioning.py", "pipelines/predictor.py")
+SYSTEMS = ("ops/pool.py", "ops/gaussian.py", "ops/modulation.py", "models/unet_2d.py",
+           "models/dit.py", "models/prior.py", "models/clip_vision.py", "models/clip_model.py",
+           "models/inception.py", "diffusion/variational.py", "diffusion/process.py",
+           "diffusion/timestep_sampling.py", "pipelines/ddpm.py", "pipelines/dit.py",
+           "pipelines/upscale.py", "pipelines/cascade.py", "pipelines/prior.py",
+           "pipelines/unclip.py", "pipelines/zero_shot.py", "image_processor.py", "metrics/")
+PARTS = ("essential core", "other systems", "the rest")
 QUOTE = re.compile(r"<!-- lines: (.+?) -->(.*?)<!-- end -->")
 
 
@@ -44,22 +49,18 @@ def count(source):
     return found
 
 
-def is_core(file):
-    return file.startswith(tuple(name if name.endswith(".py") else f"{name}/" for name in CORE))
+def part_of(file):
+    return PARTS[1 if file.startswith(SYSTEMS) else 0 if file.startswith(CORE) else 2]
 
 
 def rooms():
-    """{room: its four counts}: the folders and modules of the package, the core's first."""
-    found = {}
+    """{part: {room: its four counts}}: a room is a folder or a module of the package."""
+    found = {part: {} for part in PARTS}
     for path in sorted(PACKAGE.rglob("*.py")):
         file = path.relative_to(PACKAGE).as_posix()
         room = file.split("/")[0] + "/" * ("/" in file)
-        if room in ("pipelines/", "models/"):
-            room += " the core" if is_core(file) else " the rest"
-        add(found.setdefault(room, [0] * 4), count(path.read_text(encoding="utf-8")))
-    core = {room: lines for room, lines in found.items()
-            if room.endswith(" the core") or is_core(room.replace(" ", ""))}
-    return core, {room: lines for room, lines in found.items() if room not in core}
+        add(found[part_of(file)].setdefault(room, [0] * 4), count(path.read_text(encoding="utf-8")))
+    return found
 
 
 def add(total, lines):
@@ -81,15 +82,13 @@ def tests():
 
 
 def totals():
-    core, rest = rooms()
-    named = {"essential core": sums(core), "the rest": sums(rest)}
+    named = {part: sums(found) for part, found in rooms().items()}
     return named | {"all": sums(named), "tests": tests()}
 
 
 def table():
-    core, rest = rooms()
-    blocks = [core, {"essential core": sums(core)}, rest, totals()]
-    blocks[-1].pop("essential core")
+    now = totals()
+    blocks = [found | {part: now.pop(part)} for part, found in rooms().items()] + [now]
     lines = [f"{'':26}" + "".join(f"{kind:>11}" for kind in (*KINDS, "all"))]
     for block in blocks:
         lines += [f"{room:26}" + "".join(f"{number:11,}" for number in (*counts, sum(counts)))
@@ -102,8 +101,9 @@ def lines_of(name):
     now = totals()
     if name in now:
         return sum(now[name]), 100
-    files = [(PACKAGE / file).read_text(encoding="utf-8") for file in name.split()]
-    return sum(sum(count(file)) for file in files), 10
+    files = [file for path in name.split() for file in
+             ((PACKAGE / path).rglob("*.py") if path.endswith("/") else [PACKAGE / path])]
+    return sum(sum(count(file.read_text(encoding="utf-8"))) for file in files), 10
 
 
 def fill(text):

@@ -56,6 +56,8 @@ def assert_near(ours, theirs, allowed, what):
 # ---- ops ------------------------------------------------------------------------------------
 
 ROWS, MAP = [(5, 48)], (2, 6, 10, 16)
+FACTORS = np.linspace(-0.5, 0.5, 32).reshape(2, 16)
+PIXELS = np.linspace(0, 255, 40).round().reshape(5, 8) / 127.5 - 1      # of 8 bits
 CASES = [
     ("linear", [(5, 48), (24, 48), (24,)], {}), ("concat", [(5, 8), (5, 24)], {}),
     ("conv2d", [MAP, (3, 3, 16, 8), (8,)], {"padding": (1, 1)}),
@@ -67,7 +69,8 @@ CASES = [
     ("silu", ROWS, {}), ("gelu", ROWS, {}), ("quick_gelu", ROWS, {}), ("geglu", ROWS, {}),
     ("gelu_tanh", ROWS, {}), ("unpatchify", [(2, 4, 12)], {"patch_size": 2}),
     ("ada_layer_norm", [(2, 7, 48), (2, 48), (2, 48)], {"eps": 1e-6}),
-    ("ada_group_norm_silu", [MAP, (16,), (16,), (2, 16), (2, 16)], {"num_groups": 4, "eps": 1e-5}),
+    # With larger factors the roundings of weight and bias, which the factors multiply, are larger.
+    ("ada_group_norm_silu", [MAP, (16,), (16,), FACTORS, FACTORS], {"num_groups": 4, "eps": 1e-5}),
     ("downsample_average", [MAP], {}),
     ("add_gated", [(2, 7, 48), (2, 7, 48), (2, 48)], {}),
     ("softmax", ROWS, {}), ("attention", [(2, 9, 32), (2, 77, 32), (2, 77, 32)], {"num_heads": 4}),
@@ -76,6 +79,16 @@ CASES = [
     ("timestep_embedding", [(4,)], {"dim": 16, "flip_sin_to_cos": True, "freq_shift": 0}),
     ("mse", [(5, 8)] * 2, {}), ("l1", [(5, 8)] * 2, {}), ("kl_normal", [(5, 8)] * 2, {}),
     ("cross_entropy", [(5, 8), np.array([0, 7, 3, 3, 1])], {}),
+    ("gaussian_kl", [(5, 8)] * 4, {}),
+    # Of a standard deviation as trained models predict it: of 1, a bin's share would be rounding.
+    ("discretized_log_likelihood", [PIXELS, 0.97 * PIXELS, np.linspace(-7, -5, 40).reshape(5, 8)],
+     {}),
+    ("unit", ROWS, {}), ("similarity", [(5, 8), (6, 8), np.array(0.5)], {}),
+    ("contrastive", [(5, 5)], {}), ("scale_shift", [(5, 8), (8,), (8,)], {}),
+    ("upsample_bilinear", [MAP], {"size": (12, 25)}),
+    ("average_pool", [MAP], {"K": 3, "stride": 1, "padding": (1, 1)}),
+    ("max_pool", [MAP], {"K": 3, "stride": 2, "padding": (0, 0)}),
+    ("batch_norm_relu", [MAP, (16,), (16,), (16,), np.linspace(0.5, 2, 16)], {"eps": 1e-3}),
 ]
 
 
@@ -88,8 +101,8 @@ def test_every_op_has_a_case():
 @both_dtypes
 @pytest.mark.parametrize("name, shapes, params", CASES, ids=lambda value: str(value)[:40])
 def test_ops(name, shapes, params, dtype, plain, xp, rng):
-    arrays = [shape if isinstance(shape, np.ndarray) else rng.standard_normal(shape).astype(dtype)
-              for shape in shapes]
+    arrays = [rng.standard_normal(shape) if isinstance(shape, tuple) else shape for shape in shapes]
+    arrays = [x.astype(dtype) if x.dtype.kind == "f" else x for x in arrays]
     dys = []
 
     def run(move):

@@ -172,7 +172,7 @@ def test_an_index_of_shards_that_is_none(content, tmp_path):
     ("[" * 100000, "not readable JSON"), (b"\xff\xfe{", "not readable JSON"),
     ('{"_class_name": "SD3Transformer2DModel"}', "SD3Transformer2DModel, supported are UNet2DCond"),
     ('{"_class_name": ["x"]}', "names the model x"), ('{"_class_name": {"a": 1}}', "supported are"),
-    ('{"architectures": ["CLIPVisionModelWithProjection"]}', "CLIPVisionModelWithProjection, supp"),
+    ('{"architectures": ["SiglipVisionModel"]}', "SiglipVisionModel, supp"),
     ('{"architectures": ["CLIPTextModel"]}', "config.json does not describe a CLIPTextModel"),
     ('{"_class_name": "UNet2DConditionModel", "block_out_channels": "wide"}', "describe a UNet2D"),
     ('{"_class_name": "AutoencoderKL", "block_out_channels": [3, null]}', "describe a Autoenc"),

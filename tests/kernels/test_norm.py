@@ -54,6 +54,19 @@ def test_layer_norm(shape):
         assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("block_size")
+@pytest.mark.parametrize("shape", [(2, 7, 5, 33), (1, 1, 1, 4), (3, 64, 40, 32)], ids=str)
+def test_batch_norm_relu(shape):
+    x, C = normal(*shape, mean=1), shape[-1]
+    inputs = x, normal(C, seed=1, mean=1), normal(C, seed=2), normal(C, seed=3, mean=1), \
+        normal(C, seed=4) ** 2
+    y, cache = norm.batch_norm_relu(*inputs, 1e-3)
+    exact = plain(ops.batch_norm_relu, *(a.astype(np.float64) for a in inputs), 1e-3)
+    assert y.dtype == np.float32 and (y == 0).any()
+    assert_close(y, exact, TOLERANCE)
+    assert all(a is b for a, b in zip(cache, inputs))
+
+
 # ---- backward -------------------------------------------------------------------------------
 
 def norm_inputs(rng, shape, mean):

@@ -1,5 +1,5 @@
 """Modulation: a condition (class, timestep) scales, shifts and gates the channels of a sample."""
-from ..backend import add_up, get_xp
+from ..backend import add_up, get_xp, widen
 from .norm import (
     group_norm_silu,
     group_norm_silu_backward,
@@ -44,10 +44,11 @@ def ada_group_norm_silu(x, weight, bias, shift, scale, num_groups, eps):
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, section 6 (the condition h of a residual
     block scales and shifts); Dhariwal & Nichol 2021, arXiv:2105.05233, section 3.1 (AdaGN).
     """
-    factor = 1 + scale                                                   # (B,C)
-    rows, caches = zip(*(
-        group_norm_silu(x[b:b + 1], weight * factor[b], bias * factor[b] + shift[b], num_groups,
-                        eps) for b in range(len(x))))
+    factor = 1 + widen(scale)                                            # (B,C)
+    weights, biases = (own.astype(x.dtype, copy=False)                   # rounded once
+                       for own in (weight * factor, bias * factor + shift))
+    rows, caches = zip(*(group_norm_silu(x[b:b + 1], weights[b], biases[b], num_groups, eps)
+                         for b in range(len(x))))
     return get_xp(x).concatenate(rows), (weight, bias, factor, caches)
 
 
@@ -63,8 +64,9 @@ def ada_group_norm_silu_backward(dy, cache):
     xp = get_xp(dy)
     dx, dw, db = zip(*(group_norm_silu_backward(dy[b:b + 1], own) for b, own in enumerate(caches)))
     dw, db = xp.stack(dw), xp.stack(db)                                  # (B,C) each
-    return (xp.concatenate(dx), add_up(factor * dw, axis=0), add_up(factor * db, axis=0), db,
-            weight * dw + bias * db)
+    gradients = (add_up(factor * dw, axis=0), add_up(factor * db, axis=0), db,
+                 weight * widen(dw) + bias * widen(db))
+    return xp.concatenate(dx), *(gradient.astype(dw.dtype, copy=False) for gradient in gradients)
 
 
 def add_gated(x, h, gate):
