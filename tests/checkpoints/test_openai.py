@@ -247,7 +247,7 @@ def cheap(latents, timesteps):
 
 
 def with_cheap_network(file):
-    """A file's pipeline in float64 that calls `cheap`, and the list of the timesteps that it sees."""
+    """A file's pipeline in float64 that calls `cheap`, and the list of timesteps that it sees."""
     pipe, seen = tinyldm.load(file, dtype="float64"), []
 
     def forward(latents, timesteps, tape=None, **labels):
