@@ -21,7 +21,7 @@ from tinyldm.layers import Tape, file_shape
 from tinyldm.models import CLIPModel
 
 OPEN_CLIP = {"act": nn.GELU, "sizes": False}
-# open_clip's ViT-H-14, narrow but for what its rules see: 16 heads of 80.
+# open_clip's ViT-H-14 made narrow; what the rules look at stays: 16 heads of 80.
 H14 = OPEN_CLIP | {"width": 1280, "heads": 16, "layers": 1, "hidden": 40}
 
 

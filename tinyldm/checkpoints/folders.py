@@ -97,6 +97,11 @@ class PipelineParts(NamedTuple):
         """The public class of the pipeline; {} is that of a single file of Stable Diffusion."""
         return self.index.get("_class_name", "StableDiffusionPipeline")
 
+    def setting(self, key, default):
+        """What model_index.json says for a key; the default if it is absent or null."""
+        value = self.index.get(key)
+        return default if value is None else value
+
 
 def load_pipeline_parts(path, dtype=np.float32, low_memory=False, ema=False, vae=None,
                         prediction_type=None):

@@ -50,7 +50,6 @@ from .request import (
     MOST_STEPS,
     Prompted,
     check_finite,
-    check_latents,
     check_whole,
     decoded_ends,
     takes,
@@ -198,13 +197,12 @@ class Cascade(Pipeline):
     def from_parts(cls, parts, low_memory=False):
         """PipelineParts -> Cascade. low_memory plays no part: there is no VAE to decode in tiles.
         """
-        models, index, schedulers = parts.models, parts.index, parts.schedulers
-        steps, scale = (
-            default if index.get(key) is None else index[key] for key, default in (
-                ("_num_inference_steps", STEPS), ("_guidance_scale", GUIDANCE)))
+        models, schedulers = parts.models, parts.schedulers
         return cls(read_tokenizers(parts)["tokenizer"], models["text_encoder"], models["unet"],
                    models["super_res"], schedulers["scheduler"], schedulers["super_res_scheduler"],
-                   schedulers["low_res_scheduler"], steps, scale)
+                   schedulers["low_res_scheduler"],
+                   parts.setting("_num_inference_steps", STEPS),
+                   parts.setting("_guidance_scale", GUIDANCE))
 
     @takes(CascadeRequest)
     def __call__(self, *arguments: Any, **options: Any) -> Pictures:
@@ -228,7 +226,6 @@ class Cascade(Pipeline):
     def complete(self, request):
         """Fill in what the request leaves to the model -> request, of both stages."""
         done, T = super().complete(request), self.low_res_schedule.num_train_timesteps
-        scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
         steps, own = request.super_res_steps, request.super_res_guidance_scale
         steps = done.num_inference_steps if steps is None else steps
         self.super_res_schedule.check_steps(steps)
@@ -238,8 +235,8 @@ class Cascade(Pipeline):
         sampler = find_sampler(sampler) if sampler else default_sampler(self.super_res_scheduler)
         # Without a spacing of the request, each stage has that of its own schedule.
         spacing = None if request.timestep_spacing is None else done.timestep_spacing
-        return replace(done, guidance_scale=scale, noise_level=level, super_res_steps=steps,
-                       super_res_guidance_scale=scale if own is None else own,
+        return replace(done, noise_level=level, super_res_steps=steps,
+                       super_res_guidance_scale=done.guidance_scale if own is None else own,
                        super_res_sampler=sampler, timestep_spacing=spacing)
 
     def states(self, request):
@@ -249,10 +246,7 @@ class Cascade(Pipeline):
             stage.check()
         seeds, (w, h), (W, H) = request.generators(), *map(self._size_of, self.models_in_order)
         small, large = (len(seeds), h, w, 3), (len(seeds), H, W, 3)
-        latents = request.latents
-        if latents is not None:
-            latents = self.array(latents, "latents")
-            check_latents(latents, small if request.image is None else large, 1)
+        latents = self.given_latents(request, small if request.image is None else large)
         conditioning = self._conditioner(
             request.prompts, request.negative_prompts,
             max(base.guidance_scale, super_res.guidance_scale), W, H, request.clip_skip)

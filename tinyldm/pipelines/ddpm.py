@@ -23,7 +23,7 @@ from .finite import finite_states
 from .interpolation import as_list
 from .pipeline import Pipeline
 from .predictor import Predictor
-from .request import Drawing, check_finite, check_latents, check_whole, takes, whole
+from .request import Drawing, check_finite, check_whole, takes, whole
 
 # A public pipeline -> the class to which it turns every scheduler, if any, and its number of steps.
 KINDS = {"DDPMPipeline": ({}, 1000), "DDIMPipeline": ({"_class_name": "DDIMScheduler"}, 50),
@@ -128,11 +128,8 @@ class DDPM(Pipeline):
         seeds, (width, height) = request.generators(), self.size
         shape = len(seeds), height, width, channels
         draw_noise = partial(self.draw_noise, seeds, shape)     # () -> (B,H,W,C)
-        if request.latents is None:
-            latents = draw_noise()
-        else:
-            latents = self.array(request.latents, "latents")
-            check_latents(latents, shape, 1)
+        latents = self.given_latents(request, shape)
+        latents = draw_noise() if latents is None else latents
         scale = 1000 / schedule.num_train_timesteps if self.rescale_timesteps else 1
         predict = Predictor(self.unet, [self.conditions(request)], 1.0, keeps_variance=learned,
                             timestep_scale=scale)

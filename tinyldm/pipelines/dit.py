@@ -10,7 +10,7 @@ diffusers' DiTPipeline; facebookresearch/DiT, sample.py.
 """
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from .interpolation import as_list
 from .parts import check_transformer
 from .pipeline import Pipeline
 from .predictor import Predictor
-from .request import Drawing, check_finite, check_latents, takes, whole
+from .request import Drawing, check_finite, takes, whole
 
 STEPS, GUIDANCE = 50, 4.0           # of diffusers' DiTPipeline
 
@@ -113,8 +113,9 @@ class DiT(Pipeline):
         """PipelineParts -> DiT."""
         models, index = parts.models, parts.index
         return cls(models["transformer"], models["vae"], parts.schedulers["scheduler"],
-                   read_names(index.get("id2label")), index.get("_num_inference_steps") or STEPS,
-                   GUIDANCE if index.get("_guidance_scale") is None else index["_guidance_scale"],
+                   read_names(index.get("id2label")),
+                   parts.setting("_num_inference_steps", STEPS),
+                   parts.setting("_guidance_scale", GUIDANCE),
                    index.get("_guided_channels"), low_memory)
 
     @takes(DiTOptions)
@@ -134,11 +135,6 @@ class DiT(Pipeline):
         """
         return self.states(self.complete(self.request(arguments, options)))
 
-    def complete(self, request):
-        """Fill in what the request leaves to the model -> request."""
-        scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        return replace(super().complete(request), guidance_scale=scale)
-
     def states(self, request):
         """The iterator of `stream` for a request that `complete` has filled in."""
         steps, sampler, schedule = (request.num_inference_steps, request.sampler,
@@ -151,11 +147,8 @@ class DiT(Pipeline):
         seeds = request.generators()
         shape = (len(seeds), settings.sample_size, settings.sample_size, settings.in_channels)
         draw_noise = partial(self.draw_noise, seeds, shape)         # () -> (B,h,w,C)
-        if request.latents is None:
-            latents = draw_noise()
-        else:
-            latents = self.array(request.latents, "latents")
-            check_latents(latents, shape, self.scale_factor)
+        latents = self.given_latents(request, shape)
+        latents = draw_noise() if latents is None else latents
         labels = [self.label_number(label) for label in request.subjects]
         conditioning = [{"class_labels": xp.asarray(labels)}]
         if request.guidance_scale > 1:
@@ -200,11 +193,6 @@ class DiT(Pipeline):
     def picture_size(self, request):
         """(width, height) of the pictures, in pixels."""
         return (self.transformer.settings.sample_size * self.scale_factor,) * 2
-
-    @property
-    def scale_factor(self):
-        """Pixels of a picture per side of one of its latents."""
-        return self.vae.vae_scale_factor
 
     @property
     def models(self):

@@ -10,6 +10,8 @@ A pipeline is one system in one file, from its options to pictures. It has
     num_inference_steps     the default
     complete        fills in what the options leave to the model
     states          completed options -> iterator of State
+    picture_size    completed options -> (width, height) of the pictures, in pixels
+    kind            the public class whose folder holds such a pipeline, a key of folders.PIPELINES
     decode          latents -> images (B,H,W,3) in [-1, 1], where there is no vae
 
 and takes the rest from here.
@@ -27,7 +29,7 @@ from ..errors import TinyldmError, note
 from ..images import to_pil
 from .finite import check_output
 from .progress import with_bar
-from .request import own_names
+from .request import check_latents, own_names
 
 
 class Pipeline:
@@ -35,7 +37,6 @@ class Pipeline:
 
     name = "a pipeline"             # in messages: "DDPM draws without a prompt"
     network = "unet"                # the attribute that holds the model called in every step
-    scale_factor = 1                # pixels of a picture per side of one of its latents
     prompt_is_optional = False      # where the options have one
     language = guidance_scale = None
     tokenizers = {}                 # {part: Tokenizer}
@@ -55,7 +56,7 @@ class Pipeline:
         return self.Options(*arguments, **own_names(options, self.Options))
 
     def complete(self, request):
-        """Fill in the number of steps, the sampler and the timestep spacing -> request.
+        """Fill in the steps, the sampler, the timestep spacing and the guidance scale -> request.
 
         Raises TinyldmError for a wrong number of steps.
         """
@@ -70,8 +71,11 @@ class Pipeline:
             spacing = None
         elif spacing is None:
             spacing = self.schedule.timestep_spacing
+        own = {}
+        if getattr(request, "guidance_scale", 0) is None:       # not all options have one
+            own["guidance_scale"] = self.guidance_scale
         return replace(request, num_inference_steps=steps, sampler=sampler,
-                       timestep_spacing=spacing)
+                       timestep_spacing=spacing, **own)
 
     def sampler(self, name=None):
         """The name of the sampler that will draw: the given one, or the weights' own.
@@ -79,10 +83,6 @@ class Pipeline:
         name: as find_sampler takes it, or None. Raises TinyldmError for an unknown one.
         """
         return default_sampler(self.scheduler) if name is None else find_sampler(name)
-
-    def picture_size(self, request):
-        """(width, height) of the pictures of a completed request, in pixels."""
-        raise NotImplementedError
 
     def steps_made(self, request):
         """How many steps a completed request makes, for progress bars."""
@@ -122,14 +122,14 @@ class Pipeline:
     # ---- parts ------------------------------------------------------------------------------
 
     @property
+    def scale_factor(self):
+        """Pixels of a picture per side of one of its latents; without a VAE these are pixels."""
+        return self.vae.vae_scale_factor if hasattr(self, "vae") else 1
+
+    @property
     def schedulers(self):
         """{part: dict of its scheduler_config.json}."""
         return {"scheduler": self.scheduler}
-
-    @property
-    def kind(self):
-        """The public class whose folder holds such a pipeline, a key of folders.PIPELINES."""
-        raise NotImplementedError
 
     def settings(self):
         """What model_index.json says besides the parts, for tinyldm.save."""
@@ -166,6 +166,17 @@ class Pipeline:
         _, h, w, C = shape
         noise = np.concatenate([generator.randn((1, C, h, w)) for generator in generators])
         return self.array(noise.transpose(0, 2, 3, 1))
+
+    def given_latents(self, request, shape):
+        """A request's latents as an array of that shape; None if it has none.
+
+        Raises TinyldmError for another shape, and for numbers that are not finite.
+        """
+        if request.latents is None:
+            return None
+        latents = self.array(request.latents, "latents")
+        check_latents(latents, shape, self.scale_factor)
+        return latents
 
     def array(self, values, name="values"):
         """On the models' device, at least float32: float16 is too coarse for a sampler's sums.

@@ -218,11 +218,6 @@ class StableDiffusion(Pipeline):
         return {part: tokenizer for part, tokenizer in found.items() if tokenizer is not None}
 
     @property
-    def scale_factor(self):
-        """Pixels of a picture per side of one of its latents."""
-        return self.vae.vae_scale_factor
-
-    @property
     def models(self):
         """{name of the part: model}, with text_encoder_2 only where there is one."""
         parts = {name: getattr(self, name)

@@ -192,7 +192,7 @@ class UnCLIP(Pipeline):
     @classmethod
     def from_parts(cls, parts, low_memory=False):
         """PipelineParts -> UnCLIP."""
-        models, schedulers, index = parts.models, parts.schedulers, parts.index
+        models, schedulers = parts.models, parts.schedulers
         tokenizers, source = read_tokenizers(parts), {}
         if "prior" in models:
             source["text_prior"] = TextPrior(
@@ -202,12 +202,11 @@ class UnCLIP(Pipeline):
             source["image_encoder"] = models["image_encoder"]
             source["feature_extractor"] = ImageProcessor.from_folder(
                 parts.folders["feature_extractor"])
-        scale = index.get("_guidance_scale")
         return cls(tokenizers["tokenizer"], models["text_encoder"], models["unet"], models["vae"],
                    schedulers["scheduler"], models["image_normalizer"],
                    schedulers["image_noising_scheduler"], **source, low_memory=low_memory,
-                   num_inference_steps=index.get("_num_inference_steps") or STEPS,
-                   guidance_scale=GUIDANCE if scale is None else scale)
+                   num_inference_steps=parts.setting("_num_inference_steps", STEPS),
+                   guidance_scale=parts.setting("_guidance_scale", GUIDANCE))
 
     @takes(UnCLIPRequest)
     def __call__(self, *arguments: Any, **options: Any) -> Pictures:
@@ -243,15 +242,14 @@ class UnCLIP(Pipeline):
         mixed(request.image, lambda end: end, lambda *_: None)      # is the weight from 0 to 1?
         check_whole("noise_level", request.noise_level, 0,
                     self.noising_schedule.num_train_timesteps - 1)
-        scale, of_prior = request.guidance_scale, {}
+        of_prior = {}
         for name, default in [("prior_guidance_scale", PRIOR_GUIDANCE),
                               ("prior_num_inference_steps", PRIOR_STEPS)]:
             value = getattr(request, name)
             if value is not None and not self.text_prior:
                 note(f"these weights have no prior, so {name} plays no part")
             of_prior[name] = default if value is None else value
-        return replace(super().complete(request), **of_prior,
-                       guidance_scale=self.guidance_scale if scale is None else scale)
+        return replace(super().complete(request), **of_prior)
 
     def states(self, request):
         """The iterator of `stream` for a request that `complete` has filled in."""
@@ -342,11 +340,6 @@ class UnCLIP(Pipeline):
         if latents is not None and latents.ndim == 4:
             own = latents.shape[1:3]
         return picture_size(request.width, request.height, None, own, self.scale_factor)
-
-    @property
-    def scale_factor(self):
-        """Pixels of a picture per side of one of its latents."""
-        return self.vae.vae_scale_factor
 
     @property
     def prompt_is_optional(self):

@@ -20,7 +20,7 @@ Models for High Fidelity Image Generation", arXiv:2106.15282, section 4.2; Romba
 arXiv:2112.10752; diffusers' StableDiffusionUpscalePipeline.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,6 @@ from .predictor import Predictor
 from .request import (
     LARGEST,
     Prompted,
-    check_latents,
     check_whole,
     decoded_ends,
     takes,
@@ -146,14 +145,12 @@ class Upscaler(Pipeline):
     @classmethod
     def from_parts(cls, parts, low_memory=False):
         """PipelineParts -> Upscaler."""
-        models, index, schedulers = parts.models, parts.index, parts.schedulers
-        level, steps, scale = (
-            default if index.get(key) is None else index[key] for key, default in (
-                ("max_noise_level", MAX_NOISE_LEVEL), ("_num_inference_steps", STEPS),
-                ("_guidance_scale", GUIDANCE)))
+        models, schedulers = parts.models, parts.schedulers
         return cls(read_tokenizers(parts)["tokenizer"], models["text_encoder"], models["unet"],
-                   models["vae"], schedulers["scheduler"], schedulers["low_res_scheduler"], level,
-                   steps, scale, low_memory)
+                   models["vae"], schedulers["scheduler"], schedulers["low_res_scheduler"],
+                   parts.setting("max_noise_level", MAX_NOISE_LEVEL),
+                   parts.setting("_num_inference_steps", STEPS),
+                   parts.setting("_guidance_scale", GUIDANCE), low_memory)
 
     @takes(UpscaleRequest)
     def __call__(self, *arguments: Any, **options: Any) -> Pictures:
@@ -175,8 +172,7 @@ class Upscaler(Pipeline):
     def complete(self, request):
         """Fill in what the request leaves to the model -> request."""
         check_whole("noise_level", request.noise_level, 0, self.max_noise_level)
-        scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        return replace(super().complete(request), guidance_scale=scale)
+        return super().complete(request)
 
     def states(self, request):
         """The iterator of `stream` for a request that `complete` has filled in."""
@@ -186,10 +182,7 @@ class Upscaler(Pipeline):
         size = W, H = self._size_of(request.image)
         seeds, level = request.generators(), request.noise_level
         shape = len(seeds), H, W, self.vae.settings.latent_channels
-        latents = request.latents
-        if latents is not None:
-            latents = self.array(latents, "latents")
-            check_latents(latents, shape, self.scale_factor)
+        latents = self.given_latents(request, shape)
         conditioning = self._conditioner(request.prompts, request.negative_prompts,
                                          request.guidance_scale, *size, request.clip_skip)
         for own in conditioning:
@@ -233,11 +226,6 @@ class Upscaler(Pipeline):
         """(width, height) of the pictures of a request, in pixels."""
         W, H = self._size_of(request.image)
         return W * self.scale_factor, H * self.scale_factor
-
-    @property
-    def scale_factor(self):
-        """Pixels of a picture per side of one of its latents; how many times it is enlarged."""
-        return self.vae.vae_scale_factor
 
     @property
     def models(self):
