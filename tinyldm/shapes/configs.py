@@ -1,7 +1,6 @@
 """The bundled model's architecture, in the keys of the public config.json files.
 
-It is small enough to train on two cores: the VAE downsamples by 4 only, not by 8, and the UNet
-spends most of its arithmetic at 8×8 and below.
+It is small enough to train on two cores: the VAE downsamples by 4 only, not by 8.
 """
 
 LATENT_CHANNELS = 8
@@ -27,8 +26,7 @@ UNET = {
     "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS,
     "block_out_channels": [64, 96, 128], "layers_per_block": 1,
     "norm_num_groups": 8, "norm_eps": 1e-5,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3, "up_block_types": ["CrossAttnUpBlock2D"] * 3,
     "attention_head_dim": 4, "cross_attention_dim": 128, "flip_sin_to_cos": True, "freq_shift": 0,
     "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
     "sample_size": 16,
