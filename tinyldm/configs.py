@@ -80,6 +80,11 @@ class Config:
                 and value is not False]
 
 
+def sides(size):
+    """A config's size, a number or [height, width] -> (height, width)."""
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
 def show(value):
     """A value as JSON writes it, cut to a length for messages."""
     text = json.dumps(value, default=repr)

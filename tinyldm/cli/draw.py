@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from ..errors import TinyldmError, note
 from ..pipelines.interpolation import ends
 from .console import notes, say, status
-from .options import check_meant, interpolates, jobs, parse, request
+from .fields import check_meant
+from .options import interpolates, jobs, parse, request
 from .parameters import BUNDLED, number
 
 LARGEST_SIDE = 16384        # pixels, of an enlarged picture

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from ..backend import is_finite
+from ..configs import sides
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.ddpm import LEARNED
 from ..diffusion.samplers.shared import State
@@ -187,9 +188,7 @@ class DDPM(Pipeline):
     @property
     def size(self):
         """(width, height) of the pictures in pixels."""
-        size = self.unet.settings.sample_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return width, height
+        return sides(self.unet.settings.sample_size)[::-1]
 
     @property
     def models(self):

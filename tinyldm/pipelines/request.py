@@ -138,12 +138,16 @@ class Prompted(Drawing):
             raise TinyldmError("a list of prompts must have at least one: give one")
         return prompts
 
-    subjects = prompts
+    @property
+    def subjects(self):
+        """The prompts."""
+        return self.prompts
 
     @property
     def negative_prompts(self):
         """A list, one for each prompt, where one text is for all."""
-        return negatives_of(self.negative_prompt, self.prompts)
+        texts = as_list(self.negative_prompt)
+        return texts if texts != [self.negative_prompt] else texts * len(self.prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,12 +223,6 @@ class Request(Prompted):
         check_edit(self.image, self.strength, self.mask)
         for name in ("image", "mask"):                  # decoded here, once, for all that read them
             object.__setattr__(self, name, decoded_ends(name, getattr(self, name)))
-
-
-def negatives_of(negative_prompt, prompts):
-    """A list of negative prompts, one for each prompt, where one text is for all."""
-    texts = as_list(negative_prompt)
-    return texts if texts != [negative_prompt] else texts * len(prompts)
 
 
 def check_prompts(prompts, negative_prompts):

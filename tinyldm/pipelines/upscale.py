@@ -31,11 +31,10 @@ from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..images import Pictures, from_pil
-from .conditioning import Conditioner
 from .finite import finite_states
 from .interpolation import ends, lerp, mixed
 from .parts import check_colours, check_unet
-from .pipeline import Pipeline, read_tokenizers
+from .pipeline import read_tokenizers
 from .predictor import Predictor
 from .request import (
     LARGEST,
@@ -45,6 +44,7 @@ from .request import (
     takes,
     whole,
 )
+from .text_pipeline import TextPipeline
 
 # Of diffusers' StableDiffusionUpscalePipeline.
 STEPS, GUIDANCE, NOISE_LEVEL, MAX_NOISE_LEVEL = 75, 9.0, 20, 350
@@ -101,7 +101,7 @@ class UpscaleRequest(Prompted):
         object.__setattr__(self, "noise_level", whole(self.noise_level))
 
 
-class Upscaler(Pipeline):
+class Upscaler(TextPipeline):
     """A tokenizer, three models and two noise schedules that belong together.
 
     scheduler: the dict of a scheduler_config.json; its class is the default sampler.
@@ -214,14 +214,6 @@ class Upscaler(Pipeline):
                                f"{LARGEST // f} pixels per side")
         return image.width // f * f, image.height // f * f
 
-    @property
-    def _readers(self):
-        return [(self.tokenizer, self.text_encoder)]
-
-    @property
-    def _conditioner(self):
-        return Conditioner(self._readers, None, False)
-
     def picture_size(self, request):
         """(width, height) of the pictures of a request, in pixels."""
         W, H = self._size_of(request.image)
@@ -231,11 +223,6 @@ class Upscaler(Pipeline):
     def models(self):
         """{name of the part: model}."""
         return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
-
-    @property
-    def tokenizers(self):
-        """{part: Tokenizer}."""
-        return {"tokenizer": self.tokenizer}
 
     @property
     def schedulers(self):
