@@ -115,6 +115,8 @@ def draw_pictures(args, todo, paths, films, pipeline, profile=None):
             pipe.load_textual_inversion(file)
         if args.steps is None:
             advise(pipe)
+        for job in {job.label: job for job in todo}.values():   # a wrong one is found at once
+            pipe.complete(request(job, args, type(pipe)))
     if profile:
         profile.add(pipe)
     picture = Picture(args, pipe, timed, Preview(pipe), Live() if args.show else None)

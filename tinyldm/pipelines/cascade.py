@@ -229,7 +229,7 @@ class Cascade(TextPipeline):
         done, T = super().complete(request), self.low_res_schedule.num_train_timesteps
         steps, own = request.super_res_steps, request.super_res_guidance_scale
         steps = done.num_inference_steps if steps is None else steps
-        self.super_res_schedule.check_steps(steps)
+        self.super_res_schedule.check_steps(steps, "super_res_steps")
         level = T // 10 if request.noise_level is None else request.noise_level
         check_whole("noise_level", level, 0, T - 1)
         sampler = request.super_res_sampler or request.sampler

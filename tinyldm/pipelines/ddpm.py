@@ -118,6 +118,14 @@ class DDPM(Pipeline):
         """
         return self.states(self.complete(self.request(arguments, options)))
 
+    def complete(self, request):
+        """Fill in what the options leave to the model -> options.
+
+        Raises TinyldmError for a label that is missing or wrong.
+        """
+        self.conditions(request)
+        return super().complete(request)
+
     def states(self, request):
         """The iterator of `stream` for options that `complete` has filled in."""
         steps, sampler, settings = request.num_inference_steps, request.sampler, self.unet.settings

@@ -9,7 +9,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 import numpy as np
 
@@ -70,6 +70,10 @@ class Drawing:
 
     def __post_init__(self):
         """Raises TinyldmError for a value of these fields that is wrong for every pipeline."""
+        for field in fields(self):
+            types = {field.type, *get_args(field.type)}
+            if field.name in ("seed", "label") or {int, float} & types:
+                refuse_flags(field.name, getattr(self, field.name))
         for name in ("num_inference_steps", "num_images"):
             object.__setattr__(self, name, whole(getattr(self, name)))
         if self.num_inference_steps is not None:
@@ -270,6 +274,13 @@ def whole(value):
         return int(value) if real and value.is_integer() else operator.index(value)
     except TypeError:
         return value
+
+
+def refuse_flags(name, value):
+    """Raise TinyldmError for True or False, numbers to Python, also in a list or a Between."""
+    for end in [end for item in as_list(value) for end in ends(item)]:
+        if isinstance(end, (bool, np.bool_)):
+            raise TinyldmError(f"{name} must be a number, not {end}: give one, or leave it out")
 
 
 def decoded_ends(name, image):

@@ -49,6 +49,7 @@ from .text_pipeline import TextPipeline
 # Of diffusers' StableDiffusionUpscalePipeline.
 STEPS, GUIDANCE, NOISE_LEVEL, MAX_NOISE_LEVEL = 75, 9.0, 20, 350
 SCALING_FACTOR = 0.08333    # of its VAE; the first files of the weights do not say it
+PUBLIC_FACTOR = 4           # its VAE's downsampling factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +136,10 @@ class Upscaler(TextPipeline):
         check_colours(vae)
         check_unet(self._readers, self.unet, (C + 3,), (C,), f"the VAE's latent_channels is {C} "
                    "and a picture has 3", "a table")
+        if self.scale_factor != PUBLIC_FACTOR:
+            note(f"the VAE's downsampling factor is {self.scale_factor}, so pictures become "
+                 f"{self.scale_factor} times as wide and high: that of the public x4 upscaler is "
+                 f"{PUBLIC_FACTOR}; use the VAE that the UNet was trained with")
         if vae.scaling_factor != SCALING_FACTOR:        # as the public pipeline corrects it
             if said := vae.config.get("scaling_factor"):
                 note(f"the VAE's scaling_factor is {said:g}, but the upscaler was trained with "
