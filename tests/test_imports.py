@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "inspect": BOTTOM | {"checkpoints", "cli", "images", "layers", "models"},
     "metrics": BOTTOM | {"images", "image_processor", "ops", "layers", "models", "text",
                          "checkpoints", "pipelines", "cli"},
-    "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "checkpoints"},
+    "training": BOTTOM | {"images", "noise", "ops", "layers", "models", "diffusion", "checkpoints"},
     "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
                         "pipelines", "training", "cli"},
 }
