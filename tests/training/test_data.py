@@ -106,7 +106,7 @@ def test_what_is_done_to_odd_pictures_is_said(tmp_path):
         "scan.png: I;16)",
         "pictures too small, which are enlarged (1: small.png: 20x90)",
         "pictures turned as their EXIF says (1: phone.jpg)",
-        "pictures with the same content (1: copy.png: a.png)",
+        "pictures with the same content (1: copy.png = a.png)",
         "pictures with transparent parts, behind which is white (1: clear.png)"]
     images = {item.name: folder.image(folder._sample(0, 0, i))
               for i, item in enumerate(folder.items)}

@@ -160,7 +160,7 @@ class PictureFolder:
                 continue
             self._remark(name, image, stored, resized)
             if digest in contents:
-                self.findings[TWICE].append(f"{name}: {contents[digest]}")
+                self.findings[TWICE].append(f"{name} = {contents[digest]}")
             contents.setdefault(digest, name)
             if name not in captions and captions:
                 self.findings[NO_CAPTION].append(name)
@@ -287,13 +287,18 @@ class PictureFolder:
         caption, left, top, flipped = self._rng(seed, epoch, CHOICES, int(entry)).random(4)
         index = int(self.entries[entry])
         item = self.items[index]
-        spare = [have - need for have, need in zip(item.resized, item.target)]
+        sample = self.centred(index, bool(self.flip and flipped < 0.5),
+                              item.captions[int(caption * len(item.captions))])
         if self.center_crop:
-            left, top = (round(n / 2) for n in spare)       # as torchvision's CenterCrop
-        else:
-            left, top = (int(share * (n + 1)) for share, n in zip((left, top), spare))
-        return Sample(index, item.captions[int(caption * len(item.captions))], left, top,
-                      self.flip and flipped < 0.5)
+            return sample
+        width, height = (have - need for have, need in zip(item.resized, item.target))
+        return sample._replace(left=int(left * (width + 1)), top=int(top * (height + 1)))
+
+    def centred(self, index, flipped=False, caption=""):
+        """The middle of a picture, rounded as torchvision's CenterCrop does -> Sample."""
+        item = self.items[index]
+        left, top = (round((have - need) / 2) for have, need in zip(item.resized, item.target))
+        return Sample(index, caption, left, top, flipped)
 
     def image(self, sample):
         """The picture of a Sample as the model sees it -> (H,W,3) float32 in [-1, 1].
