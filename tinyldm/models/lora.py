@@ -29,14 +29,14 @@ class LoRA(Module):
     """A Linear or Conv2d, base_layer, and the change of its weight: lora_A to `rank` channels, then
     lora_B. Of a convolution, lora_A has the kernel, stride and padding, and lora_B is 1x1.
 
-    Both are of the base layer's kind, without bias. scale = alpha / rank. They are float32 at
-    least, also where the base layer is float16: the steps of an optimiser are small.
+    Both are of the base layer's kind, without bias. scale = alpha / rank. `initialise` makes them
+    float32 at least, also where the base layer is float16: the steps of an optimiser are small.
     """
 
     weight = property(lambda self: self.base_layer.weight)
     bias = property(lambda self: self.base_layer.bias)
 
-    def __init__(self, base_layer, rank, alpha, rng):
+    def __init__(self, base_layer, rank, alpha):
         self.base_layer, self.rank, self.scale = base_layer, rank, alpha / rank
         if isinstance(base_layer, Linear):
             O, C = base_layer.weight.shape
@@ -45,8 +45,11 @@ class LoRA(Module):
             *kernel, C, O = base_layer.weight.shape
             self.lora_A = Conv2d(C, rank, tuple(kernel), *base_layer.options, bias=False)
             self.lora_B = Conv2d(rank, O, 1, bias=False)
-        A, B, data = self.lora_A.weight, self.lora_B.weight, base_layer.weight.data
-        A.data = asarray(rng.normal(0, 1 / rank, A.shape).astype(wide(data.dtype)), like=data)
+
+    def initialise(self, rng):
+        """Fill A with normal numbers of standard deviation 1/rank, and B with zeros."""
+        A, B, data = self.lora_A.weight, self.lora_B.weight, self.weight.data
+        A.data = asarray(rng.normal(0, 1 / self.rank, A.shape).astype(wide(data.dtype)), like=data)
         B.data = asarray(np.zeros(B.shape, wide(data.dtype)), like=data)
 
     def is_trained(self):
@@ -96,8 +99,9 @@ def add_lora(model, targets, rank, alpha, rng):
     for name, layer in layers.items():
         check_rank(name, layer, rank)
     model.freeze()
-    loras = {name: LoRA(layer, rank, alpha, rng) for name, layer in layers.items()}
+    loras = {name: LoRA(layer, rank, alpha) for name, layer in layers.items()}
     for name, lora in loras.items():
+        lora.initialise(rng)
         put(model, name, lora)
     return loras
 
