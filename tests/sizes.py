@@ -22,8 +22,8 @@ KINDS = ("code", "docstrings", "comments", "blank")
 # All else is the rest.
 CORE = ("ops/", "tape.py", "layers.py", "models/", "diffusion/", "text/", "noise.py",
         "pipelines/__init__.py", "pipelines/stable_diffusion.py", "pipelines/request.py",
-        "pipelines/pipeline.py", "pipelines/parts.py", "pipelines/conditioning.py",
-        "pipelines/predictor.py")
+        "pipelines/pipeline.py", "pipelines/text_pipeline.py", "pipelines/parts.py",
+        "pipelines/conditioning.py", "pipelines/predictor.py")
 SYSTEMS = ("ops/pool.py", "ops/gaussian.py", "ops/modulation.py", "models/unet_2d.py",
            "models/dit.py", "models/prior.py", "models/clip_vision.py", "models/clip_model.py",
            "models/inception.py", "models/lora.py", "diffusion/variational.py",

@@ -272,14 +272,14 @@ def smallest(folder):
                 scheduler("DDIM", steps_offset=1, clip_sample=False), 8)
 
 
-def upscaler(folder, half=False):
+def upscaler(folder, half=False, vae=(8, 16, 16)):
     """The x4 upscaler: picture and latents side by side, levels of noise as classes, v, two
-    schedulers. Its VAE has two halvings."""
+    schedulers. Its VAE has two halvings. vae: its widths."""
     betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
     save(folder, make_unet((16, 16, 32), 24, "nyy", attention_head_dim=4, sample_size=8,
                            in_channels=7, num_class_embeds=1000, use_linear_projection=True,
                            only_cross_attention=(True, True, False)),
-         make_vae((8, 16, 16), scaling_factor=0.08333),
+         make_vae(vae, scaling_factor=0.08333),
          ("DDIMScheduler", betas | {"prediction_type": "v_prediction", "clip_sample": False,
                                     "set_alpha_to_one": False, "steps_offset": 1}), 24,
          padding="!", half=half, pipeline="StableDiffusionUpscalePipeline", hidden_act="gelu")

@@ -77,6 +77,9 @@ PIPELINES = {
     "DiTPipeline": {"transformer": DiTTransformer2DModel, "vae": AutoencoderKL,
                     "scheduler": SCHEDULER},
 }
+# The schedulers that sample with a UNet or its like, of whose prediction a user may know better. A
+# prior's is not, and others only add noise.
+UNET_SCHEDULERS = {"scheduler", "super_res_scheduler"}
 # Every Stable Diffusion uses CLIP's vocabulary. Single files do not contain it.
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
@@ -133,13 +136,12 @@ def _load_folder(folder, dtype, low_memory, vae, prediction_type):
               if not (part == "vae" and vae)}
     schedulers = {part: read_json(places[part] / "scheduler_config.json")
                   for part, kind in parts.items() if kind == SCHEDULER}
-    if prediction_type:
-        scheduler = schedulers["scheduler"]
-        said = scheduler.get("prediction_type") or prediction_type
+    for part in UNET_SCHEDULERS & schedulers.keys() if prediction_type else ():
+        said = schedulers[part].get("prediction_type") or prediction_type
         if said != prediction_type:
             note(f"{folder} says that the model predicts {said}: {prediction_type} is used, as "
                  "asked for")
-        schedulers["scheduler"] = scheduler | {"prediction_type": prediction_type}
+        schedulers[part] = schedulers[part] | {"prediction_type": prediction_type}
     dtypes = {}
     for part in (part for part in places if isinstance(parts[part], type)):
         model, config = read_config(places[part])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .. import ops
 from ..backend import get_xp
-from ..configs import Config, one_of, within
+from ..configs import Config, one_of, sides, within
 from ..errors import TinyldmError
 from ..layers import NO_TAPE, Conv2d, GroupNormSiLU, Module, Sequence
 from .blocks import Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D, check_groups
@@ -84,8 +84,7 @@ class AutoencoderKL(Module):
         self.post_quant_conv = Conv2d(C, C, 1)
         self.scaling_factor = settings.scaling_factor
         self.vae_scale_factor = 2 ** (len(settings.block_out_channels) - 1)
-        side = min(size) if isinstance(size, (list, tuple)) else size
-        self.tile = max(1, side // self.vae_scale_factor)               # its side, in latents
+        self.tile = max(1, min(sides(size)) // self.vae_scale_factor)   # its side, in latents
 
     def to_latents(self, z):
         """z (B,h,w,C) -> latents (z - latents_mean) * scaling_factor / latents_std, for the UNet.
