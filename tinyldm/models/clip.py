@@ -4,13 +4,23 @@ Between the tokenizer and the UNet. The transformer is causal: token n sees toke
 end token and the padding after it see the whole prompt.
 Source: Radford et al. 2021, "Learning Transferable Visual Models", arXiv:2103.00020, section 2.4.
 """
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .. import ops
 from ..backend import add_up, get_xp
 from ..configs import Config, one_of, within
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Activation, Embedding, LayerNorm, Linear, Module, Sequence
+from ..layers import (
+    NO_TAPE,
+    Activation,
+    Embedding,
+    EndOfTape,
+    LayerNorm,
+    Linear,
+    Module,
+    Sequence,
+)
 
 # Keys that transformers writes into every config: the training of a model, the texts that a
 # language model writes, the form of an output. A picture needs none of them.
@@ -91,7 +101,8 @@ class CLIPTextModel(Module):
         return self.text_model(ids, tape, skip=skip)
 
     def backward(self, dcontext, tape):
-        self.text_model.backward(dcontext, tape)
+        with suppress(EndOfTape):
+            self.text_model.backward(dcontext, tape)
 
 
 class CLIPTextModelWithProjection(Module):
@@ -125,13 +136,14 @@ class CLIPTextModelWithProjection(Module):
         return context, self.text_projection(h[rows], tape)
 
     def backward(self, dcontext, dtext_embeds, tape):
-        dpooled = self.text_projection.backward(dtext_embeds, tape)
-        h, rows = tape.load(self)
-        dh = get_xp(h).zeros_like(h)
-        dh[rows] = dpooled
-        dh = self.text_model.final_layer_norm.backward(dh, tape)
-        dh = self.text_model.encoder.layers[-1].backward(dh, tape)
-        self.text_model.backward(dcontext + dh, tape)   # context was used twice: add
+        with suppress(EndOfTape):
+            dpooled = self.text_projection.backward(dtext_embeds, tape)
+            h, rows = tape.load(self)
+            dh = get_xp(h).zeros_like(h)
+            dh[rows] = dpooled
+            dh = self.text_model.final_layer_norm.backward(dh, tape)
+            dh = self.text_model.encoder.layers[-1].backward(dh, tape)
+            self.text_model.backward(dcontext + dh, tape)   # context was used twice: add
 
 
 def end_tokens(ids, end):

@@ -118,6 +118,7 @@ class PriorTransformer(Module):
         h = self.encoder_hidden_states_proj(context, tape)                          # (B,M,D)
         h = xp.concatenate([h, text[:, None], time[:, None], noisy[:, None], query], axis=1)
         h += self.positional_embedding.data             # (B,M+4,D); in place: nothing else uses it
+        tape.save(self, None)                           # the two embeddings need no cache
         scores = None if mask is None else hidden(mask, M + FURTHER, wide(dtype))
         for block in self.transformer_blocks:
             h = block(h, tape, mask=scores)
@@ -132,6 +133,7 @@ class PriorTransformer(Module):
         dh[:, -1] = dlast
         for block in reversed(self.transformer_blocks):
             dh = block.backward(dh, tape)
+        tape.load(self)
         dpositions = add_up(dh, axis=0)[None]           # undoes the broadcast over the batch
         self.positional_embedding.add_grad(dpositions)
         self.prd_embedding.add_grad(dpositions[:, -1:])
