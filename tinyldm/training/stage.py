@@ -74,7 +74,8 @@ class Stage:
     """The weights, the pictures and the file of one command.
 
     options: what add_options adds, parsed. result: where the file goes: --output, if that ends with
-    .safetensors, and then the state goes into a folder beside it; else into the folder --output.
+    .safetensors, and then the state goes into a folder beside it, dog.training for dog.safetensors;
+    else into the folder --output.
     captions: for all pictures, in place of --caption and their own.
     Raises TinyldmError for whatever is wrong before the training.
     """
@@ -82,7 +83,7 @@ class Stage:
     def __init__(self, options, captions=None):
         self.options, output = options, options.output
         self.result = output if output.suffix == END else output / f"{output.name}{END}"
-        options.output = output.with_suffix("") if output.suffix == END else output
+        options.output = output.with_suffix(".training") if output.suffix == END else output
         if self.result.exists() and not options.resume:
             raise TinyldmError(f"{self.result} exists already: name another one with --output, or "
                                "go on with its training by --resume")
