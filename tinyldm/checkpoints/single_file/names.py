@@ -28,6 +28,8 @@ UNET_NAMES = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_e
               "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
 UNET_BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,3})\.(\d)\.(.+)")
 UNET_MIDDLE = re.compile(r"middle_block\.([012])\.(.+)")
+PUBLIC_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.([a-z]+)\.(\d+)\.(.+)")
+PUBLIC_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)")
 UNET_RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
                "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
 
@@ -138,6 +140,27 @@ def unet_name(name, layers=LAYERS):
     if module == 0:
         return f"{block}.resnets.{layer}.{renamed(inner, UNET_RESNET)}"
     return f"{block}.attentions.{layer}.{inner}"
+
+
+def original_unet_layer(layer, layers=LAYERS):
+    """The public name of a UNet's layer -> the original one: the inverse of unet_name."""
+    stems = {public: original for original, public in UNET_NAMES.items()}
+    words = {public: original for original, public in UNET_RESNET.items()}
+    if match := PUBLIC_MIDDLE.fullmatch(layer):
+        kind, number, inner = match[1], int(match[2]), match[3]
+        return (f"middle_block.1.{inner}" if kind == "attentions" else
+                f"middle_block.{2 * number}.{words.get(inner, inner)}")
+    if not (match := PUBLIC_BLOCK.fullmatch(layer)):
+        return stems.get(layer, layer)
+    way, level, kind, number, inner = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    side, first = "input" if way == "down" else "output", level * (layers + 1) + (way == "down")
+    if kind == "downsamplers":
+        return f"input_blocks.{first + layers}.0.op"
+    if kind == "upsamplers":                            # after a residual block and a transformer
+        return f"output_blocks.{first + layers}.2.conv"
+    if kind == "resnets":
+        return f"{side}_blocks.{first + number}.0.{words.get(inner, inner)}"
+    return f"{side}_blocks.{first + number}.1.{inner}"
 
 
 def vae_name(name, levels=VAE_LEVELS):
