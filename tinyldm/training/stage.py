@@ -171,7 +171,7 @@ class Stage:
                 f"{size(found[options.checkpoints])}"
                 + f" ({size(found[True])} with --checkpoints)" * (not options.checkpoints))
         # The weights are there already.
-        if free is not None and total - weights > free:
+        if unet.xp is np and free is not None and total - weights > free:
             line += f"; only {size(free)} are free: take --checkpoints, a smaller --batch or " \
                     "--resolution"
         return line
