@@ -18,7 +18,7 @@ import numpy as np
 from . import ops
 from .backend import get_xp, to_host
 from .errors import TinyldmError, shorten
-from .tape import NO_TAPE, EndOfTape, Tape, checkpoint, checkpoint_backward  # noqa: F401
+from .tape import NO_TAPE, Tape, checkpoint, checkpoint_backward, ends_early  # noqa: F401
 
 _hooks = ContextVar("forward hooks", default=())        # {layer: hook}, one per forward_hooks
 
