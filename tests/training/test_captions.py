@@ -73,6 +73,8 @@ def test_of_several_captions_the_first_form_counts(tmp_path):
     ("train/x.jpg", "x.jpg", "train/x.jpg: is it for x.jpg?"),
     ("more\\x.jpg", "more/x.jpg", "more\\x.jpg: is it for more/x.jpg?"),
     ("IMG_0l.jpg", "IMG_01.jpg", "IMG_0l.jpg: is it for IMG_01.jpg?"),
+    ("dag.png", "Dog.jpeg", "dag.png: is it for Dog.jpeg?"),
+    ("dog.png.txt", "dog.png", "dog.png.txt: is it for dog.png?"),
     ("dog.png", "zebra-042.jpg", "dog.png"), ("../../etc/passwd", "a.png", "../../etc/passwd"),
 ])
 def test_captions_without_a_picture(orphan, picture_name, hint, tmp_path):

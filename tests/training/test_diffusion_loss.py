@@ -129,8 +129,8 @@ def test_uniform_timesteps(rng):
 def test_the_noise_offset_is_one_number_for_each_channel():
     schedule, _ = schedule_of("linear", "epsilon")
     latents = np.zeros((400, 4, 4, 3), np.float32)
-    plain, offset = (DiffusionLoss(schedule, noise_offset=size).noisy(latents, generators(0, 0, 400))
-                     for size in (0, 0.5))
+    plain, offset = (DiffusionLoss(schedule, noise_offset=size).noisy(
+        latents, generators(0, 0, 400)) for size in (0, 0.5))
     difference = offset[2] - plain[2]
     assert_allclose(np.ptp(difference, axis=(1, 2)), 0, atol=1e-6)
     assert difference[:, 0, 0].std() == pytest.approx(0.5, rel=0.05)

@@ -120,9 +120,12 @@ def _same(name):
 def _with_hint(orphan, pictures):
     """The name of a caption without a picture, and of the picture that it may belong to."""
     name = posixpath.basename(orphan.replace("\\", "/"))
-    same = [picture for picture in pictures if posixpath.basename(picture) == name]
-    near = same or difflib.get_close_matches(orphan, pictures, 1)
-    return f"{orphan}: is it for {near[0]}?" if near else orphan
+    for picture in pictures:
+        if posixpath.basename(picture) in (name, posixpath.splitext(name)[0]):
+            return f"{orphan}: is it for {picture}?"
+    by_stem = {posixpath.splitext(picture)[0].lower(): picture for picture in pictures}
+    near = difflib.get_close_matches(posixpath.splitext(orphan)[0].lower(), by_stem, 1)
+    return f"{orphan}: is it for {by_stem[near[0]]}?" if near else orphan
 
 
 def _first_line(path, name, findings):

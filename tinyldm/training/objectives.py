@@ -149,7 +149,8 @@ class DiffusionLoss:
         T, losses = self.schedule.num_train_timesteps, {}
         for i in range(count):
             timesteps = np.full(len(x_start), int(T * (i + 0.5) / count))
-            noise = np.random.default_rng([i, 0, 0, 0, 2]).standard_normal(x_start.shape, np.float32)
+            rng = np.random.default_rng([i, 0, 0, 0, 2])
+            noise = rng.standard_normal(x_start.shape, np.float32)
             noise = asarray(noise.astype(x_start.dtype), like=x_start)
             output = predict(self.schedule.add_noise(x_start, noise, timesteps), timesteps)
             loss, _ = ops.mse(output, target(self.schedule, x_start, noise, timesteps))

@@ -16,7 +16,9 @@ from . import optim, rates
 from .loop import Trainer
 from .objectives import TIMESTEPS, DiffusionLoss
 
-STAGES = {}                 # {NAME: what it trains}; textual-inversion is textual_inversion.py
+# {NAME: what it trains}; textual-inversion is textual_inversion.py.
+STAGES = {"lora": "train a LoRA: a small file that teaches a model a new thing or a style",
+          "textual-inversion": "train a new word for prompts, and nothing else of the model"}
 RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate")    # python -m tinyldm.shapes
 MOST = 10 ** 9
 EMAS = {"constant": optim.constant_decay, "ldm": optim.ldm_decay,
