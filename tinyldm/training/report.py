@@ -1,7 +1,7 @@
 """What a training tells while it runs: a progress bar, and files in the folder of its result.
 
-    log.jsonl       a line per step: loss, what a model that knows nothing would have, the gradient's
-                    norm, the learning rate, seconds; and a line per validation
+    log.jsonl       a line per step: loss, that of a model that knows nothing, the gradient's norm,
+                    the learning rate, seconds; and a line per validation
     loss.png        both as curves, where matplotlib is installed
     samples.png     the samples, a row per step; each lies in samples/, too
     events.out...   the numbers again for TensorBoard, where tensorboard is installed

@@ -12,6 +12,10 @@ from ..files import make_folder, replacing, temporary_beside
 from ..signals import handled
 
 
+class CannotWrite(TinyldmError):
+    """A state could not be written; the file is as it was."""
+
+
 def write_npz(path, **arrays):
     """Write arrays by name into one .npz file, whole or not at all."""
     make_folder(path.parent)
