@@ -182,6 +182,7 @@ def test_a_signal_at_any_point_loses_nothing(number, owner, name, before, path, 
     """The state is that of whole steps, and a resumed training ends as if never stopped."""
     monkeypatch.setattr(loop, "SAVE_EVERY", -1)         # save after every step
     trainer, batch_loss = trainer_of(path)
+    trainer.save()
 
     class Terminated(KeyboardInterrupt):
         pass
@@ -206,6 +207,7 @@ def test_a_signal_at_any_point_loses_nothing(number, owner, name, before, path, 
 
 def test_further_signals_during_the_save_do_not_lose_it(path, monkeypatch):
     trainer, batch_loss = trainer_of(path)
+    trainer.save()
     with monkeypatch.context() as patch:
         interrupt(patch, Trainer, "learning_rate")
         interrupt(patch, state.np, "savez", times=3)
@@ -271,8 +273,8 @@ trainer.train(batch_loss)
 
 
 @pytest.mark.parametrize("owner, name, before, call, steps", [
-    ("np", "savez", True, 2, 1), ("np", "savez", False, 2, 1), ("os", "fsync", False, 2, 1),
-    ("os", "replace", True, 3, 2), ("os", "replace", False, 3, 3)])
+    ("np", "savez", True, 3, 1), ("np", "savez", False, 3, 1), ("os", "fsync", False, 3, 1),
+    ("os", "replace", True, 4, 2), ("os", "replace", False, 4, 3)])
 def test_a_kill_leaves_a_whole_state(owner, name, before, call, steps, path, whole):
     done = subprocess.run([sys.executable, "-c", KILLED, path, owner, name, str(before), str(call)],
                           capture_output=True, text=True)
