@@ -199,8 +199,9 @@ def test_the_first_layer_whose_gradient_is_not_finite_is_named(tmp_path):
         layered(tmp_path / "x.npz", spoil)
     said = str(error.value)
     assert re.search("the gradient of .* is NaN or infinite at step 2: take a smaller learning "
-                     r"rate \(it was .*\), .*first layer whose gradient is not finite is net.second; "
-                     "the batch: pictures a.png, b.png, t 7; .*x.npz keeps the last good", said)
+                     r"rate \(it was .*\), .*first layer whose gradient is not finite is "
+                     "net.second; the batch: pictures a.png, b.png, t 7; .*x.npz keeps the last "
+                     "good", said)
     with np.load(tmp_path / "x.npz") as state:
         assert state["steps"] == 2 and np.isfinite(state["data"]).all()
 

@@ -198,10 +198,10 @@ def norm_of(grad):
 
 
 def clip_coefficient(norm, most, dtype):
-    """What a gradient of this norm is multiplied by, as torch computes it, in the gradient's dtype.
-    """
+    """What a gradient of this norm is multiplied by: min(1, most / (norm + 1e-6)), in the
+    gradient's dtype and with torch's rounding, which divides by multiplying with the reciprocal."""
     dtype = np.dtype(dtype).type
-    return min(dtype(1), dtype(most) / (dtype(norm) + dtype(1e-6)))
+    return min(dtype(1), dtype(1) / (dtype(norm) + dtype(1e-6)) * dtype(most))
 
 
 class Muon(AdamW):
