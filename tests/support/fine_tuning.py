@@ -29,7 +29,8 @@ def stage_of(command, monkeypatch, dtype=np.float32, captions=None):
         return found
 
     monkeypatch.setattr(FineTuning, "batches", batches)
-    monkeypatch.setattr(stages, "load_weights", lambda weights: load(weights, dtype=dtype))
+    monkeypatch.setattr(stages, "load_weights",
+                        lambda weights, device: load(weights, device, dtype))
     return stages.Stage(parse([*map(str, command)]), captions), recorded
 
 

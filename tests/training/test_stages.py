@@ -1,19 +1,26 @@
 """The commands `lora` and `textual-inversion`: what they write, go on with, and refuse."""
 import re
 
+import diffusers
 import numpy as np
 import pytest
 import safetensors
 from safetensors.numpy import load_file
 
-from tests.support import small_pipelines
+from tests.support import small_pipelines, strict
 from tests.support.pictures_to_train import write_pictures
 from tests.support.tolerance import within
+from tinyldm import backend
 from tinyldm.layers import Tape
 from tinyldm.models.lora import DIFFUSERS, add_lora
 from tinyldm.pipelines.loading import load
 from tinyldm.training import memory
 from tinyldm.training.__main__ import main
+from tinyldm.training.fine_tuning import FineTuning, Source
+from tinyldm.training.latents import LatentCache
+from tinyldm.training.lora import put_into
+from tinyldm.training.options import diffusion_loss_from, parse
+from tinyldm.training.stage import Stage
 
 WORD = ["--token", "<s>", "--initializer", "cat"]
 STAGES = {"lora": [], "textual-inversion": WORD}
@@ -72,6 +79,80 @@ def test_two_and_two_steps_are_four(stage, more, train, tmp_path):
     for name, array in whole.items():
         np.testing.assert_array_equal(array, parts[name])
     assert any((array != halfway[name]).any() for name, array in whole.items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_stable_diffusion_xl(stage, layout, places, train, tmp_path):
+    """Its file is read back with both text encoders, by diffusers, too."""
+    more = ["--train-text-encoder"] if stage == "lora" else []
+    folder = places[0]("sdxl")
+    status, out, err = train(stage, "--weights", folder, "--layout", layout, *more)
+    assert status == 0 and "checked: with" in out, err
+    if stage == "lora":
+        theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+        theirs.load_lora_weights(tmp_path / "dog.safetensors")
+        assert theirs.get_list_adapters().keys() == {"unet", "text_encoder", "text_encoder_2"}
+    elif layout == "diffusers":
+        assert (tmp_path / "dog_2.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage, more", [("lora", ["--train-text-encoder", "--checkpoints"]),
+                                         ("textual-inversion", ["--vectors", "2"])])
+def test_on_a_device(stage, more, train, tmp_path):
+    """On strict arrays in place of CuPy's: the same file, up to rounding."""
+    assert train(stage, *more, output="host.safetensors")[0] == 0
+    with strict.installed(), backend.plain():
+        status, out, err = train(stage, *more, "--device", "cuda", output="device.safetensors")
+    assert status == 0, err
+    host, device = (load_file(tmp_path / f"{name}.safetensors") for name in ("host", "device"))
+    for name, array in host.items():                    # in units of the learning rate, 1e-2
+        within(abs(array - device[name]).max(), 1e-4, name)
+
+
+def test_buckets(train, tmp_path):
+    folder = write_pictures(tmp_path / "wide", 3, (96, 32))
+    write_pictures(tmp_path / "wide" / "square", 2)
+    status, out, err = train("lora", "--data", folder, "--buckets", steps=4)
+    assert status == 0, err
+    assert "cut in the middle to the sizes 16x16 (2), 24x8 (3)" in out
+
+
+def test_samples_and_validation(weights, pictures, tmp_path):
+    """Drawn and measured with what is trained in its place; nothing of it is random."""
+    options = parse(["lora", "--weights", str(weights), "--data", str(pictures), "--output",
+                     str(tmp_path / "a"), "--sample-prompt", "a cat", "--sample-prompt", "a dog"])
+    stage = Stage(options)
+    plain = [np.asarray(image) for image in stage.sample()]
+    assert len(plain) == 2 and plain[0].shape == (16, 16, 3)
+    layers = put_into(stage.pipe, options)
+    assert (np.asarray(stage.sample()[0]) == plain[0]).all(), "B is 0: nothing changes"
+    latents = LatentCache(stage.pictures, stage.pipe.vae, tmp_path / "latents")
+    loss = diffusion_loss_from(options, stage.pipe.schedule)
+    tuning = FineTuning(stage.pipe, [Source(stage.pictures, latents, 2)], loss, 0)
+    before = tuning.validate()
+    assert len(before) == 8 and before == tuning.validate()
+    for layer in layers.values():
+        layer.lora_B.weight.data += 0.1
+    assert all(before[name] != value for name, value in tuning.validate().items())
+    assert (np.asarray(stage.sample()[0]) != plain[0]).any()
+
+
+def test_captions_are_left_out(weights, pictures, tmp_path):
+    options = parse(["lora", "--weights", str(weights), "--data", str(pictures), "--output",
+                     str(tmp_path / "a")])
+    stage = Stage(options)
+    latents = LatentCache(stage.pictures, stage.pipe.vae, tmp_path / "latents")
+    loss = diffusion_loss_from(options, stage.pipe.schedule)
+    source = Source(stage.pictures, latents, 5, prefix="sks ")
+    some, none = (FineTuning(stage.pipe, [source], loss, 0, dropout=share) for share in (0.5, 0))
+    found = [caption for i in range(40) for batch in some.batches(i) for caption in batch.captions]
+    assert 70 < found.count("") < 130 and all(c.startswith("sks ") for c in found if c)
+    for i in range(3):                                  # the noise is the same
+        (a,), (b,) = some.batches(i), none.batches(i)
+        np.testing.assert_array_equal(a.x_t, b.x_t)
+        assert "" not in b.captions
 
 
 def test_resuming_with_other_options(train):

@@ -7,13 +7,11 @@
 fine_tuning.py uses it. For drawing there is pipelines/conditioning.py, which also knows weights of
 words and prompts of several chunks; captions have neither.
 """
-from contextlib import suppress
-
 import numpy as np
 
 from .. import ops
 from ..backend import get_xp
-from ..layers import NO_TAPE, EndOfTape, Module
+from ..layers import NO_TAPE, Module
 
 KEPT = 256                  # captions whose conditions are kept
 
@@ -43,14 +41,13 @@ class Texts(Module):
         return {"context": context, "text_embeds": text_embeds}
 
     def backward(self, gradients, tape):
-        """gradients: UNetGradients. It ends at the first trained layer of a tape only_trained."""
-        with suppress(EndOfTape):
-            if len(self.encoders) == 1:
-                self.encoders[0].backward(gradients.context, tape)
-                return
-            first, second = ops.concat_backward(gradients.context, tape.load(self))
-            self.encoders[1].backward(second, gradients.text_embeds, tape)
-            self.encoders[0].backward(first, tape)
+        """gradients: UNetGradients."""
+        if len(self.encoders) == 1:
+            self.encoders[0].backward(gradients.context, tape)
+            return
+        first, second = ops.concat_backward(gradients.context, tape.load(self))
+        self.encoders[1].backward(second, gradients.text_embeds, tape)
+        self.encoders[0].backward(first, tape)
 
     def frozen(self, captions):
         """B captions -> the conditions, where no text encoder is trained: each is read once."""

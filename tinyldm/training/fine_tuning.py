@@ -114,14 +114,15 @@ class FineTuning:
         expected: the loss of a model that knows nothing. rng: not used, as every sample has its
         own.
         """
-        reports = [split_batch(partial(self.part_loss, batch), [np.arange(len(batch.captions))],
-                               rng) for batch in self.batches(number)]
+        reports = [split_batch(partial(self.part_loss, batch), [range(len(batch.captions))], rng)
+                   for batch in self.batches(number)]
         return {name: sum(report[name] for report in reports) for name in reports[0]}
 
     def part_loss(self, batch, rows, rng, share):
         """The loss of some rows of a Batch, and its gradients -> as batch_loss, times share."""
         tape = Tape(self.checkpoints, only_trained=True)
-        captions = [batch.captions[row] for row in rows]
+        rows = slice(rows[0], rows[-1] + 1)             # neighbours: also of a device's arrays
+        captions = batch.captions[rows]
         conditions = (self.texts(self.texts.ids(captions), tape) if self.reads else
                       self.texts.frozen(captions))
         latents, x_t, timesteps, noise = (array[rows] for array in batch[:4])

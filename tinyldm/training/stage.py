@@ -62,6 +62,8 @@ def add_options(parser, *, steps, learning_rate, output):
         "caption")
     add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
         "block is computed again in backward")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
+        "(cpu)")
     add("--layout", choices=("diffusers", "kohya"), default="diffusers", help="of the file: "
         "diffusers, or kohya for the web interfaces (diffusers)")
     add("--save-as", choices=DTYPES, default="float32", help="numbers in the file (float32)")
@@ -88,7 +90,7 @@ class Stage:
             raise TinyldmError(f"{self.result} exists already: name another one with --output, or "
                                "go on with its training by --resume")
         self.started, self.prior = time.time(), None
-        self.pipe = load_weights(options.weights)
+        self.pipe = load_weights(options.weights, options.device)
         self.resolution = options.resolution or min(self.pipe.size())
         f = self.pipe.vae.vae_scale_factor
         if self.resolution % f:
@@ -169,7 +171,7 @@ class Stage:
                 f"{size(found[options.checkpoints])}"
                 + f" ({size(found[True])} with --checkpoints)" * (not options.checkpoints))
         # The weights are there already.
-        if free is not None and total - weights > free:
+        if unet.xp is np and free is not None and total - weights > free:
             line += f"; only {size(free)} are free: take --checkpoints, a smaller --batch or " \
                     "--resolution"
         return line
@@ -256,12 +258,12 @@ def size(count):
     return f"{count / 2 ** 30:.1f} GiB" if count >= 2 ** 30 else f"{count / 2 ** 20:.0f} MiB"
 
 
-def load_weights(weights):
+def load_weights(weights, device):
     """The pipeline of some weights, in float32 -> StableDiffusion.
 
     Raises TinyldmError for weights of another system, and for those that are trained otherwise.
     """
-    pipe, reason = load(weights, dtype=np.float32), None
+    pipe, reason = load(weights, device, np.float32), None
     if not isinstance(pipe, StableDiffusion):
         reason = "no UNet that reads prompts"
     elif pipe.unet.settings.in_channels != pipe.vae.settings.latent_channels:
@@ -271,4 +273,5 @@ def load_weights(weights):
     if reason:
         raise TinyldmError(f"{weights} is {pipe.described}, with {reason}: this stage trains "
                            "Stable Diffusion 1, 2 and XL")
+    pipe.language = None                                # it will know more
     return pipe

@@ -68,6 +68,7 @@ def run(options):
                                stage.metadata(), base=stage.base, dtype=options.save_as)
 
     stage.train(learned.named(), write, SETTINGS)
+
     def read_back():
         learned.remove()
         untrained = stage.probe()
