@@ -18,7 +18,14 @@ import numpy as np
 from . import ops
 from .backend import get_xp, to_host
 from .errors import TinyldmError, shorten
-from .tape import NO_TAPE, EndOfTape, Tape, checkpoint, checkpoint_backward  # noqa: F401
+from .tape import (  # noqa: F401
+    NO_TAPE,
+    EndOfTape,
+    Tape,
+    checkpoint,
+    checkpoint_backward,
+    ends_early,
+)
 
 _hooks = ContextVar("forward hooks", default=())        # {layer: hook}, one per forward_hooks
 

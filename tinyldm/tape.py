@@ -4,6 +4,8 @@ A layer's forward saves on the tape what its backward needs. Backward runs in th
 each layer finds its own cache on top. layers.py imports all names from here.
 Explained: docs/tape.md
 """
+from contextlib import suppress
+from functools import wraps
 
 
 class _NoTape:
@@ -21,8 +23,20 @@ NO_TAPE = _NoTape()
 class EndOfTape(Exception):
     """load asks for what was never saved, because no parameter up to there is trained.
 
-    Nothing that runs earlier needs a gradient, so a model's backward ends here.
+    Nothing that ran earlier needs a gradient, so a model's backward ends here.
     """
+
+
+def ends_early(nothing=None):
+    """Decorator of a model's backward: where EndOfTape comes, it returns `nothing`."""
+    def decorate(backward):
+        @wraps(backward)
+        def until_the_end(*args):
+            with suppress(EndOfTape):
+                return backward(*args)
+            return nothing
+        return until_the_end
+    return decorate
 
 
 class Tape:

@@ -13,7 +13,7 @@ from tests.support.drawing import NEGATIVE, PROMPT, assert_same_drawing, assert_
 from tests.support.extra import diffusers, torch
 from tests.support.pictures import picture
 from tests.support.reference import float32_noise, nchw, nhwc, widen_embeddings
-from tests.support.small_pipelines import change_json, upscaler
+from tests.support.small_pipelines import change_json, make_vae, upscaler
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.errors import TinyldmError
 from tinyldm.pipelines.loading import load
@@ -211,7 +211,7 @@ def test_old_files_of_the_vae_lack_its_scaling_factor(folder, tmp_path):
 
 def test_another_vae_enlarges_otherwise_and_a_note_says_so(tmp_path):
     """diffusers, too, enlarges by the VAE's factor, here 8."""
-    folder = upscaler(tmp_path / "x8", vae=(8, 8, 16, 16))
+    folder = upscaler(tmp_path / "x8", vae=make_vae((8, 8, 16, 16), scaling_factor=0.08333))
     with pytest.warns(UserWarning, match="downsampling factor is 8, so pictures become 8 times"):
         pipe = load(folder)
     low = picture(size=(17, 8))

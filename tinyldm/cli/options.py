@@ -108,7 +108,7 @@ class Parser(argparse.ArgumentParser):
         """Every option, also those of sub-commands."""
         for action in self._actions:
             yield from action.option_strings
-            if isinstance(action.choices, dict):
+            if isinstance(action, argparse._SubParsersAction):
                 for parser in action.choices.values():
                     yield from parser._names()
 

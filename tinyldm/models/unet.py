@@ -26,7 +26,6 @@ from ..errors import TinyldmError
 from ..layers import (
     NO_TAPE,
     Conv2d,
-    EndOfTape,
     GroupNorm,
     GroupNormSiLU,
     LayerNorm,
@@ -34,6 +33,7 @@ from ..layers import (
     Module,
     checkpoint,
     checkpoint_backward,
+    ends_early,
 )
 from .blocks import (
     CLASS_EMBEDDINGS,
@@ -148,6 +148,16 @@ class UNetConfig(Config):
                 for width, layers, has_attention, *row in zip(*columns, strict=True)]
 
 
+class UNetGradients(namedtuple("UNetGradients", "latents context")):
+    """What the UNet's backward returns, whatever its config: dlatents, dcontext = gradients.
+
+    Attributes for the conditions that only some models take, else None: timestep_cond, text_embeds,
+    class_labels.
+    """
+
+    timestep_cond = text_embeds = class_labels = None
+
+
 class UNet2DConditionModel(Module):
     """config: the dict of the public unet/config.json; settings: the same as a UNetConfig.
 
@@ -245,13 +255,8 @@ class UNet2DConditionModel(Module):
         h = self.conv_norm_out(h, tape)
         return self.conv_out(h, tape)
 
+    @ends_early(UNetGradients(None, None))
     def backward(self, dy, tape):
-        try:
-            return self._backward(dy, tape)
-        except EndOfTape:
-            return UNetGradients(None, None)
-
-    def _backward(self, dy, tape):
         dh = self.conv_out.backward(dy, tape)
         dh = self.conv_norm_out.backward(dh, tape)
         grads = SimpleNamespace(skips=[], temb=0, context=0)    # of the blocks: a stack, two sums
@@ -273,16 +278,6 @@ class UNet2DConditionModel(Module):
             result.text_embeds, _ = ops.concat_backward(dadded, tape.load(self))
         _, result.timestep_cond = self.time_embedding.backward(grads.temb, tape)
         return result
-
-
-class UNetGradients(namedtuple("UNetGradients", "latents context")):
-    """What the UNet's backward returns, whatever its config: dlatents, dcontext = gradients.
-
-    Attributes for the conditions that only some models take, else None: timestep_cond, text_embeds,
-    class_labels.
-    """
-
-    timestep_cond = text_embeds = class_labels = None
 
 
 class DownBlock2D(Module):

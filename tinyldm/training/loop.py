@@ -97,6 +97,9 @@ class Trainer:
             self._resume(resume)
 
     def _resume(self, resume):
+        if resume == "exact":                           # before shapes, which follow from options
+            stored = read_npz(self.path, {"settings": (None,)}, optional=("settings",))
+            check_same(self.path, self.settings, from_text(self.path, stored.get("settings")))
         own = self.optimizer.state()
         state = read_npz(self.path, {name: np.shape(value) for name, value in own.items()}
                          | {"begun": (), "history": (None, 2), "settings": (None,)},
@@ -107,8 +110,6 @@ class Trainer:
         for name in ("steps", "begun"):
             if state[name].dtype.kind not in "iu" or state[name] < 0:
                 raise unusable(self.path, f"{name!r} is {state[name]}, not a whole number from 0")
-        if resume == "exact":
-            check_same(self.path, self.settings, from_text(self.path, state.get("settings")))
         self.history = state["history"].tolist()
         self.begun = int(state["begun"])
         self.optimizer.load_state(state)

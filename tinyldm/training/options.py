@@ -14,13 +14,15 @@ from ..cli.options import Formatter, Parser, path
 from ..errors import TinyldmError
 from . import optim, rates
 from .loop import Trainer
+from .objectives import TIMESTEPS, DiffusionLoss
 
-STAGES = {}                 # {NAME: what it trains}; textual-inversion is textual_inversion.py
+# {NAME: what it trains}; textual-inversion is textual_inversion.py.
+STAGES = {"lora": "train a LoRA: a small file that teaches a model a new thing or a style",
+          "textual-inversion": "train a new word for prompts, and nothing else of the model"}
 RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate")    # python -m tinyldm.shapes
 MOST = 10 ** 9
 EMAS = {"constant": optim.constant_decay, "ldm": optim.ldm_decay,
         "diffusers": optim.diffusers_decay, "warmup": optim.diffusers_warmup_decay}
-TIMESTEPS = ("uniform", "logit-normal")
 # What a training that goes on must have in common with its beginning.
 KEPT = ("batch", "learning_rate", "schedule", "warmup", "cycles", "power", "rules", "accumulate",
         "clip", "weight_decay", "decay_vectors", "betas", "adam_eps", "ema", "ema_form", "seed",
@@ -191,3 +193,8 @@ def trainer(options, named_parameters, *, data="", batches_per_epoch=None, setti
                    seed=options.seed, accumulation=options.accumulate,
                    batches_per_epoch=batches_per_epoch, settings=kept | (settings or {}), data=data,
                    resume=options.resume, save_every=options.save_every)
+
+
+def diffusion_loss_from(options, schedule):
+    """The DiffusionLoss that the options of add_diffusion ask for."""
+    return DiffusionLoss(schedule, options.min_snr, options.timesteps, options.noise_offset)
