@@ -85,6 +85,11 @@ def test_captions_without_a_picture(orphan, picture_name, hint, tmp_path):
     assert findings == {captions.ORPHANS: [hint, "nothing.gif"]}
 
 
+def test_a_picture_may_be_named_metadata(tmp_path):
+    write(tmp_path / "metadata.jsonl", {"file_name": "metadata.png", "text": "a dog"})
+    assert look(tmp_path, ["metadata.png"])[2] == {}
+
+
 @pytest.mark.parametrize("name, near", [
     ("metadata.json1", True), ("metadata.json", True), ("meta-data.jsonl", True),
     ("Metadata.jsonl", True), ("metadata.parquet", True), ("metdata.csv", True),

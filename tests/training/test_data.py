@@ -173,6 +173,16 @@ def test_ten_thousand_files_are_found_in_seconds(tmp_path):
     assert time.perf_counter() - start < 8
 
 
+def test_names_and_captions_cannot_write_to_the_terminal(tmp_path):
+    """Names may hold escape sequences and newlines; so may a folder's."""
+    folder = tmp_path / "a\x1b[31m\nb"
+    folder.mkdir()
+    picture().save(folder / "\x1b]0;title\x07.jpg")
+    (folder / "x\n\x1b[2J.png").touch()
+    for line in PictureFolder(folder, 32, caption="red \x1b[31m").report():
+        assert line.isprintable()
+
+
 # ---- sizes ------------------------------------------------------------------------------------
 
 def test_centre_crop_equals_torchvision(tmp_path):
@@ -268,6 +278,14 @@ def test_every_choice_is_drawn(tmp_path):
     np.testing.assert_array_equal(folder.image(flipped)[:, ::-1],
                                   folder.image(flipped._replace(flipped=False)))
     assert not any(s.flipped for s in drawn(PictureFolder(tmp_path, 32), 0, range(50), 1))
+
+
+def test_captions_with_sides_are_named_where_pictures_are_mirrored(tmp_path):
+    fill(tmp_path, 3)
+    (tmp_path / "b.txt").write_text("a dog Left of a cat")
+    (tmp_path / "c.txt").write_text("a bright leftover")
+    assert found(PictureFolder(tmp_path, 32, flip=True), data.SIDES).endswith("(1: b.png)")
+    assert len(PictureFolder(tmp_path, 32).report()) == 3
 
 
 def test_repeats_of_a_folders_name(tmp_path):

@@ -55,7 +55,7 @@ def find_captions(root, files, pictures, findings):
         found[picture], places[picture] = texts or ("",), place
         forms[picture] = form
 
-    orphans = []
+    orphans, known = [], set(pictures)
     by_name = {_same(name): name for name in pictures}
     for file in files:
         folder, name = posixpath.split(file)
@@ -66,7 +66,7 @@ def find_captions(root, files, pictures, findings):
                     orphans.append(file_name)
                 elif texts is not None:
                     give(picture, texts, file, name)
-        elif is_misnamed(name):
+        elif file not in known and is_misnamed(name):
             findings[MISNAMED].append(file)
     by_stem = {}
     for picture in pictures:

@@ -13,7 +13,7 @@ from itertools import count, islice
 from ..errors import TinyldmError, shorten
 from ..files import as_path, make_folder, replacing
 from ..images import save
-from .data import ENDS, list_files
+from .data import ENDS, list_files, progress
 
 NAME = re.compile(r"(\d{1,9})-([0-9a-f]{40})\.jpg")
 
@@ -27,8 +27,6 @@ def draw_class_pictures(pipe, prompt, folder, number, seed=0, **options):
     other names count as well.
     Raises TinyldmError where the folder has pictures drawn for another prompt.
     """
-    from tqdm import tqdm  # here, so that a wrong argument is reported at once
-
     folder = as_path("the folder of class pictures", folder)
     if type(number) is not int or number < 1:
         raise TinyldmError("the number of class pictures must be a whole number from 1, not "
@@ -42,7 +40,7 @@ def draw_class_pictures(pipe, prompt, folder, number, seed=0, **options):
                            f"({shorten(other)}): delete them, or name another folder")
     missing = max(0, number - len(there))
     indices = list(islice((i for i in count() if i not in drawn), missing))
-    for index in tqdm(indices, "drawing class pictures", delay=1, leave=False, unit="picture"):
+    for index in progress("drawing class pictures", indices):
         image, = pipe(prompt, seed=seed + index, **options)
         path = folder / f"{index}-{hashlib.sha1(image.tobytes()).hexdigest()}.jpg"
         with replacing(path.with_suffix(".txt")) as temporary:          # a picture has its caption

@@ -12,6 +12,7 @@ buckets of aspect ratios, after NovelAI.
 import hashlib
 import math
 import os
+import re
 import stat
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import TinyldmError, shorten
+from ..errors import TinyldmError, clean, shorten
 from ..files import as_path
 from ..images import LARGEST, UnreadablePicture, grid, labelled, open_described, to_pil
 from .captions import (
@@ -55,6 +56,7 @@ ANIMATED = "animations, of which the first frame is used"
 CONVERTED = "pictures converted to 8 bits of red, green and blue"
 ENLARGED = "pictures too small, which are enlarged"
 TWICE = "pictures with the same content"
+SIDES = "captions that say left or right, whose pictures are mirrored in half of the epochs"
 LONG = "captions too long for the text encoder, cut at a word"
 STOPS_STRICT = {SKIPPED, FOLDERS, NO_CAPTION, EMPTY, ORPHANS, SEVERAL, UNREADABLE}
 
@@ -133,17 +135,17 @@ class PictureFolder:
             raise TinyldmError(f"{self.folder} has what `strict` does not allow: correct it, or "
                                "leave `strict` out", *lines)
         self.entries = np.repeat(np.arange(len(self.items)), [item.repeats for item in self.items])
+        targets = sorted({item.target for item in self.items})
+        self._bucket = np.array([targets.index(item.target) for item in self.items])[self.entries]
         self.fingerprint = self._fingerprint()
 
     # ---- the one look at everything --------------------------------------------------------------
 
     def _examined(self, names, captions):
         """Decode every picture -> [Item]."""
-        from tqdm import tqdm  # here, so that a wrong folder is reported at once
-
         items, contents = [], {}
         sizes = bucket_sizes(self.resolution) if self.buckets else [(self.resolution,) * 2]
-        for name in tqdm(names, "examining pictures", delay=1, leave=False, unit="picture"):
+        for name in progress("examining pictures", names):
             path = self.folder / name
             try:
                 image, stored = open_described(path)
@@ -166,6 +168,8 @@ class PictureFolder:
                 self.findings[NO_CAPTION].append(name)
             items.append(Item(path, name, captions.get(name, ("",)), image.size, resized, target,
                               kohya_folder(name)[0], digest))
+            if self.flip and re.search(r"\b(left|right)\b", " ".join(items[-1].captions), re.I):
+                self.findings[SIDES].append(name)
         return items
 
     def _remark(self, name, image, stored, resized):
@@ -197,8 +201,8 @@ class PictureFolder:
         lines = []
         if self.items:
             repeats = f", {len(self)} per epoch with their repeats" * (len(self) > len(self.items))
-            lines += [f"{self.folder}: {count(len(self.items), 'picture')}{repeats}",
-                      self._caption_line(), self._size_line()]
+            lines += [clean(f"{self.folder}: {count(len(self.items), 'picture')}{repeats}"),
+                      clean(self._caption_line()), self._size_line()]
         return lines + self._lines(*self.findings)
 
     def _caption_line(self):
@@ -220,7 +224,7 @@ class PictureFolder:
         return f"cut {how} to the sizes {sizes}{flips}"
 
     def _lines(self, *kinds):
-        return [f"{what} ({shorten(self.findings[what])})" for what in self.findings
+        return [clean(f"{what} ({shorten(self.findings[what])})") for what in self.findings
                 if what in kinds and self.findings[what]]
 
     def fit_captions(self, tokenizer):
@@ -262,21 +266,17 @@ class PictureFolder:
             return [self._sample(seed, epoch, orders[epoch][place]) for epoch, place in places]
         epoch, place = divmod(step, self.batches_per_epoch(batch_size))
         rng = self._rng(seed, epoch, ORDER)
-        batches = self._batches(rng.permutation(len(self)), batch_size)
+        order = rng.permutation(len(self))
+        by_size = [order[self._bucket[order] == size] for size in range(self._bucket.max() + 1)]
+        batches = [entries[i:i + batch_size] for entries in by_size
+                   for i in range(0, len(entries), batch_size)]
         chosen = batches[rng.permutation(len(batches))[place]]
         return [self._sample(seed, epoch, entry) for entry in chosen]
 
     def batches_per_epoch(self, batch_size):
         """How many batches hold every entry at least once; with buckets, exactly once."""
-        return len(self._batches(range(len(self)), batch_size))
-
-    def _batches(self, order, batch_size):
-        """Entries in some order -> lists of at most batch_size whose images have one size."""
-        by_size = {}
-        for entry in order:
-            by_size.setdefault(self.items[self.entries[entry]].target, []).append(entry)
-        return [entries[i:i + batch_size] for entries in by_size.values()
-                for i in range(0, len(entries), batch_size)]
+        counts = np.bincount(self._bucket) if self.buckets else [len(self)]
+        return int(sum(-(-n // batch_size) for n in counts))
 
     @staticmethod
     def _rng(*key):
@@ -339,6 +339,13 @@ def checked(captions):
         raise TinyldmError("the caption for all pictures must be a string, or a list of at least "
                            "one")
     return captions
+
+
+def progress(what, items):
+    """The items, with a progress bar on standard error once a second has passed."""
+    from tqdm import tqdm  # here, so that a wrong argument is reported at once
+
+    return tqdm(items, what, delay=1, leave=False, unit="picture")
 
 
 def count(n, noun):

@@ -16,6 +16,7 @@ import numpy as np
 from ..backend import to_host
 from ..errors import TinyldmError
 from ..files import as_path
+from .data import progress
 from .state import read_npz, write_npz
 
 
@@ -44,14 +45,12 @@ class LatentCache:
         self.encoder = fingerprint(vae)
         flips = (False, True) if folder.flip else (False,)
         wanted = [(index, flip) for index in range(len(folder.items)) for flip in flips]
-        missing = [key for key in wanted if self._read(*key) is None]
+        missing = [key for key in progress("checking latents", wanted) if self._read(*key) is None]
         self.found, self.computed = len(wanted) - len(missing), len(missing)
         self._compute(vae, missing)
 
     def _compute(self, vae, missing):
-        from tqdm import tqdm  # here, so that a wrong option is reported at once
-
-        for index, flipped in tqdm(missing, "encoding pictures", delay=1, leave=False):
+        for index, flipped in progress("encoding pictures", missing):
             images = self.folder.image(self.folder.centred(index, flipped))[None]
             mean, logvar = vae.encode(vae.xp.asarray(images, vae.dtype))
             mean, logvar = (to_host(x[0]).astype(np.float32) for x in (mean, logvar))   # (h,w,C)
