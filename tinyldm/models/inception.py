@@ -9,8 +9,10 @@ Source: Szegedy et al. 2015, "Rethinking the Inception Architecture for Computer
 arXiv:1512.00567, figures 5-7 and table 1; its use: Heusel et al. 2017, arXiv:1706.08500; the names
 and the weights: mseitzer/pytorch-fid, inception.py.
 """
+import numpy as np
+
 from .. import ops
-from ..backend import get_xp, wide
+from ..backend import free_threads, get_xp, parallel, wide
 from ..layers import NO_TAPE, Conv2d, Linear, Module, Parameter, Pool, Sequence, check_filled
 
 EPS = 1e-3                  # of every batch norm
@@ -48,7 +50,8 @@ class BatchNormReLU(Module):
     def forward(self, x, tape=NO_TAPE):
         for parameter in self.parameters():
             check_filled(self, parameter)
-        y, cache = ops.batch_norm_relu(x, *(p.data for p in self.parameters()), EPS)
+        y, cache = ops.batch_norm_relu(x, *(p.data for p in self.parameters()), EPS,
+                                       out=x if tape is NO_TAPE else None)
         tape.save(self, cache)
         return y
 
@@ -73,7 +76,10 @@ class SideBySide(Module):
         self.parts = parts                              # a tuple: the block owns their parameters
 
     def forward(self, x, tape=NO_TAPE):
-        outputs = [part(x, tape) for part in self.parts]
+        if tape is NO_TAPE and get_xp(x) is np:
+            outputs = parallel(lambda part: part(x), self.parts[::-1])[::-1]
+        else:
+            outputs = [part(x, tape) for part in self.parts]
         tape.save(self, [y.shape[-1] for y in outputs])
         return get_xp(x).concatenate(outputs, axis=-1)
 
@@ -206,6 +212,9 @@ class InceptionV3(Module):
         return [layer for stage in stages[:last + 1] for layer in stage]
 
     def forward(self, images, tape=NO_TAPE, *, features=2048):
+        if tape is NO_TAPE and get_xp(images) is np and 1 < len(images) and free_threads() > 1:
+            return np.concatenate(parallel(lambda part: self.forward(part, features=features),
+                                           np.array_split(images, free_threads())))
         h = images
         for layer in self.layers(features):
             h = layer(h, tape)

@@ -114,7 +114,7 @@ def layer_norm_backward(dy, cache):
 
 
 @fast_twin(cpu=norm.batch_norm_relu)
-def batch_norm_relu(x, weight, bias, mean, var, eps):
+def batch_norm_relu(x, weight, bias, mean, var, eps, out=None):
     """Normalise each channel with running statistics, scale and shift it; then cut at zero.
 
         y = max(weight * (x - mean) * rstd + bias, 0),    rstd = 1 / sqrt(var + eps)
@@ -126,6 +126,9 @@ def batch_norm_relu(x, weight, bias, mean, var, eps):
     """
     scale, shift = _scale_and_shift(weight, bias, mean, var, eps)
     y = get_xp(x).maximum(widen(x) * scale + shift, 0).astype(x.dtype, copy=False)
+    if out is not None:
+        out[:] = y
+        return out, None
     return y, (x, weight, bias, mean, var, eps)
 
 
