@@ -16,6 +16,7 @@ from tests.support.tolerance import assert_close, assert_same_pixels, within
 from tinyldm import backend, layers, ops
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.layers import Tape
+from tinyldm.models.lora import LoRA
 from tinyldm.pipelines.loading import load
 
 # Of the standard deviation: forward and backward of one op, of a whole model.
@@ -94,7 +95,9 @@ CASES = [
 
 def test_every_op_has_a_case():
     pairs = {name.removesuffix("_backward") for name in vars(ops) if name.endswith("_backward")}
-    assert pairs - {"split"} <= {name for name, *_ in CASES}        # split has no arithmetic
+    pairs -= {"split"}                                  # without arithmetic
+    pairs -= {"linear_input", "conv2d_input"}           # of frozen layers, below
+    assert pairs <= {name for name, *_ in CASES}
 
 
 @both_paths
@@ -128,12 +131,15 @@ LAYERS = [
     (layers.GroupNorm(16, 4, 1e-5), MAP), (layers.GroupNormSiLU(16, 4, 1e-5), MAP),
     (layers.LayerNorm(8, 1e-5), (3, 8)), (layers.Activation("gelu"), (3, 8)),
     (layers.Upsample(), (1, 3, 3, 8)), (layers.Embedding(7, 8), np.array([[1, 3, 3]])),
+    (layers.Conv2d(8, 16, stride=2, padding=(0, 1)), (1, 6, 5, 8)),
+    (LoRA(layers.Linear(8, 16), 2, 3), (3, 8)), (LoRA(layers.Conv2d(8, 16), 2, 3), (1, 5, 5, 8)),
 ]
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @both_dtypes
 @pytest.mark.parametrize("layer, shape", LAYERS, ids=lambda value: type(value).__name__)
-def test_layers(layer, shape, dtype, xp, rng):
+def test_layers(layer, shape, dtype, frozen, xp, rng):
     x = shape if isinstance(shape, np.ndarray) else rng.standard_normal(shape).astype(dtype)
     weights = {name: rng.standard_normal(parameter.shape).astype(dtype)
                for name, parameter in layer.named_parameters()}
@@ -142,11 +148,14 @@ def test_layers(layer, shape, dtype, xp, rng):
     def run(move):
         for name, parameter in layer.named_parameters():
             parameter.data, parameter.grad = move(weights[name]), None
+            parameter.trainable = not frozen
         tape = Tape()
         y = layer(move(x), tape)
         dys[:] = dys or [rng.standard_normal(y.shape).astype(dtype)]
         dx = layer.backward(move(dys[0]), tape)
-        return [y, *([] if dx is None else [dx]), *(p.grad for p in layer.parameters())]
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        assert len(grads) == (0 if frozen else len(weights))
+        return [y, *([] if dx is None else [dx]), *grads]
     with backend.plain():
         expected = run(lambda x: x.astype(np.float64) if x.dtype.kind == "f" else x)
     for i, (ours, theirs) in enumerate(zip(run(xp.asarray), expected, strict=True)):

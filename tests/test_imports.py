@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "image_processor": BOTTOM | {"images"},
     "kernels": BOTTOM,
     "ops": BOTTOM | {"kernels"},
-    "layers": BOTTOM | {"ops"},
+    "tape": set(),
+    "layers": BOTTOM | {"ops", "tape"},
     "models": BOTTOM | {"ops", "layers"},
     "diffusion": BOTTOM | {"ops"},
     "text": BOTTOM,
@@ -36,11 +37,12 @@ MAY_IMPORT = {
     "inspect": BOTTOM | {"checkpoints", "cli", "images", "layers", "models"},
     "metrics": BOTTOM | {"images", "image_processor", "ops", "layers", "models", "text",
                          "checkpoints", "pipelines", "cli"},
-    "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "checkpoints"},
+    "training": BOTTOM | {"noise", "images", "ops", "layers", "models", "diffusion", "text",
+                          "checkpoints", "pipelines", "cli"},
     "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
                         "pipelines", "training", "cli"},
 }
-ENTRY_POINTS = {"__init__.py", "__main__.py", "training/__main__.py"}
+ENTRY_POINTS = {"__init__.py", "__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.
 LIBRARIES = {"numpy", "tokenizers", "safetensors", "threadpoolctl", "huggingface_hub",
              "PIL", "tqdm", "matplotlib"}

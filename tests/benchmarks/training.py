@@ -61,7 +61,8 @@ def our_step(batch):
     """-> the UNet, and a function that trains it one step and returns the loss."""
     backend.keep_freed_memory()                         # as a training does
     unet = load_model(resolve() / "unet", np.float32)
-    optimizer = AdamW(unet.named_parameters(), beta1=0.9, beta2=0.99, clip=np.inf, **OPTIONS)
+    optimizer = AdamW(unet.named_parameters(), beta1=0.9, beta2=0.99, clip=0, decay_vectors=True,
+                      **OPTIONS)
     rng = np.random.default_rng(0)                      # split_batch wants one; nothing is drawn
 
     def loss_of(x_t, timesteps, context, target, _, share):

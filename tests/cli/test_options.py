@@ -76,9 +76,9 @@ def test_prompts_and_numbers_with_a_dash(arguments, prompts):
 
 
 @pytest.mark.parametrize("module, said", [
-    ("tinyldm.training", "did you mean --steps?"), ("tinyldm.inspect", "unrecognized arguments")])
+    ("tinyldm.shapes", "did you mean --steps?"), ("tinyldm.inspect", "unrecognized arguments")])
 def test_hints_of_other_programs(module, said, tmp_path):
-    arguments = ["vae", "--step", "5"] if module == "tinyldm.training" else ["x", "--stepz"]
+    arguments = ["vae", "--step", "5"] if module == "tinyldm.shapes" else ["x", "--stepz"]
     process = subprocess.run([sys.executable, "-m", module, *arguments], cwd=tmp_path,
                              env=environment(), capture_output=True, text=True)
     assert process.returncode == 2 and process.stdout == "" and said in process.stderr

@@ -35,6 +35,15 @@ def test_a_picture_of_each_label(classes, out):
     assert (out / "out-sheet.png").exists()
 
 
+@pytest.mark.parametrize("labels", [["1", "7"], ["1", "cat"], ["1", "2", "-1"]])
+def test_a_wrong_label_is_found_before_the_first_picture(labels, classes, out, capsys):
+    given = [f"--label={label}" for label in labels]
+    assert main(["--weights", str(classes), *given, "--output", str(out / "out.png")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: a label must be a whole number from 0 to 2, not ")
+    assert not list(out.iterdir())
+
+
 def test_a_picture_is_drawn_again_from_its_own_file(classes, out):
     first, second = out / "a.png", out / "b.png"
     assert main(["--weights", str(classes), "--label", "1", "--steps", "2", "--sampler", "Euler",

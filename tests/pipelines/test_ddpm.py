@@ -223,6 +223,8 @@ def test_labels_of_the_other_kinds():
     ({"num_class_embeds": 5}, {"label": 5}, "a label must be a whole number from 0 to 4, not 5"),
     ({"num_class_embeds": 5}, {"label": "cat"}, "from 0 to 4, not 'cat'"),
     ({"num_class_embeds": 5}, {"label": [1, None]}, "from 0 to 4, not None"),
+    ({"num_class_embeds": 5}, {"label": [1, True]}, "label must be a number, not True"),
+    ({}, {"num_images": True}, "num_images must be a number, not True: give one, or leave it out"),
     ({"num_class_embeds": 5}, {"label": []}, "must have at least one"),
     ({"class_embed_type": "timestep"}, {}, "give a label, a number"),
     ({"class_embed_type": "timestep"}, {"label": [1, None]}, "must be a finite number, not None"),

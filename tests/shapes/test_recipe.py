@@ -42,10 +42,10 @@ def test_a_training_gives_the_same_weights_with_any_number_of_threads(tmp_path):
 
 @pytest.mark.parametrize("stage", ["unet", "decoder", "export"])
 def test_command_line_says_what_is_missing(stage, tmp_path):
-    command = [sys.executable, "-m", "tinyldm.training", stage, "--run", tmp_path / "none"]
+    command = [sys.executable, "-m", "tinyldm.shapes", stage, "--run", tmp_path / "none"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and "tinyldm.training vae" in done.stderr
+    assert done.stderr.startswith("error: ") and "tinyldm.shapes vae" in done.stderr
 
 
 def assert_killed_export_leaves_the_old_folder(run, output, monkeypatch):
@@ -76,7 +76,7 @@ def assert_killed_export_leaves_the_old_folder(run, output, monkeypatch):
 ])
 def test_what_makes_no_training_is_said_at_once(arguments, message, tmp_path):
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "tinyldm.training", *arguments]
+    command = [sys.executable, "-m", "tinyldm.shapes", *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()},
                           capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -137,7 +137,7 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
                                (unet_stage, "TEXT_ENCODER", SMALL_TEXT)):
         monkeypatch.setattr(stage, name, value)
     run, output = tmp_path / "run", tmp_path / "weights"
-    with pytest.raises(TinyldmError, match="training vae"):
+    with pytest.raises(TinyldmError, match="tinyldm.shapes vae"):
         export.export(run, output)
     vae_stage.train_vae(run, 2)
     unet_stage.train_unet(run, 2, batch=4)

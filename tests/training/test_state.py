@@ -169,10 +169,10 @@ def interrupt(monkeypatch, owner, name, number=signal.SIGINT, before=True, times
     monkeypatch.setattr(owner, name, hit)
 
 
-POINTS = [(loop, "learning_rate", True), (loop.AdamW, "step", True), (loop.AdamW, "_update", True),
-          (loop.AdamW, "_update", False), (Trainer, "save", True), (state.np, "savez", True),
-          (state.np, "savez", False), (os, "replace", True), (os, "replace", False),
-          (Trainer, "_written", False)]
+POINTS = [(Trainer, "learning_rate", True), (loop.AdamW, "step", True),
+          (loop.AdamW, "_update", True), (loop.AdamW, "_update", False),
+          (Trainer, "save", True), (state.np, "savez", True), (state.np, "savez", False),
+          (os, "replace", True), (os, "replace", False), (Trainer, "_written", False)]
 
 
 @pytest.mark.parametrize("owner, name, before", POINTS,
@@ -207,7 +207,7 @@ def test_a_signal_at_any_point_loses_nothing(number, owner, name, before, path, 
 def test_further_signals_during_the_save_do_not_lose_it(path, monkeypatch):
     trainer, batch_loss = trainer_of(path)
     with monkeypatch.context() as patch:
-        interrupt(patch, loop, "learning_rate")
+        interrupt(patch, Trainer, "learning_rate")
         interrupt(patch, state.np, "savez", times=3)
         interrupt(patch, os, "replace", before=False, times=3)
         with pytest.raises(KeyboardInterrupt):
@@ -219,7 +219,7 @@ def test_further_signals_during_the_save_do_not_lose_it(path, monkeypatch):
 
 def test_the_command_ends_with_its_status_after_a_signal(path, capsys, monkeypatch):
     trainer, batch_loss = trainer_of(path)
-    interrupt(monkeypatch, loop, "learning_rate")
+    interrupt(monkeypatch, Trainer, "learning_rate")
     assert status(lambda: trainer.train(batch_loss)) == 130
     assert "interrupted" in capsys.readouterr().err and content(path)["steps"] == 1
 
@@ -228,7 +228,7 @@ def test_an_ignored_signal_stays_ignored(path, monkeypatch):
     """As nohup wishes."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        interrupt(monkeypatch, loop, "learning_rate", signal.SIGHUP)
+        interrupt(monkeypatch, Trainer, "learning_rate", signal.SIGHUP)
         trainer, batch_loss = trainer_of(path)
         trainer.train(batch_loss)
     finally:

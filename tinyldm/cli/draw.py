@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from ..errors import TinyldmError, note
 from ..pipelines.interpolation import ends
 from .console import notes, say, status
-from .options import check_meant, interpolates, jobs, parse, request
+from .fields import check_meant
+from .options import interpolates, jobs, parse, request
 from .parameters import BUNDLED, number
 
 LARGEST_SIDE = 16384        # pixels, of an enlarged picture
@@ -114,6 +115,8 @@ def draw_pictures(args, todo, paths, films, pipeline, profile=None):
             pipe.load_textual_inversion(file)
         if args.steps is None:
             advise(pipe)
+        for job in {job.label: job for job in todo}.values():   # a wrong one is found at once
+            pipe.complete(request(job, args, type(pipe)))
     if profile:
         profile.add(pipe)
     picture = Picture(args, pipe, timed, Preview(pipe), Live() if args.show else None)

@@ -15,7 +15,7 @@ from .. import ops
 from ..backend import get_xp
 from ..configs import Config, within
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Linear, Module, Parameter, check_filled
+from ..layers import NO_TAPE, Linear, Module, Parameter, check_filled, ends_early
 from .clip import TRANSFORMERS, CLIPTextProjectionConfig, CLIPTextTransformer, end_tokens
 from .clip_vision import CLIPVisionProjectionConfig, CLIPVisionTransformer
 
@@ -98,6 +98,7 @@ class CLIPModel(Module):
         tape.save(self, (image_cache, text_cache, cache))
         return logits
 
+    @ends_early()
     def backward(self, dlogits, tape):
         image_cache, text_cache, cache = tape.load(self)
         du, dv, dlogit_scale = ops.similarity_backward(dlogits, cache)

@@ -31,6 +31,9 @@ from ..layers import (
     LayerNorm,
     Linear,
     Module,
+    checkpoint,
+    checkpoint_backward,
+    ends_early,
 )
 from .blocks import (
     CLASS_EMBEDDINGS,
@@ -145,12 +148,23 @@ class UNetConfig(Config):
                 for width, layers, has_attention, *row in zip(*columns, strict=True)]
 
 
+class UNetGradients(namedtuple("UNetGradients", "latents context")):
+    """What the UNet's backward returns, whatever its config: dlatents, dcontext = gradients.
+
+    Attributes for the conditions that only some models take, else None: timestep_cond, text_embeds,
+    class_labels.
+    """
+
+    timestep_cond = text_embeds = class_labels = None
+
+
 class UNet2DConditionModel(Module):
     """config: the dict of the public unet/config.json; settings: the same as a UNetConfig.
 
     forward: latents (B,H,W,4), timesteps (B,) in [0, 1000), context (B,M,D) -> model_output
     (B,H,W,4), the noise, or what else the model was trained to predict.
-    backward: dy (B,H,W,4) -> UNetGradients: dlatents (B,H,W,4), dcontext (B,M,D).
+    backward: dy (B,H,W,4) -> UNetGradients: dlatents (B,H,W,4), dcontext (B,M,D). Both are None
+    where it ended early, on a tape with only_trained.
 
     Some models take more conditions, which change the time embedding. Latent Consistency Models:
     timestep_cond (B,256), a sinusoidal embedding of the guidance scale (Luo et al. 2023,
@@ -241,6 +255,7 @@ class UNet2DConditionModel(Module):
         h = self.conv_norm_out(h, tape)
         return self.conv_out(h, tape)
 
+    @ends_early(UNetGradients(None, None))
     def backward(self, dy, tape):
         dh = self.conv_out.backward(dy, tape)
         dh = self.conv_norm_out.backward(dh, tape)
@@ -265,16 +280,6 @@ class UNet2DConditionModel(Module):
         return result
 
 
-class UNetGradients(namedtuple("UNetGradients", "latents context")):
-    """What the UNet's backward returns, whatever its config: dlatents, dcontext = gradients.
-
-    Attributes for the conditions that only some models take, else None: timestep_cond, text_embeds,
-    class_labels.
-    """
-
-    timestep_cond = text_embeds = class_labels = None
-
-
 class DownBlock2D(Module):
     """One level of the way down. Every output is pushed on the skips.
 
@@ -290,9 +295,9 @@ class DownBlock2D(Module):
 
     def forward(self, h, temb, context, skips, tape=NO_TAPE):
         for i, resnet in enumerate(self.resnets):
-            h = resnet(h, tape, temb=temb)
+            h = checkpoint(resnet, tape, h, temb=temb)
             if self.attentions:
-                h = self.attentions[i](h, context, tape)
+                h = checkpoint(self.attentions[i], tape, h, context)
             skips.append(h)
         for downsampler in self.downsamplers:
             h = downsampler(h, tape)
@@ -306,9 +311,9 @@ class DownBlock2D(Module):
         for i, resnet in reversed(list(enumerate(self.resnets))):
             dh = dh + grads.skips.pop()
             if self.attentions:
-                dh, dcontext = self.attentions[i].backward(dh, tape)
+                dh, dcontext = checkpoint_backward(self.attentions[i], dh, tape)
                 grads.context = grads.context + dcontext
-            dh, dtemb = resnet.backward(dh, tape)
+            dh, dtemb = checkpoint_backward(resnet, dh, tape)
             grads.temb = grads.temb + dtemb
         return dh
 
@@ -333,9 +338,9 @@ class UpBlock2D(Module):
         for i, resnet in enumerate(self.resnets):
             h, cache = ops.concat(h, skips.pop())
             tape.save(self, cache)
-            h = resnet(h, tape, temb=temb)
+            h = checkpoint(resnet, tape, h, temb=temb)
             if self.attentions:
-                h = self.attentions[i](h, context, tape)
+                h = checkpoint(self.attentions[i], tape, h, context)
         for upsampler in self.upsamplers:               # to the size of the next skip
             h = upsampler(h, tape, size=skips[-1].shape[1:3])
         return h
@@ -345,9 +350,9 @@ class UpBlock2D(Module):
             dh = upsampler.backward(dh, tape)
         for i, resnet in reversed(list(enumerate(self.resnets))):
             if self.attentions:
-                dh, dcontext = self.attentions[i].backward(dh, tape)
+                dh, dcontext = checkpoint_backward(self.attentions[i], dh, tape)
                 grads.context = grads.context + dcontext
-            dh, dtemb = resnet.backward(dh, tape)
+            dh, dtemb = checkpoint_backward(resnet, dh, tape)
             grads.temb = grads.temb + dtemb
             dh, dskip = ops.concat_backward(dh, tape.load(self))
             grads.skips.append(dskip)
@@ -363,14 +368,14 @@ class UNetMidBlock2D(Module):
         self.attentions = _transformers(1, channels, num_groups, transformer)
 
     def forward(self, h, temb, context, tape=NO_TAPE):
-        h = self.resnets[0](h, tape, temb=temb)
-        h = self.attentions[0](h, context, tape)
-        return self.resnets[1](h, tape, temb=temb)
+        h = checkpoint(self.resnets[0], tape, h, temb=temb)
+        h = checkpoint(self.attentions[0], tape, h, context)
+        return checkpoint(self.resnets[1], tape, h, temb=temb)
 
     def backward(self, dh, grads, tape):
-        dh, dtemb1 = self.resnets[1].backward(dh, tape)
-        dh, dcontext = self.attentions[0].backward(dh, tape)
-        dh, dtemb0 = self.resnets[0].backward(dh, tape)
+        dh, dtemb1 = checkpoint_backward(self.resnets[1], dh, tape)
+        dh, dcontext = checkpoint_backward(self.attentions[0], dh, tape)
+        dh, dtemb0 = checkpoint_backward(self.resnets[0], dh, tape)
         grads.temb = grads.temb + dtemb1 + dtemb0
         grads.context = grads.context + dcontext
         return dh

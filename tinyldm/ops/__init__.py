@@ -19,7 +19,8 @@ from .activation import (
     quick_gelu, quick_gelu_backward, silu, silu_backward, softmax, softmax_backward)
 from .attention import attention, attention_backward
 from .conv import (
-    conv2d, conv2d_backward, downsample_average, downsample_average_backward,
+    conv2d, conv2d_backward, conv2d_input_backward,
+    downsample_average, downsample_average_backward,
     upsample_bilinear, upsample_bilinear_backward, upsample_nearest, upsample_nearest_backward)
 from .embedding import (
     embedding, embedding_backward, timestep_embedding, timestep_embedding_backward)
@@ -27,7 +28,8 @@ from .gaussian import (
     discretized_log_likelihood, discretized_log_likelihood_backward,
     gaussian_kl, gaussian_kl_backward)
 from .linear import (
-    linear, linear_backward, scale_shift, scale_shift_backward, similarity, similarity_backward)
+    linear, linear_backward, linear_input_backward, scale_shift, scale_shift_backward,
+    similarity, similarity_backward)
 from .loss import (
     contrastive, contrastive_backward,
     cross_entropy, cross_entropy_backward, kl_normal, kl_normal_backward,

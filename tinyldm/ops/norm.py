@@ -5,6 +5,8 @@ from ..backend import add_up, fast_twin, get_xp, widen
 from ..kernels import cuda, norm
 from .activation import silu, silu_backward
 
+NO_SUMS = None, None        # in place of the gradients of a frozen weight and bias
+
 
 @fast_twin(cpu=norm.group_norm, gpu=cuda.group_norm)
 def group_norm(x, weight, bias, num_groups, eps):
@@ -32,8 +34,8 @@ def _normalise(x, mean, rstd):
 
 
 @fast_twin(cpu=norm.group_norm_backward)
-def group_norm_backward(dy, cache):
-    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,).
+def group_norm_backward(dy, cache, frozen=False):
+    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
 
     With n the normalised x and g = weight * dy, per group:
 
@@ -45,19 +47,18 @@ def group_norm_backward(dy, cache):
     B, C, G = x.shape[0], x.shape[-1], mean.shape[2]
     dy = widen(dy)
     n = _normalise(x, mean, rstd).reshape(B, -1, G, C // G)              # (B,N,G,C/G)
-    pixels = tuple(range(x.ndim - 1))
-    dweight = (dy * n.reshape(x.shape)).sum(axis=pixels)
-    dbias = dy.sum(axis=pixels)
     g = (dy * weight).reshape(n.shape)
     dx = rstd * (g - g.mean(axis=(1, 3), keepdims=True)
                  - n * (g * n).mean(axis=(1, 3), keepdims=True))
-    return _as_given(dx.reshape(x.shape), dweight, dbias, x, weight)
+    dx = dx.reshape(x.shape).astype(x.dtype, copy=False)
+    return dx, *(NO_SUMS if frozen else _sums(dy, n.reshape(x.shape), weight))
 
 
-def _as_given(dx, dweight, dbias, x, weight):
-    """Convert the gradients, computed in float32, to the dtype of their arrays."""
-    return (dx.astype(x.dtype, copy=False), dweight.astype(weight.dtype, copy=False),
-            dbias.astype(weight.dtype, copy=False))
+def _sums(dy, n, weight):
+    """dweight = sum(dy * n), dbias = sum(dy), over all axes except the last; in weight's dtype."""
+    axes = tuple(range(dy.ndim - 1))
+    return ((dy * n).sum(axis=axes).astype(weight.dtype, copy=False),
+            dy.sum(axis=axes).astype(weight.dtype, copy=False))
 
 
 @fast_twin(cpu=norm.group_norm_silu, gpu=cuda.group_norm_silu)
@@ -71,15 +72,15 @@ def group_norm_silu(x, weight, bias, num_groups, eps):
 
 
 @fast_twin(cpu=norm.group_norm_silu_backward)
-def group_norm_silu_backward(dy, cache):
-    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,).
+def group_norm_silu_backward(dy, cache, frozen=False):
+    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
 
     Computes the norm's output again, then goes back through SiLU and norm.
     """
     bias, norm_cache = cache
     x, weight, mean, rstd = norm_cache
     h = _normalise(x, mean, rstd) * weight + bias
-    return group_norm_backward(silu_backward(dy, h), norm_cache)
+    return group_norm_backward(silu_backward(dy, h), norm_cache, frozen)
 
 
 @fast_twin(cpu=norm.layer_norm, gpu=cuda.layer_norm)
@@ -97,20 +98,19 @@ def layer_norm(x, weight, bias, eps):
 
 
 @fast_twin(cpu=norm.layer_norm_backward)
-def layer_norm_backward(dy, cache):
-    """dy (...,C) -> dx (...,C), dweight (C,), dbias (C,).
+def layer_norm_backward(dy, cache, frozen=False):
+    """dy (...,C) -> dx (...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
 
     Per token, with g = weight * dy, as in group_norm_backward:
 
         dx = rstd * (g - mean(g) - n * mean(g * n))
     """
     x, weight, mean, rstd = cache
-    tokens = tuple(range(x.ndim - 1))
     dy = widen(dy)
     n = (x - mean) * rstd
     g = dy * weight
     dx = rstd * (g - g.mean(axis=-1, keepdims=True) - n * (g * n).mean(axis=-1, keepdims=True))
-    return _as_given(dx, (dy * n).sum(axis=tokens), dy.sum(axis=tokens), x, weight)
+    return dx.astype(x.dtype, copy=False), *(NO_SUMS if frozen else _sums(dy, n, weight))
 
 
 @fast_twin(cpu=norm.batch_norm_relu)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from ..backend import is_finite
+from ..configs import sides
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.ddpm import LEARNED
 from ..diffusion.samplers.shared import State
@@ -117,6 +118,14 @@ class DDPM(Pipeline):
         """
         return self.states(self.complete(self.request(arguments, options)))
 
+    def complete(self, request):
+        """Fill in what the options leave to the model -> options.
+
+        Raises TinyldmError for a label that is missing or wrong.
+        """
+        self.conditions(request)
+        return super().complete(request)
+
     def states(self, request):
         """The iterator of `stream` for options that `complete` has filled in."""
         steps, sampler, settings = request.num_inference_steps, request.sampler, self.unet.settings
@@ -187,9 +196,7 @@ class DDPM(Pipeline):
     @property
     def size(self):
         """(width, height) of the pictures in pixels."""
-        size = self.unet.settings.sample_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return width, height
+        return sides(self.unet.settings.sample_size)[::-1]
 
     @property
     def models(self):

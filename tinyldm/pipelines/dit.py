@@ -10,7 +10,7 @@ diffusers' DiTPipeline; facebookresearch/DiT, sample.py.
 """
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -135,6 +135,14 @@ class DiT(Pipeline):
         """
         return self.states(self.complete(self.request(arguments, options)))
 
+    def complete(self, request):
+        """Fill in what the request leaves to the model -> request, with the labels' numbers.
+
+        Raises TinyldmError for an unknown label.
+        """
+        labels = [self.label_number(label) for label in request.subjects]
+        return replace(super().complete(request), label=labels)
+
     def states(self, request):
         """The iterator of `stream` for a request that `complete` has filled in."""
         steps, sampler, schedule = (request.num_inference_steps, request.sampler,
@@ -149,7 +157,7 @@ class DiT(Pipeline):
         draw_noise = partial(self.draw_noise, seeds, shape)         # () -> (B,h,w,C)
         latents = self.given_latents(request, shape)
         latents = draw_noise() if latents is None else latents
-        labels = [self.label_number(label) for label in request.subjects]
+        labels = request.label
         conditioning = [{"class_labels": xp.asarray(labels)}]
         if request.guidance_scale > 1:
             no_class = [settings.num_embeds_ada_norm] * len(labels)

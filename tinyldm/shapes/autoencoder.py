@@ -7,12 +7,13 @@ from functools import partial
 
 import numpy as np
 
+from ..errors import TinyldmError
 from ..models import AutoencoderKL
-from ..training.loop import Trainer, split_batch, trained
+from ..training.loop import Trainer, split_batch
 from ..training.objectives import vae_loss
 from ..training.optim import Muon, initialise, load_ema
 from . import drawing
-from .configs import VAE
+from .configs import OPTIMIZER, VAE
 
 BATCH = 8
 
@@ -22,14 +23,14 @@ def train_vae(run, steps, learning_rate=1e-3):
     vae = AutoencoderKL(VAE)
     initialise(vae, np.random.default_rng(0))
     _train(vae, Trainer(run / "vae.npz", vae.named_parameters(), steps, learning_rate,
-                        optimizer=Muon))
+                        optimizer=partial(Muon, **OPTIMIZER)))
 
 
 def train_decoder(run, steps, learning_rate=1e-3):
     """Train the decoder of the VAE in `run` further; its encoder stays as it is."""
     vae = load_vae(run)
     _train(vae, Trainer(run / "decoder.npz", decoder_parameters(vae), steps, learning_rate,
-                        optimizer=Muon), decoder_only=True)
+                        optimizer=partial(Muon, **OPTIMIZER)), decoder_only=True)
 
 
 def _train(vae, trainer, decoder_only=False):
@@ -57,3 +58,12 @@ def load_vae(run, scaling_factor=1.0):
     if (run / "decoder.npz").exists():
         load_ema(run / "decoder.npz", decoder_parameters(vae))
     return vae
+
+
+def trained(run, stage):
+    """The state file of a stage in the folder `run`. Raises TinyldmError where there is none."""
+    path = run / f"{stage}.npz"
+    if not path.exists():
+        raise TinyldmError(f"{run} holds no {path.name}: run `python -m tinyldm.shapes {stage} "
+                           f"--run {run}` first")
+    return path

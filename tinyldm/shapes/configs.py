@@ -3,6 +3,9 @@
 It is small enough to train on two cores: the VAE downsamples by 4 only, not by 8, and the UNet
 spends most of its arithmetic at 8×8 and below.
 """
+from functools import partial
+
+from ..training.optim import ldm_decay
 
 LATENT_CHANNELS = 8
 
@@ -46,3 +49,7 @@ SCHEDULER = {
     "timestep_spacing": "trailing", "steps_offset": 1,
     "lower_order_final": True, "final_sigmas_type": "zero",
 }
+
+# How the recipe trains: squares of gradients are averaged over the last 100 updates only, and
+# biases and norms decay as all weights do.
+OPTIMIZER = {"beta2": 0.99, "decay_vectors": True, "ema": partial(ldm_decay, most=0.999)}

@@ -20,11 +20,11 @@ from ..models import CLIPTextModel, UNet2DConditionModel
 from ..text.tokenizer import MAX_LENGTH, Tokenizer
 from ..training.loop import SHARDS, Trainer, split_batch
 from ..training.objectives import diffusion_loss
-from ..training.optim import initialise
+from ..training.optim import AdamW, initialise
 from ..training.state import check_writable, read_npz, unusable, write_npz
 from . import drawing
 from .autoencoder import load_vae
-from .configs import SCHEDULER, TEXT_ENCODER, UNET
+from .configs import OPTIMIZER, SCHEDULER, TEXT_ENCODER, UNET
 from .vocabulary import write_tokenizer
 
 POOL = 32768            # pictures
@@ -85,7 +85,8 @@ def train_unet(run, steps, batch=BATCH, learning_rate=1e-3):
     initialise(text_encoder, rng)
     initialise(unet, rng)
     loss = partial(diffusion_loss, text_encoder, unet, Schedule.from_config(SCHEDULER))
-    trainer = Trainer(run / "unet.npz", named_parameters(text_encoder, unet), steps, learning_rate)
+    trainer = Trainer(run / "unet.npz", named_parameters(text_encoder, unet), steps, learning_rate,
+                      optimizer=partial(AdamW, **OPTIMIZER))
 
     def batch_loss(rng):
         chosen = rng.integers(len(pool["mean"]), size=batch)

@@ -7,11 +7,10 @@ import numpy as np
 from ..checkpoints import load_model, write_pipeline
 from ..errors import TinyldmError, note
 from ..files import new_folder, read_json, write_json
-from ..training.loop import trained
 from ..training.optim import AdamW, load_ema
 from ..training.state import read_npz, write_npz
-from .autoencoder import decoder_parameters, load_vae
-from .configs import LATENT_CHANNELS, SCHEDULER
+from .autoencoder import decoder_parameters, load_vae, trained
+from .configs import LATENT_CHANNELS, OPTIMIZER, SCHEDULER
 from .denoiser import build, make_pool, named_parameters
 from .vocabulary import LANGUAGE, write_tokenizer
 from .widen import widen
@@ -66,7 +65,7 @@ def restore(weights, run):
     with new_folder(run) as folder:
         for stage in record:
             write_npz(folder / f"{stage}.npz", history=record[stage]["loss"],
-                      begun=record[stage]["steps"], **AdamW(parameters[stage]).state())
+                      begun=record[stage]["steps"], **AdamW(parameters[stage], **OPTIMIZER).state())
 
 
 def _read_record(path):

@@ -1,8 +1,8 @@
-"""python -m tinyldm.training STAGE: the recipe of the bundled model, one command per stage."""
-import argparse
+"""python -m tinyldm.shapes STAGE: the recipe of the bundled model, one command per stage."""
 from pathlib import Path
 
 from ..cli.options import Parser
+from ..training.options import whole
 from .autoencoder import train_decoder, train_vae
 from .denoiser import train_unet
 from .evaluation import evaluate
@@ -13,15 +13,15 @@ MOST_AT_ONCE = 10_000       # latents per batch, prompts to draw
 
 
 def parse(arguments):
-    parser = Parser(prog="python -m tinyldm.training", description=__doc__)
+    parser = Parser(prog="python -m tinyldm.shapes", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     vae = stages.add_parser("vae", help="1. train the autoencoder")
-    vae.add_argument("--steps", type=whole(MOST_STEPS), default=2000)
+    vae.add_argument("--steps", type=whole(1, MOST_STEPS), default=2000)
     unet = stages.add_parser("unet", help="2. train the UNet and the text transformer")
-    unet.add_argument("--steps", type=whole(MOST_STEPS), default=20000)
-    unet.add_argument("--batch", type=whole(MOST_AT_ONCE), default=64, help="latents per step")
+    unet.add_argument("--steps", type=whole(1, MOST_STEPS), default=20000)
+    unet.add_argument("--batch", type=whole(1, MOST_AT_ONCE), default=64, help="latents per step")
     decoder = stages.add_parser("decoder", help="3. train the autoencoder's decoder further")
-    decoder.add_argument("--steps", type=whole(MOST_STEPS), default=2000)
+    decoder.add_argument("--steps", type=whole(1, MOST_STEPS), default=2000)
     export = stages.add_parser("export", help="4. write the weights in the public layout")
     export.add_argument("--output", type=Path, default=Path("weights/shapes"))
     restore = stages.add_parser("restore", help="turn weights back into a training")
@@ -31,23 +31,11 @@ def parse(arguments):
                            help="folder of the training's state, from which it resumes")
     evaluate = stages.add_parser("evaluate", help="5. measure how well held-out prompts are drawn")
     evaluate.add_argument("--weights", help="folder of weights (default: the bundled model)")
-    evaluate.add_argument("--prompts", type=whole(MOST_AT_ONCE), default=200)
+    evaluate.add_argument("--prompts", type=whole(1, MOST_AT_ONCE), default=200)
     evaluate.add_argument("--round-trip", action="store_true",
                           help="judge true drawings, encoded and decoded by the VAE, instead")
     evaluate.add_argument("--output", type=Path, help="folder for accuracy.json and samples.png")
     return parser.parse_args(arguments)
-
-
-def whole(most):
-    """The type of an option: text -> a whole number from 1 to `most`."""
-    def parsed(text):
-        try:
-            if 1 <= int(text) <= most:
-                return int(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, not {text!r}")
-    return parsed
 
 
 COMMANDS = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder, "export": export,

@@ -1,4 +1,4 @@
-"""python -m tinyldm.training STAGE: the stages of the bundled model's recipe."""
+"""python -m tinyldm.training NAME: see options.py."""
 import sys
 
 from ..cli.console import status
@@ -7,9 +7,9 @@ from ..cli.console import status
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
     def run():
-        from ..shapes.recipe import run  # here, so that Ctrl-C may come now
+        from .options import run  # here, so that Ctrl-C may come now
         run(arguments)
-    return status(run, interrupted="stopped; the same command resumes")
+    return status(run, interrupted="stopped; the same command with --resume goes on")
 
 
 if __name__ == "__main__":

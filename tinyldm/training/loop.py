@@ -1,6 +1,8 @@
 """The training loop: a batch split into shards, progress, and a state that is saved and resumed.
 
-The recipe in shapes/ brings the losses and the data; optim.py makes the update.
+A stage brings the model, the data and batch_loss; optim.py makes the update, rates.py its learning
+rate, state.py what lies on the disk. Everything random is keyed by the seed and the number of the
+batch, never by what ran before, so that a training that goes on is one that never stopped.
 """
 import math
 import time
@@ -11,8 +13,18 @@ from tqdm import tqdm
 from ..backend import keep_freed_memory, parallel
 from ..errors import TinyldmError
 from ..layers import SHARD
-from .optim import AdamW, learning_rate
-from .state import check_writable, held_signals, read_npz, unusable, write_npz
+from .optim import AdamW
+from .rates import half_cosine
+from .state import (
+    check_same,
+    check_writable,
+    from_text,
+    held_signals,
+    read_npz,
+    to_text,
+    unusable,
+    write_npz,
+)
 
 SAVE_EVERY = 60         # seconds
 SHARDS = 4              # the same on every machine, so that every machine computes the same sums
@@ -21,9 +33,9 @@ SHARDS = 4              # the same on every machine, so that every machine compu
 def split_batch(loss, batch, rng):
     """Run loss(*shard, rng, share) on each shard of a batch, over worker threads; sum the reports.
 
-    batch: arrays; a shard has the same rows of each. share: its part of the whole. Each shard draws
-    from a generator of its own, and gradients and reports are added in the order of the shards. So
-    the result depends neither on which thread was first nor on the number of threads.
+    batch: arrays or lists; a shard has the same rows of each. share: its part of the whole. Each
+    shard draws from a generator of its own, and gradients and reports are added in the order of the
+    shards. So the result depends neither on which thread was first nor on the number of threads.
     """
     size = len(batch[0])
     count = min(SHARDS, size)
@@ -43,25 +55,55 @@ def split_batch(loss, batch, rng):
 
 
 class Trainer:
-    """`steps` updates of some parameters, with one state file that is saved every minute."""
+    """`steps` updates of some parameters, with one state file that is saved on the way.
 
-    def __init__(self, path, named_parameters, steps, peak_rate, warmup=200, optimizer=AdamW):
+    path: the state, an .npz file. named_parameters: pairs of a name and a Parameter to train.
+    peak_rate, warmup, schedule: the learning rate, see rates.py. optimizer: makes one from the
+    named parameters.
+    seed: of all that batch_loss draws. accumulation: the batches of one update. batches_per_epoch:
+    an epoch's last update takes the batches that are left (None: there are no epochs).
+    settings: what a resumed training must have in common with the stored one, {name: a value for
+    JSON}, and data, the fingerprint of its pictures. resume: None goes on where the state file is
+    there; False expects none; "exact" expects one, "changed" one with other settings or data.
+    save_every: updates between two saves (None: a minute).
+    """
+
+    def __init__(self, path, named_parameters, steps, peak_rate, warmup=200, optimizer=AdamW, *,
+                 schedule=half_cosine, seed=1, accumulation=1, batches_per_epoch=None,
+                 settings=None, data="", resume=None, save_every=None):
         if not (0 <= steps < math.inf and 0 <= peak_rate < math.inf):
             raise TinyldmError("the steps and the learning rate of a training must be finite and "
                                f"from 0, not {steps} and {peak_rate}")
         self.path, self.steps, self.peak_rate, self.warmup = path, steps, peak_rate, warmup
+        self.schedule, self.seed, self.save_every = schedule, seed, save_every
+        self.accumulation, self.batches_per_epoch = accumulation, batches_per_epoch
+        self.settings = {"data": data} | (settings or {})
+        self.batch = 0                                  # the number of the batch being computed
+        self.about = ""                                 # what is in it, for messages: set by stages
+        named_parameters = list(named_parameters)
+        self.parameters = [parameter for _, parameter in named_parameters]
         self.optimizer = optimizer(named_parameters)
         self.begun = 0                                  # the step of the optimiser's first update
         self.history = []                               # one (step, loss) per step
         check_writable(path)
         self.written = self._written()
+        if resume is False and self.written:
+            raise TinyldmError(f"{path} holds a training already: --resume goes on with it, or "
+                               "name another folder with --output")
+        if resume and not self.written:
+            raise TinyldmError(f"there is no training to go on with, {path} is missing: leave "
+                               "--resume out, or name its folder with --output")
         if self.written:
-            self._resume()
+            self._resume(resume)
 
-    def _resume(self):
+    def _resume(self, resume):
+        if resume == "exact":                           # before shapes, which follow from options
+            stored = read_npz(self.path, {"settings": (None,)}, optional=("settings",))
+            check_same(self.path, self.settings, from_text(self.path, stored.get("settings")))
         own = self.optimizer.state()
         state = read_npz(self.path, {name: np.shape(value) for name, value in own.items()}
-                         | {"begun": (), "history": (None, 2)})
+                         | {"begun": (), "history": (None, 2), "settings": (None,)},
+                         optional=("settings",))
         for name in self.optimizer.STATE:
             if state[name].dtype != own[name].dtype:
                 raise unusable(self.path, f"{name!r} is {state[name].dtype}, not {own[name].dtype}")
@@ -90,55 +132,77 @@ class Trainer:
             raise TinyldmError(f"another training wrote {self.path} meanwhile: this one stops at "
                                f"step {self.step}, unsaved; run one at a time in a folder")
         with held_signals():                            # or the next save would see another's file
-            write_npz(self.path, history=self.history, begun=self.begun, **self.optimizer.state())
+            write_npz(self.path, history=self.history, begun=self.begun,
+                      settings=to_text(self.settings), **self.optimizer.state())
             self.written = self._written()
 
     def _written(self):
         return self.path.stat().st_mtime_ns if self.path.exists() else None
 
-    def train(self, batch_loss):
+    def train(self, batch_loss, *, write=None, sample=None, validate=None):
         """Train to the last step, with a progress bar.
 
         batch_loss(rng) adds a batch's gradients to the parameters and returns a report, a dict of
-        numbers with "loss". Ctrl-C and SIGTERM end the training after the current step, and are
-        raised when its state is saved.
+        numbers with "loss"; self.batch is the batch's number. The first Ctrl-C or SIGTERM ends the
+        training after the current step, and is raised when its state is saved; the second one stops
+        at once, and the file keeps the state last saved.
+        write(): writes the result, after each save of the state. sample() -> pictures, and
+        validate() -> {name: loss}, of fixed prompts and of fixed pictures: see report.py.
         Raises TinyldmError where a loss, a gradient or a weight is not finite; then the state file
         holds the last good state.
         """
         keep_freed_memory()
+        for parameter in self.parameters:               # of a step that was stopped
+            parameter.grad = None
         saved = time.monotonic()
-        with (held_signals() as signals,
+        with (held_signals(most=1) as signals,
               tqdm(total=self.steps, initial=self.step, desc=f"training {self.path.stem}",
                    smoothing=0.05) as bar):
             try:
                 while self.step < self.steps and not signals:
                     report, norm = self._update(batch_loss)
-                    self.history.append((self.step, report["loss"]))
                     recent = np.mean([loss for _, loss in self.history[-100:]])
                     bar.set_postfix_str(f"loss {recent:.4f}, gradient {norm:.2f}", refresh=False)
                     bar.update()
-                    if time.monotonic() - saved > SAVE_EVERY:
-                        self.save()
+                    if (self.step % self.save_every == 0 if self.save_every
+                            else time.monotonic() - saved > SAVE_EVERY):
+                        self._save(write)
                         saved = time.monotonic()
             finally:
-                self.save()
+                if len(signals) < 2:
+                    self._save(write)
+
+    def _save(self, write):
+        self.save()
+        if write:
+            write()
 
     def _update(self, batch_loss):                      # -> the report, the gradient's norm
-        # One generator per step: a resumed run continues as if it had never stopped.
-        rng = np.random.default_rng([1, self.step])
-        report = batch_loss(rng)
-        if not np.isfinite(report["loss"]):
-            raise TinyldmError(f"the loss is {report['loss']} at step {self.step}: take a smaller "
-                               "learning rate")
-        norm = self.optimizer.step(learning_rate(
-            self.step, self.peak_rate, self.warmup, self.steps, self.begun))
+        batches, reports = self._batches(), []
+        for place, self.batch in enumerate(batches):
+            # A generator for each batch: a resumed run continues as if it had never stopped.
+            reports.append(batch_loss(np.random.default_rng([self.seed, self.step, place])))
+            if not np.isfinite(reports[-1]["loss"]):
+                raise TinyldmError(f"the loss is {reports[-1]['loss']} at step {self.step}: take a "
+                                   "smaller learning rate")
+        report = {name: sum(report[name] for report in reports) / len(reports)
+                  for name in reports[0]}
+        rate = self.learning_rate()
+        with held_signals():                            # all of the update, or nothing
+            # Groups that an epoch's end cuts short count less: accelerate divides them alike.
+            norm = self.optimizer.step(rate, self.accumulation)
+            self.history.append((self.step, report["loss"]))
         return report, norm
 
+    def _batches(self):
+        """The numbers of the batches of the next update."""
+        size, epoch = self.accumulation, self.batches_per_epoch
+        if not epoch:
+            return range(self.step * size, (self.step + 1) * size)
+        number, place = divmod(self.step, math.ceil(epoch / size))
+        return range(number * epoch + place * size, number * epoch + min((place + 1) * size, epoch))
 
-def trained(run, stage):
-    """The state file of a stage in the folder `run`. Raises TinyldmError where there is none."""
-    path = run / f"{stage}.npz"
-    if not path.exists():
-        raise TinyldmError(f"{run} holds no {path.name}: run `python -m tinyldm.training {stage} "
-                           f"--run {run}` first")
-    return path
+    def learning_rate(self):
+        """The rate of the next update."""
+        begun = {"begun": self.begun} if self.begun else {}
+        return self.schedule(self.step, self.peak_rate, self.warmup, self.steps, **begun)

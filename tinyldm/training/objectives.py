@@ -1,13 +1,20 @@
 """The losses: of an autoencoder, of a denoiser with its text encoder, and of one of pixels.
 
-Each runs forward and backward on one shard of a batch and leaves the gradients on the parameters.
+Each function runs forward and backward on one shard of a batch and leaves the gradients on the
+parameters. DiffusionLoss is what the product's stages share: the draws, the target, the weights.
 """
 import numpy as np
 
 from .. import ops
 from ..backend import asarray, get_xp
 from ..diffusion import variational
-from ..diffusion.objective import sample_timesteps, target
+from ..diffusion.objective import (
+    min_snr_weights,
+    sample_timesteps,
+    target,
+    uniform_timesteps,
+    uninformed_loss,
+)
 from ..layers import NO_TAPE, Tape
 
 L1_WEIGHT, MSE_WEIGHT, KL_WEIGHT = 0.3, 12, 1e-7
@@ -65,6 +72,94 @@ def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
     _, dcontext = unet.backward(doutput, tape)
     text_encoder.backward(dcontext, tape)
     return {"loss": share * loss}
+
+
+TIMESTEPS = {"uniform": uniform_timesteps, "logit-normal": sample_timesteps}
+
+
+def generators(seed, batch, size):
+    """A random generator for each sample of a batch: what a sample gets depends neither on the
+    other samples nor on what ran before. The last numbers set them apart from those of the data.
+    """
+    return [np.random.default_rng([seed, batch, sample, 0, 1]) for sample in range(size)]
+
+
+class DiffusionLoss:
+    """The mean squared error of what a denoiser predicts, at random timesteps.
+
+        x_t = sqrt(alpha_bar_t) x_start + sqrt(1 - alpha_bar_t) noise
+        loss = mean w_t (model_output - target)^2
+
+    schedule: its prediction_type tells the target. min_snr: gamma of the weights w_t, usually 5; 0
+    stands for w_t = 1. timesteps: a name of TIMESTEPS. noise_offset: the size of a part of the
+    noise that is the same for all pixels of a channel, so that a model also learns to change a
+    picture's mean; 0 for none. Source: Guttenberg 2023, "Diffusion with Offset Noise",
+    crosslabs.org/blog/diffusion-with-offset-noise; the public scripts' option of this name.
+    """
+
+    def __init__(self, schedule, min_snr=0, timesteps="uniform", noise_offset=0):
+        self.schedule, self.min_snr, self.noise_offset = schedule, min_snr, noise_offset
+        self.draw_timesteps = TIMESTEPS[timesteps]
+
+    def noisy(self, x_start, generators):
+        """Draw a timestep and noise for each sample -> x_t (B,...), timesteps (B,), noise (B,...).
+
+        x_start (B,...,C), a generator for each sample. Noise is drawn as float32.
+        """
+        shape, drawn, timesteps = x_start.shape[1:], [], []
+        for rng in generators:
+            noise = rng.standard_normal(shape, np.float32)
+            offset = rng.standard_normal(shape[-1], np.float32)         # (C,)
+            drawn.append(noise + np.float32(self.noise_offset) * offset)
+            timesteps += [*self.draw_timesteps(rng, 1, self.schedule.num_train_timesteps)]
+        noise = asarray(np.stack(drawn).astype(x_start.dtype), like=x_start)
+        timesteps = np.array(timesteps)
+        return self.schedule.add_noise(x_start, noise, timesteps), timesteps, noise
+
+    def __call__(self, model_output, x_start, noise, timesteps, share=1.0):
+        """-> the loss, its gradient (B,...) and the loss of a model that knows nothing.
+
+        All times share, the shard's part of the batch.
+        """
+        wanted = target(self.schedule, x_start, noise, timesteps)
+        expected = uninformed_loss(self.schedule, timesteps)
+        if self.min_snr:
+            weights = min_snr_weights(self.schedule, timesteps, self.min_snr)
+            expected = expected * weights
+            root = np.sqrt(weights).reshape(-1, *[1] * (x_start.ndim - 1))
+            root = asarray(root.astype(model_output.dtype), like=model_output)
+            loss, cache = ops.mse(root * model_output, root * wanted)
+            dmodel_output = root * ops.mse_backward(float(share), cache)[0]
+        else:
+            loss, cache = ops.mse(model_output, wanted)
+            dmodel_output, _ = ops.mse_backward(float(share), cache)
+        return share * float(loss), dmodel_output, share * float(expected.mean())
+
+    def profile(self, predict, x_start, count=8):
+        """The loss without weights at `count` timesteps, the middles of equal parts of all.
+
+        predict(x_t, timesteps) -> model_output. The noise is the same in every call, so the numbers
+        of two calls differ by the model alone; over all timesteps they lie decades apart.
+        x_start (B,...) -> {"t 62": loss, ...}.
+        """
+        T, losses = self.schedule.num_train_timesteps, {}
+        for i in range(count):
+            timesteps = np.full(len(x_start), int(T * (i + 0.5) / count))
+            rng = np.random.default_rng([i, 0, 0, 0, 2])
+            noise = rng.standard_normal(x_start.shape, np.float32)
+            noise = asarray(noise.astype(x_start.dtype), like=x_start)
+            output = predict(self.schedule.add_noise(x_start, noise, timesteps), timesteps)
+            loss, _ = ops.mse(output, target(self.schedule, x_start, noise, timesteps))
+            losses[f"t {timesteps[0]}"] = float(loss)
+        return losses
+
+
+def drop_captions(ids, empty, share, generators):
+    """Replace this share of the captions by the empty one, for the unconditional prediction that
+    guidance needs. ids (B,M), empty (M,) -> (B,M). Source: Ho & Salimans 2022, arXiv:2207.12598.
+    """
+    dropped = np.array([rng.random() < share for rng in generators])
+    return np.where(dropped[:, None], empty, ids)
 
 
 def variational_loss(unet, process, images, timesteps, weights, rng, share, kind="rescaled_mse",

@@ -1,4 +1,5 @@
 """What a training keeps on disk, and the signals that must not interrupt its writing."""
+import json
 import signal
 from contextlib import contextmanager
 
@@ -23,10 +24,11 @@ def check_writable(path):
         pass
 
 
-def read_npz(path, shapes):
+def read_npz(path, shapes, optional=()):
     """Read arrays from an .npz file -> {name: array}.
 
     shapes: {name: shape}, where None stands for any length, also of an empty array of other axes.
+    optional: names that may be missing.
     Raises TinyldmError for a file that is damaged, and for arrays that are missing, of another
     shape, no numbers or not finite: NumPy would stretch an array of one number over all weights.
     """
@@ -36,6 +38,8 @@ def read_npz(path, shapes):
     except Exception as error:                          # NumPy's and zipfile's share no base
         raise unusable(path, f"it cannot be read, {error}") from None
     for name, shape in shapes.items():
+        if name not in arrays and name in optional:
+            continue
         if name not in arrays:
             raise unusable(path, f"it lacks {name!r}")
         found = arrays[name]
@@ -54,16 +58,55 @@ def unusable(path, reason):
                         "anew, or name another folder with --run")
 
 
+# ---- settings ---------------------------------------------------------------------------------
+
+def to_text(settings):
+    """{name: a value for JSON} -> bytes as an array, which an .npz file holds without a pickle."""
+    return np.frombuffer(json.dumps(settings).encode(), np.uint8)
+
+
+def from_text(path, array):
+    """What to_text made, from the state file `path`; {} for None."""
+    try:
+        return {} if array is None else json.loads(bytes(array.astype(np.uint8)))
+    except ValueError:
+        raise unusable(path, "its settings cannot be read") from None
+
+
+def check_same(path, settings, stored):
+    """Raise TinyldmError, which names each difference, unless a training goes on as it began."""
+    def shown(name, value):
+        if name == "data":
+            return "the pictures are others"
+        return f"{name} is {value}, it was {stored.get(name)}"
+
+    changed = [shown(name, value) for name, value in json.loads(json.dumps(settings)).items()
+               if stored.get(name) != value]
+    if changed:
+        raise TinyldmError(f"{path} was begun otherwise ({'; '.join(changed)}): give what it was, "
+                           "go on with the new by --resume changed, or name another folder with "
+                           "--output")
+
+
+# ---- signals ----------------------------------------------------------------------------------
+
 @contextmanager
-def held_signals():
+def held_signals(most=None):
     """Hold back Ctrl-C and SIGTERM inside -> a list of those that came; deliver one at the end.
 
-    So nothing inside is interrupted, neither an update nor the saving of its result. Where an
-    exception ends the block, that is what the caller hears. In other threads nothing is held back.
+    So nothing inside is interrupted, neither an update nor the saving of its result. most: how many
+    to hold back; the next one is delivered at once. Where an exception ends the block, that is what
+    the caller hears. In other threads nothing is held back.
     """
     came = []
-    with handled(lambda number, _: came.append(number),
-                 lambda handler: handler not in (signal.SIG_IGN, None)):
+
+    def hold(number, _):
+        came.append(number)
+        if most is not None and len(came) > most:
+            release()
+            signal.raise_signal(number)
+
+    with handled(hold, lambda handler: handler not in (signal.SIG_IGN, None)) as release:
         yield came
     if came:
         signal.raise_signal(came[0])

@@ -1,0 +1,277 @@
+"""What the commands `lora` and `textual-inversion` share around their training.
+
+    Stage(options): the weights and the pictures     stage.train: the loop     stage.check: the file
+
+lora.py and textual_inversion.py put into the pipeline what is trained, and write it.
+"""
+import json
+import shlex
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from ..backend import asarray, to_host
+from ..checkpoints.addons.writing import XL
+from ..cli.console import say
+from ..cli.options import path
+from ..errors import TinyldmError
+from ..pipelines.loading import load
+from ..pipelines.stable_diffusion import StableDiffusion
+from . import memory
+from .class_pictures import draw_class_pictures
+from .conditions import Texts
+from .data import PictureFolder
+from .fine_tuning import FineTuning, Source
+from .latents import LatentCache
+from .options import (
+    add_diffusion,
+    add_output,
+    add_shared,
+    diffusion_loss_from,
+    real,
+    trainer,
+    whole,
+)
+
+END = ".safetensors"
+SETTINGS = ("weights", "caption", "resolution", "caption_dropout")
+DTYPES = {"float32": np.float32, "float16": np.float16}
+EXACT = 1e-3                # of the prediction's standard deviation, what the file may be off
+COARSE = 1e-2               # the same of a file in float16
+
+
+def add_options(parser, *, steps, learning_rate, output):
+    """Add what both stages offer; the keywords are this stage's defaults."""
+    add = parser.add_argument_group("weights and pictures").add_argument
+    add("--weights", metavar="W", help="a folder, a file, or a name on the Hugging Face hub, as "
+        "for python -m tinyldm (default: the bundled model)")
+    add("--data", type=path, required=True, metavar="FOLDER", help="the pictures, with captions as "
+        "dog.txt beside dog.png, metadata.jsonl, or kohya's folders such as 10_dog")
+    add("--caption", metavar="TEXT", help="one caption for all pictures, in place of their own")
+    add("--resolution", type=whole(8, 8192), metavar="N", help="side of the pictures in training, "
+        "in pixels (the weights' own)")
+    add("--buckets", action="store_true", help="keep the pictures' aspect ratios: pictures of "
+        "similar ones make a batch")
+    add("--caption-dropout", type=real(0, 1), default=0.0, metavar="S", help="the share of the "
+        "pictures that train without their caption, for guidance (0)")
+    add("--flip", action="store_true", help="mirror half of the pictures")
+    add("--strict", action="store_true", help="stop where a picture cannot be read or has no "
+        "caption")
+    add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
+        "block is computed again in backward")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
+        "(cpu)")
+    add("--layout", choices=("diffusers", "kohya"), default="diffusers", help="of the file: "
+        "diffusers, or kohya for the web interfaces (diffusers)")
+    add("--save-as", choices=DTYPES, default="float32", help="numbers in the file (float32)")
+    add_shared(parser, steps=steps, learning_rate=learning_rate)
+    add_diffusion(parser)
+    add_output(parser, output)
+
+
+class Stage:
+    """The weights, the pictures and the file of one command.
+
+    options: what add_options adds, parsed. result: where the file goes: --output, if that ends with
+    .safetensors, and then the state goes into a folder beside it, dog.training for dog.safetensors;
+    else into the folder --output.
+    captions: for all pictures, in place of --caption and their own.
+    Raises TinyldmError for whatever is wrong before the training.
+    """
+
+    def __init__(self, options, captions=None):
+        self.options, output = options, options.output
+        self.result = output if output.suffix == END else output / f"{output.name}{END}"
+        options.output = output.with_suffix(".training") if output.suffix == END else output
+        if self.result.exists() and not options.resume:
+            raise TinyldmError(f"{self.result} exists already: name another one with --output, or "
+                               "go on with its training by --resume")
+        self.started, self.prior = time.time(), None
+        self.pipe = load_weights(options.weights, options.device)
+        self.resolution = options.resolution or min(self.pipe.size())
+        f = self.pipe.vae.vae_scale_factor
+        if self.resolution % f:
+            raise TinyldmError(f"--resolution must be a multiple of {f} for these weights, not "
+                               f"{self.resolution}")
+        self.prefix = f"{options.trigger} " if getattr(options, "trigger", None) else ""
+        self.pictures = self._folder(options.data, captions or options.caption)
+
+    def _folder(self, folder, captions):
+        options = self.options
+        pictures = PictureFolder(folder, self.resolution, caption=captions, flip=options.flip,
+                                 buckets=options.buckets, strict=options.strict)
+        for tokenizer in self.pipe.tokenizers.values():
+            pictures.fit_captions(tokenizer)
+        for line in pictures.report():
+            say(line)
+        return pictures
+
+    def add_prior(self, folder, prompt, count):
+        """Draw what is missing of `count` pictures of the class, and read them."""
+        side = self.resolution
+        drawn = draw_class_pictures(self.pipe, prompt, folder, count, width=side, height=side)
+        say(f"{folder}: {drawn} of {count} pictures of the class drawn now")
+        self.prior = self._folder(folder, prompt)
+
+    def train(self, named, write, settings):
+        """Train parameters, [(name, Parameter)], to the last step.
+
+        write: writes the result; the loop calls it after each save of the state. settings: names of
+        the options that a training that goes on must have in common, besides those of all stages.
+        """
+        options = self.options
+        folders = [(self.pictures, 1.0, self.prefix)]
+        folders += [(self.prior, options.prior_weight, "")] if self.prior else []
+        sources = []
+        for pictures, weight, prefix in folders:
+            latents = LatentCache(pictures, self.pipe.vae, options.output / "latents")
+            sources.append(Source(pictures, latents, options.batch, weight, prefix))
+        tuning = FineTuning(self.pipe, sources, diffusion_loss_from(options, self.pipe.schedule),
+                            options.seed, options.checkpoints, options.caption_dropout)
+        settings = {f"--{name.replace('_', '-')}": getattr(options, name)
+                    for name in (*SETTINGS, *settings)}
+        self.loop = loop = trainer(
+            options, named, data="".join(source.pictures.fingerprint for source in sources),
+            batches_per_epoch=self.pictures.batches_per_epoch(options.batch), settings=settings)
+        loop.models = self.pipe.models
+        say(self.memory(tuning, named))
+
+        def batch_loss(rng):
+            loop.about = tuning.describe(loop.batch)
+            return tuning.batch_loss(loop.batch, rng)
+
+        loop.train(batch_loss, write=write, sample=self.sample, validate=tuning.validate)
+        if loop.optimizer.ema is not None:              # the state is saved: from here on these
+            loop.optimizer.data[...] = loop.optimizer.ema
+
+    def sample(self):
+        """A picture of each --sample-prompt, with the seed of its place."""
+        side = self.resolution
+        return [self.pipe(prompt, seed=seed, width=side, height=side)[0]
+                for seed, prompt in enumerate(self.options.sample_prompt)]
+
+    def memory(self, tuning, named):
+        """A line on the memory that the training will take, and on how it could take less."""
+        options, unet = self.options, self.pipe.unet
+        side = self.resolution // self.pipe.vae.vae_scale_factor
+        conditions = tuning.texts.frozen([""])
+        if unet.add_embedding:
+            conditions["time_ids"] = unet.xp.zeros((1, 6), np.float32)
+        context = conditions.pop("context")
+        found = {kept: memory.activations(unet, context, side, options.batch, kept, **conditions)
+                 for kept in (False, True)}
+        weights = memory.weights(*self.pipe.models.values())
+        adam = 4 * sum(parameter.data.nbytes for _, parameter in named)
+        total, free = weights + adam + found[options.checkpoints], memory.available()
+        line = (f"memory: about {size(total)}: weights {size(weights)}, what is trained with its "
+                f"gradient and averages {size(adam)}, activations "
+                f"{size(found[options.checkpoints])}"
+                + f" ({size(found[True])} with --checkpoints)" * (not options.checkpoints))
+        # The weights are there already.
+        if unet.xp is np and free is not None and total - weights > free:
+            line += f"; only {size(free)} are free: take --checkpoints, a smaller --batch or " \
+                    "--resolution"
+        return line
+
+    # ---- the file -------------------------------------------------------------------------------
+
+    @property
+    def base(self):
+        """What kohya's files call the weights, a key of writing.BASES."""
+        if self.pipe.text_encoder_2 is not None:
+            return XL
+        second = self.pipe.unet.settings.cross_attention_dim == 1024
+        return f"sd_v{1 + second}{'_v' * (self.pipe.schedule.prediction_type == 'v_prediction')}"
+
+    def metadata(self):
+        """What the header of kohya's layout says of the training; of paths only the last name."""
+        options, now = self.options, time.time()
+        folder, R = self.pictures.folder.name, self.resolution
+        tags = Counter(tag.strip() for item in self.pictures.items
+                       for caption in item.captions for tag in caption.split(","))
+        found = {
+            "modelspec.resolution": f"{R}x{R}",
+            "modelspec.date": datetime.fromtimestamp(int(now), UTC).isoformat(),
+            "ss_training_started_at": self.started, "ss_training_finished_at": now,
+            "ss_sd_model_name": Path(options.weights or "shapes").name,
+            "ss_resolution": f"({R}, {R})", "ss_seed": options.seed,
+            "ss_num_train_images": len(self.pictures), "ss_batch_size_per_device": options.batch,
+            "ss_gradient_accumulation_steps": options.accumulate,
+            "ss_steps": self.loop.step, "ss_max_train_steps": options.steps,
+            "ss_learning_rate": options.learning_rate, "ss_lr_scheduler": options.schedule,
+            "ss_lr_warmup_steps": options.warmup, "ss_optimizer": "AdamW",
+            "ss_max_grad_norm": options.clip, "ss_min_snr_gamma": options.min_snr,
+            "ss_noise_offset": options.noise_offset,
+            "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1,
+                                                    "img_count": len(self.pictures.items)}}),
+            "ss_tag_frequency": json.dumps({folder: tags})}
+        if trigger := getattr(options, "trigger", None) or getattr(options, "token", None):
+            found["modelspec.trigger_phrase"] = trigger
+        return {name: str(value) for name, value in found.items()}
+
+    def probe(self):
+        """One prediction of the UNet for a caption, as the pipeline is now, (1,h,w,C)."""
+        unet, texts = self.pipe.unet, Texts(self.pipe)
+        side = self.resolution // self.pipe.vae.vae_scale_factor
+        conditions = texts.frozen([self.prefix + self.pictures.items[0].caption])
+        if unet.add_embedding:
+            conditions["time_ids"] = unet.xp.full((1, 6), self.resolution, np.float32)
+        shape = 1, side, side, unet.settings.in_channels
+        latents = asarray(np.random.default_rng(0).standard_normal(shape).astype(unet.dtype),
+                          like=conditions["context"])
+        t = asarray(np.array([self.pipe.schedule.num_train_timesteps // 2]), like=latents)
+        return to_host(unet(latents, t, conditions.pop("context"), **conditions))
+
+    def check(self, read_back, rounding):
+        """Compare a prediction of the trained model with one after reading the file.
+
+        read_back: takes out what was trained, calls `probe`, reads the file -> what probe gave.
+        Raises TinyldmError where the two differ.
+        """
+        trained = self.probe()
+        untrained, again = read_back(), self.probe()
+        error, change = (float(abs(other - trained).max() / trained.std())
+                         for other in (again, untrained))
+        if self.options.save_as == "float16":
+            say(f"{self.result}: as float16 {rounding.zeros} of {rounding.numbers} numbers became "
+                f"0, and the largest error is {rounding.largest:.2g}")
+        if not error <= (COARSE if self.options.save_as == "float16" else EXACT):
+            raise TinyldmError(f"{self.result}, read back, changes the prediction by {error:.2g} "
+                               "of its standard deviation: go on with --resume and --save-as "
+                               "float32")
+        say(f"checked: with {self.result} read back, the model predicts what the trained one does, "
+            f"up to {error:.1g} of the standard deviation; without it, up to {change:.1g}")
+
+
+    def show_use(self, option):
+        """Print a command that draws with the result."""
+        weights = f" --weights {shlex.quote(self.options.weights)}" if self.options.weights else ""
+        prompt = shlex.quote(self.prefix + self.pictures.items[0].caption)
+        say(f"draw with it: python -m tinyldm {prompt} {option}{weights}")
+
+
+def size(count):
+    """Bytes for people."""
+    return f"{count / 2 ** 30:.1f} GiB" if count >= 2 ** 30 else f"{count / 2 ** 20:.0f} MiB"
+
+
+def load_weights(weights, device):
+    """The pipeline of some weights, in float32 -> StableDiffusion.
+
+    Raises TinyldmError for weights of another system, and for those that are trained otherwise.
+    """
+    pipe, reason = load(weights, device, np.float32), None
+    if not isinstance(pipe, StableDiffusion):
+        reason = "no UNet that reads prompts"
+    elif pipe.unet.settings.in_channels != pipe.vae.settings.latent_channels:
+        reason = "a UNet for inpainting"
+    elif pipe.unet.settings.time_cond_proj_dim:
+        reason = "a UNet that imitates guidance"
+    if reason:
+        raise TinyldmError(f"{weights} is {pipe.described}, with {reason}: this stage trains "
+                           "Stable Diffusion 1, 2 and XL")
+    pipe.language = None                                # it will know more
+    return pipe
