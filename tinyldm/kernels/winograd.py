@@ -28,6 +28,7 @@ from ..backend import free_threads, parallel, scratch
 from .half import widen
 
 STRIP_TILES = 128           # tiles at a time: their numbers stay in the cache
+STRIP_NUMBERS = 1 << 15
 CHUNK = 320                 # at most so many output channels at a time, if tiles are few
 WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers stay in the cache
 
@@ -105,7 +106,10 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
     B, H, W, _ = x.shape
     y = np.empty((B, H + sum(padding) - 2, W + sum(padding) - 2, O), np.float32)
     points = _points(y.shape)
-    strips = _strips(y.shape, points, STRIP_TILES)
+    size = max(STRIP_TILES, STRIP_NUMBERS // max(C, O))
+    whole, = _strips(y.shape, points, math.prod(y.shape))
+    size = max(STRIP_TILES, min(size, whole.tiles // (2 * free_threads() + 1)))
+    strips = _strips(y.shape, points, size)
     if len(strips) >= 2 * free_threads():
         values = _transform_weight(weight, points)
 
@@ -253,11 +257,12 @@ def _write(products, bias, strip, points, y):
     """(n*n,tiles,O) -> the strip of y (B,H,W,O): A.T, bias, and a cut at the map's edges."""
     tile, O = points.tile, y.shape[-1]
     y = y[strip.images, tile * strip.row:tile * (strip.row + strip.rows)]
+    B, H, W, _ = y.shape
     tiles = scratch("outputs", tile * tile, strip.tiles * O)
     np.matmul(points.A_T, products.reshape(points.count, -1), out=tiles)
-    tiles = tiles.reshape(tile, tile, len(y), strip.rows, strip.columns, O)
-    for i in range(tile):
-        for j in range(tile):
-            pixels = y[:, i::tile, j::tile]
-            kept = tiles[i, j][:, :pixels.shape[1], :pixels.shape[2]]
-            np.add(kept, 0 if bias is None else bias, out=pixels)
+    tiles = tiles.reshape(tile, tile, B, strip.rows, strip.columns, O).transpose(2, 3, 0, 4, 1, 5)
+    shape = B, tile * strip.rows, tile * strip.columns, O
+    whole = y if y.shape == shape else scratch("whole", *shape)
+    np.add(tiles, 0 if bias is None else bias, out=whole.reshape(tiles.shape))
+    if whole is not y:
+        y[:] = whole[:, :H, :W]
