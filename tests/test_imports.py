@@ -45,7 +45,7 @@ MAY_IMPORT = {
 ENTRY_POINTS = {"__init__.py", "__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.
 LIBRARIES = {"numpy", "tokenizers", "safetensors", "threadpoolctl", "huggingface_hub",
-             "PIL", "tqdm", "matplotlib"}
+             "PIL", "tqdm", "matplotlib", "tensorboard"}
 
 
 def imports(file, source):

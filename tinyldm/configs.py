@@ -144,7 +144,7 @@ def _words(kind, limits):
         return (f"a positive whole number up to {high}" if low == 1 else
                 f"a whole number from {low} to {high}")
     if kind is float:
-        return f"a number between {low:g} and {high:g}" + ", both included" * limits["ends"]
+        return f"a number between {low:g} and {high:g}"
     if kind is str:
         return " or ".join(map(show, limits.get("values", ()))) or "a text"
     return {bool: "true or false", dict: "an object"}.get(kind, "null")

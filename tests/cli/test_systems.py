@@ -5,6 +5,7 @@ from PIL import Image
 
 import tinyldm
 from tests.support.models import random_weights
+from tests.support.pictures import picture
 from tinyldm.cli.draw import main
 from tinyldm.images import read_parameters
 from tinyldm.models import UNet2DModel
@@ -85,6 +86,17 @@ def test_what_means_nothing_there_ends_in_one_line(arguments, said, classes, out
 def test_stable_diffusion_has_no_labels(arguments, said, out, capsys):
     assert main([*arguments, "--output", str(out / "out.png")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_from_a_picture(classes, out, tmp_path):
+    picture(size=(8, 8)).save(tmp_path / "a.png")
+    given = ["--weights", str(classes), "--label", "1", "--image", str(tmp_path / "a.png")]
+    assert main([*given, "--strength", "0.5", "--steps", "4", "--output", str(out / "a.png")]) == 0
+    expected, = tinyldm.load(classes)(label=1, image=Image.open(tmp_path / "a.png"), strength=0.5,
+                                      num_inference_steps=4)
+    assert np.array_equal(np.asarray(Image.open(out / "a.png")), np.asarray(expected))
+    assert "Denoising strength: 0.5" in read_parameters(out / "a.png")
+    assert main([*given, "--mask", "m.png", "--output", str(out / "b.png")]) == 2
 
 
 def test_a_film_and_previews_of_pixels(classes, out):

@@ -6,20 +6,26 @@ batch, never by what ran before, so that a training that goes on is one that nev
 """
 import math
 import time
+from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from ..backend import keep_freed_memory, parallel
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
+from ..files import make_folder
 from ..layers import SHARD
-from .optim import AdamW
+from ..pipelines.finite import bad_layer
+from .optim import AdamW, NotFinite
 from .rates import half_cosine
+from .report import Report
 from .state import (
+    CannotWrite,
+    check_room,
     check_same,
     check_writable,
     from_text,
     held_signals,
+    locked,
     read_npz,
     to_text,
     unusable,
@@ -65,12 +71,12 @@ class Trainer:
     settings: what a resumed training must have in common with the stored one, {name: a value for
     JSON}, and data, the fingerprint of its pictures. resume: None goes on where the state file is
     there; False expects none; "exact" expects one, "changed" one with other settings or data.
-    save_every: updates between two saves (None: a minute).
+    save_every: updates between two saves (None: a minute). report: a Report (None: the bar alone).
     """
 
     def __init__(self, path, named_parameters, steps, peak_rate, warmup=200, optimizer=AdamW, *,
                  schedule=half_cosine, seed=1, accumulation=1, batches_per_epoch=None,
-                 settings=None, data="", resume=None, save_every=None):
+                 settings=None, data="", resume=None, save_every=None, report=None):
         if not (0 <= steps < math.inf and 0 <= peak_rate < math.inf):
             raise TinyldmError("the steps and the learning rate of a training must be finite and "
                                f"from 0, not {steps} and {peak_rate}")
@@ -80,6 +86,8 @@ class Trainer:
         self.settings = {"data": data} | (settings or {})
         self.batch = 0                                  # the number of the batch being computed
         self.about = ""                                 # what is in it, for messages: set by stages
+        self.models = {}                                # {name: module}, for messages, too
+        self.report = report or Report()
         named_parameters = list(named_parameters)
         self.parameters = [parameter for _, parameter in named_parameters]
         self.optimizer = optimizer(named_parameters)
@@ -125,15 +133,19 @@ class Trainer:
         Raises TinyldmError, and leaves the file as it is, for weights that are not finite and
         where the file is not the one last saved or read here.
         """
-        if not self.optimizer.is_finite():
-            raise TinyldmError(f"the weights are NaN or infinite at step {self.step}: {self.path} "
-                               "keeps the last good state; take a smaller learning rate")
+        if bad := self.optimizer.not_finite():
+            raise TinyldmError(f"the weights {bad} are NaN or infinite at step {self.step}: "
+                               f"{self.path} keeps the last good state; take a smaller learning "
+                               "rate")
         if self._written() not in (self.written, None):
             raise TinyldmError(f"another training wrote {self.path} meanwhile: this one stops at "
                                f"step {self.step}, unsaved; run one at a time in a folder")
         with held_signals():                            # or the next save would see another's file
-            write_npz(self.path, history=self.history, begun=self.begun,
-                      settings=to_text(self.settings), **self.optimizer.state())
+            try:
+                write_npz(self.path, history=self.history, begun=self.begun,
+                          settings=to_text(self.settings), **self.optimizer.state())
+            except TinyldmError as error:
+                raise CannotWrite(str(error)) from None
             self.written = self._written()
 
     def _written(self):
@@ -147,52 +159,105 @@ class Trainer:
         training after the current step, and is raised when its state is saved; the second one stops
         at once, and the file keeps the state last saved.
         write(): writes the result, after each save of the state. sample() -> pictures, and
-        validate() -> {name: loss}, of fixed prompts and of fixed pictures: see report.py.
+        validate() -> {name: loss}, of fixed prompts and of fixed pictures: see report.py. write and
+        sample see the averaged weights, if there are any.
         Raises TinyldmError where a loss, a gradient or a weight is not finite; then the state file
         holds the last good state.
         """
         keep_freed_memory()
-        for parameter in self.parameters:               # of a step that was stopped
-            parameter.grad = None
-        saved = time.monotonic()
-        with (held_signals(most=1) as signals,
-              tqdm(total=self.steps, initial=self.step, desc=f"training {self.path.stem}",
-                   smoothing=0.05) as bar):
+        self._forget_gradients()                        # of a step that was stopped
+        make_folder(self.path.parent)
+        with locked(self.path.parent), held_signals(most=1) as signals:
+            if not self.written:                        # now, not in an hour: is there room?
+                check_room(self.path, sum(array.nbytes for name, array in
+                                          self.optimizer.state().items() if name != "steps"))
+                self.save()
+            saved = time.monotonic()
+            report = self.report
+            report.begin(self.path.stem, self.step, self.steps,
+                         sample and self.averaged(sample), validate)
             try:
                 while self.step < self.steps and not signals:
-                    report, norm = self._update(batch_loss)
-                    recent = np.mean([loss for _, loss in self.history[-100:]])
-                    bar.set_postfix_str(f"loss {recent:.4f}, gradient {norm:.2f}", refresh=False)
-                    bar.update()
+                    report.step(self.step + 1, self.steps, self._update(batch_loss))
                     if (self.step % self.save_every == 0 if self.save_every
                             else time.monotonic() - saved > SAVE_EVERY):
-                        self._save(write)
+                        self._save(write, last=False)
                         saved = time.monotonic()
             finally:
                 if len(signals) < 2:
                     self._save(write)
+                report.end()
 
-    def _save(self, write):
-        self.save()
+    def averaged(self, run):
+        """run, but with the averaged weights in place of the trained ones, if there are any."""
+        def averaged():
+            ema, data = self.optimizer.ema, self.optimizer.data
+            if ema is None:
+                return run()
+            trained = data.copy()
+            try:
+                data[...] = ema
+                return run()
+            finally:
+                data[...] = trained
+        return averaged
+
+    def _save(self, write, last=True):
+        """Save the state, the log and the result. A disk that is full on the way is a note."""
+        try:
+            self.save()
+        except CannotWrite as error:
+            if last:
+                raise
+            note(f"{error}; the training goes on, and the file keeps the state saved before")
+            return
+        self.report.saved(self.history, last)
         if write:
-            write()
+            self.averaged(write)()
 
-    def _update(self, batch_loss):                      # -> the report, the gradient's norm
-        batches, reports = self._batches(), []
-        for place, self.batch in enumerate(batches):
+    def _update(self, batch_loss):                      # -> {"loss", "gradient", ...}
+        reports, rate = [], self.learning_rate()
+
+        def run(place):
             # A generator for each batch: a resumed run continues as if it had never stopped.
-            reports.append(batch_loss(np.random.default_rng([self.seed, self.step, place])))
+            return batch_loss(np.random.default_rng([self.seed, self.step, place]))
+
+        for place, batch in enumerate(self._batches()):
+            self.batch = batch
+            reports.append(run(place))
             if not np.isfinite(reports[-1]["loss"]):
-                raise TinyldmError(f"the loss is {reports[-1]['loss']} at step {self.step}: take a "
-                                   "smaller learning rate")
+                raise self._bad(f"the loss is {reports[-1]['loss']} at step {self.step}", rate,
+                                partial(run, place))
         report = {name: sum(report[name] for report in reports) / len(reports)
                   for name in reports[0]}
-        rate = self.learning_rate()
-        with held_signals():                            # all of the update, or nothing
-            # Groups that an epoch's end cuts short count less: accelerate divides them alike.
-            norm = self.optimizer.step(rate, self.accumulation)
-            self.history.append((self.step, report["loss"]))
-        return report, norm
+        try:
+            with held_signals():                        # all of the update, or nothing
+                # Groups that an epoch's end cuts short count less: accelerate divides them alike.
+                norm = self.optimizer.step(rate, self.accumulation)
+                self.history.append((self.step, report["loss"]))
+        except NotFinite as error:
+            raise self._bad(f"{error} at step {self.step}", rate,
+                            lambda: [run(place) for place in range(len(reports))]) from None
+        return report | {"gradient": norm, "learning_rate": rate}
+
+    def _bad(self, what, rate, run):
+        """The TinyldmError about a loss or a gradient that is not finite: where, and what to try.
+        """
+        where = f"; the batch: {self.about}" if self.about else ""
+        if self.models:
+            self._forget_gradients()
+            with np.errstate(all="ignore"):
+                layer, of = bad_layer(self.models, run)
+            where = (f"; the first layer whose {of} is not finite is {layer}" if layer else
+                     "; no layer is to blame") + where
+        self._forget_gradients()
+        return TinyldmError(f"{what}: take a smaller learning rate (it was {rate:g}), or see what "
+                            f"is wrong with the batch{where}; {self.path} keeps the last good "
+                            "state")
+
+    def _forget_gradients(self):
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _batches(self):
         """The numbers of the batches of the next update."""

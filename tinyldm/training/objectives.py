@@ -106,15 +106,19 @@ class DiffusionLoss:
 
         x_start (B,...,C), a generator for each sample. Noise is drawn as float32.
         """
-        shape, drawn, timesteps = x_start.shape[1:], [], []
+        shape, drawn = x_start.shape[1:], []
+        timesteps = self.timesteps(generators)
         for rng in generators:
             noise = rng.standard_normal(shape, np.float32)
             offset = rng.standard_normal(shape[-1], np.float32)         # (C,)
             drawn.append(noise + np.float32(self.noise_offset) * offset)
-            timesteps += [*self.draw_timesteps(rng, 1, self.schedule.num_train_timesteps)]
         noise = asarray(np.stack(drawn).astype(x_start.dtype), like=x_start)
-        timesteps = np.array(timesteps)
         return self.schedule.add_noise(x_start, noise, timesteps), timesteps, noise
+
+    def timesteps(self, generators):
+        """The timesteps (B,) that `noisy` draws first from these generators."""
+        T = self.schedule.num_train_timesteps
+        return np.array([self.draw_timesteps(rng, 1, T)[0] for rng in generators])
 
     def __call__(self, model_output, x_start, noise, timesteps, share=1.0):
         """-> the loss, its gradient (B,...) and the loss of a model that knows nothing.

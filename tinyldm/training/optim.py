@@ -63,6 +63,10 @@ def diffusers_warmup_decay(n, most=0.9999, inv_gamma=1.0, power=2 / 3):
 
 # ---- updates ----------------------------------------------------------------------------------
 
+class NotFinite(TinyldmError):
+    """A gradient is NaN or infinite; the weights stayed as they were."""
+
+
 class AdamW:
     """Adam with decoupled weight decay, global-norm clipping, and a moving average of the weights.
 
@@ -102,8 +106,8 @@ class AdamW:
         """One update from the gradients on the parameters; returns their norm before clipping.
 
         batches: the number of batches whose gradients were added up; their mean is used.
-        Raises TinyldmError, and leaves the weights as they are, for a gradient that is not finite
-        and for a parameter whose data was replaced: the update would no longer reach the model.
+        Raises NotFinite for a gradient that is not finite, and TinyldmError for a parameter whose
+        data was replaced: the update would no longer reach the model. The weights stay as they are.
         """
         xp = get_xp(self.data)
         grad = xp.empty_like(self.data)                 # not kept: the next forward needs the room
@@ -121,8 +125,8 @@ class AdamW:
         if not math.isfinite(norm):
             # None of them if only the sum of squares overflows.
             bad = [name for name, _, span, _ in self.places if not is_finite(grad[span])]
-            raise TinyldmError(f"the gradient of {bad[0] if bad else 'all parameters together'} is "
-                               "NaN or infinite: take a smaller learning rate")
+            raise NotFinite(f"the gradient of {bad[0] if bad else 'all parameters together'} is "
+                            "NaN or infinite")
         if self.clip:
             grad *= clip_coefficient(norm, self.clip, self.data.dtype)
         self.steps += 1
@@ -162,9 +166,12 @@ class AdamW:
 
     STATE = ("data", "m", "v", "ema")                   # the arrays of a state file
 
-    def is_finite(self):
-        """Whether the weights and all averages are finite."""
-        return all(is_finite(getattr(self, name)) for name in self.STATE)
+    def not_finite(self):
+        """The name of a parameter whose weight or average is not finite; None if all are."""
+        if all(is_finite(getattr(self, name)) for name in self.STATE):
+            return None
+        return next(name for name, _, span, _ in self.places
+                    if not all(is_finite(getattr(self, part)[span]) for part in self.STATE))
 
     def state(self):
         return {name: to_host(getattr(self, name)) for name in self.STATE} | {"steps": self.steps}
@@ -191,10 +198,10 @@ def norm_of(grad):
 
 
 def clip_coefficient(norm, most, dtype):
-    """What a gradient of this norm is multiplied by, as torch computes it, in the gradient's dtype.
-    """
+    """What a gradient of this norm is multiplied by: min(1, most / (norm + 1e-6)), in the
+    gradient's dtype and with torch's rounding, which divides by multiplying with the reciprocal."""
     dtype = np.dtype(dtype).type
-    return min(dtype(1), dtype(most) / (dtype(norm) + dtype(1e-6)))
+    return min(dtype(1), dtype(1) / (dtype(norm) + dtype(1e-6)) * dtype(most))
 
 
 class Muon(AdamW):

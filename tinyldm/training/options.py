@@ -15,6 +15,7 @@ from ..errors import TinyldmError
 from . import optim, rates
 from .loop import Trainer
 from .objectives import TIMESTEPS, DiffusionLoss
+from .report import Report
 
 # {NAME: what it trains}; textual-inversion is textual_inversion.py.
 STAGES = {"lora": "train a LoRA: a small file that teaches a model a new thing or a style",
@@ -192,7 +193,8 @@ def trainer(options, named_parameters, *, data="", batches_per_epoch=None, setti
                    options.learning_rate, options.warmup, optimizer, schedule=schedule,
                    seed=options.seed, accumulation=options.accumulate,
                    batches_per_epoch=batches_per_epoch, settings=kept | (settings or {}), data=data,
-                   resume=options.resume, save_every=options.save_every)
+                   resume=options.resume, save_every=options.save_every,
+                   report=Report(options.output, options.sample_every, options.validate_every))
 
 
 def diffusion_loss_from(options, schedule):

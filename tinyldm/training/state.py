@@ -1,5 +1,7 @@
 """What a training keeps on disk, and the signals that must not interrupt its writing."""
 import json
+import os
+import shutil
 import signal
 from contextlib import contextmanager
 
@@ -8,6 +10,10 @@ import numpy as np
 from ..errors import TinyldmError
 from ..files import make_folder, replacing, temporary_beside
 from ..signals import handled
+
+
+class CannotWrite(TinyldmError):
+    """A state could not be written; the file is as it was."""
 
 
 def write_npz(path, **arrays):
@@ -56,6 +62,43 @@ def unusable(path, reason):
     """The TinyldmError about a state file that does not belong to this training."""
     return TinyldmError(f"{path} is no whole state of this training: {reason}; delete it to begin "
                         "anew, or name another folder with --run")
+
+
+# ---- the folder -------------------------------------------------------------------------------
+
+@contextmanager
+def locked(folder):
+    """Keep other trainings out of a folder. Raises TinyldmError where one runs already.
+
+    The system unlocks the folder when a process ends, however it ends. Where it locks no folders,
+    nothing happens: then Trainer.save sees that another training wrote the file.
+    """
+    try:
+        import fcntl
+    except ImportError:                                 # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TinyldmError(f"another training runs in {folder}: wait for its end, or name "
+                               "another folder") from None
+        except OSError:                                 # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_room(path, size):
+    """Raise TinyldmError if the disk of `path` has no room for a file of so many bytes."""
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise TinyldmError(f"the state of this training takes {size / 1e6:,.0f} MB, and the disk "
+                           f"of {path.parent} has {free / 1e6:,.0f} MB left: make room, or name "
+                           "another folder")
 
 
 # ---- settings ---------------------------------------------------------------------------------

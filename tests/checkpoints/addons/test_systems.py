@@ -2,8 +2,10 @@
 import copy
 
 import diffusers
+import numpy as np
 import pytest
 from diffusers.utils import is_peft_available
+from PIL import Image
 
 from tests.support import small_pipelines, small_unclip
 from tests.support.addons import (
@@ -18,6 +20,7 @@ from tests.support.addons import (
 )
 from tests.support.models import random_weights
 from tests.support.pictures import picture
+from tinyldm.cli.draw import main
 from tinyldm.errors import TinyldmError
 from tinyldm.models import UNet2DModel
 from tinyldm.pipelines.ddpm import DDPM
@@ -106,6 +109,27 @@ def test_other_systems_say_so_in_one_line():
     unet = UNet2DModel(config)
     unet.load_state_dict(random_weights(unet, 1))
     pipe = DDPM(unet, {"_class_name": "DDPMScheduler"})
-    for method in (pipe.load_lora, pipe.load_textual_inversion, DiT.load_lora.__get__(pipe)):
-        with pytest.raises(TinyldmError, match="DDPM .*takes no .*: leave it out"):
+    for method in (pipe.load_lora, pipe.load_textual_inversion):
+        with pytest.raises(TinyldmError, match="DDPM .*takes no .*: leave it out") as error:
             method("file.safetensors")
+        assert "\n" not in str(error.value)
+    assert not DiT.takes_addons and not DDPM.takes_addons
+
+
+def test_the_command_adds_a_lora_to_the_upscaler(tmp_path):
+    folder = small_pipelines.upscaler(tmp_path / "upscaler")
+    pipe = load(folder)
+    layer = pipe.unet.mid_block.resnets[0].time_emb_proj.weight
+    file = write({f"unet.mid_block.resnets.0.time_emb_proj.lora_{letter}.weight": tensor
+                  for letter, tensor in (("A", vectors(2, layer.shape[1])),
+                                         ("B", vectors(2, layer.shape[0]).T))},
+                 tmp_path / "style.safetensors")
+    LOW.save(tmp_path / "low.png")
+    given = ["cat", "--weights", str(folder), "--image", str(tmp_path / "low.png"), "--steps", "1"]
+    for lora in ([], ["--lora", f"{file}:0.5"]):
+        assert main([*given, *lora, "--output", str(tmp_path / f"{len(lora)}.png")]) == 0
+    plain, changed = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in (0, 2))
+    assert np.array_equal(plain, np.asarray(pipe("cat", LOW, num_inference_steps=1)[0]))
+    pipe.load_lora(file, 0.5)
+    assert np.array_equal(changed, np.asarray(pipe("cat", LOW, num_inference_steps=1)[0]))
+    assert not np.array_equal(plain, changed)

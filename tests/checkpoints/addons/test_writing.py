@@ -186,6 +186,8 @@ def test_kohyas_hashes(folder, tmp_path):
     after = content[8 + int.from_bytes(content[:8], "little"):]
     assert found["sshs_model_hash"] == hashlib.sha256(after).hexdigest()
     assert after == file.read_bytes()[-len(after):]
+    older = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+    assert found["sshs_legacy_hash"] == older
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
