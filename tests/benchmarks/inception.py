@@ -3,7 +3,8 @@
     python -m tests.benchmarks.inception [--batch 1 8] [--rounds 5]
 
 torch runs it twice: with batch norms, as pytorch-fid does, and with each batch norm folded into its
-convolution. Ours computes batch norm and ReLU in one op, and folds nothing.
+convolution. Ours computes batch norm and ReLU in one op, and folds nothing. Of a batch, each thread
+computes some pictures; of one picture, some branches of a block.
 """
 import numpy as np
 import torch

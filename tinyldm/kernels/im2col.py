@@ -22,13 +22,15 @@ def sides(padding):
 
 def sliding_windows(x, kernel, stride, padding):
     """A view (B,Ho,Wo,K,L,C) of the padded map: the window of each output pixel."""
+    (B, H, W, C), (K, L), ((top, bottom), (left, right)) = x.shape, kernel, sides(padding)
     if np.any(padding):
-        x = np.pad(x, ((0, 0), *sides(padding), (0, 0)))
-    B, H, W, C = x.shape
-    K, L = kernel
+        padded = np.zeros((B, H + top + bottom, W + left + right, C), x.dtype)
+        padded[:, top:top + H, left:left + W] = x
+        x = padded
+    Ho, Wo = (x.shape[1] - K) // stride + 1, (x.shape[2] - L) // stride + 1
     sB, sH, sW, sC = x.strides
-    return as_strided(x, (B, (H - K) // stride + 1, (W - L) // stride + 1, K, L, C),
-                      (sB, stride * sH, stride * sW, sH, sW, sC), writeable=False)
+    return as_strided(x, (B, Ho, Wo, K, L, C), (sB, stride * sH, stride * sW, sH, sW, sC),
+                      writeable=False)
 
 
 def strips(windows, weight_bytes):

@@ -49,7 +49,7 @@ def _group_norm(x, weight, bias, num_groups, eps, silu):
 
 
 def batch_norm_relu(x, weight, bias, mean, var, eps, out=None):
-    """Twin of ops.batch_norm_relu. x (...,C), the others (C,) -> y (...,C)."""
+    """Twin of ops.batch_norm_relu. x (...,C), the others (C,) -> y (...,C), in out if given."""
     pixels = x.reshape(1, -1, x.shape[-1])                               # (1,N,C)
     scale = weight * (var + F32(eps)) ** F32(-0.5)
     shift = bias - mean * scale

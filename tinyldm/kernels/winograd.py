@@ -28,7 +28,8 @@ from ..backend import free_threads, parallel, scratch
 from .half import widen
 
 STRIP_TILES = 128           # tiles at a time: their numbers stay in the cache
-STRIP_NUMBERS = 1 << 15
+STRIP_NUMBERS = 1 << 15     # or tiles times channels: with few channels, NumPy's calls on 128 tiles
+                            # are so short that threads wait for the interpreter's lock
 CHUNK = 320                 # at most so many output channels at a time, if tiles are few
 WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers stay in the cache
 
@@ -106,10 +107,10 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
     B, H, W, _ = x.shape
     y = np.empty((B, H + sum(padding) - 2, W + sum(padding) - 2, O), np.float32)
     points = _points(y.shape)
-    size = max(STRIP_TILES, STRIP_NUMBERS // max(C, O))
     whole, = _strips(y.shape, points, math.prod(y.shape))
-    size = max(STRIP_TILES, min(size, whole.tiles // (2 * free_threads() + 1)))
-    strips = _strips(y.shape, points, size)
+    share = whole.tiles // (2 * free_threads() + 1)
+    strips = _strips(y.shape, points,
+                     max(STRIP_TILES, min(share, STRIP_NUMBERS // max(C, O))))
     if len(strips) >= 2 * free_threads():
         values = _transform_weight(weight, points)
 
@@ -120,7 +121,6 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
             _write(products, bias, item, points, y)
         parallel(strip, strips)
     else:                               # too few strips: threads share the output channels
-        whole, = _strips(y.shape, points, math.prod(y.shape))
         tiles = np.empty((points.count, whole.tiles, C), np.float32)
         parallel(lambda item: _transform_tiles(x, item, padding, points, tiles[:, item.place]),
                  _strips(y.shape, points, whole.tiles // (2 * free_threads())))
