@@ -282,6 +282,11 @@ def forward_hooks(hooks):
         _hooks.set(tuple(other for other in _hooks.get() if other is not hooks))
 
 
+def unobserved(tape):
+    """Whether nobody sees in which order layers run: no tape and no hook."""
+    return tape is NO_TAPE and not _hooks.get()
+
+
 class WeightedOp(Module):
     """An op of x, a weight and a bias (or None): what Linear, Conv2d and the norms share."""
 

@@ -20,8 +20,9 @@ MEASURED = ROOT / "docs" / "measured"
 # Every benchmark, in the order of the table, with the ratio aimed at: of all its figures, or of
 # those whose name contains a word.
 AIMS = {"unet": 0.9, "vae": {"decoder": 0.6, "encoder": 0.7}, "text": 1,
-        "ddpm": 1, "upscale": 1, "picture": {"time": 0.8, "memory": 0.7}, "startup": 1,
-        "training": 1, "memory": 1, "kernels": None, "leads": None, "where": None}
+        "ddpm": 1, "upscale": 1, "dit": 1, "prior": 1, "clip_vision": 1, "inception": 1,
+        "picture": {"time": 0.8, "memory": 0.7}, "startup": 1, "training": 1, "memory": 1,
+        "kernels": None, "leads": None, "where": None}
 
 QUOTE = re.compile(r"<!-- (table|ours|reference|ratio|where): (.+?) -->(.*?)<!-- end -->", re.S)
 ABOUT = ("machine", "cores", "threads", "python", "blas", "numpy", "torch", "diffusers",

@@ -48,12 +48,12 @@ def _group_norm(x, weight, bias, num_groups, eps, silu):
     return y.reshape(x.shape), (bias, cache) if silu else cache
 
 
-def batch_norm_relu(x, weight, bias, mean, var, eps):
-    """Twin of ops.batch_norm_relu. x (...,C), the others (C,) -> y (...,C)."""
+def batch_norm_relu(x, weight, bias, mean, var, eps, out=None):
+    """Twin of ops.batch_norm_relu. x (...,C), the others (C,) -> y (...,C), in out if given."""
     pixels = x.reshape(1, -1, x.shape[-1])                               # (1,N,C)
     scale = weight * (var + F32(eps)) ** F32(-0.5)
     shift = bias - mean * scale
-    y = np.empty_like(pixels)
+    y = np.empty_like(pixels) if out is None else out.reshape(pixels.shape)
 
     def normalise(block):
         part = y[block]

@@ -114,18 +114,19 @@ def layer_norm_backward(dy, cache, frozen=False):
 
 
 @fast_twin(cpu=norm.batch_norm_relu)
-def batch_norm_relu(x, weight, bias, mean, var, eps):
+def batch_norm_relu(x, weight, bias, mean, var, eps, out=None):
     """Normalise each channel with running statistics, scale and shift it; then cut at zero.
 
         y = max(weight * (x - mean) * rstd + bias, 0),    rstd = 1 / sqrt(var + eps)
 
     x (...,C), weight, bias, mean, var (C,) -> y (...,C). mean and var are constants here, as they
     are when a trained network is used: averages over its training data, stored with the weights. So
-    each channel of each pixel is a number times x plus a number.
+    each channel of each pixel is a number times x plus a number. out: an array for y; it may be x
+    itself if no backward follows.
     Source: Ioffe & Szegedy 2015, "Batch Normalization", arXiv:1502.03167, algorithm 2, line 11.
     """
     scale, shift = _scale_and_shift(weight, bias, mean, var, eps)
-    y = get_xp(x).maximum(widen(x) * scale + shift, 0).astype(x.dtype, copy=False)
+    y = get_xp(x).maximum(widen(x) * scale + shift, 0, out=out).astype(x.dtype, copy=False)
     return y, (x, weight, bias, mean, var, eps)
 
 
