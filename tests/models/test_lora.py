@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tests.support.arrays import read_only
-from tests.support.extra import peft, torch
+from tests.support.extra import diffusers, peft, torch
 from tests.support.models import UNETS, cases, inputs, make, outputs
 from tests.support.reference import nchw, nhwc, to_ours
 from tests.support.tolerance import assert_allclose, within
@@ -180,9 +180,8 @@ def test_the_public_counts(kind, targets, modules, per_rank, rng):
 
 def test_the_layers_and_their_order_are_peft_s():
     """The order matters: each draws its numbers after those before it."""
-    from diffusers import UNet2DConditionModel as Reference
     name = next(iter(UNETS))
-    theirs = Reference(**UNETS[name])
+    theirs = diffusers.UNet2DConditionModel(**UNETS[name])
     theirs.add_adapter(peft.LoraConfig(r=2, target_modules=list(DIFFUSERS)))
     expected = [key.removesuffix(".lora_A.default.weight") for key, _ in theirs.named_parameters()
                 if key.endswith("lora_A.default.weight")]
