@@ -1,4 +1,4 @@
-"""What lora.py and textual_inversion.py share: options, batches, losses, and the check of the file.
+"""The batches and the losses of lora.py and textual_inversion.py; stage.py has what is around.
 
     pictures ─LatentCache→ latents ──────────┐
     the seed, the batch's number ─→ noise, t ┼→ x_t ─UNet→ model_output → loss

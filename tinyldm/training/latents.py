@@ -1,8 +1,8 @@
 """The latents of a PictureFolder, computed once and kept on disk.
 
 Between data.py and the objective: the VAE's encoder is frozen while a UNet trains, so what it gives
-for a picture stays the same. Kept are the mean and the standard deviation, not one sample of them
-as in kohya-ss/sd-scripts: a training draws a new one in every epoch.
+for a picture stays the same. A file has its mean and standard deviation, from which a training
+draws a new sample in every epoch; kohya-ss/sd-scripts keeps one sample.
 
 One file per picture, and one more for its mirror image. A file's name is a hash of all that its
 numbers depend on. So a picture, a VAE or a setting that changes asks for a file that is not there,

@@ -245,7 +245,6 @@ class Stage:
         say(f"checked: with {self.result} read back, the model predicts what the trained one does, "
             f"up to {error:.1g} of the standard deviation; without it, up to {change:.1g}")
 
-
     def show_use(self, option):
         """Print a command that draws with the result."""
         weights = f" --weights {shlex.quote(self.options.weights)}" if self.options.weights else ""
