@@ -1,6 +1,7 @@
 """python -m tinyldm "a prompt": see cli/draw.py."""
 import sys
 
+from . import ranks
 from .cli.console import status
 
 
@@ -13,4 +14,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ranks.program(main))

@@ -1,6 +1,7 @@
 """python -m tinyldm.shapes STAGE: the stages of the bundled model's recipe."""
 import sys
 
+from .. import ranks
 from ..cli.console import status
 
 
@@ -13,4 +14,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ranks.program(main))
