@@ -44,9 +44,9 @@ class Parameter:
     trainable: False freezes it. Then it gets no gradient. Change it only between a backward and the
     next forward.
 
-    Each shard of a batch has a sum of its own. `grad` adds up neighbouring shards, then neighbouring
-    pairs, and so on. So the result depends neither on which worker thread was first, nor on whether
-    two or four processes have each had their part of the shards.
+    Each shard of a batch has a sum of its own. `grad` adds up pairs of neighbouring shards, then
+    pairs of these sums, and so on. So the result depends neither on which worker thread was first,
+    nor on whether two or four processes have each had their part of the shards.
     """
 
     _lock = threading.Lock()                            # threads may also share a shard

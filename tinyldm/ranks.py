@@ -26,11 +26,13 @@ SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")    # set by the mpirun of Open MPI,
 GRACE = 2.0             # seconds in which the first rank may say what is wrong with all
 LAST_LINES = 30         # of a rank that fails
 
+_alone = False          # the other ranks have ended
+
 
 @functools.cache
 def _world():
     """MPI's communicator of all ranks; None without mpirun. Raises TinyldmError without mpi4py."""
-    started = max((int(os.environ.get(name) or 1) for name in SIZES))
+    started = max(int(os.environ.get(name) or 1) for name in SIZES)
     if started == 1:
         return None
     try:
@@ -150,6 +152,17 @@ def first(function):
     return found
 
 
+def leave_to_first():
+    """End all ranks except the first, by SystemExit. From now on the first one is alone.
+
+    Every rank must come here, so that none waits for another.
+    """
+    global _alone
+    if rank():
+        raise SystemExit
+    _alone = True
+
+
 # ---- a program --------------------------------------------------------------------------------
 
 def program(main):
@@ -177,7 +190,7 @@ def program(main):
     except BaseException:
         traceback.print_exc()
         code = 1
-    if code:
+    if code and not _alone:
         if heard:
             time.sleep(GRACE)                           # it ends here if the first rank fails, too
             for line in heard.text().splitlines():

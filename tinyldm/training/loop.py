@@ -237,8 +237,7 @@ class Trainer:
                 if len(signals) < 2:
                     self._save(write)
                 report.end()
-            if ranks.rank():
-                raise SystemExit
+            ranks.leave_to_first()
             if self.stopped and not signals:
                 signals.append(signal.SIGINT)
 
@@ -271,7 +270,7 @@ class Trainer:
         if write:
             self.averaged(write)()
 
-    def _update(self, batch_loss, signals):             # -> {"loss", "gradient", ...}
+    def _update(self, batch_loss, signals=()):           # -> {"loss", "gradient", ...}
         reports, rate, batches = [], self.learning_rate(), self._batches()
 
         def run(place):
@@ -338,8 +337,7 @@ class Trainer:
             where = (f"; the first layer whose {found[0][1]} is not finite is {found[0][0]}"
                      if found else "; no layer is to blame") + where
         self._forget_gradients()
-        if ranks.rank():
-            raise SystemExit                            # the first rank saves, and says it
+        ranks.leave_to_first()                          # it saves, and says what is wrong
         return TinyldmError(f"{what}: take a smaller learning rate (it was {rate:g}), or see what "
                             f"is wrong with the batch{where}; {self.path} keeps the last good "
                             "state")
