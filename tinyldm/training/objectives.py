@@ -158,12 +158,12 @@ class DiffusionLoss:
         return losses
 
 
-def drop_captions(ids, empty, share, generators):
+def drop_captions(captions, share, generators):
     """Replace this share of the captions by the empty one, for the unconditional prediction that
-    guidance needs. ids (B,M), empty (M,) -> (B,M). Source: Ho & Salimans 2022, arXiv:2207.12598.
+    guidance needs. Source: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
     """
-    dropped = np.array([rng.random() < share for rng in generators])
-    return np.where(dropped[:, None], empty, ids)
+    return ["" if rng.random() < share else caption
+            for caption, rng in zip(captions, generators)]
 
 
 def variational_loss(unet, process, images, timesteps, weights, rng, share, kind="rescaled_mse",
