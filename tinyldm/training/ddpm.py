@@ -43,7 +43,7 @@ from .options import (
 )
 
 SAMPLES, SAMPLE_STEPS = 8, 25       # pictures of a row of the sheet, steps of DDIM for each
-SHOWN = 128                 # pixels, the side of a sample in the sheet, at least
+SHOWN = 256                 # pixels, the place of a sample in the sheet
 EXACT = 1e-3                # of the prediction's standard deviation, what the folder may be off
 # What a training that goes on must have in common with its beginning, besides that of all stages.
 SETTINGS = ("weights", "model", "classes", "class_dropout", "resolution", "variance",

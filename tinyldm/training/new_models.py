@@ -13,7 +13,7 @@ from .optim import initialise, initialise_dit
 
 CREATION = 2 ** 32 - 1      # the key of the first numbers; the steps have smaller ones
 GUIDANCE = 2.0              # of drawing with a new model, where classes were dropped in training
-# UNets of pixels, and their learning rates. small: for 32×32, 1.4 million numbers. cifar10: Ho et
+# UNets of pixels. small: for 32×32, 1.8 million numbers. cifar10: Ho et
 # al. 2020's, 36 million; google/ddpm-cifar10-32 has this config.
 UNETS = {
     "small": {"block_out_channels": [32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8,
@@ -27,8 +27,7 @@ UNETS = {
                 "attention_head_dim": None, "norm_eps": 1e-6, "downsample_padding": 0,
                 "flip_sin_to_cos": False, "freq_shift": 1},
 }
-# A DiT on latents. The timestep's frequencies and all norms as in the original code, which
-# diffusers' class, with another default, reads, too.
+# A DiT on latents, of 2.1 million numbers. Frequencies and norms are those of diffusers' class.
 DIT = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32, "patch_size": 2,
        "attention_bias": True, "activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero",
        "norm_elementwise_affine": False}

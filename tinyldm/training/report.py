@@ -22,8 +22,7 @@ from ..images import grid, labelled
 
 RECENT = 100            # steps over which the bar averages the loss
 DRAW_EVERY = 60         # seconds between two drawings of the curve
-SIDE, LEAST = 256, 128  # of the sheet: the longest side of a picture, and of its place at least
-GAP = 4                 # pixels between two
+SIDE, GAP = 256, 4      # of the sheet: the longest side of a picture, pixels between two
 
 
 class Report:
@@ -168,8 +167,7 @@ def sample_sheet(folder, last):
 
     files = sorted(file for file in folder.glob("*-*.png") if int(file.stem.split("-")[0]) <= last)
     columns = 1 + max(int(file.stem.split("-")[1]) for file in files)
-    side = max(LEAST, min(SIDE, max(Image.open(files[0]).size)))
-    cells = [labelled(Image.open(file), f"step {int(file.stem.split('-')[0])}", side, lines=1)
+    cells = [labelled(Image.open(file), f"step {int(file.stem.split('-')[0])}", SIDE, lines=1)
              for file in files]
     return grid(cells, columns, GAP)
 
