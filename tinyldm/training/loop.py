@@ -18,10 +18,10 @@ import numpy as np
 
 from .. import ranks
 from ..backend import asarray, keep_freed_memory, parallel, to_host
+from ..bad_layer import bad_layer
 from ..errors import TinyldmError, note
 from ..files import make_folder
 from ..layers import SHARD
-from ..pipelines.finite import bad_layer
 from .optim import AdamW, NotFinite
 from .rates import half_cosine
 from .report import Report
@@ -45,7 +45,7 @@ NUMBERS = 32            # of a report, at most: they travel behind the gradient
 COMPARE_EVERY = 100     # steps between two comparisons of all ranks' weights
 
 
-def split_batch(loss, batch, rng):
+def split_batch(loss, batch, rng=None):
     """Run loss(*shard, rng, share) on each shard of a batch, over worker threads; sum the reports.
 
     So the result depends neither on which thread was first nor on the number of threads: see
@@ -54,26 +54,26 @@ def split_batch(loss, batch, rng):
     return sum_reports(over_shards(loss, batch, rng))
 
 
-def over_shards(function, batch, rng):
+def over_shards(function, batch, rng=None):
     """Run function(*shard, rng, share) on each shard of a batch, over worker threads -> a list.
 
     batch: arrays or lists; a shard has the same rows of each. share: its part of the whole. Each
-    shard draws from a generator of its own, and results and gradients come in the order of the
-    shards. A loss of the whole batch takes two calls: lists with one entry per row give the second
-    call the same shards.
+    shard draws from a generator of its own; without rng, function(*shard, share) draws nothing.
+    Results and gradients come in the order of the shards. A loss of the whole batch takes two
+    calls: lists with one entry per row give the second call the same shards.
     Each rank runs its part of the shards; there are more than SHARDS only where ranks do not divide
     it. A rank that none is left for runs the first one with share 0.
     """
     size = len(batch[0])
     count = min(-(-SHARDS // ranks.size()) * ranks.size(), size)
     bounds = np.linspace(0, size, count + 1).astype(int)
-    generators = rng.spawn(count)
+    generators = [(child,) for child in rng.spawn(count)] if rng else [()] * count
 
     def run(i):
         shard = [array[bounds[i]:bounds[i + 1]] for array in batch]
         token = SHARD.set(i)
         try:
-            return function(*shard, generators[i], len(shard[0]) / size if mine else 0.0)
+            return function(*shard, *generators[i], len(shard[0]) / size if mine else 0.0)
         finally:
             SHARD.reset(token)
 
