@@ -16,7 +16,7 @@ BOTTOM = {"errors", "files", "backend", "configs", "signals", "ranks"}
 MAY_IMPORT = {
     "errors": set(),
     "signals": set(),
-    "ranks": {"errors"},
+    "ranks": {"errors", "backend"},
     "files": {"errors"},
     "configs": {"errors"},
     "backend": {"errors"},
