@@ -20,7 +20,8 @@ from .report import Report
 # {NAME: what it trains}; textual-inversion is textual_inversion.py.
 STAGES = {"lora": "train a LoRA: a small file that teaches a model a new thing or a style",
           "textual-inversion": "train a new word for prompts, and nothing else of the model"}
-RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate")    # python -m tinyldm.shapes
+# Those of python -m tinyldm.shapes.
+RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "compare")
 MOST = 10 ** 9
 EMAS = {"constant": optim.constant_decay, "ldm": optim.ldm_decay,
         "diffusers": optim.diffusers_decay, "warmup": optim.diffusers_warmup_decay}
