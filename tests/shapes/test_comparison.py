@@ -1,4 +1,4 @@
-"""The comparison of the systems: every training and drawing in a few steps, the numbers, the page."""
+"""The comparison: every training and drawing in a few steps, the numbers, the page."""
 import json
 import os
 import subprocess
@@ -77,7 +77,7 @@ def test_the_gradients_of_each_loss(name, pool, small, tmp_path, monkeypatch):
 
         def run():
             rows, rngs = pool.batch(0, 8)
-            return loss(rows, rngs, np.random.default_rng(0), 0.5)["loss"]
+            return loss(rows, rngs, 0.5)["loss"]
         run()
         parameters = [p for module in modules.values() for p in module.parameters() if p.trainable]
         grads = [p.grad for p in parameters]

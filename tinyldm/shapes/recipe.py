@@ -8,6 +8,7 @@ from .comparison.command import SYSTEMS, compare
 from .denoiser import train_unet
 from .evaluation import evaluate
 from .export import export, restore
+from .pictures import write_pictures
 
 MOST_STEPS = 10 ** 9
 MOST_AT_ONCE = 10_000       # latents per batch, prompts to draw
@@ -30,6 +31,16 @@ def parse(arguments):
     for stage in (vae, unet, decoder, export, restore):
         stage.add_argument("--run", type=Path, default=Path("runs/shapes"),
                            help="folder of the training's state, from which it resumes")
+    pictures = stages.add_parser("pictures", help="write pictures and captions of the toy world "
+                                 "as a folder, for python -m tinyldm.training")
+    pictures.add_argument("--output", type=Path, required=True, help="a new folder")
+    pictures.add_argument("--count", type=whole(1, 100_000), default=2000, help="(2000)")
+    pictures.add_argument("--seed", type=whole(0), default=0, help="of the drawings (0)")
+    kind = pictures.add_mutually_exclusive_group()
+    kind.add_argument("--crowds", action="store_true", help="every second picture shows a "
+                          "crowd of things, without a caption, for an autoencoder")
+    kind.add_argument("--single", action="store_true", help="one thing per picture; its shape "
+                          "begins the file's name, circle_00000.png, for --classes names")
     evaluate = stages.add_parser("evaluate", help="5. measure how well held-out prompts are drawn")
     evaluate.add_argument("--weights", help="folder of weights (default: the bundled model)")
     evaluate.add_argument("--prompts", type=whole(1, MOST_AT_ONCE), default=200)
@@ -49,7 +60,8 @@ def parse(arguments):
 
 
 COMMANDS = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder, "export": export,
-            "restore": restore, "evaluate": evaluate, "compare": compare}
+            "restore": restore, "evaluate": evaluate, "pictures": write_pictures,
+            "compare": compare}
 
 
 def run(arguments=None):

@@ -93,10 +93,10 @@ class PictureFolder:
     """The pictures of a folder and its sub-folders, each examined once.
 
     folder: where they lie. resolution: the side of the images, in pixels; with `buckets` that of
-    the square whose area no image exceeds. caption: one for all, or a list to draw from, instead of
-    the forms that captions.py reads. center_crop: cut in the middle, not at a random place. flip:
-    mirror half of the pictures. strict: raise where otherwise a picture would be skipped or would
-    train with an empty caption.
+    the square whose area no image exceeds. caption: one for all, "" where none is needed, or a list
+    to draw from, instead of the forms that captions.py reads. center_crop: cut in the middle, not
+    at a random place. flip: mirror half of the pictures. strict: raise where otherwise a picture
+    would be skipped or would train with an empty caption.
 
     items: [Item]. fingerprint: it changes with the pictures' names and contents, their captions,
     and the settings. len(): pictures per epoch, repeats counted.
@@ -210,6 +210,8 @@ class PictureFolder:
             forms = Counter(self.forms[item.name] for item in self.items if item.name in self.forms)
             return "captions: " + ", ".join(f"{n} from {form}" for form, n in forms.items())
         given = self.items[0].captions
+        if given == ("",):
+            return "captions are not used"
         return (f"one caption for all: {given[0]!r}" if len(given) == 1 else
                 f"{len(given)} captions, of which one is drawn each time")
 
@@ -237,6 +239,21 @@ class PictureFolder:
             if lost := max(tokens for _, tokens in cut):
                 self.findings[LONG].append(f"{item.name}: {lost} tokens too long")
                 self.items[i] = replace(item, captions=tuple(text for text, _ in cut))
+
+    def hold_out(self, count):
+        """Take `count` pictures out of the batches -> their indices of items.
+
+        They lie at equal distances in the order of the names, so each class gives its share. Their
+        number is not in the fingerprint.
+        Raises TinyldmError where nothing would be left.
+        """
+        if count >= len(self.items):
+            raise TinyldmError(f"{count} of {self.folder}'s {len(self.items)} pictures cannot be "
+                               "held out, as some must be left to train on: hold out fewer")
+        held = np.linspace(0, len(self.items), count, endpoint=False).astype(int)
+        kept = ~np.isin(self.entries, held)
+        self.entries, self._bucket = self.entries[kept], self._bucket[kept]
+        return held.tolist()
 
     # ---- batches ---------------------------------------------------------------------------------
 

@@ -18,10 +18,11 @@ from .objectives import TIMESTEPS, DiffusionLoss
 from .report import Report
 
 # {NAME: what it trains}; textual-inversion is textual_inversion.py.
-STAGES = {"lora": "train a LoRA: a small file that teaches a model a new thing or a style",
+STAGES = {"ddpm": "train a diffusion model of pictures, without a text, perhaps by class",
+          "lora": "train a LoRA: a small file that teaches a model a new thing or a style",
           "textual-inversion": "train a new word for prompts, and nothing else of the model"}
-# Those of python -m tinyldm.shapes.
-RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "compare")
+# python -m tinyldm.shapes
+RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "pictures", "compare")
 MOST = 10 ** 9
 EMAS = {"constant": optim.constant_decay, "ldm": optim.ldm_decay,
         "diffusers": optim.diffusers_decay, "warmup": optim.diffusers_warmup_decay}
@@ -66,7 +67,8 @@ def _stage(name):
 
 # ---- options ----------------------------------------------------------------------------------
 
-def add_shared(parser, *, steps, learning_rate, batch=1, warmup=0, schedule="constant"):
+def add_shared(parser, *, steps, learning_rate, batch=1, warmup=0, schedule="constant",
+               betas=(0.9, 0.999), weight_decay=0.01, clip=1.0, ema=0.0):
     """Add what every stage offers. The keywords are this stage's defaults."""
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=whole(1), default=steps, metavar="N", help="updates of the whole training, "
@@ -88,15 +90,17 @@ def add_shared(parser, *, steps, learning_rate, batch=1, warmup=0, schedule="con
         "then by 0.01")
     add("--seed", type=whole(0), default=0, metavar="K", help="of all random choices (0)")
     add = parser.add_argument_group("optimiser (AdamW)").add_argument
-    add("--betas", type=real(0, 1), nargs=2, default=(0.9, 0.999), metavar=("B1", "B2"),
-        help="decays of the averages of gradients and of their squares (0.9 0.999)")
+    add("--betas", type=real(0, 1), nargs=2, default=betas, metavar=("B1", "B2"),
+        help="decays of the averages of gradients and of their squares "
+        f"({betas[0]:g} {betas[1]:g})")
     add("--adam-eps", type=real(0, above=True), default=1e-8, metavar="E", help="(1e-8)")
-    add("--weight-decay", type=real(0), default=0.01, metavar="W", help="(0.01)")
+    add("--weight-decay", type=real(0), default=weight_decay, metavar="W",
+        help=f"({weight_decay:g})")
     add("--decay-vectors", action="store_true", help="let biases and norms decay, too")
-    add("--clip", type=real(0), default=1.0, metavar="C", help="largest norm of the gradient; 0 "
-        "switches clipping off (1)")
-    add("--ema", type=real(0, 1), default=0.0, metavar="D", help="train, and at the end write, "
-        "an average of the weights with the decay D, such as 0.999; 0 switches it off (0)")
+    add("--clip", type=real(0), default=clip, metavar="C", help="largest norm of the gradient; 0 "
+        f"switches clipping off ({clip:g})")
+    add("--ema", type=real(0, 1), default=ema, metavar="D", help="train, and at the end write, "
+        f"an average of the weights with the decay D, such as 0.999; 0 switches it off ({ema:g})")
     add("--ema-form", choices=EMAS, default="ldm", metavar="NAME", help="how the decay rises to "
         f"D: {', '.join(EMAS)} (ldm)")
 
@@ -112,8 +116,8 @@ def add_diffusion(parser):
         help=f"how they are drawn: {' or '.join(TIMESTEPS)} (uniform)")
 
 
-def add_output(parser, output):
-    """Add what is written, and how a training goes on."""
+def add_output(parser, output, prompts=True):
+    """Add what is written, and how a training goes on. prompts: whether samples need them."""
     add = parser.add_argument_group("what is written").add_argument
     add("--output", type=path, default=output, metavar="FOLDER", help="of the result, the state, "
         f"the log, the curve and the samples ({output})")
@@ -126,8 +130,9 @@ def add_output(parser, output):
         "at the loss of fixed pictures, noise and timesteps; 0 switches it off (100)")
     add("--sample-every", type=whole(0), default=0, metavar="N", help="steps between two samples, "
         "which one sheet collects; 0 switches them off (0)")
-    add("--sample-prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be "
-        "given several times")
+    if prompts:
+        add("--sample-prompt", action="append", default=[], metavar="TEXT", help="what to draw; "
+            "may be given several times")
 
 
 def whole(least, most=MOST):

@@ -47,14 +47,21 @@ class Data:
         self.run, self.tokenizer, self.vae = run, bundled.tokenizer, bundled.vae
         self.scenes = scenes(POOL, POOL_SEED)
         self.pictures = np.stack([*map(draw, self.scenes)])             # uint8 (POOL,64,64,3)
-        self.ids = np.concatenate([self.tokenizer(scene.caption()) for scene in self.scenes])
-        self.no_caption, = self.tokenizer("")
+        self.known = {}                                 # {caption: its tokens}
+        self.captions = [scene.caption() for scene in self.scenes]
         self.labels = np.array([*map(label_of, self.scenes)])
 
     def batch(self, number, size):
         """The batch of this number: rows of the pool, and a generator for each."""
         rngs = generators(SEED, number, size)
         return np.array([rng.integers(len(self.scenes)) for rng in rngs]), rngs
+
+    def ids(self, captions):
+        """The tokens (B,77) of captions."""
+        for caption in captions:
+            if caption not in self.known:
+                self.known[caption], = self.tokenizer(caption)
+        return np.stack([self.known[caption] for caption in captions])
 
     def images(self, rows):
         """-> float32 (B,64,64,3) in [-1, 1]."""

@@ -39,8 +39,8 @@ from ...pipelines.prior import TextPrior
 from ...pipelines.stable_diffusion import StableDiffusion
 from ...pipelines.unclip import UnCLIP
 from ...training.loop import Trainer, split_batch
-from ...training.objectives import DiffusionLoss, drop_captions, variational_loss
-from ...training.optim import AdamW, initialise, load_ema
+from ...training.objectives import DiffusionLoss, HybridLoss, drop_captions, drop_labels
+from ...training.optim import AdamW, initialise, initialise_dit, load_ema
 from ...training.report import Report
 from ..configs import OPTIMIZER, SCHEDULER, TEXT_ENCODER, UNET
 from ..drawing import draw, to_images
@@ -67,20 +67,20 @@ class Trained(NamedTuple):
 def train(data, folder, steps, batch, models, loss):
     """Train {name: Module} from noise, and give them the average of their weights.
 
-    loss(rows, rngs, rng, share): of some rows of the pool, see training.loop.split_batch. The log
+    loss(rows, rngs, share): of some rows of the pool, see training.loop.split_batch. The log
     has the seconds that the processor worked for each step, by which budgets are compared.
     """
     rng = np.random.default_rng(SEED)
     for model in models.values():
-        initialise(model, rng)
+        (initialise_dit if isinstance(model, DiTTransformer2DModel) else initialise)(model, rng)
     named = trainable_parameters(*models.values())
     loop = Trainer(folder / "state.npz", named, steps, RATE, WARMUP,
                    partial(AdamW, **OPTIMIZER), report=Report(folder))
     loop.models, before = models, time.process_time()
 
-    def batch_loss(rng):
+    def batch_loss(rng):                                # not used: each picture has its own
         nonlocal before
-        report = split_batch(loss, data.batch(loop.batch, batch), rng)
+        report = split_batch(loss, data.batch(loop.batch, batch))
         before, then = time.process_time(), before
         return report | {"cpu": before - then}
 
@@ -120,7 +120,7 @@ def vae(data, folder, steps, batch=16):
     """
     model = AutoencoderKL(VAE)
 
-    def loss(rows, rngs, rng, share):
+    def loss(rows, rngs, share):
         images, tape = data.images(rows), Tape()
         mean, logvar = model.encode(images, tape)
         std, D = np.exp(0.5 * logvar), images[0].size
@@ -167,9 +167,11 @@ def pixels(data, folder, steps, batch=16, learned=False):
     """
     unet = UNet2DModel(PIXELS | {"out_channels": 6 if learned else 3})
     schedule = Schedule.from_config(SCHEDULER)
-    process, objective = Process.of(schedule), DiffusionLoss(schedule)
+    objective = DiffusionLoss(schedule)
+    if learned:
+        objective = HybridLoss(objective)
 
-    def plain(rows, rngs, rng, share):
+    def loss(rows, rngs, share):
         images, tape = data.images(rows), Tape()
         x_t, timesteps, noise = objective.noisy(images, rngs)
         output = unet(x_t, timesteps, tape)
@@ -177,18 +179,14 @@ def pixels(data, folder, steps, batch=16, learned=False):
         unet.backward(doutput, tape)
         return {"loss": value, "expected": expected}
 
-    def hybrid(rows, rngs, rng, share):
-        return variational_loss(unet, process, data.images(rows), objective.timesteps(rngs),
-                                np.ones(len(rows)), rng, share)[0]
-
-    train(data, folder, steps, batch, {"unet": unet}, hybrid if learned else plain)
+    train(data, folder, steps, batch, {"unet": unet}, loss)
     variance = "learned_range" if learned else "fixed_large"
     pipe = DDPM(unet, SCHEDULER | {"_class_name": "DDPMScheduler", "variance_type": variance},
                 PIXEL_STEPS)
 
     def bits(images):
-        rng = np.random.default_rng(SEED)
-        return bits_per_dimension(unet, process.respaced(BOUND_STEPS), [images],
+        process, rng = Process.of(schedule).respaced(BOUND_STEPS), np.random.default_rng(SEED)
+        return bits_per_dimension(unet, process, [images],
                                   partial(rng.standard_normal, dtype=np.float32), variance).total
 
     return Trained([unet], (), lambda scene, seed: pipe(seed=seed)[0], bits)
@@ -206,11 +204,11 @@ def dit(data, folder, steps, batch=32):
     transformer, objective = DiTTransformer2DModel(DIT), DiffusionLoss(
         Schedule.from_config(SCHEDULER))
 
-    def loss(rows, rngs, rng, share):
+    def loss(rows, rngs, share):
         latents, tape = data.latents(rows, rngs), Tape()
         x_t, timesteps, noise = objective.noisy(latents, rngs)
-        dropped = np.array([rng.random() < NO_CAPTION for rng in rngs])
-        output = transformer(x_t, timesteps, data.labels[rows], tape, dropped=dropped)
+        labels = drop_labels(data.labels[rows], CLASSES, NO_CAPTION, rngs)
+        output = transformer(x_t, timesteps, labels, tape)
         value, doutput, expected = objective(output, latents, noise, timesteps, share)
         transformer.backward(doutput, tape)
         return {"loss": value, "expected": expected}
@@ -239,8 +237,8 @@ def unet_config(widths, context, **changes):
 
 
 def captions(data, rows, rngs):
-    """The captions' ids (B,77), some of them replaced by the empty one."""
-    return drop_captions(data.ids[rows], data.no_caption, NO_CAPTION, rngs)
+    """The captions' ids (B,77), some of them replaced by the empty one's."""
+    return data.ids(drop_captions([data.captions[row] for row in rows], NO_CAPTION, rngs))
 
 
 def latent(data, folder, steps, batch=32, text=TEXT, widths=WIDTHS):
@@ -252,7 +250,7 @@ def latent(data, folder, steps, batch=32, text=TEXT, widths=WIDTHS):
     unet = UNet2DConditionModel(unet_config(widths, text[0]))
     objective = DiffusionLoss(Schedule.from_config(SCHEDULER))
 
-    def loss(rows, rngs, rng, share):
+    def loss(rows, rngs, share):
         latents, tape = data.latents(rows, rngs), Tape()
         x_t, timesteps, noise = objective.noisy(latents, rngs)
         context = encoder(captions(data, rows, rngs), tape)
@@ -291,7 +289,7 @@ def cascade(data, folder, steps, batch=32):
     schedule = Schedule.from_config(PIXEL_SCHEDULER)
     objective = DiffusionLoss(schedule)
 
-    def loss(rows, rngs, rng, share):
+    def loss(rows, rngs, share):
         images, tape = data.images(rows), Tape()
         small, _ = ops.average_pool(images, 4, 4)                       # (B,16,16,3)
         context = encoder(captions(data, rows, rngs), tape)
@@ -361,7 +359,7 @@ def prior(data, folder, steps, batch=32):
     of_prior = DiffusionLoss(Schedule.from_config(PRIOR_SCHEDULER))
     of_decoder = DiffusionLoss(Schedule.from_config(SCHEDULER))
 
-    def loss(rows, rngs, rng, share):
+    def loss(rows, rngs, share):
         ids, tape = captions(data, rows, rngs), Tape()
         context = clip.text_model(ids)                  # frozen
         text_embeds = clip.text_projection(context[end_tokens(ids, clip.end)])
@@ -376,7 +374,7 @@ def prior(data, folder, steps, batch=32):
         levels = np.array([rng.integers(NOISE_LEVELS) for rng in rngs])
         labels = pipe.noise_embeds(embeds[rows], levels, np.stack(
             [rng.standard_normal(width, np.float32) for rng in rngs]))
-        labels[(ids == data.no_caption).all(axis=1)] = 0        # what guidance moves away from
+        labels[ids[:, 1] == clip.end] = 0               # no caption: guidance moves away from it
         x_t, timesteps, noise = of_decoder.noisy(latents, rngs)
         output = unet(x_t, timesteps, context, tape, class_labels=labels)
         decoder, doutput, _ = of_decoder(output, latents, noise, timesteps, share)
@@ -396,9 +394,10 @@ def contrastive_model(data, folder, steps):
                       "projection_dim": TEXT[0]})
     clip.logit_scale.data, clip.logit_scale.trainable = np.float32(np.log(20)), False
 
-    def loss(rows, rngs, rng, share):
+    def loss(rows, rngs, share):
         tape = Tape()
-        logits = clip(data.images(rows), data.ids[rows], tape)
+        ids = data.ids([data.captions[row] for row in rows])
+        logits = clip(data.images(rows), ids, tape)
         value, cache = ops.contrastive(logits)
         clip.backward(ops.contrastive_backward(share, cache), tape)
         return {"loss": share * float(value)}
