@@ -5,6 +5,7 @@ Trained. A folder that holds the state of all steps is only read. All diffusion 
 bundled model's noise schedule and predict v, except the prior, which predicts the embedding itself.
 Those in latents use the bundled model's VAE as it is; its training is not part of any budget.
 """
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -112,11 +113,13 @@ VAE = {"block_out_channels": [8, 16, 32, 64, 96, 128, 128], "latent_channels": 3
 def vae(data, folder, steps, batch=16):
     """A VAE alone: 64x64 pixels become 32 numbers, and 32 normal numbers become a picture.
 
-        loss = 1/2 ln mean d^2 + KL(N(mean, var), N(0, 1)) / D,      d = decode(z) - images
+        loss = (1/2 ln(2 pi e mean d^2) + KL(N(mean, var), N(0, 1)) / D) / ln 2 + log2(127.5)
+        d = decode(z) - images,      z = mean + sqrt(var) noise
 
-    It is the bound of a decoder N(decode(z), sigma^2) of D numbers, with the sigma that fits best:
-    no weight has to be chosen. Source: Kingma & Welling 2013, arXiv:1312.6114, eq. 10; Rybkin et
-    al. 2020, "Simple and Effective VAE Training with Calibrated Decoders", arXiv:2006.13202, eq. 4.
+    It is the bound, in bits per dimension, of a decoder N(decode(z), sigma^2) of D numbers, with
+    the sigma that fits best; so no weight has to be chosen. log2(127.5): pixels lie 1/127.5 apart.
+    Source: Kingma & Welling 2013, arXiv:1312.6114, eq. 10; Rybkin et al. 2020, "Simple and
+    Effective VAE Training with Calibrated Decoders", arXiv:2006.13202, section 3.
     """
     model = AutoencoderKL(VAE)
 
@@ -128,11 +131,13 @@ def vae(data, folder, steps, batch=16):
         output = model.decode(mean + std * noise, tape)
         mse, cache = ops.mse(output, images)
         kl, kl_cache = ops.kl_normal(mean, logvar)
-        doutput, _ = ops.mse_backward(float(share * 0.5 / mse), cache)
+        bits = share / math.log(2)
+        doutput, _ = ops.mse_backward(float(bits * 0.5 / mse), cache)
         dz = model.decode_backward(doutput, tape)
-        dmean, dlogvar = ops.kl_normal_backward(share / D, kl_cache)
+        dmean, dlogvar = ops.kl_normal_backward(bits / D, kl_cache)
         model.encode_backward(dmean + dz, dlogvar + dz * (0.5 * std * noise), tape)
-        return {"loss": share * float(0.5 * np.log(mse) + kl / D), "mse": share * float(mse),
+        nats = 0.5 * math.log(2 * math.pi * math.e * mse) + float(kl) / D
+        return {"loss": bits * nats + share * math.log2(127.5), "mse": share * float(mse),
                 "kl": share * float(kl)}
 
     train(data, folder, steps, batch, {"vae": model}, loss)
@@ -149,9 +154,9 @@ def vae_bits(model, images):
     output = model.decode(mean + np.exp(0.5 * logvar) * noise)
     sigma2 = ops.mse(output, images)[0]
     likelihood, _ = ops.discretized_log_likelihood(images, output,
-                                                   np.full_like(output, np.log(sigma2)))
+                                                   np.full_like(output, math.log(sigma2)))
     kl, _ = ops.kl_normal(mean, logvar)
-    return float((kl / images[0].size - likelihood.mean()) / np.log(2))
+    return float((kl / images[0].size - likelihood.mean()) / math.log(2))
 
 
 PIXELS = {"sample_size": 64, "block_out_channels": [16, 32, 64, 64, 64], "layers_per_block": 1,
