@@ -165,26 +165,31 @@ NUMBERS = {"kid": 0.1234, "kid_std": 0.011, "clear": 0.5, "asked": 0.25, "parame
            "seconds": 0.123, "steps": 10, "training": 90.0}
 
 
-def test_the_table_needs_every_system_and_fills_the_page(tmp_path):
+def test_the_table_fills_the_page_with_what_is_measured(tmp_path):
     run, docs = tmp_path / "run", tmp_path / "docs"
-    row = Image.new("RGB", (40, 8))
-    for folder in [*(run / name for name in command.SYSTEMS),
-                   *(run / "sizes" / name for name in command.SIZES)]:
-        with pytest.raises(TinyldmError, match="holds no numbers.json: run `python -m tinyldm.sha"):
-            command.compare("table", run, docs)
-        folder.mkdir(parents=True)
-        (folder / "numbers.json").write_text(json.dumps(NUMBERS))
-        row.save(folder / "samples.png")
+    with pytest.raises(TinyldmError, match="holds no results: run `python -m tinyldm.shapes comp"):
+        command.compare("table", run, docs)
+    for name in ("dit", "vae", "sizes/base", "sizes/unet-16", "sizes/text-16"):
+        (run / name).mkdir(parents=True)
+        (run / name / "numbers.json").write_text(json.dumps(NUMBERS))
+        Image.new("RGB", (40, 8)).save(run / name / "samples.png")
     docs.mkdir()
-    (docs / "comparison.md").write_text("# A\n<!-- comparison: systems -->old<!-- end -->\nb")
+    quotes = [f"<!-- comparison: {kind} -->old<!-- end -->" for kind in ("systems", "sizes")]
+    (docs / "comparison.md").write_text("# A\n" + "\n".join(quotes) + "\nb")
     command.compare("table", run, docs)
-    lines = (docs / "comparison.md").read_text().splitlines()
-    assert lines[0] == "# A" and lines[-1] == "b" and "old" not in lines
-    assert "| DiT, in latents | colour and shape | 123 ± 11 | 50% | 25% |  | 1.23 M | 0.12 s " in (
-        "\n".join(lines))
+    text = (docs / "comparison.md").read_text()
+    lines = text.splitlines()
+    assert lines[0] == "# A" and lines[-1] == "b" and "old" not in text
+    dit, = (line for line in lines if "DiT" in line)
+    assert dit == ("| DiT, in latents | colour and shape | 123 ± 11 | 50% | 25% |  | 1.23 M "
+                   "| 0.12 s | 1.5 min |")
+    assert lines.index(dit) == 1 + next(i for i, line in enumerate(lines) if "VAE alone" in line)
+    assert "| base | 1.23 M | 123 ± 11 | 50% | 25% | 1.5 min |" in lines
     content = json.loads((docs / "measured" / "comparison.json").read_text())
-    assert content["systems"]["dit"] == NUMBERS and len(content["sizes"]) == len(command.SIZES)
-    assert Image.open(docs / "measured" / "comparison.png").size[0] == table.LABELS + 40
+    assert content["systems"]["dit"] == NUMBERS and len(content["sizes"]) == 3
+    figure = Image.open(docs / "measured" / "comparison.png")
+    assert figure.size == (table.LABELS + 40, 2 * 8 + 6)
+    assert table.fill(text, content) == text            # filling again changes nothing
 
 
 def test_the_page_shows_what_was_measured():
@@ -195,7 +200,7 @@ def test_the_page_shows_what_was_measured():
 
 @pytest.mark.parametrize("arguments, message", [
     (["nothing"], "nothing"), ([], "name"),
-    (["table", "--run", "none"], "run `python -m tinyldm.shapes compare true` first"),
+    (["table", "--run", "none"], "none holds no results: run `python -m tinyldm.shapes compare NAME"),
     (["true", "--run", "file"], "cannot write file"),
 ])
 def test_what_cannot_be_compared_is_said_in_a_line(arguments, message, tmp_path):

@@ -25,17 +25,20 @@ LABELS = 190                # pixels of the figure's left margin
 
 
 def write_table(run, docs, systems, sizes):
-    """Collect what was measured, and write the numbers, the figures and the page.
+    """Collect what has been measured so far, and write the numbers, the figures and the page.
 
-    Raises TinyldmError where a system has not been measured.
+    Raises TinyldmError where nothing has been measured.
     """
-    content = {"systems": {name: numbers_of(run / name, name) for name in systems},
-               "sizes": {name: numbers_of(run / "sizes" / name, "sizes") for name in sizes}}
+    content = {"systems": numbers_in(run, systems), "sizes": numbers_in(run / "sizes", sizes)}
+    if not content["systems"]:
+        raise TinyldmError(f"{run} holds no results: run `python -m tinyldm.shapes compare NAME "
+                           f"--run {run}` first, NAME being {', '.join(systems)} or sizes")
     make_folder(docs / "measured")
     write_json(docs / "measured" / "comparison.json", content)
     with replacing(docs / "measured" / "comparison.png") as temporary:
-        side_by_side(run, systems).save(temporary, "PNG")
-    plot_sizes(content["sizes"], docs / "measured" / "sizes.png")
+        side_by_side(run, content["systems"]).save(temporary, "PNG")
+    if content["sizes"]:
+        plot_sizes(content["sizes"], docs / "measured" / "sizes.png")
     page = docs / "comparison.md"
     if page.exists():
         filled = fill(page.read_text(encoding="utf-8"), content)
@@ -43,11 +46,10 @@ def write_table(run, docs, systems, sizes):
             temporary.write_text(filled, encoding="utf-8")
 
 
-def numbers_of(folder, name):
-    if not (folder / "numbers.json").exists():
-        raise TinyldmError(f"{folder} holds no numbers.json: run `python -m tinyldm.shapes compare "
-                           f"{name}` first, with the same --run")
-    return read_json(folder / "numbers.json")
+def numbers_in(run, names):
+    """{name: what its numbers.json holds}, of those that have one."""
+    return {name: read_json(run / name / "numbers.json") for name in names
+            if (run / name / "numbers.json").exists()}
 
 
 def fill(text, content):
@@ -116,6 +118,7 @@ def plot_sizes(sizes, path):
     for axes, (what, label) in zip(figure.subplots(1, 2), [
             ("asked", "as asked"), ("kid", "KID, by the bundled VAE")]):
         for part, names in LINES.items():
+            names = [name for name in names if name in sizes]
             axes.plot([sizes[name]["parameters"] / 1e6 for name in names],
                       [sizes[name][what] for name in names], marker="o", label=f"larger {part}")
         axes.set(xlabel="parameters, millions", ylabel=label, xscale="log")
