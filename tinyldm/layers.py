@@ -44,8 +44,9 @@ class Parameter:
     trainable: False freezes it. Then it gets no gradient. Change it only between a backward and the
     next forward.
 
-    Each shard of a batch has a sum of its own. `grad` adds these up in the order of the shards, so
-    that the result does not depend on which worker thread was first.
+    Each shard of a batch has a sum of its own. `grad` adds up pairs of neighbouring shards, then
+    pairs of these sums, and so on. So the result depends neither on which worker thread was first,
+    nor on whether two or four processes have each had their part of the shards.
     """
 
     _lock = threading.Lock()                            # threads may also share a shard
@@ -69,7 +70,9 @@ class Parameter:
     def grad(self):
         """The sum of all gradients since it was last set to None; None if there are none."""
         grads = [self._grads[shard] for shard in sorted(self._grads)]
-        return reduce(add, grads) if grads else None
+        while len(grads) > 1:
+            grads = [reduce(add, grads[i:i + 2]) for i in range(0, len(grads), 2)]
+        return grads[0] if grads else None
 
     @grad.setter
     def grad(self, grad):
@@ -95,11 +98,12 @@ class Module:
 
     @property
     def dtype(self):
-        """The dtype of activations: the widest of all parameters.
+        """The dtype of activations: the widest of all parameters, without those of LoRAs.
 
         Large weights may be stored in a narrower one; they are widened when they are used.
         """
-        return np.result_type(*{data.dtype for data in self._filled().values()})
+        self._filled()
+        return np.result_type(*self._dtypes())
 
     @property
     def xp(self):
@@ -165,6 +169,12 @@ class Module:
                 xp = np if parameter.data is None else get_xp(parameter.data)
                 parameter.data = xp.asarray(np.array(array, order="C"))
         return found
+
+    def _dtypes(self):
+        """The dtypes of the parameters that say what activations are."""
+        items = [item for name, value in vars(self).items() for _, item in _flat(name, value)]
+        return {item.data.dtype for item in items if isinstance(item, Parameter)}.union(
+            *(item._dtypes() for item in items if isinstance(item, Module)))
 
     def _filled(self):
         """{name: data} of all parameters. Raises TinyldmError if one was never filled."""

@@ -36,6 +36,26 @@ def initialise(module, rng):
             parameter.data[...] = 0
 
 
+def initialise_dit(transformer, rng):
+    """Fill a DiTTransformer2DModel, float32, from a numpy Generator: adaLN-Zero.
+
+    Weights are uniform with Xavier's variance 2 / (fan_in + fan_out), biases 0; those of the
+    timestep's perceptron and the table of labels are normal with standard deviation 0.02. The
+    layers that make shift, scale and gate begin at 0, and so does the last one: every block is the
+    identity, and the output is 0.
+    Source: Peebles & Xie 2022, arXiv:2212.09748, section 3.2; the code's initialize_weights.
+    """
+    for name, parameter in transformer.named_parameters():
+        shape = parameter.shape
+        if len(shape) == 1 or ".norm1.linear." in name or name.startswith("proj_out"):
+            parameter.data = np.zeros(shape, np.float32)
+        elif ".norm1.emb." in name:
+            parameter.data = rng.normal(0, 0.02, shape).astype(np.float32)
+        else:                                           # (out,in); of the patches (p,p,C,D)
+            most = (6 / (math.prod(shape[:-1]) + shape[-1])) ** 0.5
+            parameter.data = rng.uniform(-most, most, shape).astype(np.float32)
+
+
 # ---- averages of the weights ------------------------------------------------------------------
 # The decay at update n, which counts from 1: average = decay average + (1 - decay) weights. The
 # average begins as a copy of the first weights.
@@ -102,15 +122,15 @@ class AdamW:
             self.places.append((name, parameter, span, parameter.data))
             start = span.stop
 
-    def step(self, learning_rate, batches=1):
-        """One update from the gradients on the parameters; returns their norm before clipping.
+    def gradient(self, more=0):
+        """The gradients on the parameters, used up, as one flat vector; `more` zeros follow them.
 
-        batches: the number of batches whose gradients were added up; their mean is used.
-        Raises NotFinite for a gradient that is not finite, and TinyldmError for a parameter whose
-        data was replaced: the update would no longer reach the model. The weights stay as they are.
+        Raises TinyldmError for a parameter whose data was replaced: an update would no longer reach
+        the model.
         """
-        xp = get_xp(self.data)
-        grad = xp.empty_like(self.data)                 # not kept: the next forward needs the room
+        size = self.data.size                           # not kept: the next forward needs the room
+        grad = get_xp(self.data).empty(size + more, self.data.dtype)
+        grad[size:] = 0
         for name, parameter, span, view in self.places:
             if parameter.data is not view:
                 raise TinyldmError(f"{name} got new data after the optimiser was made: move the "
@@ -119,6 +139,16 @@ class AdamW:
             assert own is not None, f"{name} has no gradient"
             grad[span] = own.reshape(-1)
             parameter.grad = None
+        return grad
+
+    def step(self, learning_rate, batches=1, grad=None):
+        """One update from the gradients on the parameters; returns their norm before clipping.
+
+        batches: the number of batches whose gradients were added up; their mean is used. grad: what
+        `gradient` has returned, and others have added to; it is overwritten.
+        Raises NotFinite for a gradient that is not finite; the weights stay as they are.
+        """
+        grad = self.gradient() if grad is None else grad
         if batches > 1:
             grad /= batches
         norm = norm_of(grad)

@@ -9,7 +9,9 @@ import sys
 from functools import partial
 from importlib import import_module
 
-from ..cli.console import notes
+from .. import ranks
+from ..backend import num_threads
+from ..cli.console import notes, say
 from ..cli.options import Formatter, Parser, path
 from ..errors import TinyldmError
 from . import optim, rates
@@ -18,7 +20,8 @@ from .objectives import TIMESTEPS, DiffusionLoss
 from .report import Report
 
 # {NAME: what it trains}; textual-inversion is textual_inversion.py.
-STAGES = {"lora": "train a LoRA: a small file that teaches a model a new thing or a style",
+STAGES = {"ddpm": "train a diffusion model of pictures, without a text, perhaps by class",
+          "lora": "train a LoRA: a small file that teaches a model a new thing or a style",
           "textual-inversion": "train a new word for prompts, and nothing else of the model",
           "unet": "train a UNet in full, of some weights or from scratch"}
 # python -m tinyldm.shapes
@@ -48,7 +51,7 @@ def parse(arguments):
     """Arguments -> a namespace. Raises TinyldmError for what is wrong in one option alone."""
     arguments = [*(sys.argv[1:] if arguments is None else arguments)]
     name = next((word for word in arguments if not word.startswith("-")), None)
-    if name in RECIPE and name not in STAGES:
+    if name in RECIPE and (name not in STAGES or "--run" in arguments):
         raise TinyldmError("the bundled model's recipe is a program of its own: "
                            f"python -m tinyldm.shapes {' '.join(arguments)}")
     parser = Parser("python -m tinyldm.training", description=DESCRIPTION,
@@ -68,7 +71,7 @@ def _stage(name):
 # ---- options ----------------------------------------------------------------------------------
 
 def add_shared(parser, *, steps, learning_rate, batch=1, warmup=0, schedule="constant",
-               betas=(0.9, 0.999), weight_decay=0.01, clip=1.0):
+               betas=(0.9, 0.999), weight_decay=0.01, clip=1.0, ema=0.0):
     """Add what every stage offers. The keywords are this stage's defaults."""
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=whole(1), default=steps, metavar="N", help="updates of the whole training, "
@@ -99,8 +102,8 @@ def add_shared(parser, *, steps, learning_rate, batch=1, warmup=0, schedule="con
     add("--decay-vectors", action="store_true", help="let biases and norms decay, too")
     add("--clip", type=real(0), default=clip, metavar="C", help="largest norm of the gradient; 0 "
         f"switches clipping off ({clip:g})")
-    add("--ema", type=real(0, 1), default=0.0, metavar="D", help="train, and at the end write, "
-        "an average of the weights with the decay D, such as 0.999; 0 switches it off (0)")
+    add("--ema", type=real(0, 1), default=ema, metavar="D", help="train, and at the end write, "
+        f"an average of the weights with the decay D, such as 0.999; 0 switches it off ({ema:g})")
     add("--ema-form", choices=EMAS, default="ldm", metavar="NAME", help="how the decay rises to "
         f"D: {', '.join(EMAS)} (ldm)")
 
@@ -181,6 +184,11 @@ def trainer(options, named_parameters, *, data="", batches_per_epoch=None, setti
     pictures. batches_per_epoch: see Trainer. settings: what else the training depends on, {option:
     value}.
     """
+    if ranks.size() > 1:
+        if options.batch < ranks.size():
+            raise TinyldmError(f"--batch {options.batch} leaves some of the {ranks.size()} ranks "
+                               f"without a picture: make it {ranks.size()} or a multiple of it")
+        say(f"{ranks.size()} ranks, with {num_threads()} threads each here")
     schedule = {
         "cosine_with_restarts": partial(rates.cosine_with_restarts, cycles=options.cycles),
         "polynomial": partial(rates.polynomial, power=options.power),
