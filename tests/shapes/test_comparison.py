@@ -200,7 +200,7 @@ def test_the_page_shows_what_was_measured():
 
 @pytest.mark.parametrize("arguments, message", [
     (["nothing"], "nothing"), ([], "name"),
-    (["table", "--run", "none"], "none holds no results: run `python -m tinyldm.shapes compare NAME"),
+    (["table", "--run", "none"], "none holds no results: run `python -m tinyldm.shapes com"),
     (["true", "--run", "file"], "cannot write file"),
 ])
 def test_what_cannot_be_compared_is_said_in_a_line(arguments, message, tmp_path):

@@ -21,7 +21,7 @@ TOLD = {"latent": "the caption", "cascade": "the caption", "prior": "the caption
 # The lines of the second figure, each from small to large.
 LINES = {"text encoder": ("text-16", "text-32", "base", "text-128"),
          "UNet": ("unet-16", "unet-24", "base", "unet-48")}
-LABELS = 190                # pixels of the figure's left margin
+LABELS = 210                # pixels of the figure's left margin
 
 
 def write_table(run, docs, systems, sizes):
