@@ -33,6 +33,7 @@ from .retrieval import Retrieval
 
 CREATION = 2 ** 32 - 1      # the key of the first numbers; the steps have smaller ones
 MOST_HELD_OUT = 200         # by default
+SHEET = 840                 # pixels of a matrix in the sheet of samples
 HEAD = 32                   # channels of an attention head of a new model
 # Options of new models, and their defaults.
 NEW = {"resolution": 64, "patch": 8, "width": 128, "layers": 4}
@@ -83,26 +84,8 @@ def add_options(parser):
 def run(options):
     """Train, write and check. Raises TinyldmError for whatever is wrong."""
     stage = Stage(options)
-    named = [(name, parameter) for name, parameter in stage.clip.model.named_parameters()
-             if parameter.trainable]
-    loop = trainer(options, named, data=stage.pictures.fingerprint,
-                   settings={f"--{name.replace('_', '-')}": str(getattr(options, name))
-                             for name in SETTINGS})
-    loop.models, loop.report.side = {"clip": stage.clip.model}, 1024
-
-    def batch_loss(rng):
-        loop.about = stage.pairs.describe(loop.batch, options.batch)
-        return stage.pairs.batch_loss(loop.batch, options.batch, rng)
-
-    def validate():
-        loss, shares = stage.retrieval.measure()
-        loop.report.tell(loop.step, "accuracy", shares)
-        tqdm.write(f"step {loop.step}: {stage.retrieval.sentence(shares)}", file=sys.stderr)
-        return {f"{stage.retrieval.size} pairs": loss}
-
-    loop.train(batch_loss, write=stage.write, sample=lambda: [stage.retrieval.matrix()],
-               validate=validate, constrain=stage.pairs.clamp_scale)
-    loop.averaged(stage.finish)()
+    stage.train()
+    stage.loop.averaged(stage.finish)()
 
 
 class Stage:
@@ -214,6 +197,30 @@ class Stage:
             lines.append(f"{len(captions)} different captions: a batch holds {same:.2g} pairs of "
                          "pictures with the same caption, on average, which count as wrong answers")
         return lines
+
+    def train(self):
+        """Train to the last step."""
+        options, pairs, retrieval = self.options, self.pairs, self.retrieval
+        named = [(name, parameter) for name, parameter in self.clip.model.named_parameters()
+                 if parameter.trainable]
+        self.loop = loop = trainer(
+            options, named, data=self.pictures.fingerprint,
+            settings={f"--{name.replace('_', '-')}": str(getattr(options, name))
+                      for name in SETTINGS})
+        loop.models, loop.report.side = {"clip": self.clip.model}, SHEET
+
+        def batch_loss(rng):
+            loop.about = pairs.describe(loop.batch, options.batch)
+            return pairs.batch_loss(loop.batch, options.batch, rng)
+
+        def validate():
+            loss, shares = retrieval.measure()
+            loop.report.tell(loop.step, "accuracy", shares)
+            tqdm.write(f"step {loop.step}: {retrieval.sentence(shares)}", file=sys.stderr)
+            return {f"{retrieval.size} pairs": loss}
+
+        loop.train(batch_loss, write=self.write, sample=lambda: [retrieval.matrix()],
+                   validate=validate, constrain=pairs.clamp_scale)
 
     # ---- the result -----------------------------------------------------------------------------
 
