@@ -2,8 +2,8 @@
 import numpy as np
 from PIL import Image
 
-CAPTIONS = ("red cat", "a low dog", "photo", "cat, red", "low red er", "x", "a cat!", "red red", "b",
-            "dog low", "old cat", "hat")
+CAPTIONS = ("red cat", "a low dog", "photo", "cat, red", "low red er", "x", "a cat!", "red red",
+            "b", "dog low", "old cat", "hat")
 
 
 def write_captioned(folder, count=9, size=(20, 16)):

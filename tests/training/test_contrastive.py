@@ -1,4 +1,4 @@
-"""CLIP's loss over shards: against the whole batch at once, transformers, and finite differences."""
+"""CLIP's loss over shards, against the whole batch at once, transformers, finite differences."""
 import math
 
 import numpy as np
@@ -60,7 +60,7 @@ def test_shards_give_the_gradient_of_the_whole_batch(size, weights, pictures):
     pairs.model.backward(ops.contrastive_backward(1.0, cache), tape)
     within(abs(report["loss"] - loss), 1e-13)
     assert report["expected"] == math.log(size)
-    assert report["accuracy"] == np.mean(logits.argmax(axis=1) == np.arange(size))
+    assert report["found"] == np.mean(logits.argmax(axis=1) == np.arange(size))
     assert found.keys() == gradients(pairs.model).keys() == dict(
         pairs.model.named_parameters()).keys()
     for name, gradient in gradients(pairs.model).items():
@@ -133,8 +133,8 @@ CASES = {"both": ("both", 3.0), "a scale above its limit": ("both", math.log(100
     *((case, np.float64) for case in CASES), ("both", np.float32)])
 def test_twenty_steps_as_in_transformers(case, dtype, weights, pictures, tmp_path, monkeypatch):
     """The command's loop against CLIPModel(return_loss=True), clip_grad_norm_ and torch's AdamW,
-    given the same batches. The weights are compared in units of the learning rate, by which Adam moves
-    them even where the gradient is nothing but rounding errors."""
+    given the same batches. The weights are compared in units of the learning rate, by which Adam
+    moves them even where the gradient is nothing but rounding errors."""
     train, scale = CASES[case]
     exact = dtype == np.float64
     folder = tmp_path / "clip"

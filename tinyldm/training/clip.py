@@ -104,6 +104,11 @@ class Stage:
         if options.batch < 2:
             raise TinyldmError("--batch must be 2 or more: the loss of a single pair is always 0, "
                                "because there is no other caption to tell it from")
+        if options.held_out == 1:
+            raise TinyldmError("--held-out must be 0, or 2 and more: a single picture always finds "
+                               "its caption")
+        if options.template and not options.classes:
+            raise TinyldmError("--template is about classes: add --classes, or leave it out")
         if options.learning_rate is None:
             options.learning_rate = RATES[bool(options.weights)]
         self.clip = self._given() if options.weights else self._new()
@@ -165,17 +170,20 @@ class Stage:
     def _retrieval(self):
         """Leave out what cannot be trained on, and hold out what measures the accuracy."""
         options, pictures = self.options, self.pictures
+        templates = options.template or TEMPLATES
         classes = find_classes(pictures, options.classes) if options.classes else None
         pictures.leave_out([i for i, item in enumerate(pictures.items) if not item.caption])
         if options.held_out is None:
-            options.held_out = min(MOST_HELD_OUT, len(np.unique(pictures.entries)) // 10)
+            tenth = min(MOST_HELD_OUT, len(np.unique(pictures.entries)) // 10)
+            options.held_out = tenth if tenth > 1 else 0
         held = pictures.hold_out(options.held_out) if options.held_out else []
         held = held or np.unique(pictures.entries)[:MOST_HELD_OUT].tolist()
         items = [pictures.items[i] for i in held]
         if classes:
             names, labels = classes
             classes = [name.replace("_", " ") for name in names], [labels[i] for i in held]
-        return Retrieval(self.clip, items, options.batch, classes, options.template or TEMPLATES)
+            self.clip.classifier(classes[0], templates)     # are they templates?
+        return Retrieval(self.clip, items, options.batch, classes, templates)
 
     def _check(self):
         """Raise TinyldmError for pictures that cannot be trained on -> lines on those that can."""

@@ -61,7 +61,7 @@ class Pairs:
     def batch_loss(self, number, size, rng):
         """Add the gradients of a batch of N pairs to the parameters -> {"loss", ...}.
 
-        expected: the loss of a model that knows nothing, ln N. accuracy: the share of pictures that
+        expected: the loss of a model that knows nothing, ln N. found: the share of pictures that
         find their caption among the N. scale: exp(logit_scale). same_captions: how many pictures
         have a caption that another picture of the batch has, too. rng: not used, as every sample
         has its own.
@@ -94,7 +94,7 @@ class Pairs:
 
         over_shards(backward, [range(size)], rng)
         found = logits.argmax(axis=1) == model.xp.arange(size)
-        return {"loss": float(loss), "expected": math.log(size), "accuracy": float(found.mean()),
+        return {"loss": float(loss), "expected": math.log(size), "found": float(found.mean()),
                 "scale": math.exp(float(model.logit_scale.data)),
                 "same_captions": sum(n for n in Counter(captions).values() if n > 1)}
 

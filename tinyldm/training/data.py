@@ -248,7 +248,8 @@ class PictureFolder:
     def hold_out(self, count):
         """Take `count` pictures out of the batches -> their indices of items.
 
-        They lie at equal distances in the order of the names, so each class gives its share.
+        They lie at equal distances in the order of the names, so each class gives its share. Their
+        number is not in the fingerprint.
         Raises TinyldmError where nothing would be left.
         """
         there = np.unique(self.entries)

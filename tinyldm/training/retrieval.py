@@ -86,7 +86,10 @@ class Retrieval:
         """The cosines of the first pictures with each other's captions -> a PIL image."""
         from PIL import Image, ImageDraw, ImageFont
 
-        items = list({item.caption: item for item in reversed(self.items)}.values())[::-1][:SHOWN]
+        first = {}
+        for item in self.items:
+            first.setdefault(item.caption, item)
+        items = list(first.values())[:SHOWN]
         found = self.look(items)
         cosines = found.images @ found.texts.T                           # (picture, text)
         low, high = cosines.min(), cosines.max()
