@@ -50,7 +50,7 @@ def gradients(model):
 @pytest.mark.parametrize("size", [2, 3, 5, 9])
 def test_shards_give_the_gradient_of_the_whole_batch(size, weights, pictures):
     pairs = pairs_of(weights, pictures)
-    report = pairs.batch_loss(1, size, np.random.default_rng(0))
+    report = pairs.batch_loss(1, size)
     found = gradients(pairs.model)
     pairs.model.zero_grad()
     samples, tape = pairs.samples(1, size), Tape()
@@ -72,7 +72,7 @@ def test_threads_change_no_bit(weights, pictures, monkeypatch):
     for threads in ("1", "2", "3", "8"):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         pairs = pairs_of(weights, pictures, np.float32)
-        found.append((pairs.batch_loss(0, 7, np.random.default_rng(0)), gradients(pairs.model)))
+        found.append((pairs.batch_loss(0, 7), gradients(pairs.model)))
     for report, others in found[1:]:
         assert report == found[0][0]
         for name, gradient in others.items():
@@ -81,11 +81,11 @@ def test_threads_change_no_bit(weights, pictures, monkeypatch):
 
 def test_checkpoints_change_no_gradient(weights, pictures):
     pairs = pairs_of(weights, pictures)
-    pairs.batch_loss(0, 5, np.random.default_rng(0))
+    pairs.batch_loss(0, 5)
     plain = gradients(pairs.model)
     pairs.model.zero_grad()
     pairs.checkpoints = True
-    pairs.batch_loss(0, 5, np.random.default_rng(0))
+    pairs.batch_loss(0, 5)
     for name, gradient in gradients(pairs.model).items():
         np.testing.assert_array_equal(gradient, plain[name])
 
@@ -93,7 +93,7 @@ def test_checkpoints_change_no_gradient(weights, pictures):
 def test_finite_differences(weights, pictures):
     """One random direction in the space of all parameters, and the scale alone."""
     pairs, rng = pairs_of(weights, pictures), np.random.default_rng(1)
-    pairs.batch_loss(0, 6, np.random.default_rng(0))
+    pairs.batch_loss(0, 6)
     own = gradients(pairs.model)
     named = dict(pairs.model.named_parameters())
     every = {name: np.asarray(rng.standard_normal(p.shape)) for name, p in named.items()}
@@ -102,7 +102,7 @@ def test_finite_differences(weights, pictures):
         for step in 1e-6, -1e-6:
             for name, direction in directions.items():
                 named[name].data += step * direction
-            losses.append(pairs.batch_loss(0, 6, np.random.default_rng(0))["loss"])
+            losses.append(pairs.batch_loss(0, 6)["loss"])
             for name, direction in directions.items():
                 named[name].data -= step * direction
         slope = sum((own[name] * direction).sum() for name, direction in directions.items())
@@ -115,7 +115,7 @@ def test_same_captions_are_counted(weights, tmp_path):
     for i, text in enumerate(["cat", "cat", "cat", "dog", "dog", "red"]):
         (folder / f"{i}.txt").write_text(text)
     pairs = pairs_of(weights, folder)
-    assert pairs.batch_loss(0, 6, np.random.default_rng(0))["same_captions"] == 5
+    assert pairs.batch_loss(0, 6)["same_captions"] == 5
     assert pairs.same_pairs(6) == 4                     # 3 of cats, 1 of dogs
     drawn = [sum(a.caption == b.caption for i, a in enumerate(batch) for b in batch[:i])
              for batch in (pairs.samples(number, 3) for number in range(600))]
@@ -155,9 +155,9 @@ def test_twenty_steps_as_in_transformers(case, dtype, weights, pictures, tmp_pat
     log = read_log(tmp_path / "out")
     assert len(log) == len(steps) == 20
     losses, norms, scales = (np.array(row) for row in zip(*steps))
-    assert_allclose([line["loss"] for line in log], losses, rtol=1e-9 if exact else 1e-4)
-    assert_allclose([line["gradient"] for line in log], norms, rtol=1e-7 if exact else 1e-2)
-    assert_allclose([line["scale"] for line in log], np.exp(scales), rtol=1e-9 if exact else 1e-4)
+    assert_allclose([line["loss"] for line in log], losses, rtol=1e-11 if exact else 1e-5)
+    assert_allclose([line["gradient"] for line in log], norms, rtol=1e-9 if exact else 1e-3)
+    assert_allclose([line["scale"] for line in log], np.exp(scales), rtol=1e-11 if exact else 1e-5)
     assert max(norms) > CLIP, "clipping must matter"
     assert (max(scales[1:]) > math.log(100) - 1e-6) == ("limit" in case)
     theirs = dict(reference.named_parameters())
@@ -171,7 +171,7 @@ def test_twenty_steps_as_in_transformers(case, dtype, weights, pictures, tmp_pat
             assert "text" in name if train == "image" else "vis" in name
         assert own.dtype == dtype
         errors.append(np.ravel(moved) / RATE)
-    within((np.concatenate(errors) ** 2).mean() ** 0.5, 1e-5 if exact else 0.1, "weights, rms")
+    within((np.concatenate(errors) ** 2).mean() ** 0.5, 1e-7 if exact else 0.01, "weights, rms")
 
 
 def torch_steps(model, pairs, train):

@@ -219,7 +219,7 @@ class Stage:
 
         def batch_loss(rng):
             loop.about = pairs.describe(loop.batch, options.batch)
-            return pairs.batch_loss(loop.batch, options.batch, rng)
+            return pairs.batch_loss(loop.batch, options.batch)
 
         def validate():
             loss, shares = retrieval.measure()

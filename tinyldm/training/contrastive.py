@@ -5,7 +5,7 @@
 
 The loss of a pair depends on all other pairs of the batch, so it is no sum over samples. The shards
 of a batch, each in a thread, run forward and keep their tapes. The loss is that of all embeddings,
-and its gradient goes back through the shards.
+of all ranks, and its gradient goes back through the shards.
 Source: Radford et al. 2021, arXiv:2103.00020, section 2.3. Explained: docs/clip.md
 """
 import math
@@ -13,7 +13,8 @@ from collections import Counter
 
 import numpy as np
 
-from .. import ops
+from .. import ops, ranks
+from ..backend import asarray, to_host
 from ..images import to_pil
 from ..layers import NO_TAPE, Tape
 from ..models.clip_model import LARGEST_SCALE
@@ -58,45 +59,46 @@ class Pairs:
         ids = np.concatenate([tokenizer.row(row) for row in rows])
         return ids[:, :2 + max(map(len, rows))]
 
-    def batch_loss(self, number, size, rng):
+    def batch_loss(self, number, size):
         """Add the gradients of a batch of N pairs to the parameters -> {"loss", ...}.
 
         expected: the loss of a model that knows nothing, ln N. found: the share of pictures that
         find their caption among the N. scale: exp(logit_scale). same_captions: how many pictures
-        have a caption that another picture of the batch has, too. rng: not used, as every sample
-        has its own.
+        have a caption that another picture of the batch has, too. All times the rank's share.
         """
         model, tapes = self.model, {}                   # a tape per shard, by its first row
         samples = self.samples(number, size)
         captions = [sample.caption for sample in samples]
 
-        def forward(samples, ids, rows, rng, share):    # -> (B,P), (B,P)
+        def forward(samples, ids, rows, share):         # -> (B,P), (B,P)
             tape = tapes[rows[0]] = Tape(self.checkpoints)
             image_embeds = model.encode_image(self.pixels(samples),
                                               tape if self.trains_image else NO_TAPE)
             return image_embeds, model.encode_text(model.xp.asarray(ids),
                                                    tape if self.trains_text else NO_TAPE)
 
-        shards = over_shards(forward, [samples, self.ids(captions), range(size)], rng)
-        image_embeds, text_embeds = map(model.xp.concatenate, zip(*shards))
-        tape = Tape()
-        logits = model.match(image_embeds, text_embeds, tape)
-        loss, cache = ops.contrastive(logits)
-        dlogits = ops.contrastive_backward(1.0, cache)
-        dimage_embeds, dtext_embeds = model.match_backward(dlogits, tape)
-
-        def backward(rows, rng, share):
+        def backward(rows, share):
             tape, rows = tapes[rows[0]], slice(rows[0], rows[-1] + 1)
             if self.trains_text:
                 model.encode_text_backward(dtext_embeds[rows], tape)
             if self.trains_image:
                 model.encode_image_backward(dimage_embeds[rows], tape)
 
-        over_shards(backward, [range(size)], rng)
+        shards = over_shards(forward, [samples, self.ids(captions), range(size)])
+        image_embeds, text_embeds = map(model.xp.concatenate, zip(*shards))     # of this rank
+        share, tape = len(image_embeds) / size, Tape()
+        logits = model.match(of_all_ranks(image_embeds), of_all_ranks(text_embeds), tape)
+        loss, cache = ops.contrastive(logits)
+        dlogits = ops.contrastive_backward(share, cache)
+        dimage_embeds, dtext_embeds = model.match_backward(dlogits, tape)       # (N,P), (N,P)
+        for gradient in dimage_embeds, dtext_embeds:    # each rank has used all rows: add
+            ranks.add_up(gradient)
+        over_shards(backward, [range(size)])
         found = logits.argmax(axis=1) == model.xp.arange(size)
-        return {"loss": float(loss), "expected": math.log(size), "found": float(found.mean()),
-                "scale": math.exp(float(model.logit_scale.data)),
-                "same_captions": sum(n for n in Counter(captions).values() if n > 1)}
+        report = {"loss": float(loss), "expected": math.log(size), "found": float(found.mean()),
+                  "scale": math.exp(float(model.logit_scale.data)),
+                  "same_captions": sum(n for n in Counter(captions).values() if n > 1)}
+        return {name: share * value for name, value in report.items()}
 
     def clamp_scale(self):
         """As CLIPModel.clamp_scale, but in place: the optimiser holds the array."""
@@ -109,6 +111,11 @@ class Pairs:
         n = len(self.pictures)
         same = sum(count * (count - 1) for count in captions.values())
         return size * (size - 1) / 2 * same / max(1, n * (n - 1))
+
+
+def of_all_ranks(embeds):
+    """Embeddings (n,P) of each rank -> those of the batch (N,P)."""
+    return asarray(ranks.stack(to_host(embeds)), like=embeds)
 
 
 def initialise_clip(model, rng):
