@@ -40,7 +40,7 @@ from ...pipelines.prior import TextPrior
 from ...pipelines.stable_diffusion import StableDiffusion
 from ...pipelines.unclip import UnCLIP
 from ...training.loop import Trainer, split_batch
-from ...training.objectives import DiffusionLoss, HybridLoss, drop_captions, drop_labels
+from ...training.objectives import DiffusionLoss, HybridLoss, drop_captions
 from ...training.optim import AdamW, initialise, initialise_dit, load_ema
 from ...training.report import Report
 from ..configs import OPTIMIZER, SCHEDULER, TEXT_ENCODER, UNET
@@ -212,7 +212,7 @@ def dit(data, folder, steps, batch=32):
     def loss(rows, rngs, share):
         latents, tape = data.latents(rows, rngs), Tape()
         x_t, timesteps, noise = objective.noisy(latents, rngs)
-        labels = drop_labels(data.labels[rows], CLASSES, NO_CAPTION, rngs)
+        labels = np.array(drop_captions(data.labels[rows], NO_CAPTION, rngs, CLASSES))
         output = transformer(x_t, timesteps, labels, tape)
         value, doutput, expected = objective(output, latents, noise, timesteps, share)
         transformer.backward(doutput, tape)
