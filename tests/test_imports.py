@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "ranks": {"errors", "backend"},
     "files": {"errors"},
     "configs": {"errors"},
-    "backend": {"errors"},
+    "backend": {"errors", "ranks"},
     "noise": {"errors"},
     "images": BOTTOM,
     "image_processor": BOTTOM | {"images"},

@@ -144,7 +144,7 @@ def exchange():
     import numpy as np
 
     from tests.support import strict
-    from tinyldm import ranks
+    from tinyldm import backend, ranks
 
     place, parts = ranks.rank(), ranks.size()
     everything = np.random.default_rng(0).standard_normal((parts, 5, 3)).astype(np.float32)
@@ -153,7 +153,8 @@ def exchange():
         ranks.add_up(own)
         np.testing.assert_allclose(own, everything.astype(dtype).sum(0), rtol=1e-5)
     with strict.installed():                            # a device's array: through the host
-        import cupy
+        cupy = backend.array_library("cuda")
+        assert strict.DEVICES == [0], "there is one, which the ranks share"
         own = cupy.asarray(everything[place])
         ranks.add_up(own)
         np.testing.assert_allclose(own.get(), everything.sum(0), rtol=1e-5)
