@@ -12,6 +12,7 @@ from ..models import AutoencoderKL
 from ..training.loop import Trainer, split_batch
 from ..training.objectives import vae_loss
 from ..training.optim import Muon, initialise, load_ema
+from ..training.round_trip import decoder_parameters
 from . import drawing
 from .configs import OPTIMIZER, VAE
 
@@ -40,12 +41,6 @@ def _train(vae, trainer, decoder_only=False):
         return split_batch(loss, [drawing.crowds(rng, BATCH)], rng)
 
     trainer.train(batch_loss)
-
-
-def decoder_parameters(vae):
-    """The (name, Parameter) pairs of the layers that decode latents."""
-    return [pair for pair in vae.named_parameters()
-            if pair[0].startswith(("decoder.", "post_quant_conv."))]
 
 
 def load_vae(run, scaling_factor=1.0):

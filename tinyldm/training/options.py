@@ -19,7 +19,8 @@ from .report import Report
 
 # {NAME: what it trains}; textual-inversion is textual_inversion.py.
 STAGES = {"lora": "train a LoRA: a small file that teaches a model a new thing or a style",
-          "textual-inversion": "train a new word for prompts, and nothing else of the model"}
+          "textual-inversion": "train a new word for prompts, and nothing else of the model",
+          "autoencoder": "train a VAE: pictures into latents and back, new or from weights"}
 # python -m tinyldm.shapes
 RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "pictures")
 MOST = 10 ** 9

@@ -20,6 +20,9 @@ from ..errors import TinyldmError, note
 from ..files import make_folder, replacing
 from ..images import grid, labelled
 
+# What the bar also shows of a step's numbers.
+SHOWN = {"l1": "l1 {:.4f}", "psnr": "PSNR {:.1f} dB", "kl_bits": "KL {:.0f} bits",
+         "latent_std": "latents' std {:.2f}"}
 RECENT = 100            # steps over which the bar averages the loss
 DRAW_EVERY = 60         # seconds between two drawings of the curve
 SIDE, GAP = 256, 4      # of the sheet: the longest side of a picture, pixels between two
@@ -65,6 +68,8 @@ class Report:
         loss = f"loss {np.mean(losses):.4f}"
         if values.get("expected"):
             loss += f" ({sum(losses) / sum(expected):.2f} of knowing nothing)"
+        loss += "".join(f", {form.format(values[name])}" for name, form in SHOWN.items()
+                        if name in values)
         self.bar.set_postfix_str(f"{loss}, gradient {values['gradient']:.2f}{memory()}",
                                  refresh=False)
         self.bar.update()
