@@ -95,11 +95,12 @@ class Module:
 
     @property
     def dtype(self):
-        """The dtype of activations: the widest of all parameters.
+        """The dtype of activations: the widest of all parameters, without those of LoRAs.
 
         Large weights may be stored in a narrower one; they are widened when they are used.
         """
-        return np.result_type(*{data.dtype for data in self._filled().values()})
+        self._filled()
+        return np.result_type(*self._dtypes())
 
     @property
     def xp(self):
@@ -165,6 +166,12 @@ class Module:
                 xp = np if parameter.data is None else get_xp(parameter.data)
                 parameter.data = xp.asarray(np.array(array, order="C"))
         return found
+
+    def _dtypes(self):
+        """The dtypes of the parameters that say what activations are."""
+        items = [item for name, value in vars(self).items() for _, item in _flat(name, value)]
+        return {item.data.dtype for item in items if isinstance(item, Parameter)}.union(
+            *(item._dtypes() for item in items if isinstance(item, Module)))
 
     def _filled(self):
         """{name: data} of all parameters. Raises TinyldmError if one was never filled."""

@@ -63,9 +63,8 @@ def our_step(batch):
     unet = load_model(resolve() / "unet", np.float32)
     optimizer = AdamW(unet.named_parameters(), beta1=0.9, beta2=0.99, clip=0, decay_vectors=True,
                       **OPTIONS)
-    rng = np.random.default_rng(0)                      # split_batch wants one; nothing is drawn
 
-    def loss_of(x_t, timesteps, context, target, _, share):
+    def loss_of(x_t, timesteps, context, target, share):
         tape = Tape()
         prediction = unet(x_t, timesteps, context, tape)
         loss, cache = ops.mse(prediction, target)
@@ -74,7 +73,7 @@ def our_step(batch):
         return {"loss": share * loss}
 
     def step():
-        report = split_batch(loss_of, batch, rng)
+        report = split_batch(loss_of, batch)
         optimizer.step(RATE)
         return report["loss"]
     return unet, step

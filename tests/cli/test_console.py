@@ -177,7 +177,7 @@ runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 @unix
 @pytest.mark.parametrize("number, expected", [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("module, name", [
-    ("tinyldm", "numpy"), ("tinyldm", "cli.draw"), ("tinyldm", "argparse"),
+    ("tinyldm", "numpy"), ("tinyldm", "options"), ("tinyldm", "argparse"),
     ("tinyldm.inspect", "numpy"), ("tinyldm.shapes", "tqdm"), ("tinyldm.training", "argparse")])
 def test_a_signal_during_imports(module, name, number, expected, tmp_path):
     code = IMPORTING.format(module=module, name=name, number=number)

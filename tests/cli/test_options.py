@@ -70,7 +70,8 @@ def test_hints(arguments, said):
 @pytest.mark.parametrize("arguments, prompts", [
     (["--", "-cat"], ["-cat"]), (["--steps", "5", "--", "-cat", "--steps"], ["-cat", "--steps"]),
     (["- a list of cats"], ["- a list of cats"]), (["--seed", "-1", "a cat"], ["a cat"]),
-    (["a cat", "--guidance", "-1.5"], ["a cat"]), (["-1"], ["-1"])])
+    (["a cat", "--guidance", "-1.5"], ["a cat"]), (["-1"], ["-1"]),
+    (["a cat", "--guidance", "-1e-4"], ["a cat"]), (["a cat", "--guidance", "-.5E+1"], ["a cat"])])
 def test_prompts_and_numbers_with_a_dash(arguments, prompts):
     assert parse(arguments).prompt == prompts
 

@@ -143,7 +143,7 @@ def test_a_half_precision_layer_has_a_lora_of_float32(rng):
     x, tape = rng.standard_normal((5, 12)).astype(np.float16), Tape()
     y = holder(x, tape)
     dx = lora.backward(y, tape)
-    assert y.dtype == dx.dtype == np.float16
+    assert y.dtype == dx.dtype == holder.dtype == np.float16    # holder: what inputs are cast to
     assert lora.lora_A.weight.grad.dtype == lora.lora_B.weight.grad.dtype == np.float32
     remove_lora(holder, merge=True)
     assert holder.layer.weight.data.dtype == np.float16

@@ -51,8 +51,9 @@ class Reference:
 
     def __init__(self, vae, discriminator, start, features=None, rate=1e-4, kl_weight=1e-6,
                  weight=0.5, squared=False):
-        self.vae, self.discriminator, self.start, self.features = vae, discriminator, start, features
+        self.vae, self.discriminator, self.features = vae, discriminator, features
         self.kl_weight, self.weight, self.squared = kl_weight, weight, squared
+        self.start = start
         self.of_vae, self.of_discriminator = (
             torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.5, 0.9), weight_decay=0)
             for model in (vae, discriminator))

@@ -1,4 +1,4 @@
-"""The autoencoder's loss with all its terms: twenty steps as PyTorch makes them, and differences."""
+"""The autoencoder's loss with all its terms: twenty steps of PyTorch, and differences."""
 import numpy as np
 import pytest
 import torch

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tinyldm import ops
+from tinyldm.bad_layer import bad_layer
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Linear, Module, Parameter, Tape
-from tinyldm.pipelines.finite import bad_layer
 from tinyldm.training import loop
 from tinyldm.training.loop import Trainer, split_batch
 from tinyldm.training.optim import AdamW, initialise, load_ema

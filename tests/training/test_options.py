@@ -26,6 +26,7 @@ def parse(*arguments):
     (["--batch", "2.5"], "expected a whole number from 1 to 10000, not '2.5'"),
     (["--accumulate", "0"], "expected a whole number from 1 to 10000, not '0'"),
     (["--clip", "-1"], "expected a number from 0, not '-1'"),
+    (["--learning-rate", "-1e-4"], "expected a number above 0, not '-1e-4'"),
     (["--min-snr", "-5"], "expected a number from 0, not '-5'"),
     (["--ema", "1"], "expected a number from 0 and below 1, not '1'"),
     (["--betas", "0.9", "1"], "expected a number from 0 and below 1, not '1'"),

@@ -69,6 +69,7 @@ PIPELINES = {
     "DDPMPipeline": DDPM,
     "DDIMPipeline": DDPM,
     "PNDMPipeline": DDPM,
+    "GuidedDDPMPipeline": DDPM,
     "CascadePipeline": {"text_encoder": CLIPTextModel, "tokenizer": VOCABULARY,
                         "unet": UNet2DConditionModel, "scheduler": SCHEDULER,
                         "super_res": UNet2DConditionModel, "super_res_scheduler": SCHEDULER,
@@ -229,7 +230,7 @@ class IndexConfig(Config):
     _guidance_scale: float | None = within(0, 100, None)
     _guided_channels: int | None = within(1, 1024, None)        # the original DiT's: 3 of 4
     _rescale_timesteps: bool | None = None              # Improved DDPM's: t * 1000 / T
-    id2label: dict | None = None                        # DiT: names by the numbers of classes
+    id2label: dict | None = None                        # names by the numbers of classes
     unet: Part = one_of(default=None, lengths=(2,))
     transformer: Part = one_of(default=None, lengths=(2,))
     vae: Part = one_of(default=None, lengths=(2,))

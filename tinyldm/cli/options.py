@@ -27,6 +27,8 @@ MOST_BYTES = 1 << 22        # of prompts on standard input
 LARGEST_SCALE = 64
 RANDOM_SEEDS = 2**31        # valid for every kind of noise, with --count added to it
 
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
 # What other programs and Python call an option. An underscore is a dash, too.
 ALIASES = {
     "--num-inference-steps": "--steps", "--guidance-scale": "--guidance", "--cfg": "--guidance",
@@ -66,6 +68,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, allow_abbrev=False, **options)
+        self._negative_number_matcher = NEGATIVE_NUMBER     # argparse's own reads no exponents
         self.register("type", int, partial(number, int, "a whole number, such as 4"))
         self.register("type", float, partial(number, float, "a number, such as 0.5"))
 
@@ -102,7 +105,7 @@ class Parser(argparse.ArgumentParser):
 
     def _is_unknown(self, arg):
         return (re.match(r"-[^\s\d.]|-[\d.]+[^\d.]", arg) and " " not in arg
-                and arg.partition("=")[0] not in self._names())
+                and not NEGATIVE_NUMBER.match(arg) and arg.partition("=")[0] not in self._names())
 
     def _names(self):
         """Every option, also those of sub-commands."""

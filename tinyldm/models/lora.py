@@ -52,6 +52,9 @@ class LoRA(Module):
         A.data = asarray(rng.normal(0, 1 / self.rank, A.shape).astype(wide(data.dtype)), like=data)
         B.data = asarray(np.zeros(B.shape, wide(data.dtype)), like=data)
 
+    def _dtypes(self):                                  # activations stay as the base layer's
+        return self.base_layer._dtypes()
+
     def is_trained(self):
         return self.lora_A.is_trained() or self.lora_B.is_trained()
 

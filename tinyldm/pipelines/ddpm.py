@@ -162,7 +162,7 @@ class DDPM(Pipeline):
         if request.image is not None:
             origin = Origin(self._picture(request.image), first)
         scale = 1000 / schedule.num_train_timesteps if self.rescale_timesteps else 1
-        predict = Predictor(self.unet, [self.conditions(request)], 1.0, keeps_variance=learned,
+        predict = Predictor(self.unet, *self.guided(request), keeps_variance=learned,
                             timestep_scale=scale)
         states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, origin, **options)
         return finite_states(states, predict)
@@ -186,6 +186,10 @@ class DDPM(Pipeline):
             end = end if channels == 3 else to_rgb("image", end).convert("L")
             return from_pil(end, self.size)[..., :channels]
         return self.array(mixed(image, pixels, lerp))
+
+    def guided(self, request):
+        """The Predictor's conditioning and its guidance scale; here there is no guidance."""
+        return [self.conditions(request)], 1.0
 
     def conditions(self, request):
         """The UNet's keyword arguments for the labels: {"class_labels": (labels,) or (labels,E)}.

@@ -21,6 +21,7 @@ HOMES = {
     "DDPMPipeline": "ddpm.DDPM",
     "DDIMPipeline": "ddpm.DDPM",
     "PNDMPipeline": "ddpm.DDPM",
+    "GuidedDDPMPipeline": "guided_ddpm.GuidedDDPM",
     "CascadePipeline": "cascade.Cascade",
     "StableDiffusionUpscalePipeline": "upscale.Upscaler",
     "StableUnCLIPPipeline": "unclip.UnCLIP",

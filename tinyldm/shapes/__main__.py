@@ -1,15 +1,13 @@
 """python -m tinyldm.shapes STAGE: the stages of the bundled model's recipe."""
 import sys
 
-from ..cli.console import status
+from ..cli.console import start
 
 
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
-    def run():
-        from .recipe import run  # here, so that Ctrl-C may come now
-        run(arguments)
-    return status(run, interrupted="stopped; the same command resumes")
+    return start("tinyldm.shapes.recipe", arguments,
+                 interrupted="stopped; the same command resumes")
 
 
 if __name__ == "__main__":

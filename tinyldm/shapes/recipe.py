@@ -35,8 +35,11 @@ def parse(arguments):
     pictures.add_argument("--output", type=Path, required=True, help="a new folder")
     pictures.add_argument("--count", type=whole(1, 100_000), default=2000, help="(2000)")
     pictures.add_argument("--seed", type=whole(0), default=0, help="of the drawings (0)")
-    pictures.add_argument("--crowds", action="store_true", help="every second picture shows a "
+    kind = pictures.add_mutually_exclusive_group()
+    kind.add_argument("--crowds", action="store_true", help="every second picture shows a "
                           "crowd of things, without a caption, for an autoencoder")
+    kind.add_argument("--single", action="store_true", help="one thing per picture; its shape "
+                          "begins the file's name, circle_00000.png, for --classes names")
     evaluate = stages.add_parser("evaluate", help="5. measure how well held-out prompts are drawn")
     evaluate.add_argument("--weights", help="folder of weights (default: the bundled model)")
     evaluate.add_argument("--prompts", type=whole(1, MOST_AT_ONCE), default=200)

@@ -1,7 +1,9 @@
 """python -m tinyldm.training autoencoder: train the VAE, which diffusion works inside of.
 
     weights, or a config ─→ VAE ┐
-    pictures ─RoundTrip→ loss ──┴─Trainer→ FOLDER/vae, as diffusers has it ─read back→ checked
+    pictures ─RoundTrip→ loss ──┴─Trainer→ the folder --output ─read back→ checked
+
+The folder is that of an AutoencoderKL in diffusers' layout: `--vae FOLDER` draws with it.
 
 round_trip.py has the loss, with perceptual.py and adversarial.py where they are asked for.
 Source: Rombach et al. 2022, arXiv:2112.10752, section 3.1; CompVis/latent-diffusion,
@@ -39,7 +41,7 @@ CREATION = 2 ** 32 - 1      # the key of the first numbers; the steps have small
 CHANNELS, LATENTS, LAYERS, RESOLUTION = (64, 128, 256), 4, 1, 64        # of a new VAE
 MEASURED, SHOWN, GAP = 16, 4, 2         # pictures at the end, pictures of a sample, pixels between
 SETTINGS = ("weights", "config", "channels", "latent_channels", "layers", "resolution",
-            "decoder_only", "distance", "kl_weight", "perceptual", "perceptual_weight",
+            "decoder_only", "held_out", "distance", "kl_weight", "perceptual", "perceptual_weight",
             "discriminator", "discriminator_weight", "discriminator_channels")
 
 
@@ -60,6 +62,8 @@ def add_options(parser):
         f"the VAE's config says; of a new one {RESOLUTION})")
     add("--decoder-only", action="store_true", help="leave the encoder as it is, and with it the "
         "latents that a UNet knows")
+    add("--held-out", type=whole(0, 10_000), default=0, metavar="N", help="pictures that are not "
+        "trained on, but measured and shown; 0 shows the first ones (0)")
     add("--flip", action="store_true", help="mirror half of the pictures")
     add("--random-crop", action="store_true", help="cut at a random place, not in the middle")
     add("--strict", action="store_true", help="stop where a picture cannot be read")
@@ -96,37 +100,27 @@ def add_loss(parser):
 
 def run(options):
     """Train, write and check. Raises TinyldmError for whatever is wrong."""
-    result = options.output / "vae"
-    if result.exists() and not options.resume:
-        raise TinyldmError(f"{result} exists already: name another folder with --output, or go on "
-                           "with its training by --resume")
-    vae, discriminator = load_or_make(options), None
+    output = options.output
+    if (output / "config.json").exists() and not options.resume:
+        raise TinyldmError(f"{output} holds a model already: name another folder with --output, or "
+                           "go on with its training by --resume")
+    vae = load_or_make(options)
     check(options, vae)
     pictures = PictureFolder(options.data, options.resolution, caption="", flip=options.flip,
                              center_crop=not options.random_crop, strict=options.strict)
+    held_out = pictures.hold_out(options.held_out) if options.held_out else []
     for line in pictures.report():
         say(line)
+    loss, models = loss_from(options, vae), {"vae": vae}
     named = decoder_parameters(vae) if options.decoder_only else list(vae.named_parameters())
-    perceptual, adversary = None, None
-    if options.perceptual:
-        perceptual = load_perceptual(options.perceptual, options.resolution)
-        to_device(perceptual.network, options.device)
-    if options.discriminator is not None:
-        discriminator = PatchDiscriminator(channels=options.discriminator_channels)
-        initialise_discriminator(discriminator, np.random.default_rng([options.seed, CREATION, 1]))
-        to_device(discriminator, options.device)
-        adversary = Adversary(discriminator, options.discriminator, options.discriminator_weight)
-        named += [(f"discriminator.{name}", parameter)
-                  for name, parameter in discriminator.named_parameters()]
-    loss = AutoencoderLoss(
-        vae, squared=options.distance == "l2", kl_weight=options.kl_weight, perceptual=perceptual,
-        perceptual_weight=options.perceptual_weight, adversary=adversary,
-        decoder_only=options.decoder_only, checkpoints=options.checkpoints)
+    if loss.adversary:                                  # both networks, one optimiser
+        models["discriminator"] = loss.adversary.discriminator
+        named += models["discriminator"].named_parameters("discriminator.")
     loop = trainer(options, named, data=pictures.fingerprint, settings={
         f"--{name.replace('_', '-')}": value if value is None else str(value)
         for name in SETTINGS for value in [getattr(options, name)]})
-    loop.models = {"vae": vae} | ({"discriminator": discriminator} if discriminator else {})
-    watched = Watched(vae, pictures)
+    loop.models = models
+    watched = Watched(vae, pictures, held_out)
 
     def batch_loss(rng):
         images, _, indices = pictures.batch(options.seed, loop.batch, options.batch)
@@ -135,17 +129,35 @@ def run(options):
         return loss(vae.xp.asarray(images), noise, rng, loop.step)
 
     def write():
-        save_model(vae, result, options.save_as)
+        save_model(vae, output, options.save_as)
+
+    def finish():
+        found = watched.measure()
+        if options.set_scaling_factor:
+            set_scaling_factor(vae, found["latent_std"])
+            write()
+        say(summary(found, len(watched.images), options.set_scaling_factor))
+        check_file(vae, output, watched.images[0], options.save_as == "float16")
 
     loop.train(batch_loss, write=write, sample=watched.sample, validate=watched.validate)
-    if loop.optimizer.ema is not None:                  # the state is saved: from here on these
-        loop.optimizer.data[...] = loop.optimizer.ema
-    found = watched.measure()
-    if options.set_scaling_factor:
-        set_scaling_factor(vae, found["latent_std"])
-        write()
-    say(summary(found, len(watched.images), options.set_scaling_factor))
-    check_file(vae, result, watched.images[0], options.save_as == "float16")
+    loop.averaged(finish)()
+
+
+def loss_from(options, vae):
+    """The AutoencoderLoss of the options, with the networks that it needs."""
+    perceptual = adversary = None
+    if options.perceptual:
+        perceptual = load_perceptual(options.perceptual, options.resolution)
+        to_device(perceptual.network, options.device)
+    if options.discriminator is not None:
+        discriminator = PatchDiscriminator(channels=options.discriminator_channels)
+        initialise_discriminator(discriminator, np.random.default_rng([options.seed, CREATION, 1]))
+        adversary = Adversary(to_device(discriminator, options.device), options.discriminator,
+                              options.discriminator_weight)
+    return AutoencoderLoss(
+        vae, squared=options.distance == "l2", kl_weight=options.kl_weight, perceptual=perceptual,
+        perceptual_weight=options.perceptual_weight, adversary=adversary,
+        decoder_only=options.decoder_only, checkpoints=options.checkpoints)
 
 
 # ---- the model and its options -----------------------------------------------------------------
@@ -227,12 +239,12 @@ def draw_noise(vae, images, seed, batch):
 
 
 class Watched:
-    """The first pictures of a folder, and their round trip by the mean of the latents."""
+    """The pictures that are held out, or the first ones; their round trip by the latents' mean."""
 
-    def __init__(self, vae, pictures):
+    def __init__(self, vae, pictures, held_out=()):
         self.vae = vae
         self.images = [vae.xp.asarray(pictures.image(pictures.centred(i))[None])
-                       for i in range(len(pictures.items))[:MEASURED]]
+                       for i in (held_out or range(len(pictures.items)))[:MEASURED]]
 
     def round_trip(self, image):
         return self.vae.decode(self.vae.encode(image)[0])
@@ -280,17 +292,17 @@ def summary(found, count, was_set):
             + (", which the config has now" if was_set else ": see --set-scaling-factor"))
 
 
-def check_file(vae, result, image, coarse):
+def check_file(vae, folder, image, coarse):
     """Compare a round trip of the trained VAE with that of the written one.
 
     Raises TinyldmError where the two differ.
     """
-    again = load_model(result)
-    trained, read = (to_host(model.decode(model.encode(to_host(image))[0]))
+    again = load_model(folder)
+    trained, read = (to_host(model.decode(model.encode(model.xp.asarray(to_host(image)))[0]))
                      for model in (vae, again))
     error = float(abs(read - trained).max() / trained.std())
     if not error <= (COARSE if coarse else EXACT):
-        raise TinyldmError(f"{result}, read back, changes the round trip by {error:.2g} of its "
+        raise TinyldmError(f"{folder}, read back, changes the round trip by {error:.2g} of its "
                            "standard deviation: go on with --resume and --save-as float32")
-    say(f"checked: {result}, read back, makes the same round trip, up to {error:.1g} of its "
+    say(f"checked: {folder}, read back, makes the same round trip, up to {error:.1g} of its "
         "standard deviation")

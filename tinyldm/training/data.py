@@ -240,6 +240,21 @@ class PictureFolder:
                 self.findings[LONG].append(f"{item.name}: {lost} tokens too long")
                 self.items[i] = replace(item, captions=tuple(text for text, _ in cut))
 
+    def hold_out(self, count):
+        """Take `count` pictures out of the batches -> their indices of items.
+
+        They lie at equal distances in the order of the names, so each class gives its share. Their
+        number is not in the fingerprint.
+        Raises TinyldmError where nothing would be left.
+        """
+        if count >= len(self.items):
+            raise TinyldmError(f"{count} of {self.folder}'s {len(self.items)} pictures cannot be "
+                               "held out, as some must be left to train on: hold out fewer")
+        held = np.linspace(0, len(self.items), count, endpoint=False).astype(int)
+        kept = ~np.isin(self.entries, held)
+        self.entries, self._bucket = self.entries[kept], self._bucket[kept]
+        return held.tolist()
+
     # ---- batches ---------------------------------------------------------------------------------
 
     def __len__(self):

@@ -18,7 +18,7 @@ from ..backend import asarray
 from ..layers import Tape
 from .conditions import Texts
 from .loop import split_batch
-from .objectives import generators
+from .objectives import drop_captions, generators
 
 VALIDATED = 4               # pictures, whose loss is looked at again and again
 
@@ -69,8 +69,8 @@ class FineTuning:
             z = mean + std * self.array([rng.standard_normal(mean.shape[1:]) for rng in rngs])
             latents = self.pipe.vae.to_latents(z)
             noisy = self.loss.noisy(latents, rngs)
-            captions = ["" if rng.random() < self.dropout else source.prefix + sample.caption
-                        for sample, rng in zip(samples, rngs)]
+            captions = drop_captions([source.prefix + sample.caption for sample in samples],
+                                     self.dropout, rngs)
             yield Batch(latents, *noisy, captions, self.time_ids(source.pictures, samples),
                         source.weight)
 
@@ -108,17 +108,16 @@ class FineTuning:
         return np.array([(*item.size[::-1], sample.top, sample.left, *item.target[::-1])
                          for item, sample in zip(items, samples)], np.float32)
 
-    def batch_loss(self, number, rng):
+    def batch_loss(self, number):
         """Add a batch's gradients to the parameters -> {"loss", "expected"}, of all Sources.
 
-        expected: the loss of a model that knows nothing. rng: not used, as every sample has its
-        own.
+        expected: the loss of a model that knows nothing.
         """
-        reports = [split_batch(partial(self.part_loss, batch), [range(len(batch.captions))], rng)
+        reports = [split_batch(partial(self.part_loss, batch), [range(len(batch.captions))])
                    for batch in self.batches(number)]
         return {name: sum(report[name] for report in reports) for name in reports[0]}
 
-    def part_loss(self, batch, rows, rng, share):
+    def part_loss(self, batch, rows, share):
         """The loss of some rows of a Batch, and its gradients -> as batch_loss, times share."""
         tape = Tape(self.checkpoints, only_trained=True)
         rows = slice(rows[0], rows[-1] + 1)             # neighbours: also of a device's arrays

@@ -11,10 +11,10 @@ from functools import partial
 import numpy as np
 
 from ..backend import keep_freed_memory, parallel
+from ..bad_layer import bad_layer
 from ..errors import TinyldmError, note
 from ..files import make_folder
 from ..layers import SHARD
-from ..pipelines.finite import bad_layer
 from .optim import AdamW, NotFinite
 from .rates import half_cosine
 from .report import Report
@@ -36,7 +36,7 @@ SAVE_EVERY = 60         # seconds
 SHARDS = 4              # the same on every machine, so that every machine computes the same sums
 
 
-def split_batch(loss, batch, rng):
+def split_batch(loss, batch, rng=None):
     """Run loss(*shard, rng, share) on each shard of a batch, over worker threads; sum the reports.
 
     So the result depends neither on which thread was first nor on the number of threads: see
@@ -45,24 +45,24 @@ def split_batch(loss, batch, rng):
     return sum_reports(over_shards(loss, batch, rng))
 
 
-def over_shards(function, batch, rng):
+def over_shards(function, batch, rng=None):
     """Run function(*shard, rng, share) on each shard of a batch, over worker threads -> a list.
 
     batch: arrays or lists; a shard has the same rows of each. share: its part of the whole. Each
-    shard draws from a generator of its own, and results and gradients come in the order of the
-    shards. A loss of the whole batch takes two calls: lists with one entry per row give the second
-    call the same shards.
+    shard draws from a generator of its own; without rng, function(*shard, share) draws nothing.
+    Results and gradients come in the order of the shards. A loss of the whole batch takes two
+    calls: lists with one entry per row give the second call the same shards.
     """
     size = len(batch[0])
     count = min(SHARDS, size)
     bounds = np.linspace(0, size, count + 1).astype(int)
-    generators = rng.spawn(count)
+    generators = [(child,) for child in rng.spawn(count)] if rng else [()] * count
 
     def run(i):
         shard = [array[bounds[i]:bounds[i + 1]] for array in batch]
         token = SHARD.set(i)
         try:
-            return function(*shard, generators[i], len(shard[0]) / size)
+            return function(*shard, *generators[i], len(shard[0]) / size)
         finally:
             SHARD.reset(token)
 

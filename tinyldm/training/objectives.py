@@ -15,6 +15,7 @@ from ..diffusion.objective import (
     uniform_timesteps,
     uninformed_loss,
 )
+from ..diffusion.process import Process
 from ..layers import Tape
 from .round_trip import RoundTrip, latent_shape
 
@@ -153,12 +154,48 @@ class DiffusionLoss:
         return losses
 
 
-def drop_captions(ids, empty, share, generators):
-    """Replace this share of the captions by the empty one, for the unconditional prediction that
-    guidance needs. ids (B,M), empty (M,) -> (B,M). Source: Ho & Salimans 2022, arXiv:2207.12598.
+class HybridLoss:
+    """Improved DDPM's loss of a denoiser that predicts the variance of each reverse step, too.
+
+        loss = mean (model_output[..., :C] - target)^2 + 0.001 L_vlb
+
+    L_vlb is estimated by T L_t at the drawn t, in bits per dimension. It teaches the second half of
+    the output alone: the mean is held fixed in it. simple: a DiffusionLoss without weights, whose
+    draws these are.
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16; its code's rescaled_mse.
     """
+
+    def __init__(self, simple):
+        self.simple, self.schedule = simple, simple.schedule
+        self.noisy, self.process = simple.noisy, Process.of(simple.schedule)
+
+    def __call__(self, model_output, x_start, noise, timesteps, share=1.0):
+        """-> as DiffusionLoss; the loss of a model that knows nothing has no bound."""
+        x_t = self.schedule.add_noise(x_start, noise, timesteps)
+        losses, cache = variational.loss(self.process, model_output, x_start, noise, x_t, timesteps)
+        each = asarray(np.full(len(losses), share / len(losses), losses.dtype), like=losses)
+        expected = uninformed_loss(self.schedule, timesteps).mean()
+        return (share * float(losses.mean()), variational.loss_backward(each, cache),
+                share * float(expected))
+
+    def profile(self, predict, x_start, count=8):
+        """The squared error alone at `count` timesteps: see DiffusionLoss."""
+        C = x_start.shape[-1]
+        return self.simple.profile(lambda x_t, t: predict(x_t, t)[..., :C], x_start, count)
+
+
+def drop_captions(captions, share, generators):
+    """Replace this share of the captions by the empty one, for the unconditional prediction that
+    guidance needs. Source: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
+    """
+    return ["" if rng.random() < share else caption
+            for caption, rng in zip(captions, generators)]
+
+
+def drop_labels(labels, no_class, share, generators):
+    """Replace this share of the labels (B,) by `no_class`, as drop_captions does -> (B,)."""
     dropped = np.array([rng.random() < share for rng in generators])
-    return np.where(dropped[:, None], empty, ids)
+    return np.where(dropped, no_class, labels)
 
 
 def variational_loss(unet, process, images, timesteps, weights, rng, share, kind="rescaled_mse",

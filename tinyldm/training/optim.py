@@ -36,6 +36,26 @@ def initialise(module, rng):
             parameter.data[...] = 0
 
 
+def initialise_dit(transformer, rng):
+    """Fill a DiTTransformer2DModel, float32, from a numpy Generator: adaLN-Zero.
+
+    Weights are uniform with Xavier's variance 2 / (fan_in + fan_out), biases 0; those of the
+    timestep's perceptron and the table of labels are normal with standard deviation 0.02. The
+    layers that make shift, scale and gate begin at 0, and so does the last one: every block is the
+    identity, and the output is 0.
+    Source: Peebles & Xie 2022, arXiv:2212.09748, section 3.2; the code's initialize_weights.
+    """
+    for name, parameter in transformer.named_parameters():
+        shape = parameter.shape
+        if len(shape) == 1 or ".norm1.linear." in name or name.startswith("proj_out"):
+            parameter.data = np.zeros(shape, np.float32)
+        elif ".norm1.emb." in name:
+            parameter.data = rng.normal(0, 0.02, shape).astype(np.float32)
+        else:                                           # (out,in); of the patches (p,p,C,D)
+            most = (6 / (math.prod(shape[:-1]) + shape[-1])) ** 0.5
+            parameter.data = rng.uniform(-most, most, shape).astype(np.float32)
+
+
 # ---- averages of the weights ------------------------------------------------------------------
 # The decay at update n, which counts from 1: average = decay average + (1 - decay) weights. The
 # average begins as a copy of the first weights.

@@ -18,7 +18,8 @@ from .objectives import TIMESTEPS, DiffusionLoss
 from .report import Report
 
 # {NAME: what it trains}; textual-inversion is textual_inversion.py.
-STAGES = {"lora": "train a LoRA: a small file that teaches a model a new thing or a style",
+STAGES = {"ddpm": "train a diffusion model of pictures, without a text, perhaps by class",
+          "lora": "train a LoRA: a small file that teaches a model a new thing or a style",
           "textual-inversion": "train a new word for prompts, and nothing else of the model",
           "autoencoder": "train a VAE: pictures into latents and back, new or from weights"}
 # python -m tinyldm.shapes
@@ -68,7 +69,7 @@ def _stage(name):
 # ---- options ----------------------------------------------------------------------------------
 
 def add_shared(parser, *, steps, learning_rate, batch=1, warmup=0, schedule="constant",
-               betas=(0.9, 0.999), weight_decay=0.01, clip=1.0):
+               betas=(0.9, 0.999), weight_decay=0.01, clip=1.0, ema=0.0):
     """Add what every stage offers. The keywords are this stage's defaults."""
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=whole(1), default=steps, metavar="N", help="updates of the whole training, "
@@ -99,8 +100,8 @@ def add_shared(parser, *, steps, learning_rate, batch=1, warmup=0, schedule="con
     add("--decay-vectors", action="store_true", help="let biases and norms decay, too")
     add("--clip", type=real(0), default=clip, metavar="C", help="largest norm of the gradient; 0 "
         f"switches clipping off ({clip:g})")
-    add("--ema", type=real(0, 1), default=0.0, metavar="D", help="train, and at the end write, "
-        "an average of the weights with the decay D, such as 0.999; 0 switches it off (0)")
+    add("--ema", type=real(0, 1), default=ema, metavar="D", help="train, and at the end write, "
+        f"an average of the weights with the decay D, such as 0.999; 0 switches it off ({ema:g})")
     add("--ema-form", choices=EMAS, default="ldm", metavar="NAME", help="how the decay rises to "
         f"D: {', '.join(EMAS)} (ldm)")
 

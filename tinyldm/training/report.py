@@ -1,7 +1,7 @@
 """What a training tells while it runs: a progress bar, and files in the folder of its result.
 
-    log.jsonl       a line per step: loss, that of a model that knows nothing, the gradient's norm,
-                    the learning rate, seconds; and a line per validation
+    log.jsonl       a line per step: loss, "expected" (that of a model that knows nothing), the
+                    gradient's norm, the learning rate, seconds; and a line per validation
     loss.png        both as curves, where matplotlib is installed
     samples.png     the samples, a row per step; each lies in samples/, too
     events.out...   the numbers again for TensorBoard, where tensorboard is installed
@@ -67,7 +67,7 @@ class Report:
         losses, expected = zip(*self.recent)
         loss = f"loss {np.mean(losses):.4f}"
         if values.get("expected"):
-            loss += f" ({sum(losses) / sum(expected):.2f} of knowing nothing)"
+            loss += f" ({sum(losses) / sum(expected):.2f} of an uninformed answer's)"
         loss += "".join(f", {form.format(values[name])}" for name, form in SHOWN.items()
                         if name in values)
         self.bar.set_postfix_str(f"{loss}, gradient {values['gradient']:.2f}{memory()}",
@@ -177,20 +177,24 @@ def sample_sheet(folder, last):
     return grid(cells, columns, GAP)
 
 
+def averages(history):
+    """[(step, loss)] -> the means of about 100 parts of equal length, (n,2)."""
+    size = max(1, len(history) // 100)
+    whole = len(history) // size * size
+    return np.asarray(history[:whole], np.float64).reshape(-1, size, 2).mean(axis=1)
+
+
 def plot(history, validations, path):
     """Draw the loss over the steps, and the validation loss of each timestep, as a PNG."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise TinyldmError("it needs matplotlib") from None
+        raise TinyldmError("matplotlib is missing: pip install 'tinyldm[curves]'") from None
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     if len(history):
-        steps, losses = np.asarray(history, np.float64).T
-        size = max(1, len(steps) // 100)                # about 100 points
-        whole = len(steps) // size * size
-        left.plot(steps, losses, color="lightgrey", linewidth=0.5)
-        left.plot(*(part[:whole].reshape(-1, size).mean(axis=1) for part in (steps, losses)))
+        left.plot(*zip(*history), color="lightgrey", linewidth=0.5)
+        left.plot(*averages(history).T)
     left.set(xlabel="step", ylabel="loss", title="training", yscale="log")
     for name in validations[0]["validation"] if validations else []:
         points = [(line["step"], line["validation"].get(name, np.nan)) for line in validations]

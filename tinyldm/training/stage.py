@@ -139,9 +139,9 @@ class Stage:
         loop.models = self.pipe.models
         say(self.memory(tuning, named))
 
-        def batch_loss(rng):
+        def batch_loss(_):                              # each sample has a generator of its own
             loop.about = tuning.describe(loop.batch)
-            return tuning.batch_loss(loop.batch, rng)
+            return tuning.batch_loss(loop.batch)
 
         loop.train(batch_loss, write=write, sample=self.sample, validate=tuning.validate)
         if loop.optimizer.ema is not None:              # the state is saved: from here on these

@@ -61,7 +61,7 @@ def read_npz(path, shapes, optional=()):
 def unusable(path, reason):
     """The TinyldmError about a state file that does not belong to this training."""
     return TinyldmError(f"{path} is no whole state of this training: {reason}; delete it to begin "
-                        "anew, or name another folder with --run")
+                        "anew, or name another folder")
 
 
 # ---- the folder -------------------------------------------------------------------------------
