@@ -54,7 +54,7 @@ def test_twenty_steps(dtype, squared, of_loss, of_weights):
     rng, kind = np.random.default_rng(0), np.float64 if dtype == torch.float64 else np.float32
     for step in range(20):
         images, noise = batch(rng, kind)
-        report = ours(images, noise, rng, step)
+        report = ours(images, noise, step)
         norm = optimizer.step(RATE)
         losses, norms = reference.step(images, noise, step)
         assert_allclose(report["loss"], losses[0], rtol=of_loss)
@@ -76,7 +76,7 @@ def test_differences_of_the_whole():
     """Of the autoencoder with a fixed adaptive weight, and of the discriminator."""
     _, ours, named = pair(torch.float64, kl_weight=0.1)
     images, noise = batch(np.random.default_rng(1), np.float64)
-    first = ours(images, noise, np.random.default_rng(0), START)
+    first = ours(images, noise, START)
     goals = {False: lambda report: report["loss"] + first["adaptive_weight"] * report["generator"],
              True: lambda report: report["discriminator"]}
     rng, h = np.random.default_rng(2), 1e-8             # small: |x| has a corner at every pixel
@@ -89,13 +89,13 @@ def test_differences_of_the_whole():
             before = [p.data for p in chosen]
             for p, move in zip(chosen, moves):
                 p.data = p.data + sign * h * move
-            values.append(goal(ours(images, noise, np.random.default_rng(0), START)))
+            values.append(goal(ours(images, noise, START)))
             for p, data in zip(chosen, before):
                 p.data = data
         assert_allclose((values[0] - values[1]) / (2 * h), expected, rtol=1e-4)
         for _, p in named:
             p.grad = None
-        ours(images, noise, np.random.default_rng(0), START)
+        ours(images, noise, START)
 
 
 def test_the_adaptive_weight_has_a_limit():
@@ -104,7 +104,7 @@ def test_the_adaptive_weight_has_a_limit():
         if name.startswith("discriminator.main.11"):
             parameter.data = 1e-9 * parameter.data
     images, noise = batch(np.random.default_rng(1), np.float64)
-    report = ours(images, noise, np.random.default_rng(0), START)
+    report = ours(images, noise, START)
     assert report["adaptive_weight"] == 5000
 
 
@@ -114,7 +114,7 @@ def test_tapes_are_empty_and_the_network_stays_frozen():
     for step in (0, START):
         for _, parameter in named:
             parameter.grad = None
-        ours(images, noise, np.random.default_rng(0), step)
+        ours(images, noise, step)
         assert all(parameter.grad is not None for _, parameter in named)
         of_discriminator = [p.grad.any() for name, p in named if name.startswith("discriminator")]
         assert all(of_discriminator) if step else not any(of_discriminator)

@@ -13,10 +13,8 @@ second round trip, made after the autoencoder's update; here it is the same one,
 """
 from contextlib import contextmanager
 
-import numpy as np
-
-from .. import ops
-from ..backend import get_xp, to_host
+from .. import ops, ranks
+from ..backend import asarray, get_xp, to_host
 from ..layers import Tape
 
 LEAST, MOST = 1e-4, 1e4     # added to the denominator; the largest adaptive weight
@@ -37,35 +35,40 @@ class Adversary:
     def __call__(self, parts, images, last_layer):
         """Add its gradients to each part's doutput, and the discriminator's to its parameters.
 
-        parts: those of the batch `images`, whose forward has run. last_layer: that of the decoder.
-        -> {"generator": g, "adaptive_weight": a, "discriminator": its hinge loss, "real", "made":
-        its mean logits}. Batch norm sees the whole batch, real and made pictures apart.
+        parts: this rank's of the batch `images`, whose forward has run. last_layer: that of the
+        decoder. -> {"generator": g, "adaptive_weight": a, "discriminator": its hinge loss, "real",
+        "made": its mean logits}, times this rank's share. Batch norm sees the whole batch, real and
+        made pictures apart: so each rank runs the discriminator on all rows.
         """
         output = get_xp(images).concatenate([part.trip.output for part in parts])
+        if ranks.size() > 1:
+            output = asarray(ranks.stack(to_host(output)), like=images)
         with frozen(self.discriminator):
             tape = Tape()
             logits = self.discriminator(output, tape)
             dlogits = get_xp(logits).full_like(logits, -1 / logits.size)
             doutput = self.discriminator.backward(dlogits, tape)
-        ends = np.cumsum([len(part.doutput) for part in parts]).tolist()
-        own = [doutput[end - len(part.doutput):end] for part, end in zip(parts, ends)]
+        own = [doutput[part.first:part.first + len(part.doutput)] for part in parts]
         rest = [part.doutput for part in parts]
         a = self.weight * min(length(last_layer, parts, rest)
                               / (length(last_layer, parts, own) + LEAST), MOST)
         for part, dmore in zip(parts, own):
             part.doutput = part.doutput + a * dmore
-        loss, real, made = self._learn(images, output)
-        return {"generator": -float(logits.mean()), "adaptive_weight": a, "discriminator": loss,
-                "real": real, "made": made}
+        found = {"generator": -logits.mean(), "adaptive_weight": a} | self._learn(images, output)
+        share = sum(part.share for part in parts)
+        return {name: share * float(value) for name, value in found.items()}
 
     def _learn(self, images, output):
-        """Add the discriminator's gradients -> its loss and its mean answers."""
+        """Add the discriminator's gradients -> its loss and its mean answers.
+
+        The gradients are divided by the number of ranks, because each adds the same.
+        """
         tapes = [Tape(), Tape()]
         real, made = (self.discriminator(x, tape) for x, tape in zip((images, output), tapes))
         loss, cache = ops.hinge(real, made)
-        for dlogits, tape in zip(ops.hinge_backward(1.0, cache), tapes):
+        for dlogits, tape in zip(ops.hinge_backward(1 / ranks.size(), cache), tapes):
             self.discriminator.backward(dlogits, tape)
-        return tuple(float(x) for x in (loss, real.mean(), made.mean()))
+        return {"discriminator": loss, "real": real.mean(), "made": made.mean()}
 
     def wait(self):
         """Before it begins, its gradients are 0: so Adam counts the step and moves nothing."""
@@ -83,6 +86,7 @@ def length(layer, parts, gradients):
         owner, cache = part.trip.tape.entries[-1]
         assert owner is layer, f"{type(owner).__name__} ran last, not the decoder's last layer"
         total = total + layer.op_backward(dy, cache)[1]
+    ranks.add_up(total)
     return float(to_host((total * total).sum())) ** 0.5
 
 

@@ -126,7 +126,7 @@ def run(options):
         images, _, indices = pictures.batch(options.seed, loop.batch, options.batch)
         loop.about = "pictures " + ", ".join(pictures.items[i].name for i in indices)
         noise = draw_noise(vae, images, options.seed, loop.batch)
-        return loss(vae.xp.asarray(images), noise, rng, loop.step)
+        return loss(vae.xp.asarray(images), noise, loop.step)
 
     def write():
         save_model(vae, output, options.save_as)

@@ -69,32 +69,32 @@ class AutoencoderLoss:
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self.adversary, self.options = adversary, (decoder_only, checkpoints)
 
-    def __call__(self, images, noise, rng, step=0):
+    def __call__(self, images, noise, step=0):
         """Add the gradients of one batch -> a report.
 
-        images (B,H,W,3) in [-1, 1], noise (B,h,w,C), rng: as over_shards wants it; nothing is
-        drawn. step: of the training, at which an adversary may begin.
+        images (B,H,W,3) in [-1, 1], noise (B,h,w,C). step: of the training, at which an adversary
+        may begin.
         -> {"loss", "l1": mean |d|, "psnr": in dB, mean over the pictures, "kl_bits": kl in bits,
         "latent_std": of z, perhaps "perceptual": p, and those of Adversary}. The adversary's part
         is not in "loss": its size follows that of the rest.
         """
         adversary = self.adversary if self.adversary and step >= self.adversary.start else None
 
-        def forward(rows, _, share):
+        def forward(rows, share):
             part = self._part(images, noise, rows[0], rows[-1] + 1, share)
             if adversary is None:                       # its tape need not wait for other shards
                 part.backward()
             return part
 
-        parts = over_shards(forward, [range(len(images))], rng)
+        parts = over_shards(forward, [range(len(images))])
         report = {name: sum(part.report[name] for part in parts) for name in parts[0].report}
-        share = sum(part.share for part in parts)       # 1, or less where other processes help
+        share = sum(part.share for part in parts)       # 1, or that of this rank
         mean, square = report.pop("z") / share, report.pop("z^2") / share
         report["latent_std"] = share * math.sqrt(max(0.0, square - mean * mean))
         if adversary:
             report |= adversary(parts, images, self.vae.decoder.conv_out)
             waiting = {part.first: part for part in parts}
-            over_shards(lambda rows, *_: waiting[rows[0]].backward(), [range(len(images))], rng)
+            over_shards(lambda rows, _: waiting[rows[0]].backward(), [range(len(images))])
         elif self.adversary:
             self.adversary.wait()
         return report
