@@ -23,6 +23,7 @@ from .report import Report
 STAGES = {"ddpm": "train a diffusion model of pictures, without a text, perhaps by class",
           "lora": "train a LoRA: a small file that teaches a model a new thing or a style",
           "textual-inversion": "train a new word for prompts, and nothing else of the model",
+          "unet": "train a UNet in full, of some weights or from scratch",
           "autoencoder": "train a VAE: pictures into latents and back, new or from weights"}
 # python -m tinyldm.shapes
 RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "pictures")
@@ -51,7 +52,7 @@ def parse(arguments):
     """Arguments -> a namespace. Raises TinyldmError for what is wrong in one option alone."""
     arguments = [*(sys.argv[1:] if arguments is None else arguments)]
     name = next((word for word in arguments if not word.startswith("-")), None)
-    if name in RECIPE and name not in STAGES:
+    if name in RECIPE and (name not in STAGES or "--run" in arguments):
         raise TinyldmError("the bundled model's recipe is a program of its own: "
                            f"python -m tinyldm.shapes {' '.join(arguments)}")
     parser = Parser("python -m tinyldm.training", description=DESCRIPTION,
