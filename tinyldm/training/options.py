@@ -126,13 +126,18 @@ def add_output(parser, output, prompts=True):
         "options and pictures, unless --resume changed is given")
     add("--save-every", type=whole(0), default=0, metavar="N", help="steps between two saves; 0 "
         "saves once a minute (0)")
+    add_looks(add)
+    if prompts:
+        add("--sample-prompt", action="append", default=[], metavar="TEXT", help="what to draw; "
+            "may be given several times")
+
+
+def add_looks(add):
+    """Add how often a training looks at its model. add: a parser's add_argument."""
     add("--validate-every", type=whole(0), default=100, metavar="N", help="steps between two looks "
         "at the loss of fixed pictures, noise and timesteps; 0 switches it off (100)")
     add("--sample-every", type=whole(0), default=0, metavar="N", help="steps between two samples, "
         "which one sheet collects; 0 switches them off (0)")
-    if prompts:
-        add("--sample-prompt", action="append", default=[], metavar="TEXT", help="what to draw; "
-            "may be given several times")
 
 
 def whole(least, most=MOST):
