@@ -12,10 +12,11 @@ from tinyldm.pipelines.stable_diffusion import StableDiffusion
 
 # What a room may import besides itself: cli → pipelines → models, diffusion, text, checkpoints →
 # layers → ops → kernels → backend. The programs' entry points may import all.
-BOTTOM = {"errors", "files", "backend", "configs", "signals"}
+BOTTOM = {"errors", "files", "backend", "configs", "signals", "ranks"}
 MAY_IMPORT = {
     "errors": set(),
     "signals": set(),
+    "ranks": {"errors"},
     "files": {"errors"},
     "configs": {"errors"},
     "backend": {"errors"},
@@ -46,7 +47,7 @@ MAY_IMPORT = {
 ENTRY_POINTS = {"__init__.py", "__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.
 LIBRARIES = {"numpy", "tokenizers", "safetensors", "threadpoolctl", "huggingface_hub",
-             "PIL", "tqdm", "matplotlib", "tensorboard"}
+             "PIL", "tqdm", "matplotlib", "tensorboard", "mpi4py"}
 
 
 def imports(file, source):

@@ -1,6 +1,7 @@
 """python -m tinyldm "a prompt": see cli/draw.py."""
 import sys
 
+from . import ranks
 from .cli.console import start
 
 
@@ -10,4 +11,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ranks.program(main))

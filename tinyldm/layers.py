@@ -44,8 +44,9 @@ class Parameter:
     trainable: False freezes it. Then it gets no gradient. Change it only between a backward and the
     next forward.
 
-    Each shard of a batch has a sum of its own. `grad` adds these up in the order of the shards, so
-    that the result does not depend on which worker thread was first.
+    Each shard of a batch has a sum of its own. `grad` adds up pairs of neighbouring shards, then
+    pairs of these sums, and so on. So the result depends neither on which worker thread was first,
+    nor on whether two or four processes have each had their part of the shards.
     """
 
     _lock = threading.Lock()                            # threads may also share a shard
@@ -69,7 +70,9 @@ class Parameter:
     def grad(self):
         """The sum of all gradients since it was last set to None; None if there are none."""
         grads = [self._grads[shard] for shard in sorted(self._grads)]
-        return reduce(add, grads) if grads else None
+        while len(grads) > 1:
+            grads = [reduce(add, grads[i:i + 2]) for i in range(0, len(grads), 2)]
+        return grads[0] if grads else None
 
     @grad.setter
     def grad(self, grad):

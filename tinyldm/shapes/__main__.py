@@ -1,6 +1,7 @@
 """python -m tinyldm.shapes STAGE: the stages of the bundled model's recipe."""
 import sys
 
+from .. import ranks
 from ..cli.console import start
 
 
@@ -11,4 +12,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ranks.program(main))

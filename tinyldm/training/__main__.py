@@ -1,6 +1,7 @@
 """python -m tinyldm.training NAME: see options.py."""
 import sys
 
+from .. import ranks
 from ..cli.console import start
 
 
@@ -11,4 +12,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ranks.program(main))

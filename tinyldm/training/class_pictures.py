@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from itertools import count, islice
 
+from .. import ranks
 from ..errors import TinyldmError, shorten
 from ..files import as_path, make_folder, replacing
 from ..images import save
@@ -32,7 +33,8 @@ def draw_class_pictures(pipe, prompt, folder, number, seed=0, **options):
         raise TinyldmError("the number of class pictures must be a whole number from 1, not "
                            f"{number!r:.80}")
     make_folder(folder)
-    there = [name for name in list_files(folder, defaultdict(list)) if name.lower().endswith(ENDS)]
+    files = ranks.first(lambda: list_files(folder, defaultdict(list)))
+    there = [name for name in files if name.lower().endswith(ENDS)]
     drawn = {int(match[1]): name for name in there if (match := NAME.fullmatch(name))}
     other = [name for name in drawn.values() if prompt_of(folder / name) not in (None, prompt)]
     if other:
@@ -40,12 +42,13 @@ def draw_class_pictures(pipe, prompt, folder, number, seed=0, **options):
                            f"({shorten(other)}): delete them, or name another folder")
     missing = max(0, number - len(there))
     indices = list(islice((i for i in count() if i not in drawn), missing))
-    for index in progress("drawing class pictures", indices):
+    for index in progress("drawing class pictures", indices[ranks.rank()::ranks.size()]):
         image, = pipe(prompt, seed=seed + index, **options)
         path = folder / f"{index}-{hashlib.sha1(image.tobytes()).hexdigest()}.jpg"
         with replacing(path.with_suffix(".txt")) as temporary:          # a picture has its caption
             temporary.write_text(prompt, encoding="utf-8")
         save(image, path, prompt)
+    ranks.gather(None)                                  # all are there
     return missing
 
 

@@ -13,6 +13,7 @@ import hashlib
 
 import numpy as np
 
+from .. import ranks
 from ..backend import to_host
 from ..errors import TinyldmError
 from ..files import as_path
@@ -45,9 +46,11 @@ class LatentCache:
         self.encoder = fingerprint(vae)
         flips = (False, True) if folder.flip else (False,)
         wanted = [(index, flip) for index in range(len(folder.items)) for flip in flips]
-        missing = [key for key in progress("checking latents", wanted) if self._read(*key) is None]
-        self.found, self.computed = len(wanted) - len(missing), len(missing)
+        mine = [wanted[i] for i in ranks.share(len(wanted))]
+        missing = [key for key in progress("checking latents", mine) if self._read(*key) is None]
         self._compute(vae, missing)
+        self.computed = sum(ranks.gather(len(missing)))
+        self.found = len(wanted) - self.computed
 
     def _compute(self, vae, missing):
         for index, flipped in progress("encoding pictures", missing):

@@ -3,14 +3,21 @@
 A stage brings the model, the data and batch_loss; optim.py makes the update, rates.py its learning
 rate, state.py what lies on the disk. Everything random is keyed by the seed and the number of the
 batch, never by what ran before, so that a training that goes on is one that never stopped.
+
+Under mpirun each rank has its part of every batch's shards, and all make the same update from the
+sum of their gradients. The first rank alone reads and writes files, draws samples and reports.
 """
 import math
+import signal
 import time
+import zlib
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 
-from ..backend import keep_freed_memory, parallel
+from .. import ranks
+from ..backend import asarray, keep_freed_memory, parallel, to_host
 from ..bad_layer import bad_layer
 from ..errors import TinyldmError, note
 from ..files import make_folder
@@ -34,6 +41,8 @@ from .state import (
 
 SAVE_EVERY = 60         # seconds
 SHARDS = 4              # the same on every machine, so that every machine computes the same sums
+NUMBERS = 32            # of a report, at most: they travel behind the gradient
+COMPARE_EVERY = 100     # steps between two comparisons of all ranks' weights
 
 
 def split_batch(loss, batch, rng=None):
@@ -52,9 +61,11 @@ def over_shards(function, batch, rng=None):
     shard draws from a generator of its own; without rng, function(*shard, share) draws nothing.
     Results and gradients come in the order of the shards. A loss of the whole batch takes two
     calls: lists with one entry per row give the second call the same shards.
+    Each rank runs its part of the shards; there are more than SHARDS only where ranks do not divide
+    it. A rank that none is left for runs the first one with share 0.
     """
     size = len(batch[0])
-    count = min(SHARDS, size)
+    count = min(-(-SHARDS // ranks.size()) * ranks.size(), size)
     bounds = np.linspace(0, size, count + 1).astype(int)
     generators = [(child,) for child in rng.spawn(count)] if rng else [()] * count
 
@@ -62,11 +73,12 @@ def over_shards(function, batch, rng=None):
         shard = [array[bounds[i]:bounds[i + 1]] for array in batch]
         token = SHARD.set(i)
         try:
-            return function(*shard, *generators[i], len(shard[0]) / size)
+            return function(*shard, *generators[i], len(shard[0]) / size if mine else 0.0)
         finally:
             SHARD.reset(token)
 
-    return parallel(run, range(count))
+    mine = ranks.share(count)
+    return parallel(run, mine or [0])
 
 
 def sum_reports(reports):
@@ -101,12 +113,20 @@ class Trainer:
         self.batch = 0                                  # the number of the batch being computed
         self.about = ""                                 # what is in it, for messages: set by stages
         self.models = {}                                # {name: module}, for messages, too
-        self.report = report or Report()
+        self.report = Report() if ranks.rank() else report or Report()
+        self.stopped = False                            # another rank was asked to stop
         named_parameters = list(named_parameters)
         self.parameters = [parameter for _, parameter in named_parameters]
         self.optimizer = optimizer(named_parameters)
         self.begun = 0                                  # the step of the optimiser's first update
         self.history = []                               # one (step, loss) per step
+        self.written = None
+        self.begun, self.optimizer.steps = ranks.first(partial(self._open, resume))
+        if ranks.size() > 1:
+            self._agree()
+
+    def _open(self, resume):                            # -> begun, the optimiser's steps
+        path = self.path
         check_writable(path)
         self.written = self._written()
         if resume is False and self.written:
@@ -117,6 +137,17 @@ class Trainer:
                                "--resume out, or name its folder with --output")
         if self.written:
             self._resume(resume)
+        return self.begun, self.optimizer.steps
+
+    def _agree(self):
+        """Begin with the first rank's numbers on all ranks."""
+        others = [place for place, settings in enumerate(ranks.gather(self.settings))
+                  if settings != self.settings]
+        if others:
+            raise TinyldmError(f"rank {others[0]} has other options or pictures: all ranks must "
+                               "see the same files, on a shared disk or in the same places")
+        for name in self.optimizer.STATE:
+            ranks.spread(getattr(self.optimizer, name))
 
     def _resume(self, resume):
         if resume == "exact":                           # before shapes, which follow from options
@@ -175,14 +206,17 @@ class Trainer:
         write(): writes the result, after each save of the state. sample() -> pictures, and
         validate() -> {name: loss}, of fixed prompts and of fixed pictures: see report.py. write and
         sample see the averaged weights, if there are any.
+        Under mpirun a signal to any rank stops all after the same step, and only the first rank
+        returns: the others end here, by SystemExit.
         Raises TinyldmError where a loss, a gradient or a weight is not finite; then the state file
         holds the last good state.
         """
         keep_freed_memory()
         self._forget_gradients()                        # of a step that was stopped
         make_folder(self.path.parent)
-        with locked(self.path.parent), held_signals(most=1) as signals:
-            if not self.written:                        # now, not in an hour: is there room?
+        lock = nullcontext() if ranks.rank() else locked(self.path.parent)
+        with lock, held_signals(most=1) as signals:
+            if not self.written and not ranks.rank():   # now, not in an hour: is there room?
                 check_room(self.path, sum(array.nbytes for name, array in
                                           self.optimizer.state().items() if name != "steps"))
                 self.save()
@@ -191,8 +225,10 @@ class Trainer:
             report.begin(self.path.stem, self.step, self.steps,
                          sample and self.averaged(sample), validate)
             try:
-                while self.step < self.steps and not signals:
-                    report.step(self.step + 1, self.steps, self._update(batch_loss))
+                # One rank may not stop alone: the others would wait for it.
+                while self.step < self.steps and not (signals if ranks.size() == 1 else
+                                                      self.stopped):
+                    report.step(self.step + 1, self.steps, self._update(batch_loss, signals))
                     if (self.step % self.save_every == 0 if self.save_every
                             else time.monotonic() - saved > SAVE_EVERY):
                         self._save(write, last=False)
@@ -201,6 +237,9 @@ class Trainer:
                 if len(signals) < 2:
                     self._save(write)
                 report.end()
+            ranks.leave_to_first()
+            if self.stopped and not signals:
+                signals.append(signal.SIGINT)
 
     def averaged(self, run):
         """run, but with the averaged weights in place of the trained ones, if there are any."""
@@ -218,6 +257,8 @@ class Trainer:
 
     def _save(self, write, last=True):
         """Save the state, the log and the result. A disk that is full on the way is a note."""
+        if ranks.rank():
+            return
         try:
             self.save()
         except CannotWrite as error:
@@ -229,30 +270,60 @@ class Trainer:
         if write:
             self.averaged(write)()
 
-    def _update(self, batch_loss):                      # -> {"loss", "gradient", ...}
-        reports, rate = [], self.learning_rate()
+    def _update(self, batch_loss, signals=()):           # -> {"loss", "gradient", ...}
+        reports, rate, batches = [], self.learning_rate(), self._batches()
 
         def run(place):
+            self.batch = batches[place]
             # A generator for each batch: a resumed run continues as if it had never stopped.
             return batch_loss(np.random.default_rng([self.seed, self.step, place]))
 
-        for place, batch in enumerate(self._batches()):
-            self.batch = batch
+        def run_again():
+            for place in range(len(reports)):
+                run(place)
+
+        for place in range(len(batches)):
             reports.append(run(place))
             if not np.isfinite(reports[-1]["loss"]):
-                raise self._bad(f"the loss is {reports[-1]['loss']} at step {self.step}", rate,
-                                partial(run, place))
+                break
         report = {name: sum(report[name] for report in reports) / len(reports)
                   for name in reports[0]}
         try:
             with held_signals():                        # all of the update, or nothing
+                grad = None
+                if ranks.size() > 1:
+                    grad, report = self._exchange(report, bool(signals))
+                if not np.isfinite(report["loss"]):
+                    raise NotFinite(f"the loss is {report['loss']}")
                 # Groups that an epoch's end cuts short count less: accelerate divides them alike.
-                norm = self.optimizer.step(rate, self.accumulation)
+                norm = self.optimizer.step(rate, self.accumulation, grad)
                 self.history.append((self.step, report["loss"]))
         except NotFinite as error:
-            raise self._bad(f"{error} at step {self.step}", rate,
-                            lambda: [run(place) for place in range(len(reports))]) from None
+            raise self._bad(f"{error} at step {self.step}", rate, run_again) from None
+        if ranks.size() > 1 and self.step % COMPARE_EVERY == 0:
+            self._compare()
         return report | {"gradient": norm, "learning_rate": rate}
+
+    def _exchange(self, report, stop):
+        """The sums of all ranks' gradients and reports, in one message, which also says whether
+        any of them has to stop. So all decide the same. -> the gradient, the report"""
+        grad = self.optimizer.gradient(NUMBERS)
+        assert len(report) < NUMBERS, report
+        numbers = np.zeros(NUMBERS, grad.dtype)
+        numbers[:1 + len(report)] = [stop, *report.values()]
+        grad[-NUMBERS:] = asarray(numbers, like=grad)
+        ranks.add_up(grad)
+        numbers = to_host(grad[-NUMBERS:]).tolist()
+        self.stopped = numbers[0] > 0
+        return grad[:-NUMBERS], dict(zip(report, numbers[1:]))
+
+    def _compare(self):
+        """Raise TinyldmError if the ranks' weights have become different."""
+        hashes = ranks.gather(zlib.crc32(to_host(self.optimizer.data)))
+        if len({*hashes}) > 1:
+            raise TinyldmError(f"the weights of rank {[h != hashes[0] for h in hashes].index(True)}"
+                               f" are others than those of rank 0 at step {self.step}: start again "
+                               "from the last save with --resume, on machines of one kind")
 
     def _bad(self, what, rate, run):
         """The TinyldmError about a loss or a gradient that is not finite: where, and what to try.
@@ -262,9 +333,11 @@ class Trainer:
             self._forget_gradients()
             with np.errstate(all="ignore"):
                 layer, of = bad_layer(self.models, run)
-            where = (f"; the first layer whose {of} is not finite is {layer}" if layer else
-                     "; no layer is to blame") + where
+            found = [one for one in ranks.gather((layer, of)) if one[0]]
+            where = (f"; the first layer whose {found[0][1]} is not finite is {found[0][0]}"
+                     if found else "; no layer is to blame") + where
         self._forget_gradients()
+        ranks.leave_to_first()                          # it saves, and says what is wrong
         return TinyldmError(f"{what}: take a smaller learning rate (it was {rate:g}), or see what "
                             f"is wrong with the batch{where}; {self.path} keeps the last good "
                             "state")

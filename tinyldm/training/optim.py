@@ -122,15 +122,15 @@ class AdamW:
             self.places.append((name, parameter, span, parameter.data))
             start = span.stop
 
-    def step(self, learning_rate, batches=1):
-        """One update from the gradients on the parameters; returns their norm before clipping.
+    def gradient(self, more=0):
+        """The gradients on the parameters, used up, as one flat vector; `more` zeros follow them.
 
-        batches: the number of batches whose gradients were added up; their mean is used.
-        Raises NotFinite for a gradient that is not finite, and TinyldmError for a parameter whose
-        data was replaced: the update would no longer reach the model. The weights stay as they are.
+        Raises TinyldmError for a parameter whose data was replaced: an update would no longer reach
+        the model.
         """
-        xp = get_xp(self.data)
-        grad = xp.empty_like(self.data)                 # not kept: the next forward needs the room
+        size = self.data.size                           # not kept: the next forward needs the room
+        grad = get_xp(self.data).empty(size + more, self.data.dtype)
+        grad[size:] = 0
         for name, parameter, span, view in self.places:
             if parameter.data is not view:
                 raise TinyldmError(f"{name} got new data after the optimiser was made: move the "
@@ -139,6 +139,16 @@ class AdamW:
             assert own is not None, f"{name} has no gradient"
             grad[span] = own.reshape(-1)
             parameter.grad = None
+        return grad
+
+    def step(self, learning_rate, batches=1, grad=None):
+        """One update from the gradients on the parameters; returns their norm before clipping.
+
+        batches: the number of batches whose gradients were added up; their mean is used. grad: what
+        `gradient` has returned, and others have added to; it is overwritten.
+        Raises NotFinite for a gradient that is not finite; the weights stay as they are.
+        """
+        grad = self.gradient() if grad is None else grad
         if batches > 1:
             grad /= batches
         norm = norm_of(grad)

@@ -9,7 +9,9 @@ import sys
 from functools import partial
 from importlib import import_module
 
-from ..cli.console import notes
+from .. import ranks
+from ..backend import num_threads
+from ..cli.console import notes, say
 from ..cli.options import Formatter, Parser, path
 from ..errors import TinyldmError
 from . import optim, rates
@@ -186,6 +188,11 @@ def trainer(options, named_parameters, *, data="", batches_per_epoch=None, setti
     pictures. batches_per_epoch: see Trainer. settings: what else the training depends on, {option:
     value}.
     """
+    if ranks.size() > 1:
+        if options.batch < ranks.size():
+            raise TinyldmError(f"--batch {options.batch} leaves some of the {ranks.size()} ranks "
+                               f"without a picture: make it {ranks.size()} or a multiple of it")
+        say(f"{ranks.size()} ranks, with {num_threads()} threads each here")
     schedule = {
         "cosine_with_restarts": partial(rates.cosine_with_restarts, cycles=options.cycles),
         "polynomial": partial(rates.polynomial, power=options.power),
