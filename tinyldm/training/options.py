@@ -129,6 +129,8 @@ def add_output(parser, output, prompts=True):
     add("--save-every", type=whole(0), default=0, metavar="N", help="steps between two saves; 0 "
         "saves once a minute (0)")
     add_looks(add)
+    add("--profile", action="store_true", help="after two updates print where their time and "
+        "memory went: by stage, block, op and thread, and what is kept for backward")
     if prompts:
         add("--sample-prompt", action="append", default=[], metavar="TEXT", help="what to draw; "
             "may be given several times")
@@ -212,7 +214,8 @@ def trainer(options, named_parameters, *, data="", batches_per_epoch=None, setti
                    seed=options.seed, accumulation=options.accumulate,
                    batches_per_epoch=batches_per_epoch, settings=kept | (settings or {}), data=data,
                    resume=options.resume, save_every=options.save_every,
-                   report=Report(options.output, options.sample_every, options.validate_every))
+                   report=Report(options.output, options.sample_every, options.validate_every),
+                   profile=options.profile)
 
 
 def diffusion_loss_from(options, schedule):
