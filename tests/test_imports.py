@@ -39,8 +39,8 @@ MAY_IMPORT = {
     "inspect": BOTTOM | {"checkpoints", "cli", "images", "layers", "models"},
     "metrics": BOTTOM | {"images", "image_processor", "ops", "layers", "models", "text",
                          "checkpoints", "pipelines", "cli"},
-    "training": BOTTOM | {"tape", "noise", "images", "ops", "layers", "bad_layer", "models", "diffusion",
-                          "text", "checkpoints", "pipelines", "cli"},
+    "training": BOTTOM | {"tape", "noise", "images", "ops", "layers", "bad_layer", "models",
+                          "diffusion", "text", "checkpoints", "pipelines", "cli"},
     "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
                         "pipelines", "training", "cli"},
 }

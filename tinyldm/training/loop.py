@@ -65,7 +65,7 @@ def over_shards(function, batch, rng=None):
     it. A rank that none is left for runs the first one with share 0.
     """
     size = len(batch[0])
-    count = min(-(-SHARDS // ranks.size()) * ranks.size(), size)
+    count = number_of_shards(size)
     bounds = np.linspace(0, size, count + 1).astype(int)
     generators = [(child,) for child in rng.spawn(count)] if rng else [()] * count
 
@@ -79,6 +79,11 @@ def over_shards(function, batch, rng=None):
 
     mine = ranks.share(count)
     return parallel(run, mine or [0])
+
+
+def number_of_shards(size):
+    """How many shards a batch of so many pictures has, over all ranks."""
+    return min(-(-SHARDS // ranks.size()) * ranks.size(), size)
 
 
 def sum_reports(reports):
@@ -226,7 +231,7 @@ class Trainer:
             saved = time.monotonic()
             report, update = self.report, self._update
             if self.profile and not ranks.rank():
-                from .profile import Profiled           # its imports take time
+                from .profile import Profiled  # its imports take time
                 update = Profiled(update, self.models)
             report.begin(self.path.stem, self.step, self.steps,
                          sample and self.averaged(sample), validate)
