@@ -9,6 +9,7 @@ from tests.support.reference import nchw, to_ours
 from tinyldm.layers import to_file
 from tinyldm.pipelines.loading import load
 from tinyldm.training import stage as stages
+from tinyldm.training import unet
 from tinyldm.training.fine_tuning import FineTuning
 from tinyldm.training.options import parse
 
@@ -29,9 +30,13 @@ def stage_of(command, monkeypatch, dtype=np.float32, captions=None):
         return found
 
     monkeypatch.setattr(FineTuning, "batches", batches)
-    monkeypatch.setattr(stages, "load_weights",
-                        lambda weights, device: load(weights, device, dtype))
-    return stages.Stage(parse([*map(str, command)]), captions), recorded
+    for module in stages, unet:
+        monkeypatch.setattr(module, "load_weights",
+                            lambda weights, device: load(weights, device, dtype))
+    options = parse([*map(str, command)])
+    if options.stage == "unet":
+        return unet.begin(options), recorded
+    return stages.Stage(options, captions), recorded
 
 
 class TorchSteps:
@@ -90,12 +95,30 @@ class TorchSteps:
             self.tables.append((table, len(old)))
         return [table for table, _ in self.tables]
 
+    def add_all(self, named, scheduler):
+        """Train what ours trains, [(name with its part, Parameter)], from the same numbers, on the
+        noise schedule of a scheduler_config.json -> {name: parameter}."""
+        self.scheduler = diffusers.DDPMScheduler.from_config(
+            scheduler | {"_class_name": "DDPMScheduler"})
+        theirs = {f"{part}.{name}": parameter for part, model in self.parts.items()
+                  for name, parameter in model.named_parameters()}
+        found = {}
+        for name, parameter in named:
+            flat = name.replace(".text_model.", ".")    # transformers 5 has flattened it
+            found[name] = theirs[name if name in theirs else flat]
+            own = to_file(parameter.data).copy()
+            found[name].data = torch.from_numpy(own).to(self.dtype)
+            found[name].requires_grad_(True)
+        return found
+
     def loss(self, batch):
         noise, latents = (nchw(batch[name]).to(self.dtype) for name in ("noise", "latents"))
         timesteps = torch.from_numpy(batch["timesteps"])
         x_t, target = self.add_noise(latents, noise, timesteps), noise
         if self.scheduler.config.prediction_type == "v_prediction":
             target = self.add_noise(noise, -latents, timesteps)     # sqrt(a) noise - sqrt(1-a) z
+        elif self.scheduler.config.prediction_type == "sample":
+            target = latents
         output = self.pipe.unet(x_t, timesteps, **self.conditions(batch)).sample
         losses = ((output.float() if self.dtype == torch.float32 else output) - target).square()
         losses = losses.mean(dim=(1, 2, 3))

@@ -204,7 +204,7 @@ class Trainer:
     def _written(self):
         return self.path.stat().st_mtime_ns if self.path.exists() else None
 
-    def train(self, batch_loss, *, write=None, sample=None, validate=None):
+    def train(self, batch_loss, *, write=None, sample=None, validate=None, constrain=None):
         """Train to the last step, with a progress bar.
 
         batch_loss(rng) adds a batch's gradients to the parameters and returns a report, a dict of
@@ -213,13 +213,15 @@ class Trainer:
         at once, and the file keeps the state last saved.
         write(): writes the result, after each save of the state. sample() -> pictures, and
         validate() -> {name: loss}, of fixed prompts and of fixed pictures: see report.py. write and
-        sample see the averaged weights, if there are any.
+        sample see the averaged weights, if there are any. constrain(): changes the weights, in
+        place, after each update.
         Under mpirun a signal to any rank stops all after the same step, and only the first rank
         returns: the others end here, by SystemExit.
         Raises TinyldmError where a loss, a gradient or a weight is not finite; then the state file
         holds the last good state.
         """
         keep_freed_memory()
+        self.constrain = constrain
         self._forget_gradients()                        # of a step that was stopped
         make_folder(self.path.parent)
         lock = nullcontext() if ranks.rank() else locked(self.path.parent)
@@ -308,6 +310,8 @@ class Trainer:
                     raise NotFinite(f"the loss is {report['loss']}")
                 # Groups that an epoch's end cuts short count less: accelerate divides them alike.
                 norm = self.optimizer.step(rate, self.accumulation, grad)
+                if self.constrain:
+                    self.constrain()
                 self.history.append((self.step, report["loss"]))
         except NotFinite as error:
             raise self._bad(f"{error} at step {self.step}", rate, run_again) from None

@@ -6,8 +6,6 @@
 Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; diffusers' examples/text_to_image and
 examples/dreambooth (train_text_to_image_lora.py, train_dreambooth_lora.py).
 """
-import shlex
-
 import numpy as np
 
 from ..checkpoints import write_lora
@@ -74,8 +72,8 @@ def run(options):
         untrained = stage.probe()
         pipe.load_lora(stage.result)
         return untrained
-    stage.check(read_back, write())
-    stage.show_use(f"--lora {shlex.quote(str(stage.result))}")
+    stage.check(read_back)
+    stage.show_use("--lora", stage.result)
 
 
 def put_into(pipe, options):

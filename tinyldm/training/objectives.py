@@ -189,18 +189,12 @@ class HybridLoss:
         return self.simple.profile(lambda x_t, t: predict(x_t, t)[..., :C], x_start, count)
 
 
-def drop_captions(captions, share, generators):
-    """Replace this share of the captions by the empty one, for the unconditional prediction that
-    guidance needs. Source: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
+def drop_captions(captions, share, generators, empty=""):
+    """Replace this share of the captions, or of labels, by the empty one, for the unconditional
+    prediction that guidance needs. Source: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
     """
-    return ["" if rng.random() < share else caption
+    return [empty if rng.random() < share else caption
             for caption, rng in zip(captions, generators)]
-
-
-def drop_labels(labels, no_class, share, generators):
-    """Replace this share of the labels (B,) by `no_class`, as drop_captions does -> (B,)."""
-    dropped = np.array([rng.random() < share for rng in generators])
-    return np.where(dropped, no_class, labels)
 
 
 def variational_loss(unet, process, images, timesteps, weights, rng, share, kind="rescaled_mse",

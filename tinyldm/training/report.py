@@ -34,6 +34,7 @@ class Report:
     def __init__(self, folder=None, sample_every=0, validate_every=0):
         self.folder, self.sample_every, self.validate_every = folder, sample_every, validate_every
         self.sample = self.validate = self.bar = self.events = None
+        self.side = SIDE                                # of a sample in the sheet, at most
         self.lines, self.validations, self.drawn = [], [], 0.0
 
     def begin(self, name, step, steps, sample=None, validate=None):
@@ -75,6 +76,12 @@ class Report:
             self._look(step, steps)
         self.clock = time.monotonic()
 
+    def tell(self, step, kind, numbers):
+        """Write a line of the log that holds {kind: numbers} -> the line."""
+        line = {"step": step, kind: numbers}
+        self._tell(step, line, {f"{kind}/{name}": number for name, number in numbers.items()})
+        return line
+
     def _tell(self, step, line, numbers):
         self.lines.append(json.dumps(line))
         if self.events:
@@ -88,9 +95,7 @@ class Report:
         if self.validate and due(self.validate_every):
             with _noted("the validation"):
                 losses = self.validate()
-                self.validations.append({"step": step, "validation": losses})
-                self._tell(step, self.validations[-1],
-                           {f"validation/{name}": loss for name, loss in losses.items()})
+                self.validations.append(self.tell(step, "validation", losses))
                 mean = sum(losses.values()) / len(losses)
                 tqdm.write(f"step {step}: validation loss {mean:.4f}{self._since(mean)}",
                            file=sys.stderr)
@@ -110,7 +115,8 @@ class Report:
             with replacing(self.folder / "samples" / f"{step:07}-{i}.png") as temporary:
                 picture.save(temporary, "PNG")
         with replacing(self.folder / "samples.png") as temporary:
-            sample_sheet(self.folder / "samples", step).save(temporary, "PNG")
+            sheet = sample_sheet(self.folder / "samples", step, self.side)
+            sheet.save(temporary, "PNG")
 
     def saved(self, history, end=False):
         """Bring the files up to date with a state that was saved. history: (step, loss) pairs."""
@@ -162,13 +168,16 @@ def read_log(folder):
     return [line for line in found if isinstance(line, dict) and "step" in line]
 
 
-def sample_sheet(folder, last):
-    """The pictures <step>-<number>.png of a folder up to a step, a row per step -> a PIL image."""
+def sample_sheet(folder, last, side=SIDE):
+    """The pictures <step>-<number>.png of a folder up to a step, a row per step -> a PIL image.
+
+    side: of one picture, at most, in pixels.
+    """
     from PIL import Image
 
     files = sorted(file for file in folder.glob("*-*.png") if int(file.stem.split("-")[0]) <= last)
     columns = 1 + max(int(file.stem.split("-")[1]) for file in files)
-    cells = [labelled(Image.open(file), f"step {int(file.stem.split('-')[0])}", SIDE, lines=1)
+    cells = [labelled(Image.open(file), f"step {int(file.stem.split('-')[0])}", side, lines=1)
              for file in files]
     return grid(cells, columns, GAP)
 

@@ -1,8 +1,9 @@
-"""What the commands `lora` and `textual-inversion` share around their training.
+"""What the commands `lora`, `textual-inversion` and `unet` share around their training.
 
-    Stage(options): the weights and the pictures     stage.train: the loop     stage.check: the file
+    Stage(options): the weights and the pictures   stage.train: the loop   stage.check: the result
 
-lora.py and textual_inversion.py put into the pipeline what is trained, and write it.
+lora.py and textual_inversion.py put into the pipeline what is trained, and write it; unet.py trains
+the pipeline's own UNet.
 """
 import json
 import shlex
@@ -45,8 +46,9 @@ EXACT = 1e-3                # of the prediction's standard deviation, what the f
 COARSE = 1e-2               # the same of a file in float16
 
 
-def add_options(parser, *, steps, learning_rate, output):
-    """Add what both stages offer; the keywords are this stage's defaults."""
+def add_options(parser, *, steps, learning_rate, output, dropout=0.0, layouts=True, **shared):
+    """Add what all three offer; the keywords are this stage's defaults. layouts: whether the result
+    is a file, which has layouts. shared: see add_shared."""
     add = parser.add_argument_group("weights and pictures").add_argument
     add("--weights", metavar="W", help="a folder, a file, or a name on the Hugging Face hub, as "
         "for python -m tinyldm (default: the bundled model)")
@@ -57,8 +59,8 @@ def add_options(parser, *, steps, learning_rate, output):
         "in pixels (the weights' own)")
     add("--buckets", action="store_true", help="keep the pictures' aspect ratios: pictures of "
         "similar ones make a batch")
-    add("--caption-dropout", type=real(0, 1), default=0.0, metavar="S", help="the share of the "
-        "pictures that train without their caption, for guidance (0)")
+    add("--caption-dropout", type=real(0, 1), default=dropout, metavar="S", help="the share of the "
+        f"pictures that train without their caption, for guidance ({dropout:g})")
     add("--flip", action="store_true", help="mirror half of the pictures")
     add("--strict", action="store_true", help="stop where a picture cannot be read or has no "
         "caption")
@@ -66,33 +68,46 @@ def add_options(parser, *, steps, learning_rate, output):
         "block is computed again in backward")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
         "(cpu)")
-    add("--layout", choices=("diffusers", "kohya"), default="diffusers", help="of the file: "
-        "diffusers, or kohya for the web interfaces (diffusers)")
-    add("--save-as", choices=DTYPES, default="float32", help="numbers in the file (float32)")
-    add_shared(parser, steps=steps, learning_rate=learning_rate)
+    if layouts:
+        add("--layout", choices=("diffusers", "kohya"), default="diffusers", help="of the file: "
+            "diffusers, or kohya for the web interfaces (diffusers)")
+    add("--save-as", choices=DTYPES, default="float32", help="numbers in the result (float32)")
+    add_shared(parser, steps=steps, learning_rate=learning_rate, **shared)
     add_diffusion(parser)
     add_output(parser, output)
 
 
-class Stage:
-    """The weights, the pictures and the file of one command.
+def file_of(options):
+    """Where the file of a training goes: --output, if that ends with .safetensors, and then the
+    state goes into a folder beside it, dog.training for dog.safetensors; else into --output."""
+    output = options.output
+    options.output = output.with_suffix(".training") if output.suffix == END else output
+    return output if output.suffix == END else output / f"{output.name}{END}"
 
-    options: what add_options adds, parsed. result: where the file goes: --output, if that ends with
-    .safetensors, and then the state goes into a folder beside it, dog.training for dog.safetensors;
-    else into the folder --output.
-    captions: for all pictures, in place of --caption and their own.
+
+def check_free(result, options):
+    """Raise TinyldmError where a result lies already that this training has not begun."""
+    if result.exists() and not options.resume:
+        raise TinyldmError(f"{result} exists already: name another one with --output, or go on "
+                           "with its training by --resume")
+
+
+class Stage:
+    """The weights, the pictures and the result of one command.
+
+    options: what add_options adds, parsed. captions: for all pictures, in place of --caption and
+    their own. pipe: what is trained, and then result, the folder it goes to; None loads --weights,
+    and the result is a file, see file_of.
     Raises TinyldmError for whatever is wrong before the training.
     """
 
-    def __init__(self, options, captions=None):
-        self.options, output = options, options.output
-        self.result = output if output.suffix == END else output / f"{output.name}{END}"
-        options.output = output.with_suffix(".training") if output.suffix == END else output
-        if self.result.exists() and not options.resume:
-            raise TinyldmError(f"{self.result} exists already: name another one with --output, or "
-                               "go on with its training by --resume")
-        self.started, self.prior = time.time(), None
-        self.pipe = load_weights(options.weights, options.device)
+    def __init__(self, options, captions=None, *, pipe=None, result=None):
+        self.options, self.result = options, result
+        if result is None:
+            self.result = file_of(options)
+            check_free(self.result, options)
+        self.started, self.prior, self.rounding = time.time(), None, None
+        self.pipe = pipe or load_weights(options.weights, options.device)
         self.resolution = options.resolution or min(self.pipe.size())
         f = self.pipe.vae.vae_scale_factor
         if self.resolution % f:
@@ -121,8 +136,9 @@ class Stage:
     def train(self, named, write, settings):
         """Train parameters, [(name, Parameter)], to the last step.
 
-        write: writes the result; the loop calls it after each save of the state. settings: names of
-        the options that a training that goes on must have in common, besides those of all stages.
+        write() -> Rounding of a file, or None: writes the result; the loop calls it after each save
+        of the state. settings: names of the options that a training that goes on must have in
+        common, besides those of all stages.
         """
         options = self.options
         folders = [(self.pictures, 1.0, self.prefix)]
@@ -145,7 +161,10 @@ class Stage:
             loop.about = tuning.describe(loop.batch)
             return tuning.batch_loss(loop.batch)
 
-        loop.train(batch_loss, write=write, sample=self.sample, validate=tuning.validate)
+        def kept():
+            self.rounding = write()
+
+        loop.train(batch_loss, write=kept, sample=self.sample, validate=tuning.validate)
         if loop.optimizer.ema is not None:              # the state is saved: from here on these
             loop.optimizer.data[...] = loop.optimizer.ema
 
@@ -234,17 +253,17 @@ class Stage:
         t = asarray(np.array([self.pipe.schedule.num_train_timesteps // 2]), like=latents)
         return to_host(unet(latents, t, conditions.pop("context"), **conditions))
 
-    def check(self, read_back, rounding):
-        """Compare a prediction of the trained model with one after reading the file.
+    def check(self, read_back):
+        """Compare a prediction of the trained model with one after reading the result.
 
         read_back: takes out what was trained, calls `probe`, reads the file -> what probe gave.
         Raises TinyldmError where the two differ.
         """
-        trained = self.probe()
+        trained, rounding = self.probe(), self.rounding
         untrained, again = read_back(), self.probe()
         error, change = (float(abs(other - trained).max() / trained.std())
                          for other in (again, untrained))
-        if self.options.save_as == "float16":
+        if rounding and self.options.save_as == "float16":
             say(f"{self.result}: as float16 {rounding.zeros} of {rounding.numbers} numbers became "
                 f"0, and the largest error is {rounding.largest:.2g}")
         if not error <= (COARSE if self.options.save_as == "float16" else EXACT):
@@ -254,11 +273,12 @@ class Stage:
         say(f"checked: with {self.result} read back, the model predicts what the trained one does, "
             f"up to {error:.1g} of the standard deviation; without it, up to {change:.1g}")
 
-    def show_use(self, option):
-        """Print a command that draws with the result."""
-        weights = f" --weights {shlex.quote(self.options.weights)}" if self.options.weights else ""
-        prompt = shlex.quote(self.prefix + self.pictures.items[0].caption)
-        say(f"draw with it: python -m tinyldm {prompt} {option}{weights}")
+    def show_use(self, *option, weights=None):
+        """Print a command that draws with the result, an option's, or as the weights."""
+        words = [self.prefix + self.pictures.items[0].caption, *option]
+        if weights := weights or self.options.weights:
+            words += ["--weights", weights]
+        say(f"draw with it: python -m tinyldm {' '.join(shlex.quote(str(word)) for word in words)}")
 
 
 def size(count):
@@ -271,7 +291,15 @@ def load_weights(weights, device):
 
     Raises TinyldmError for weights of another system, and for those that are trained otherwise.
     """
-    pipe, reason = load(weights, device, np.float32), None
+    pipe = load(weights, device, np.float32)
+    check_kind(pipe, weights)
+    pipe.language = None                                # it will know more
+    return pipe
+
+
+def check_kind(pipe, weights):
+    """Raise TinyldmError unless a pipeline, of these weights, is one that is trained here."""
+    reason = None
     if not isinstance(pipe, StableDiffusion):
         reason = "no UNet that reads prompts"
     elif pipe.unet.settings.in_channels != pipe.vae.settings.latent_channels:
@@ -281,5 +309,3 @@ def load_weights(weights, device):
     if reason:
         raise TinyldmError(f"{weights} is {pipe.described}, with {reason}: this stage trains "
                            "Stable Diffusion 1, 2 and XL")
-    pipe.language = None                                # it will know more
-    return pipe

@@ -9,7 +9,6 @@ Source: Gal et al. 2022, "An Image is Worth One Word: Personalizing Text-to-Imag
 Textual Inversion", arXiv:2208.01618; diffusers' examples/textual_inversion.
 """
 import copy
-import shlex
 
 from .. import ops
 from ..backend import get_xp
@@ -74,8 +73,8 @@ def run(options):
         untrained = stage.probe()
         stage.pipe.load_textual_inversion(stage.result, word)
         return untrained
-    stage.check(read_back, write())
-    stage.show_use(f"--embedding {shlex.quote(str(stage.result))}")
+    stage.check(read_back)
+    stage.show_use("--embedding", stage.result)
 
 
 class NewRows(Module):
