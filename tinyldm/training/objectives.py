@@ -54,8 +54,8 @@ def vae_loss(vae, images, rng, share, decoder_only=False):
 def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
     """mean (unet(x_t, t, text_encoder(ids)) - target)^2 at random timesteps, and its gradients.
 
-    latents (B,h,w,C) of variance 1, ids (B,77) -> {"loss"}, times share, the shard's part of the
-    batch.
+    latents (B,h,w,C) of variance 1, ids (B,77) -> {"loss", "expected"}, times share, the shard's
+    part of the batch. expected: the loss of a model that knows nothing.
     """
     timesteps = sample_timesteps(rng, len(latents), schedule.num_train_timesteps)
     noise = asarray(rng.standard_normal(latents.shape, np.float32), like=latents)
@@ -67,7 +67,7 @@ def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
     doutput, _ = ops.mse_backward(np.float32(share), cache)
     _, dcontext = unet.backward(doutput, tape)
     text_encoder.backward(dcontext, tape)
-    return {"loss": share * loss}
+    return {"loss": share * loss, "expected": share * uninformed_loss(schedule, timesteps).mean()}
 
 
 TIMESTEPS = {"uniform": uniform_timesteps, "logit-normal": sample_timesteps}
