@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from ..cli.options import Parser
-from ..training.options import whole
+from ..training.options import add_looks, whole
 from .autoencoder import train_decoder, train_vae
 from .comparison.command import SYSTEMS, compare
 from .denoiser import train_unet
@@ -31,6 +31,8 @@ def parse(arguments):
     for stage in (vae, unet, decoder, export, restore):
         stage.add_argument("--run", type=Path, default=Path("runs/shapes"),
                            help="folder of the training's state, from which it resumes")
+    for stage in (vae, unet, decoder):
+        add_looks(stage.add_argument)
     pictures = stages.add_parser("pictures", help="write pictures and captions of the toy world "
                                  "as a folder, for python -m tinyldm.training")
     pictures.add_argument("--output", type=Path, required=True, help="a new folder")
