@@ -431,6 +431,12 @@ class LayerNorm(_Norm):
     op, op_backward = staticmethod(ops.layer_norm), staticmethod(ops.layer_norm_backward)
 
 
+class BatchNorm(_Norm):
+    """BatchNorm(channels, eps): (B,...,C) -> (B,...,C), with the statistics of the batch."""
+
+    op, op_backward = staticmethod(ops.batch_norm), staticmethod(ops.batch_norm_backward)
+
+
 class Embedding(Module):
     """A table with one row per id. weight (V,C)."""
 

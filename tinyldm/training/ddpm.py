@@ -246,7 +246,8 @@ class Stage:
         if self.options.held_out and isinstance(self.pipe, DDPM):
             self.tell_bits()
         say(f"draw with it: python -m tinyldm --weights {shlex.quote(str(output))}"
-            + " --label 0" * bool(self.classes))
+            + f" --label {shlex.quote(self.classes[0]) if self.guided else 0}"
+            * bool(self.classes))
 
     def tell_bits(self):
         """Print the bits per dimension of the held-out pictures."""

@@ -24,9 +24,10 @@ STAGES = {"clip": "train a CLIP, which tells how well a text describes a picture
           "ddpm": "train a diffusion model of pictures, without a text, perhaps by class",
           "lora": "train a LoRA: a small file that teaches a model a new thing or a style",
           "textual-inversion": "train a new word for prompts, and nothing else of the model",
-          "unet": "train a UNet in full, of some weights or from scratch"}
+          "unet": "train a UNet in full, of some weights or from scratch",
+          "autoencoder": "train a VAE: pictures into latents and back, new or from weights"}
 # python -m tinyldm.shapes
-RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "pictures")
+RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "pictures", "compare")
 MOST = 10 ** 9
 EMAS = {"constant": optim.constant_decay, "ldm": optim.ldm_decay,
         "diffusers": optim.diffusers_decay, "warmup": optim.diffusers_warmup_decay}
@@ -131,13 +132,20 @@ def add_output(parser, output, prompts=True, sample_every=0):
         "options and pictures, unless --resume changed is given")
     add("--save-every", type=whole(0), default=0, metavar="N", help="steps between two saves; 0 "
         "saves once a minute (0)")
+    add_looks(add, sample_every)
+    add("--profile", action="store_true", help="after two updates print where their time and "
+        "memory went: by stage, block, op and thread, and what is kept for backward")
+    if prompts:
+        add("--sample-prompt", action="append", default=[], metavar="TEXT", help="what to draw; "
+            "may be given several times")
+
+
+def add_looks(add, sample_every=0):
+    """Add how often a training looks at its model. add: a parser's add_argument."""
     add("--validate-every", type=whole(0), default=100, metavar="N", help="steps between two looks "
         "at the loss of fixed pictures, noise and timesteps; 0 switches it off (100)")
     add("--sample-every", type=whole(0), default=sample_every, metavar="N", help="steps between "
         f"two samples, which one sheet collects; 0 switches them off ({sample_every})")
-    if prompts:
-        add("--sample-prompt", action="append", default=[], metavar="TEXT", help="what to draw; "
-            "may be given several times")
 
 
 def whole(least, most=MOST):
@@ -210,7 +218,8 @@ def trainer(options, named_parameters, *, data="", batches_per_epoch=None, setti
                    seed=options.seed, accumulation=options.accumulate,
                    batches_per_epoch=batches_per_epoch, settings=kept | (settings or {}), data=data,
                    resume=options.resume, save_every=options.save_every,
-                   report=Report(options.output, options.sample_every, options.validate_every))
+                   report=Report(options.output, options.sample_every, options.validate_every),
+                   profile=options.profile)
 
 
 def diffusion_loss_from(options, schedule):

@@ -20,6 +20,9 @@ from ..errors import TinyldmError, note
 from ..files import make_folder, replacing
 from ..images import grid, labelled
 
+# What the bar also shows of a step's numbers.
+SHOWN = {"l1": "l1 {:.4f}", "psnr": "PSNR {:.1f} dB", "kl_bits": "KL {:.0f} bits",
+         "latent_std": "latents' std {:.2f}"}
 RECENT = 100            # steps over which the bar averages the loss
 DRAW_EVERY = 60         # seconds between two drawings of the curve
 SIDE, GAP = 256, 4      # of the sheet: the longest side of a picture, pixels between two
@@ -41,13 +44,14 @@ class Report:
         """Show the bar of a training at `step` of `steps`. What the log has beyond it is dropped:
         those steps are made again."""
         self.sample, self.validate = sample, validate
-        self.recent, self.clock = [], time.monotonic()
+        self.recent = []
         self.bar = tqdm(total=steps, initial=step, desc=f"training {name}", smoothing=0.05)
         if self.folder:
             with _noted("the log"):
                 self._begin_log(step)
         if self.folder and step == 0:
             self._look(step, steps)
+        self.clock = time.monotonic()
 
     def _begin_log(self, step):
         make_folder(self.folder)
@@ -55,7 +59,7 @@ class Report:
         self.validations = [line for line in kept if "validation" in line]
         with replacing(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.events = _event_writer(self.folder)
+        self.events = _event_writer(self.folder, step)
 
     def step(self, step, steps, values):
         """Tell one step's numbers: {"loss", "gradient", "learning_rate", perhaps "expected", ...}.
@@ -66,6 +70,8 @@ class Report:
         loss = f"loss {np.mean(losses):.4f}"
         if values.get("expected"):
             loss += f" ({sum(losses) / sum(expected):.2f} of an uninformed answer's)"
+        loss += "".join(f", {form.format(values[name])}" for name, form in SHOWN.items()
+                        if name in values)
         self.bar.set_postfix_str(f"{loss}, gradient {values['gradient']:.2f}{memory()}",
                                  refresh=False)
         self.bar.update()
@@ -221,13 +227,18 @@ def memory():
     return f", {most / 1e9:.1f} GB"
 
 
-def _event_writer(folder):
-    """TensorBoard's writer of a folder; None without tensorboard."""
+def _event_writer(folder, step):
+    """TensorBoard's writer of a folder; None without tensorboard. It forgets steps beyond `step`.
+    """
     try:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError:
         return None
-    return EventFileWriter(str(folder))
+    events = EventFileWriter(str(folder))
+    events.add_event(Event(wall_time=time.time(), step=step + 1,
+                           session_log=SessionLog(status=SessionLog.START)))
+    return events
 
 
 def _write_event(events, step, numbers):
