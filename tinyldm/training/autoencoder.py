@@ -39,7 +39,7 @@ from .stage import COARSE, DTYPES, EXACT
 
 CREATION = 2 ** 32 - 1      # the key of the first numbers; the steps have smaller ones
 CHANNELS, LATENTS, LAYERS, RESOLUTION = (64, 128, 256), 4, 1, 64        # of a new VAE
-MEASURED, SHOWN, GAP = 16, 4, 2         # pictures at the end, pictures of a sample, pixels between
+MEASURED, SHOWN, GAP = 16, 8, 2         # pictures at the end, pictures of a sample, pixels between
 SETTINGS = ("weights", "config", "channels", "latent_channels", "layers", "resolution",
             "decoder_only", "held_out", "distance", "kl_weight", "perceptual", "perceptual_weight",
             "discriminator", "discriminator_weight", "discriminator_channels")
@@ -250,9 +250,11 @@ class Watched:
         return self.vae.decode(self.vae.encode(image)[0])
 
     def sample(self):
-        """Pictures, each beside its round trip -> PIL images."""
-        return [grid([*to_pil(image), *to_pil(self.round_trip(image))], 2, GAP)
-                for image in self.images[:SHOWN]]
+        """Two pictures above, their round trips below, in each of a few PIL images."""
+        shown = self.images[:SHOWN]
+        pairs = [shown[i:i + 2] for i in range(0, len(shown), 2)]
+        return [grid([to_pil(x)[0] for x in (*pair, *map(self.round_trip, pair))], len(pair), GAP)
+                for pair in pairs]
 
     def validate(self):
         """The mean absolute difference of pixels in [-1, 1] -> {"l1": ...}."""

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from ..backend import asarray, to_host
@@ -43,7 +42,6 @@ from .options import (
 )
 
 SAMPLES, SAMPLE_STEPS = 8, 25       # pictures of a row of the sheet, steps of DDIM for each
-SHOWN = 256                 # pixels, the place of a sample in the sheet
 EXACT = 1e-3                # of the prediction's standard deviation, what the folder may be off
 # What a training that goes on must have in common with its beginning, besides that of all stages.
 SETTINGS = ("weights", "model", "classes", "class_dropout", "resolution", "variance",
@@ -224,11 +222,8 @@ class Stage:
             labels["label"] = [i % len(self.classes) for i in range(SAMPLES)]
         else:
             labels["num_images"] = SAMPLES
-        images = self.pipe(**labels, seed=list(range(SAMPLES)), sampler="ddim",
-                           num_inference_steps=steps)
-        times = max(1, SHOWN // images[0].width)        # small pictures are enlarged
-        return [image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
-                for image in images]
+        return self.pipe(**labels, seed=list(range(SAMPLES)), sampler="ddim",
+                         num_inference_steps=steps)
 
     def finish(self):
         """Read the folder back and compare, tell the bits per dimension, and how to draw."""
