@@ -33,7 +33,9 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    return small_pipelines.smallest(tmp_path_factory.mktemp("weights") / "tiny")
+    folder = small_pipelines.smallest(tmp_path_factory.mktemp("weights") / "tiny")
+    small_pipelines.change_json(folder / "vae" / "config.json", scaling_factor=0.7)
+    return folder
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_from_weights(decoder_only, train, weights, tmp_path):
     for i, place in enumerate((weights, weights / "vae", weights / "vae" / WEIGHTS)):
         status, out, err = train("--weights", place, *more, output=f"{i}")
         assert status == 0, err
-        assert "--set-scaling-factor" in out
+        assert "--set-scaling-factor" in out and "scaling_factor is" not in err
     before, after = weights_of(weights / "vae"), weights_of(tmp_path / "0")
     changed = {name.split(".")[0] for name in before if (before[name] != after[name]).any()}
     assert changed == ({"decoder", "post_quant_conv"} if decoder_only else
