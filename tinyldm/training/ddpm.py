@@ -177,9 +177,11 @@ class Stage:
         if self.learned and pipe.scheduler.get("variance_type") == "learned":
             raise TinyldmError("the weights' variance_type is learned: this stage trains "
                                "learned_range, the variance of Improved DDPM")
-        if self.options.min_snr and self.learned:
-            raise TinyldmError("--min-snr weighs a squared error, and a learned variance has a "
-                               "bound besides: leave it out")
+        own = self.options
+        if self.learned and (own.min_snr or own.noise_offset or own.timesteps != "uniform"):
+            raise TinyldmError("with a learned variance the loss has a bound, of uniform timesteps "
+                               "and normal noise: leave --min-snr, --noise-offset and --timesteps "
+                               "out")
 
     def numbered(self):
         """The numbers of the pictures' classes in the model: by their names, where it has any.
