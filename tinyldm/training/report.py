@@ -65,6 +65,8 @@ class Report:
         loss = f"loss {np.mean(losses):.4f}"
         if values.get("expected"):
             loss += f" ({sum(losses) / sum(expected):.2f} of an uninformed answer's)"
+        if values.get("skipped"):
+            loss += f", loss scale {values['loss_scale']:g} ({values['skipped']} skipped)"
         self.bar.set_postfix_str(f"{loss}, gradient {values['gradient']:.2f}{memory()}",
                                  refresh=False)
         self.bar.update()
