@@ -92,6 +92,9 @@ CASES = [
     ("upsample_bilinear", [MAP], {"size": (12, 25)}),
     ("average_pool", [MAP], {"K": 3, "stride": 1, "padding": (1, 1)}),
     ("max_pool", [MAP], {"K": 3, "stride": 2, "padding": (0, 0)}),
+    ("leaky_relu", ROWS, {}), ("hinge", [(5, 8), (5, 8)], {}),
+    ("resize_bilinear", [MAP], {"size": (4, 25)}),
+    ("batch_norm", [MAP, (16,), (16,)], {"eps": 1e-5}),
     ("batch_norm_relu", [MAP, (16,), (16,), (16,), np.linspace(0.5, 2, 16)], {"eps": 1e-3}),
 ]
 
@@ -133,6 +136,7 @@ LAYERS = [
     (layers.Linear(8, 16), (3, 8)), (layers.Conv2d(8, 16), (1, 5, 5, 8)),
     (layers.GroupNorm(16, 4, 1e-5), MAP), (layers.GroupNormSiLU(16, 4, 1e-5), MAP),
     (layers.LayerNorm(8, 1e-5), (3, 8)), (layers.Activation("gelu"), (3, 8)),
+    (layers.BatchNorm(16, 1e-5), MAP), (layers.Activation("leaky_relu"), (3, 8)),
     (layers.Upsample(), (1, 3, 3, 8)), (layers.Embedding(7, 8), np.array([[1, 3, 3]])),
     (layers.Conv2d(8, 16, stride=2, padding=(0, 1)), (1, 6, 5, 8)),
     (LoRA(layers.Linear(8, 16), 2, 3), (3, 8)), (LoRA(layers.Conv2d(8, 16), 2, 3), (1, 5, 5, 8)),

@@ -34,15 +34,16 @@ MAY_IMPORT = {
     "checkpoints": BOTTOM | {"kernels", "layers", "models"},
     "pipelines": BOTTOM | {"noise", "images", "image_processor", "ops", "layers", "bad_layer",
                            "models", "diffusion", "text", "checkpoints"},
-    "cli": BOTTOM | {"__version__", "noise", "images", "text", "layers", "models", "checkpoints",
-                     "pipelines"},
+    "cli": BOTTOM | {"__version__", "noise", "images", "text", "layers", "bad_layer", "models",
+                     "checkpoints", "pipelines"},
     "inspect": BOTTOM | {"checkpoints", "cli", "images", "layers", "models"},
     "metrics": BOTTOM | {"images", "image_processor", "ops", "layers", "models", "text",
                          "checkpoints", "pipelines", "cli"},
-    "training": BOTTOM | {"noise", "images", "ops", "layers", "bad_layer", "models", "diffusion",
-                          "text", "checkpoints", "pipelines", "cli"},
-    "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
-                        "pipelines", "training", "cli"},
+    "training": BOTTOM | {"tape", "noise", "images", "image_processor", "ops", "layers",
+                          "bad_layer", "models", "diffusion", "text", "checkpoints", "pipelines",
+                          "cli"},
+    "shapes": BOTTOM | {"noise", "images", "ops", "layers", "models", "diffusion", "text",
+                        "checkpoints", "pipelines", "training", "metrics", "cli"},
 }
 ENTRY_POINTS = {"__init__.py", "__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.

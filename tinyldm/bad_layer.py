@@ -30,14 +30,15 @@ def bad_layer(modules, run):
         return output
 
     with (forward_hooks({layer: partial(checked, layer, "output") for layer in layers}),
-          _backward_hooks({layer: partial(checked, layer, "gradient") for layer in layers})):
+          backward_hooks({layer: partial(checked, layer, "gradient") for layer in layers})):
         run()
     return found[min(found)] if found else (None, None)
 
 
 @contextmanager
-def _backward_hooks(hooks):
-    """Inside, layer.backward(...) of a layer in {layer: hook} is hook(its backward, ...)."""
+def backward_hooks(hooks):
+    """Inside, layer.backward(...) of a layer in {layer: hook} is hook(its backward, ...). The
+    profiler uses it, too."""
     try:
         for layer, hook in hooks.items():
             if hasattr(layer, "backward"):

@@ -131,6 +131,12 @@ class Module:
         for parameter in self.parameters():
             parameter.trainable = False
 
+    def move_to(self, xp):
+        """Move all parameters to the device of a library, numpy or cupy -> self."""
+        for parameter in self.parameters():
+            parameter.data = xp.asarray(parameter.data)
+        return self
+
     def zero_grad(self):
         """Forget the gradients of all parameters."""
         for parameter in self.parameters():
@@ -430,6 +436,12 @@ class LayerNorm(_Norm):
     """LayerNorm(channels, eps): (...,C) -> (...,C)."""
 
     op, op_backward = staticmethod(ops.layer_norm), staticmethod(ops.layer_norm_backward)
+
+
+class BatchNorm(_Norm):
+    """BatchNorm(channels, eps): (B,...,C) -> (B,...,C), with the statistics of the batch."""
+
+    op, op_backward = staticmethod(ops.batch_norm), staticmethod(ops.batch_norm_backward)
 
 
 class Embedding(Module):

@@ -4,8 +4,11 @@ A layer's forward saves on the tape what its backward needs. Backward runs in th
 each layer finds its own cache on top. layers.py imports all names from here.
 Explained: docs/tape.md
 """
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import wraps
+
+_observer = ContextVar("what sees the entries where a tape is longest", default=None)
 
 
 class _NoTape:
@@ -69,7 +72,8 @@ class Tape:
 
     def load(self, layer):
         if self._forward:                               # backward begins: nothing more is added
-            self._peak, self._forward = self.peak, False
+            self._forward = False
+            self._note(self.entries)
         name = type(layer).__name__
         if not self.entries and self._skipped:
             raise EndOfTape(f"{name} runs backward, but nothing up to its forward is trained")
@@ -81,6 +85,12 @@ class Tape:
             f"{name} was {'frozen' if layer.is_trained() else 'trained'} when it ran forward: "
             "change `trainable` only before forward or after backward")
         return cache
+
+    def _note(self, entries):
+        """The tape holds these entries, and gets shorter now."""
+        self._peak = max(self._peak, _nbytes(entries))
+        if observe := _observer.get():
+            observe(entries)
 
     @property
     def nbytes(self):
@@ -111,20 +121,38 @@ def checkpoint_backward(block, dy, tape):
     # The lowest entry is the first trained one: inside its block, too, backward may end early.
     inner = Tape(only_trained=tape.only_trained and not tape.entries)
     block(*inputs, inner, **options)
-    tape._peak = max(tape._peak, _nbytes(tape.entries + inner.entries))
+    tape._note(tape.entries + inner.entries)
     return block.backward(dy, inner)
 
 
-def _nbytes(entries):
-    """The bytes of all arrays in caches, without the layers' weights.
+@contextmanager
+def observed(observe):
+    """Inside, observe(entries) is called with what a tape holds before it gets shorter: at the end
+    of forward, and with checkpoints before each block's backward. Also in worker threads."""
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
-    An array counts once, however often it is kept; a view counts as what it keeps alive.
+
+def nbytes_of(entries):
+    """[(layer, bytes)] of the arrays in each layer's cache, without the layers' weights.
+
+    An array counts once, for the first layer that keeps it; a view counts as what it keeps alive.
     """
-    whole = {id(array): array for _, cache in entries for array in _arrays(cache)}
-    for layer, _ in entries:
-        for parameter in layer.own_parameters():
-            whole.pop(id(_base(parameter.data)), None)
-    return sum(array.nbytes for array in whole.values())
+    seen = {id(_base(parameter.data)) for layer, _ in entries
+            for parameter in layer.own_parameters()}
+    found = []
+    for layer, cache in entries:
+        own = {id(array): array.nbytes for array in _arrays(cache) if id(array) not in seen}
+        seen |= own.keys()
+        found.append((layer, sum(own.values())))
+    return found
+
+
+def _nbytes(entries):
+    return sum(size for _, size in nbytes_of(entries))
 
 
 def _arrays(cache):

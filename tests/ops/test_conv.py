@@ -72,6 +72,15 @@ def test_upsample_bilinear(shape, size, rng):
              size=size)
 
 
+@pytest.mark.parametrize("shape, size", [
+    ((1, 1, 1, 1), (1, 1)), ((2, 1, 3, 2), (5, 3)), ((2, 9, 3, 5), (4, 7)),
+    ((1, 8, 12, 3), (4, 3)), ((1, 7, 5, 2), (7, 5)), ((1, 13, 11, 1), (5, 2))], ids=str)
+def test_resize_bilinear(shape, size, rng):
+    check_op(ops.resize_bilinear, ops.resize_bilinear_backward, [rng.normal(size=shape)],
+             lambda x: hwc(F.interpolate(chw(x), size=size, mode="bilinear", antialias=True)),
+             size=size)
+
+
 def test_upsample_bilinear_does_not_shrink(rng):
     with pytest.raises(AssertionError, match="is larger than"):
         ops.upsample_bilinear(rng.normal(size=(1, 3, 4, 2)), (6, 3))

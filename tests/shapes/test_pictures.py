@@ -36,3 +36,12 @@ def test_a_folder_that_holds_something_stays(tmp_path):
     with pytest.raises(TinyldmError, match="exists already"):
         write_pictures(tmp_path, 1)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.png"]
+
+
+def test_single_things_begin_the_names_with_their_shapes(tmp_path):
+    run(["pictures", "--output", str(tmp_path / "single"), "--count", "12", "--single"])
+    lines = (tmp_path / "single" / "metadata.jsonl").read_text().splitlines()
+    for i, line in enumerate(map(json.loads, lines)):
+        shape, number = line["file_name"].removesuffix(".png").split("_")
+        assert number == f"{i:05}" and f" {shape} on a " in line["text"]
+    assert len(lines) == len([*(tmp_path / "single").glob("*.png")]) == 12

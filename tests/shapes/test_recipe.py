@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.extra import diffusers
 from tests.support.models import SMALL_TEXT, SMALL_UNET, SMALL_VAE
@@ -16,6 +17,7 @@ from tinyldm.errors import TinyldmError
 from tinyldm.shapes import autoencoder as vae_stage
 from tinyldm.shapes import denoiser as unet_stage
 from tinyldm.shapes import evaluation, export
+from tinyldm.training.report import read_log
 
 SHORT_TRAINING = """
 import sys
@@ -139,8 +141,15 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
     run, output = tmp_path / "run", tmp_path / "weights"
     with pytest.raises(TinyldmError, match="tinyldm.shapes vae"):
         export.export(run, output)
-    vae_stage.train_vae(run, 2)
-    unet_stage.train_unet(run, 2, batch=4)
+    looks = {"validate_every": 2, "sample_every": 2}
+    vae_stage.train_vae(run, 2, **looks)
+    unet_stage.train_unet(run, 2, batch=4, **looks)
+    for stage, side in (("vae", 128), ("unet", 64)):    # the product's files
+        lines = read_log(run / stage)
+        assert [line["step"] for line in lines] == [0, 1, 2, 2]
+        assert ("expected" in lines[1]) == (stage == "unet")
+        assert Image.open(run / stage / "samples" / "0000002-3.png").size == (side, 64)
+        assert {"loss.png", "samples.png"} <= {file.name for file in (run / stage).iterdir()}
     before = (run / "vae.npz").read_bytes()
     vae_stage.train_decoder(run, 3)
     assert (run / "vae.npz").read_bytes() == before

@@ -7,6 +7,7 @@ from PIL import Image
 
 from tests.support.training import SIZE
 from tinyldm.layers import Parameter
+from tinyldm.training import report
 from tinyldm.training.loop import Trainer
 from tinyldm.training.report import Report, read_log
 
@@ -55,6 +56,29 @@ def test_a_log_goes_on_where_the_state_does(tmp_path):
     train(tmp_path, 7)
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
     assert max(line["loss"] for line in read_log(tmp_path)) < 1e9
+
+
+def test_tensorboard_reads_its_file(tmp_path):
+    """The same numbers as the log's; steps that a kill lost are forgotten."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def read():
+        found = reader.EventAccumulator(str(tmp_path)).Reload()
+        return {tag: [(event.step, event.value) for event in found.Scalars(tag)]
+                for tag in found.Tags()["scalars"]}
+    train(tmp_path, 4, validate=lambda: {"t 1": 0.5, "t 9": 0.25})
+    tags = ["expected", "gradient", "learning_rate", "loss", "validation/t 1", "validation/t 9"]
+    assert sorted(read()) == tags
+    lost = report._event_writer(tmp_path, 4)
+    report._write_event(lost, 5, {"loss": 1e9})
+    lost.close()
+    assert read()["loss"][-1] == (5, pytest.approx(1e9))
+    train(tmp_path, 7, validate=lambda: {"t 1": 0.5, "t 9": 0.25})
+    found, log = read(), read_log(tmp_path)
+    for name in ("loss", "gradient", "learning_rate"):
+        assert found[name] == [(line["step"], pytest.approx(line[name], rel=1e-6))
+                               for line in log if name in line]
+    assert [step for step, _ in found["validation/t 9"]] == [0, 2, 4, 6, 7]
 
 
 def test_what_goes_wrong_is_a_note(tmp_path):

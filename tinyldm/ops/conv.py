@@ -120,6 +120,33 @@ def upsample_bilinear_backward(dy, cache):
     return _along(_along(dy, 2, columns.T), 1, rows.T)
 
 
+def resize_bilinear(x, size):
+    """Resize a map by weighted means of neighbouring pixels, with no jagged edges.
+
+        y = R x C^T,   R[i,j] ~ max(0, 1 - abs(j + 1/2 - (i + 1/2) H / Ho) / max(1, H / Ho))
+
+    and C the same of W; each row of R and of C sums to 1. x (B,H,W,C), size = (Ho, Wo) ->
+    y (B,Ho,Wo,C). The mean is over the pixels that a new one covers, or of the two nearest ones
+    ("antialias" elsewhere). Unlike upsample_bilinear, pixels are squares: the edges stay in place.
+    """
+    rows, columns = _means(x, size[0], x.shape[1]), _means(x, size[1], x.shape[2])
+    return _along(_along(x, 1, rows), 2, columns), (rows, columns)
+
+
+def resize_bilinear_backward(dy, cache):
+    """dy (B,Ho,Wo,C) -> dx (B,H,W,C) = R^T dy C, as in upsample_bilinear_backward."""
+    return upsample_bilinear_backward(dy, cache)
+
+
+def _means(like, new, old):
+    """(new,old): the weights of the old pixels in each new one."""
+    xp, scale = get_xp(like), old / new
+    middles = (xp.arange(new) + 0.5) * scale
+    distance = abs(xp.arange(old) + 0.5 - middles[:, None])
+    weights = (1 - distance / max(1, scale)).clip(0, None)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(like.dtype)
+
+
 def _lines(like, new, old):
     """(new,old): the weights of the old pixels in each new one."""
     xp = get_xp(like)

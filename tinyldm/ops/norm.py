@@ -1,6 +1,6 @@
-"""Normalisation: group norm (images), group norm followed by SiLU, layer norm (tokens), and batch
-norm followed by ReLU, with the statistics of the data that the network was trained on; and vectors
-of length 1 (embeddings)."""
+"""Normalisation: group norm (images), group norm followed by SiLU, layer norm (tokens); batch norm,
+as it is while a network trains, and as it is afterwards, with the statistics of the training data
+and followed by ReLU; and vectors of length 1 (embeddings)."""
 from ..backend import add_up, fast_twin, get_xp, widen
 from ..kernels import cuda, norm
 from .activation import silu, silu_backward
@@ -110,6 +110,36 @@ def layer_norm_backward(dy, cache, frozen=False):
     n = (x - mean) * rstd
     g = dy * weight
     dx = rstd * (g - g.mean(axis=-1, keepdims=True) - n * (g * n).mean(axis=-1, keepdims=True))
+    return dx.astype(x.dtype, copy=False), *(NO_SUMS if frozen else _sums(dy, n, weight))
+
+
+def batch_norm(x, weight, bias, eps):
+    """Normalise each channel over the batch to mean 0 and variance 1, then scale and shift it.
+
+        y = weight * (x - mean) * rstd + bias,    rstd = 1 / sqrt(var + eps)
+
+    x (B,...,C), weight (C,), bias (C,) -> y (B,...,C). Mean and variance are over all samples and
+    all pixels, as while a network trains, so one sample's y depends on the others.
+    Source: Ioffe & Szegedy 2015, "Batch Normalization", arXiv:1502.03167, algorithm 1.
+    """
+    wide, axes = widen(x), tuple(range(x.ndim - 1))
+    mean = wide.mean(axis=axes)                                          # (C,)
+    rstd = (wide.var(axis=axes) + eps) ** -0.5
+    y = ((wide - mean) * rstd * weight + bias).astype(x.dtype, copy=False)
+    return y, (x, weight, mean, rstd)
+
+
+def batch_norm_backward(dy, cache, frozen=False):
+    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
+
+    Per channel, with g = weight * dy, as in group_norm_backward:
+
+        dx = rstd * (g - mean(g) - n * mean(g * n))
+    """
+    x, weight, mean, rstd = cache
+    dy, axes = widen(dy), tuple(range(x.ndim - 1))
+    n, g = (x - mean) * rstd, dy * weight
+    dx = rstd * (g - g.mean(axis=axes) - n * (g * n).mean(axis=axes))
     return dx.astype(x.dtype, copy=False), *(NO_SUMS if frozen else _sums(dy, n, weight))
 
 

@@ -11,14 +11,12 @@ from ..training.optim import AdamW, load_ema
 from ..training.report import averages
 from ..training.state import read_npz, write_npz
 from .autoencoder import decoder_parameters, load_vae, trained
-from .configs import LATENT_CHANNELS, OPTIMIZER, SCHEDULER
+from .configs import GUIDANCE, LATENT_CHANNELS, OPTIMIZER, SCHEDULER, STEPS
 from .denoiser import build, make_pool, named_parameters
 from .vocabulary import LANGUAGE, write_tokenizer
 from .widen import widen
 
 STAGES = ("vae", "unet", "decoder")
-STEPS = 25                  # that this model needs per picture
-GUIDANCE = 5.0              # at 7.5 edges get halos, at 3 shapes are less sure
 
 
 def export(run, output):

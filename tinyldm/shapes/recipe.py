@@ -2,8 +2,9 @@
 from pathlib import Path
 
 from ..cli.options import Parser
-from ..training.options import whole
+from ..training.options import add_looks, whole
 from .autoencoder import train_decoder, train_vae
+from .comparison.command import SYSTEMS, compare
 from .denoiser import train_unet
 from .evaluation import evaluate
 from .export import export, restore
@@ -30,6 +31,10 @@ def parse(arguments):
     for stage in (vae, unet, decoder, export, restore):
         stage.add_argument("--run", type=Path, default=Path("runs/shapes"),
                            help="folder of the training's state, from which it resumes")
+    for stage in (vae, unet, decoder):
+        add_looks(stage.add_argument)
+        stage.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                           help="where to compute (cpu)")
     pictures = stages.add_parser("pictures", help="write pictures and captions of the toy world "
                                  "as a folder, for python -m tinyldm.training")
     pictures.add_argument("--output", type=Path, required=True, help="a new folder")
@@ -46,11 +51,21 @@ def parse(arguments):
     evaluate.add_argument("--round-trip", action="store_true",
                           help="judge true drawings, encoded and decoded by the VAE, instead")
     evaluate.add_argument("--output", type=Path, help="folder for accuracy.json and samples.png")
+    compare = stages.add_parser("compare", help="train and measure other systems on the same "
+                                "pictures, with one budget: docs/comparison.md")
+    compare.add_argument("name", choices=[*SYSTEMS, "sizes", "table"],
+                         help="one of the systems; latent models of several sizes; or the page's "
+                         "tables and figures, from what was measured")
+    compare.add_argument("--run", type=Path, default=Path("runs/comparison"),
+                         help="folder of all states and results; the same command goes on")
+    compare.add_argument("--docs", type=Path, default=Path("docs"),
+                         help="where table writes")
     return parser.parse_args(arguments)
 
 
 COMMANDS = {"vae": train_vae, "unet": train_unet, "decoder": train_decoder, "export": export,
-            "restore": restore, "evaluate": evaluate, "pictures": write_pictures}
+            "restore": restore, "evaluate": evaluate, "pictures": write_pictures,
+            "compare": compare}
 
 
 def run(arguments=None):

@@ -96,7 +96,7 @@ class PictureFolder:
     the square whose area no image exceeds. caption: one for all, "" where none is needed, or a list
     to draw from, instead of the forms that captions.py reads. center_crop: cut in the middle, not
     at a random place. flip: mirror half of the pictures. strict: raise where otherwise a picture
-    would be skipped or would train with an empty caption.
+    would be skipped or would train with an empty caption. filter: resizes, "lanczos" or "bicubic".
 
     items: [Item]. fingerprint: it changes with the pictures' names and contents, their captions,
     and the settings. len(): pictures per epoch, repeats counted.
@@ -104,13 +104,13 @@ class PictureFolder:
     """
 
     def __init__(self, folder, resolution, *, caption=None, buckets=False, center_crop=True,
-                 flip=False, strict=False):
+                 flip=False, strict=False, filter="lanczos"):
         if type(resolution) is not int or not 8 <= resolution <= 8192:
             raise TinyldmError("the resolution must be a whole number from 8 to 8192, not "
                                f"{resolution!r:.80}")
         self.folder = as_path("the folder of pictures", folder)
         self.resolution, self.buckets = resolution, buckets
-        self.center_crop, self.flip = center_crop, flip
+        self.center_crop, self.flip, self.filter = center_crop, flip, filter
         self.findings = defaultdict(list)
         files = list_files(self.folder, self.findings)
         names = [name for name in files if name.lower().endswith(ENDS)]
@@ -240,6 +240,11 @@ class PictureFolder:
                 self.findings[LONG].append(f"{item.name}: {lost} tokens too long")
                 self.items[i] = replace(item, captions=tuple(text for text, _ in cut))
 
+    def leave_out(self, indices):
+        """Take pictures, by their indices of items, out of all batches. The fingerprint stays."""
+        kept = ~np.isin(self.entries, indices)
+        self.entries, self._bucket = self.entries[kept], self._bucket[kept]
+
     def hold_out(self, count):
         """Take `count` pictures out of the batches -> their indices of items.
 
@@ -247,12 +252,12 @@ class PictureFolder:
         number is not in the fingerprint.
         Raises TinyldmError where nothing would be left.
         """
-        if count >= len(self.items):
-            raise TinyldmError(f"{count} of {self.folder}'s {len(self.items)} pictures cannot be "
-                               "held out, as some must be left to train on: hold out fewer")
-        held = np.linspace(0, len(self.items), count, endpoint=False).astype(int)
-        kept = ~np.isin(self.entries, held)
-        self.entries, self._bucket = self.entries[kept], self._bucket[kept]
+        there = np.unique(self.entries)
+        if count >= len(there):
+            raise TinyldmError(f"{count} of {self.folder}'s {len(there)} pictures cannot be held "
+                               "out, as some must be left to train on: hold out fewer")
+        held = there[np.linspace(0, len(there), count, endpoint=False).astype(int)]
+        self.leave_out(held)
         return held.tolist()
 
     # ---- batches ---------------------------------------------------------------------------------
@@ -330,7 +335,7 @@ class PictureFolder:
             raise TinyldmError(f"{item.path} has {image.width}x{image.height} pixels now, not "
                                f"{item.size[0]}x{item.size[1]}: start again with the new picture")
         (W, H), left, top = item.target, sample.left, sample.top
-        image = image.resize(item.resized, Image.Resampling.LANCZOS)
+        image = image.resize(item.resized, Image.Resampling[self.filter.upper()])
         image = image.crop((left, top, left + W, top + H))
         pixels = np.asarray(image, np.float32) / 255 * 2 - 1
         return pixels[:, ::-1] if sample.flipped else pixels

@@ -84,7 +84,7 @@ def add_options(parser):
         "block is computed again in backward")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
         "(cpu)")
-    add_shared(parser, steps=5000, learning_rate=1e-3, batch=32, warmup=100,
+    add_shared(parser, steps=1500, learning_rate=1e-3, batch=16, warmup=100,
                schedule="constant_with_warmup", weight_decay=0.0, ema=0.999)
     add_diffusion(parser)
     add_output(parser, Path("ddpm"), prompts=False)
@@ -92,24 +92,9 @@ def add_options(parser):
 
 def run(options):
     """Train, write and check. Raises TinyldmError for whatever is wrong."""
-    output = options.output
-    if (output / "model_index.json").exists() and not options.resume:
-        raise TinyldmError(f"{output} holds a model already: name another folder with --output, or "
-                           "go on with its training by --resume")
     stage = Stage(options)
-    loop = trainer(options, stage.network.named_parameters(), data=stage.pictures.fingerprint,
-                   settings={f"--{name.replace('_', '-')}": getattr(options, name)
-                             for name in SETTINGS})
-    loop.models = stage.pipe.models
-    size = options.batch
-
-    def batch_loss(rng):
-        loop.about = stage.denoising.describe(loop.batch, size)
-        return stage.denoising.batch_loss(loop.batch, size, rng)
-
-    loop.train(batch_loss, write=stage.write, sample=stage.sample,
-               validate=stage.denoising.validate)
-    loop.averaged(stage.finish)()
+    stage.train()
+    stage.finish()
 
 
 class Stage:
@@ -120,8 +105,10 @@ class Stage:
     """
 
     def __init__(self, options):
-        self.options, self.written = options, False
-        vae = None
+        self.options, self.written, output, vae = options, False, options.output, None
+        if (output / "model_index.json").exists() and not options.resume:
+            raise TinyldmError(f"{output} holds a model already: name another folder with "
+                               "--output, or go on with its training by --resume")
         if options.weights:
             if given := [name for name in (*NEW, "vae") if getattr(options, name) is not None]:
                 raise TinyldmError(f"--{given[0].replace('_', '-')} is for a new model, and "
@@ -201,6 +188,22 @@ class Stage:
         simple = diffusion_loss_from(self.options, self.pipe.schedule)
         return HybridLoss(simple) if self.learned else simple
 
+    def train(self):
+        """Train to the last step; from then on the network has the averaged weights, if any."""
+        options, denoising, size = self.options, self.denoising, self.options.batch
+        self.loop = loop = trainer(
+            options, self.network.named_parameters(), data=self.pictures.fingerprint,
+            settings={f"--{name.replace('_', '-')}": getattr(options, name) for name in SETTINGS})
+        loop.models = self.pipe.models
+
+        def batch_loss(rng):
+            loop.about = denoising.describe(loop.batch, size)
+            return denoising.batch_loss(loop.batch, size)
+
+        loop.train(batch_loss, write=self.write, sample=self.sample, validate=denoising.validate)
+        if loop.optimizer.ema is not None:              # the state is saved: from here on these
+            loop.optimizer.data[...] = loop.optimizer.ema
+
     # ---- the result -----------------------------------------------------------------------------
 
     def write(self):
@@ -243,7 +246,8 @@ class Stage:
         if self.options.held_out and isinstance(self.pipe, DDPM):
             self.tell_bits()
         say(f"draw with it: python -m tinyldm --weights {shlex.quote(str(output))}"
-            + " --label 0" * bool(self.classes))
+            + f" --label {shlex.quote(self.classes[0]) if self.guided else 0}"
+            * bool(self.classes))
 
     def tell_bits(self):
         """Print the bits per dimension of the held-out pictures."""

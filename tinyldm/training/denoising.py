@@ -19,7 +19,7 @@ from ..diffusion import variational
 from ..diffusion.process import Process
 from ..layers import Tape
 from .loop import split_batch
-from .objectives import drop_labels, generators
+from .objectives import drop_captions, generators
 
 VALIDATED = 16              # pictures, whose loss is looked at again and again
 AT_ONCE = 16                # pictures whose bits per dimension are measured at once
@@ -88,8 +88,8 @@ class Denoising:
         x_start = self.array([self.x_start(sample, rng) for sample, rng in zip(samples, rngs)])
         noisy, labels = self.loss.noisy(x_start, rngs), None
         if self.labels is not None:
-            labels = drop_labels(self.labels[[sample.index for sample in samples]], self.no_class,
-                                 self.dropout, rngs)
+            labels = np.array(drop_captions([self.labels[sample.index] for sample in samples],
+                                            self.dropout, rngs, self.no_class))
         return Batch(x_start, *noisy, labels)
 
     def describe(self, number, size):
@@ -97,15 +97,14 @@ class Denoising:
         samples = self.pictures.samples(self.seed, number, size)
         return "pictures " + ", ".join(self.pictures.items[sample.index].name for sample in samples)
 
-    def batch_loss(self, number, size, rng):
+    def batch_loss(self, number, size):
         """Add a batch's gradients to the parameters -> {"loss", "expected"}.
 
-        expected: the loss of a model that knows nothing. rng: not used, as every sample has its
-        own.
+        expected: the loss of a model that knows nothing.
         """
-        return split_batch(partial(self.part_loss, self.batch(number, size)), [range(size)], rng)
+        return split_batch(partial(self.part_loss, self.batch(number, size)), [range(size)])
 
-    def part_loss(self, batch, rows, rng, share):
+    def part_loss(self, batch, rows, share):
         """The loss of some rows of a Batch, and its gradients -> as batch_loss, times share."""
         tape = Tape(self.checkpoints, only_trained=True)
         rows = slice(rows[0], rows[-1] + 1)             # neighbours: also of a device's arrays

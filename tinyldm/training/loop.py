@@ -65,7 +65,7 @@ def over_shards(function, batch, rng=None):
     it. A rank that none is left for runs the first one with share 0.
     """
     size = len(batch[0])
-    count = min(-(-SHARDS // ranks.size()) * ranks.size(), size)
+    count = number_of_shards(size)
     bounds = np.linspace(0, size, count + 1).astype(int)
     generators = [(child,) for child in rng.spawn(count)] if rng else [()] * count
 
@@ -79,6 +79,11 @@ def over_shards(function, batch, rng=None):
 
     mine = ranks.share(count)
     return parallel(run, mine or [0])
+
+
+def number_of_shards(size):
+    """How many shards a batch of so many pictures has, over all ranks."""
+    return min(-(-SHARDS // ranks.size()) * ranks.size(), size)
 
 
 def sum_reports(reports):
@@ -98,11 +103,13 @@ class Trainer:
     JSON}, and data, the fingerprint of its pictures. resume: None goes on where the state file is
     there; False expects none; "exact" expects one, "changed" one with other settings or data.
     save_every: updates between two saves (None: a minute). report: a Report (None: the bar alone).
+    profile: whether to print where the time and the memory of an update went: see profile.py.
     """
 
     def __init__(self, path, named_parameters, steps, peak_rate, warmup=200, optimizer=AdamW, *,
                  schedule=half_cosine, seed=1, accumulation=1, batches_per_epoch=None,
-                 settings=None, data="", resume=None, save_every=None, report=None):
+                 settings=None, data="", resume=None, save_every=None, report=None,
+                 profile=False):
         if not (0 <= steps < math.inf and 0 <= peak_rate < math.inf):
             raise TinyldmError("the steps and the learning rate of a training must be finite and "
                                f"from 0, not {steps} and {peak_rate}")
@@ -113,6 +120,7 @@ class Trainer:
         self.batch = 0                                  # the number of the batch being computed
         self.about = ""                                 # what is in it, for messages: set by stages
         self.models = {}                                # {name: module}, for messages, too
+        self.profile = profile
         self.report = Report() if ranks.rank() else report or Report()
         self.stopped = False                            # another rank was asked to stop
         named_parameters = list(named_parameters)
@@ -202,7 +210,7 @@ class Trainer:
     def _written(self):
         return self.path.stat().st_mtime_ns if self.path.exists() else None
 
-    def train(self, batch_loss, *, write=None, sample=None, validate=None):
+    def train(self, batch_loss, *, write=None, sample=None, validate=None, constrain=None):
         """Train to the last step, with a progress bar.
 
         batch_loss(rng) adds a batch's gradients to the parameters and returns a report, a dict of
@@ -211,13 +219,15 @@ class Trainer:
         at once, and the file keeps the state last saved.
         write(): writes the result, after each save of the state. sample() -> pictures, and
         validate() -> {name: loss}, of fixed prompts and of fixed pictures: see report.py. write and
-        sample see the averaged weights, if there are any.
+        sample see the averaged weights, if there are any. constrain(): changes the weights, in
+        place, after each update.
         Under mpirun a signal to any rank stops all after the same step, and only the first rank
         returns: the others end here, by SystemExit.
         Raises TinyldmError where a loss, a gradient or a weight is not finite; then the state file
         holds the last good state.
         """
         keep_freed_memory()
+        self.constrain = constrain
         self._forget_gradients()                        # of a step that was stopped
         make_folder(self.path.parent)
         lock = nullcontext() if ranks.rank() else locked(self.path.parent)
@@ -227,14 +237,17 @@ class Trainer:
                                           self.optimizer.state().items() if name != "steps"))
                 self.save()
             saved = time.monotonic()
-            report = self.report
+            report, update = self.report, self._update
+            if self.profile and not ranks.rank():
+                from .profile import Profiled  # its imports take time
+                update = Profiled(update, self.models)
             report.begin(self.path.stem, self.step, self.steps,
                          sample and self.averaged(sample), validate)
             try:
                 # One rank may not stop alone: the others would wait for it.
                 while self.step < self.steps and not (signals if ranks.size() == 1 else
                                                       self.stopped):
-                    report.step(self.step + 1, self.steps, self._update(batch_loss, signals))
+                    report.step(self.step + 1, self.steps, update(batch_loss, signals))
                     if (self.step % self.save_every == 0 if self.save_every
                             else time.monotonic() - saved > SAVE_EVERY):
                         self._save(write, last=False)
@@ -310,6 +323,8 @@ class Trainer:
                     norm = self.optimizer.step(rate, self.accumulation, grad)
                 except Overflow:
                     return None
+                if self.constrain:
+                    self.constrain()
                 self.history.append((self.step, report["loss"]))
         except NotFinite as error:
             raise self._bad(f"{error} at step {self.step}", rate, run_again) from None

@@ -6,7 +6,7 @@ parameters. DiffusionLoss is what the product's stages share: the draws, the tar
 import numpy as np
 
 from .. import ops
-from ..backend import asarray, get_xp
+from ..backend import asarray
 from ..diffusion import variational
 from ..diffusion.objective import (
     min_snr_weights,
@@ -16,7 +16,8 @@ from ..diffusion.objective import (
     uninformed_loss,
 )
 from ..diffusion.process import Process
-from ..layers import NO_TAPE, Tape
+from ..layers import Tape
+from .round_trip import RoundTrip, latent_shape
 
 L1_WEIGHT, MSE_WEIGHT, KL_WEIGHT = 0.3, 12, 1e-7
 
@@ -27,6 +28,10 @@ def vae_loss(vae, images, rng, share, decoder_only=False):
         loss = L1_WEIGHT mean |d| + MSE_WEIGHT mean d^2 + KL_WEIGHT KL(N(mean, var), N(0, 1))
         d = decode(z) - images,       z = mean + sqrt(var) noise
 
+    The means are over all numbers, KL is a sum over a picture's latents. With sums over a picture,
+    as in the paper (round_trip.py), the KL weight would be H*W*3 times 1e-7: at 64x64 pixels 1,229
+    times the paper's 1e-6. It keeps the latents near N(0, 1).
+
     |d| weighs all pixels alike, and nearly all are plain background. d^2 weighs most where d is
     largest: at corners and tips, which tell shapes apart.
     Source: Rombach et al. 2022, arXiv:2112.10752, appendix G, with d^2 in place of its perceptual
@@ -34,33 +39,23 @@ def vae_loss(vae, images, rng, share, decoder_only=False):
     images (B,H,W,3) in [-1, 1] -> {"loss", "mse", "kl"}, each times share, the shard's part of the
     batch. decoder_only: only the decoder gets gradients.
     """
-    tape = Tape()
-    mean, logvar = vae.encode(images, NO_TAPE if decoder_only else tape)
-    std = get_xp(logvar).exp(0.5 * logvar)
-    noise = asarray(rng.standard_normal(mean.shape, np.float32), like=mean)
-    z = mean + std * noise
-    output = vae.decode(z, tape)
-    l1, l1_cache = ops.l1(output, images)
-    kl, kl_cache = ops.kl_normal(mean, logvar)
-    mse, mse_cache = ops.mse(output, images)
+    noise = rng.standard_normal((len(images), *latent_shape(vae, images)), np.float32)
+    trip = RoundTrip(vae, images, asarray(noise, like=images), decoder_only)
+    l1, l1_cache = ops.l1(trip.output, images)
+    mse, mse_cache = ops.mse(trip.output, images)
 
     doutput, _ = ops.l1_backward(np.float32(share * L1_WEIGHT), l1_cache)
     doutput = doutput + ops.mse_backward(np.float32(share * MSE_WEIGHT), mse_cache)[0]
-    dz = vae.decode_backward(doutput, tape)
-    if not decoder_only:
-        dmean, dlogvar = ops.kl_normal_backward(np.float32(share * KL_WEIGHT), kl_cache)
-        dmean = dmean + dz                              # z = mean + std * noise
-        dlogvar = dlogvar + dz * (0.5 * std * noise)    # std' = std / 2
-        vae.encode_backward(dmean, dlogvar, tape)
-    loss = L1_WEIGHT * l1 + MSE_WEIGHT * mse + KL_WEIGHT * kl
-    return {"loss": share * loss, "mse": share * mse, "kl": share * kl}
+    trip.backward(doutput, np.float32(share * KL_WEIGHT))
+    loss = L1_WEIGHT * l1 + MSE_WEIGHT * mse + KL_WEIGHT * trip.kl
+    return {"loss": share * loss, "mse": share * mse, "kl": share * trip.kl}
 
 
 def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
     """mean (unet(x_t, t, text_encoder(ids)) - target)^2 at random timesteps, and its gradients.
 
-    latents (B,h,w,C) of variance 1, ids (B,77) -> {"loss"}, times share, the shard's part of the
-    batch.
+    latents (B,h,w,C) of variance 1, ids (B,77) -> {"loss", "expected"}, times share, the shard's
+    part of the batch. expected: the loss of a model that knows nothing.
     """
     timesteps = sample_timesteps(rng, len(latents), schedule.num_train_timesteps)
     noise = asarray(rng.standard_normal(latents.shape, np.float32), like=latents)
@@ -72,7 +67,7 @@ def diffusion_loss(text_encoder, unet, schedule, latents, ids, rng, share):
     doutput, _ = ops.mse_backward(np.float32(share), cache)
     _, dcontext = unet.backward(doutput, tape)
     text_encoder.backward(dcontext, tape)
-    return {"loss": share * loss}
+    return {"loss": share * loss, "expected": share * uninformed_loss(schedule, timesteps).mean()}
 
 
 TIMESTEPS = {"uniform": uniform_timesteps, "logit-normal": sample_timesteps}
@@ -189,18 +184,12 @@ class HybridLoss:
         return self.simple.profile(lambda x_t, t: predict(x_t, t)[..., :C], x_start, count)
 
 
-def drop_captions(captions, share, generators):
-    """Replace this share of the captions by the empty one, for the unconditional prediction that
-    guidance needs. Source: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
+def drop_captions(captions, share, generators, empty=""):
+    """Replace this share of the captions, or of labels, by the empty one, for the unconditional
+    prediction that guidance needs. Source: Ho & Salimans 2022, arXiv:2207.12598, algorithm 1.
     """
-    return ["" if rng.random() < share else caption
+    return [empty if rng.random() < share else caption
             for caption, rng in zip(captions, generators)]
-
-
-def drop_labels(labels, no_class, share, generators):
-    """Replace this share of the labels (B,) by `no_class`, as drop_captions does -> (B,)."""
-    dropped = np.array([rng.random() < share for rng in generators])
-    return np.where(dropped, no_class, labels)
 
 
 def variational_loss(unet, process, images, timesteps, weights, rng, share, kind="rescaled_mse",

@@ -21,12 +21,14 @@ from .objectives import TIMESTEPS, DiffusionLoss
 from .report import Report
 
 # {NAME: what it trains}; textual-inversion is textual_inversion.py.
-STAGES = {"ddpm": "train a diffusion model of pictures, without a text, perhaps by class",
+STAGES = {"clip": "train a CLIP, which tells how well a text describes a picture",
+          "ddpm": "train a diffusion model of pictures, without a text, perhaps by class",
           "lora": "train a LoRA: a small file that teaches a model a new thing or a style",
           "textual-inversion": "train a new word for prompts, and nothing else of the model",
-          "unet": "train a UNet in full, of some weights or from scratch"}
+          "unet": "train a UNet in full, of some weights or from scratch",
+          "autoencoder": "train a VAE: pictures into latents and back, new or from weights"}
 # python -m tinyldm.shapes
-RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "pictures")
+RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "pictures", "compare")
 MOST = 10 ** 9
 EMAS = {"constant": optim.constant_decay, "ldm": optim.ldm_decay,
         "diffusers": optim.diffusers_decay, "warmup": optim.diffusers_warmup_decay}
@@ -72,7 +74,7 @@ def _stage(name):
 # ---- options ----------------------------------------------------------------------------------
 
 def add_shared(parser, *, steps, learning_rate, batch=1, warmup=0, schedule="constant",
-               betas=(0.9, 0.999), weight_decay=0.01, clip=1.0, ema=0.0):
+               betas=(0.9, 0.999), weight_decay=0.01, clip=1.0, adam_eps=1e-8, ema=0.0):
     """Add what every stage offers. The keywords are this stage's defaults."""
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=whole(1), default=steps, metavar="N", help="updates of the whole training, "
@@ -97,7 +99,8 @@ def add_shared(parser, *, steps, learning_rate, batch=1, warmup=0, schedule="con
     add("--betas", type=real(0, 1), nargs=2, default=betas, metavar=("B1", "B2"),
         help="decays of the averages of gradients and of their squares "
         f"({betas[0]:g} {betas[1]:g})")
-    add("--adam-eps", type=real(0, above=True), default=1e-8, metavar="E", help="(1e-8)")
+    add("--adam-eps", type=real(0, above=True), default=adam_eps, metavar="E",
+        help=f"({adam_eps:g})".replace("e-0", "e-"))
     add("--weight-decay", type=real(0), default=weight_decay, metavar="W",
         help=f"({weight_decay:g})")
     add("--decay-vectors", action="store_true", help="let biases and norms decay, too")
@@ -120,7 +123,7 @@ def add_diffusion(parser):
         help=f"how they are drawn: {' or '.join(TIMESTEPS)} (uniform)")
 
 
-def add_output(parser, output, prompts=True):
+def add_output(parser, output, prompts=True, sample_every=0):
     """Add what is written, and how a training goes on. prompts: whether samples need them."""
     add = parser.add_argument_group("what is written").add_argument
     add("--output", type=path, default=output, metavar="FOLDER", help="of the result, the state, "
@@ -130,13 +133,20 @@ def add_output(parser, output, prompts=True):
         "options and pictures, unless --resume changed is given")
     add("--save-every", type=whole(0), default=0, metavar="N", help="steps between two saves; 0 "
         "saves once a minute (0)")
-    add("--validate-every", type=whole(0), default=100, metavar="N", help="steps between two looks "
-        "at the loss of fixed pictures, noise and timesteps; 0 switches it off (100)")
-    add("--sample-every", type=whole(0), default=0, metavar="N", help="steps between two samples, "
-        "which one sheet collects; 0 switches them off (0)")
+    add_looks(add, sample_every)
+    add("--profile", action="store_true", help="after two updates print where their time and "
+        "memory went: by stage, block, op and thread, and what is kept for backward")
     if prompts:
         add("--sample-prompt", action="append", default=[], metavar="TEXT", help="what to draw; "
             "may be given several times")
+
+
+def add_looks(add, sample_every=0):
+    """Add how often a training looks at its model. add: a parser's add_argument."""
+    add("--validate-every", type=whole(0), default=100, metavar="N", help="steps between two looks "
+        "at the loss of fixed pictures, noise and timesteps; 0 switches it off (100)")
+    add("--sample-every", type=whole(0), default=sample_every, metavar="N", help="steps between "
+        f"two samples, which one sheet collects; 0 switches them off ({sample_every})")
 
 
 def whole(least, most=MOST):
@@ -210,7 +220,8 @@ def trainer(options, named_parameters, *, data="", batches_per_epoch=None, setti
                    seed=options.seed, accumulation=options.accumulate,
                    batches_per_epoch=batches_per_epoch, settings=kept | (settings or {}), data=data,
                    resume=options.resume, save_every=options.save_every,
-                   report=Report(options.output, options.sample_every, options.validate_every))
+                   report=Report(options.output, options.sample_every, options.validate_every),
+                   profile=options.profile)
 
 
 def diffusion_loss_from(options, schedule):

@@ -20,6 +20,10 @@ from ..errors import TinyldmError, note
 from ..files import make_folder, replacing
 from ..images import grid, labelled
 
+# What the bar also shows of a step's numbers.
+SHOWN = {"l1": "l1 {:.4f}", "psnr": "PSNR {:.1f} dB", "kl_bits": "KL {:.0f} bits",
+         "latent_std": "latents' std {:.2f}", "loss_scale": "loss scale {:g}",
+         "skipped": "{} skipped"}
 RECENT = 100            # steps over which the bar averages the loss
 DRAW_EVERY = 60         # seconds between two drawings of the curve
 SIDE, GAP = 256, 4      # of the sheet: the longest side of a picture, pixels between two
@@ -34,19 +38,21 @@ class Report:
     def __init__(self, folder=None, sample_every=0, validate_every=0):
         self.folder, self.sample_every, self.validate_every = folder, sample_every, validate_every
         self.sample = self.validate = self.bar = self.events = None
+        self.side = SIDE                                # of a sample in the sheet, at most
         self.lines, self.validations, self.drawn = [], [], 0.0
 
     def begin(self, name, step, steps, sample=None, validate=None):
         """Show the bar of a training at `step` of `steps`. What the log has beyond it is dropped:
         those steps are made again."""
         self.sample, self.validate = sample, validate
-        self.recent, self.clock = [], time.monotonic()
+        self.recent = []
         self.bar = tqdm(total=steps, initial=step, desc=f"training {name}", smoothing=0.05)
         if self.folder:
             with _noted("the log"):
                 self._begin_log(step)
         if self.folder and step == 0:
             self._look(step, steps)
+        self.clock = time.monotonic()
 
     def _begin_log(self, step):
         make_folder(self.folder)
@@ -54,7 +60,7 @@ class Report:
         self.validations = [line for line in kept if "validation" in line]
         with replacing(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.events = _event_writer(self.folder)
+        self.events = _event_writer(self.folder, step)
 
     def step(self, step, steps, values):
         """Tell one step's numbers: {"loss", "gradient", "learning_rate", perhaps "expected", ...}.
@@ -65,8 +71,8 @@ class Report:
         loss = f"loss {np.mean(losses):.4f}"
         if values.get("expected"):
             loss += f" ({sum(losses) / sum(expected):.2f} of an uninformed answer's)"
-        if values.get("skipped"):
-            loss += f", loss scale {values['loss_scale']:g} ({values['skipped']} skipped)"
+        loss += "".join(f", {form.format(values[name])}" for name, form in SHOWN.items()
+                        if name in values)
         self.bar.set_postfix_str(f"{loss}, gradient {values['gradient']:.2f}{memory()}",
                                  refresh=False)
         self.bar.update()
@@ -75,6 +81,12 @@ class Report:
             self._tell(step, {"step": step, **values, "seconds": seconds}, values)
             self._look(step, steps)
         self.clock = time.monotonic()
+
+    def tell(self, step, kind, numbers):
+        """Write a line of the log that holds {kind: numbers} -> the line."""
+        line = {"step": step, kind: numbers}
+        self._tell(step, line, {f"{kind}/{name}": number for name, number in numbers.items()})
+        return line
 
     def _tell(self, step, line, numbers):
         self.lines.append(json.dumps(line))
@@ -89,9 +101,7 @@ class Report:
         if self.validate and due(self.validate_every):
             with _noted("the validation"):
                 losses = self.validate()
-                self.validations.append({"step": step, "validation": losses})
-                self._tell(step, self.validations[-1],
-                           {f"validation/{name}": loss for name, loss in losses.items()})
+                self.validations.append(self.tell(step, "validation", losses))
                 mean = sum(losses.values()) / len(losses)
                 tqdm.write(f"step {step}: validation loss {mean:.4f}{self._since(mean)}",
                            file=sys.stderr)
@@ -111,7 +121,8 @@ class Report:
             with replacing(self.folder / "samples" / f"{step:07}-{i}.png") as temporary:
                 picture.save(temporary, "PNG")
         with replacing(self.folder / "samples.png") as temporary:
-            sample_sheet(self.folder / "samples", step).save(temporary, "PNG")
+            sheet = sample_sheet(self.folder / "samples", step, self.side)
+            sheet.save(temporary, "PNG")
 
     def saved(self, history, end=False):
         """Bring the files up to date with a state that was saved. history: (step, loss) pairs."""
@@ -163,13 +174,16 @@ def read_log(folder):
     return [line for line in found if isinstance(line, dict) and "step" in line]
 
 
-def sample_sheet(folder, last):
-    """The pictures <step>-<number>.png of a folder up to a step, a row per step -> a PIL image."""
+def sample_sheet(folder, last, side=SIDE):
+    """The pictures <step>-<number>.png of a folder up to a step, a row per step -> a PIL image.
+
+    side: of one picture, at most, in pixels.
+    """
     from PIL import Image
 
     files = sorted(file for file in folder.glob("*-*.png") if int(file.stem.split("-")[0]) <= last)
     columns = 1 + max(int(file.stem.split("-")[1]) for file in files)
-    cells = [labelled(Image.open(file), f"step {int(file.stem.split('-')[0])}", SIDE, lines=1)
+    cells = [labelled(Image.open(file), f"step {int(file.stem.split('-')[0])}", side, lines=1)
              for file in files]
     return grid(cells, columns, GAP)
 
@@ -214,13 +228,18 @@ def memory():
     return f", {most / 1e9:.1f} GB"
 
 
-def _event_writer(folder):
-    """TensorBoard's writer of a folder; None without tensorboard."""
+def _event_writer(folder, step):
+    """TensorBoard's writer of a folder; None without tensorboard. It forgets steps beyond `step`.
+    """
     try:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError:
         return None
-    return EventFileWriter(str(folder))
+    events = EventFileWriter(str(folder))
+    events.add_event(Event(wall_time=time.time(), step=step + 1,
+                           session_log=SessionLog(status=SessionLog.START)))
+    return events
 
 
 def _write_event(events, step, numbers):

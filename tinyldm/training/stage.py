@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..backend import asarray, to_host, widen
+from .. import ranks
+from ..backend import asarray, free_threads, to_host, widen
 from ..checkpoints.addons.writing import XL
 from ..cli.console import say
 from ..cli.options import path
@@ -27,7 +28,7 @@ from .conditions import Texts
 from .data import PictureFolder
 from .fine_tuning import FineTuning, Source
 from .latents import LatentCache
-from .loop import SHARDS
+from .loop import number_of_shards
 from .options import (
     add_diffusion,
     add_output,
@@ -182,17 +183,23 @@ class Stage:
         conditions = tuning.texts.frozen([""])
         if unet.add_embedding:
             conditions["time_ids"] = unet.xp.zeros((1, 6), np.float32)
-        context = conditions.pop("context")
-        found = {kept: memory.activations(unet, context, side, options.batch, kept, **conditions)
+        context, texts = conditions.pop("context"), tuning.texts if tuning.reads else None
+        shards = number_of_shards(options.batch)
+        own = len(ranks.share(shards)) or 1
+        at_once = min(own, free_threads()) * -(-options.batch // shards)
+        found = {kept: memory.activations(unet, context, side, at_once, kept, texts, **conditions)
                  for kept in (False, True)}
         weights = memory.weights(*self.pipe.models.values())
-        # Each shard's gradient; AdamW's averages and that of the weights, and those of float16.
+        trained = sum(parameter.data.nbytes for _, parameter in named)
+        # Adam's two averages, that of the weights, and a gradient of each shard. The update needs
+        # the sum of the gradients, when the activations are gone. Beside float16 all but the
+        # shards' gradients are float32, and so are the weights once more.
         half = options.dtype == "float16"
-        copies = min(SHARDS, options.batch) + (1 + half) * (2 + half + bool(options.ema))
-        adam = copies * sum(parameter.data.nbytes for _, parameter in named)
-        total, free = weights + adam + found[options.checkpoints], memory.available()
+        adam = ((2 + half + bool(options.ema)) * (1 + half) + own) * trained
+        total = weights + adam + max(found[options.checkpoints], (1 + half) * trained)
+        free = memory.available()
         line = (f"memory: about {size(total)}: weights {size(weights)}, what is trained with its "
-                f"gradient and averages {size(adam)}, activations "
+                f"gradients and averages {size(adam)}, activations "
                 f"{size(found[options.checkpoints])}"
                 + f" ({size(found[True])} with --checkpoints)" * (not options.checkpoints))
         # The weights are there already.

@@ -94,8 +94,7 @@ def prepared(pipe, options):
         options.unet_config = str(file)                 # a setting: a value for JSON
     if file or options.from_scratch:
         initialise(unet, np.random.default_rng([options.seed, CREATION]))
-        for parameter in unet.parameters():
-            parameter.data = pipe.vae.xp.asarray(parameter.data)
+        unet.move_to(pipe.vae.xp)
     try:
         new = StableDiffusion(
             pipe.tokenizer, pipe.text_encoder, unet, pipe.vae, scheduler,
