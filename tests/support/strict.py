@@ -287,6 +287,8 @@ class Library:
         runtime=SimpleNamespace(getDeviceCount=lambda: 1),
         get_current_stream=lambda: SimpleNamespace(synchronize=synchronize))
 
+    linalg = SimpleNamespace(norm=lambda array: wrap(np.linalg.norm(unwrap(array))))
+
     def get_default_memory_pool(self):
         return SimpleNamespace(used_bytes=lambda: 0)
 

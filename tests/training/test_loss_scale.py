@@ -84,11 +84,10 @@ def test_twenty_steps_with_the_decisions_of_torch():
     steps = np.sign(np.diff(scales))
     assert (steps > 0).sum() > 1 and (steps < 0).sum() > 2, "it must shrink and grow"
     assert scaling.skipped == len(scales) - 20 and optimizer.steps == 20
-    for (_, parameter), w in zip(named, theirs):
-        assert parameter.data.dtype == np.float16
     flat = np.concatenate([w.detach().numpy().ravel() for w in theirs])
     assert optimizer.data.dtype == np.float32
-    np.testing.assert_array_equal(named[0][1].data.ravel(), optimizer.data[:64].astype(np.float16))
+    copies = np.concatenate([parameter.data.ravel() for _, parameter in named])
+    assert copies.dtype == np.float16 and (copies == optimizer.data.astype(np.float16)).all()
     within(np.sqrt(((optimizer.data - flat) ** 2).mean()), 0.1 * RATE, "weights, rms")
 
 
