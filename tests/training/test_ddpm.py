@@ -58,6 +58,7 @@ def train(pictures, tmp_path, capsys):
 CASES = {"plain": ("plain", []), "v, dropped classes": (
              "guided", "fixed_large", "v_prediction", [*BY_CLASS, "--class-dropout", "0.3"]),
          "learned variance": ("plain", "learned", "epsilon", 1000, "squaredcos_cap_v2", []),
+         "as Improved DDPM's files": ("rescaled", "learned", "epsilon", 50, []),
          "learned variance by class": ("guided", "learned", "epsilon", 50, BY_CLASS),
          "DiT": ("dit", "learned", BY_CLASS)}
 
@@ -108,7 +109,8 @@ def torch_steps(network, stage, batches, dtype):
         if batch.labels is not None:
             labels = {"class_labels": torch.from_numpy(batch.labels)}
         x_start, x_t, noise = (nchw(x).to(dtype) for x in (batch.x_start, batch.x_t, batch.noise))
-        output = network(x_t, t, **labels).sample
+        scale = 1000 / len(betas) if getattr(stage.pipe, "rescale_timesteps", False) else 1
+        output = network(x_t, scale * t, **labels).sample
         if output.shape == noise.shape:
             a, s = (torch.from_numpy(np.sqrt(x[batch.timesteps]))[:, None, None, None]
                     for x in (alpha_bar, 1 - alpha_bar))
@@ -231,6 +233,24 @@ def test_from_weights(train, weights, tmp_path):
     assert all((array != after[name]).any() for name, array in before.items())
 
 
+def test_classes_keep_the_numbers_that_the_weights_names_have(weights, pictures, tmp_path, train):
+    stage = stage_of(pictures, tmp_path, "--weights", weights("named"), *BY_CLASS)
+    assert stage.classes == ["cat", "dog", "emu"] and stage.numbers == [1, 2, 0]
+    for sample, label in zip(stage.pictures.samples(0, 0, 9), stage.denoising.batch(0, 9).labels):
+        name = stage.pictures.items[sample.index].name.split("_")[0]
+        assert label in (3, stage.pipe.names[name])
+    write_classes(tmp_path / "more")
+    (tmp_path / "more" / "cat_0.png").rename(tmp_path / "more" / "yak_0.png")
+    status, _, err = train("--data", tmp_path / "more", "--weights", weights("named"), *BY_CLASS)
+    assert status == 2 and "the weights know no class 'yak', but 3: emu, cat, dog" in err
+
+
+def test_the_authors_files_go_on(train, weights, tmp_path):
+    """Their UNet sees rescaled timesteps, which the result keeps."""
+    status, _, err = train("--weights", weights("rescaled", "learned", "epsilon", 50))
+    assert status == 0 and tinyldm.load(tmp_path / "out").rescale_timesteps, err
+
+
 def stage_of(pictures, tmp_path, *more):
     return Stage(parse(["ddpm", "--data", str(pictures), "--output", str(tmp_path / "a"),
                         *map(str, more)]))
@@ -305,4 +325,4 @@ def test_resuming_otherwise(train, tiny):
     assert status == 2 and "--variance is learned, it was fixed_large" in err
     assert "--beta-schedule is squaredcos_cap_v2, it was linear" in err
     status, _, err = train("--resolution", 16)
-    assert status == 2 and "holds a model already" in err
+    assert status == 2 and "exists already" in err

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
+from .. import ranks
 from ..backend import array_library, asarray, parallel, to_host
 from ..diffusion.schedule import Schedule
 from ..models import CLIPTextModel, UNet2DConditionModel
@@ -44,29 +45,36 @@ def make_pool(run, device="cpu"):
     that the UNet's input has variance 1.
     """
     path = run / "pool.npz"
-    if not path.exists():
-        vae = load_vae(run).move_to(array_library(device))
-        check_writable(path)
-        write_tokenizer(run / "tokenizer")
-        tokenizer = Tokenizer.from_folder(run / "tokenizer")
-        rng = np.random.default_rng(2)
-        encoded, ids = [], []
-        for _ in tqdm(range(POOL // BATCH), desc="encoding the pool"):
-            images, captions = drawing.batch(rng, BATCH)
-            encoded += parallel(lambda part: map(to_host, vae.encode(vae.xp.asarray(part))),
-                                np.array_split(images, SHARDS))
-            ids += [tokenizer(caption)[0] for caption in captions]
-        mean, logvar = (np.concatenate(part).astype(np.float16) for part in zip(*encoded))
-        std = np.exp(0.5 * logvar)
-        variance = mean.astype(np.float64).var() + (std.astype(np.float64) ** 2).mean()
-        write_npz(path, mean=mean, std=std, ids=np.stack(ids).astype(np.int16),
-                  no_caption=tokenizer("")[0], scaling_factor=variance ** -0.5)
+    ranks.first(lambda: path.exists() or encode_pool(run, path, device))
     pictures = None, None, None, None
     pool = read_npz(path, {"mean": pictures, "std": pictures, "ids": (None, MAX_LENGTH),
                            "no_caption": (MAX_LENGTH,), "scaling_factor": ()})
     if pool["mean"].shape != pool["std"].shape or not 0 < len(pool["ids"]) == len(pool["mean"]):
         raise unusable(path, "its arrays are of different numbers of pictures")
     return pool
+
+
+def encode_pool(run, path, device="cpu"):
+    """Write the pool of the VAE in `run` to `path`."""
+    vae = load_vae(run).move_to(array_library(device))
+
+    def encode(images):
+        return [to_host(moment) for moment in vae.encode(vae.xp.asarray(images))]
+
+    check_writable(path)
+    write_tokenizer(run / "tokenizer")
+    tokenizer = Tokenizer.from_folder(run / "tokenizer")
+    rng = np.random.default_rng(2)
+    encoded, ids = [], []
+    for _ in tqdm(range(POOL // BATCH), desc="encoding the pool"):
+        images, captions = drawing.batch(rng, BATCH)
+        encoded += parallel(encode, np.array_split(images, SHARDS))
+        ids += [tokenizer(caption)[0] for caption in captions]
+    mean, logvar = (np.concatenate(part).astype(np.float16) for part in zip(*encoded))
+    std = np.exp(0.5 * logvar)
+    variance = mean.astype(np.float64).var() + (std.astype(np.float64) ** 2).mean()
+    write_npz(path, mean=mean, std=std, ids=np.stack(ids).astype(np.int16),
+              no_caption=tokenizer("")[0], scaling_factor=variance ** -0.5)
 
 
 def build(pool):

@@ -123,6 +123,7 @@ class Trainer:
         self.profile = profile
         self.report = Report() if ranks.rank() else report or Report()
         self.stopped = False                            # another rank was asked to stop
+        self.constrain = None                           # see train
         named_parameters = list(named_parameters)
         self.parameters = [parameter for _, parameter in named_parameters]
         self.optimizer = optimizer(named_parameters)

@@ -1,6 +1,6 @@
 """python -m tinyldm.shapes compare NAME: train one system of the comparison, and measure it.
 
-    NAME     -> RUN/NAME: state, log, curve, samples.png, numbers.json
+    NAME     -> RUN/NAME: state, log, curve, weights to draw with, samples.png, numbers.json
     sizes    -> RUN/sizes/...: the same of latent models of several sizes
     table    -> docs/comparison.md, and its figures and numbers
 
@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from ...checkpoints import save
 from ...cli.console import say
 from ...files import replacing, write_json
 from ...images import grid
@@ -66,6 +67,8 @@ def seconds_of(log):
 def one(data, folder, train, steps):
     """Train, measure and write one system."""
     trained = train(data, folder, steps)
+    if trained.pipe and not (folder / "weights").exists():
+        save(trained.pipe, folder / "weights", np.float16)
     numbers, pictures = measure(data, trained)
     numbers |= {"steps": steps, "training": sum(
         map(seconds_of, sorted(folder.rglob("log.jsonl"))))}

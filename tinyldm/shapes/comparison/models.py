@@ -39,6 +39,7 @@ from ...pipelines.dit import DiT
 from ...pipelines.prior import TextPrior
 from ...pipelines.stable_diffusion import StableDiffusion
 from ...pipelines.unclip import UnCLIP
+from ...training.contrastive import initialise_clip
 from ...training.loop import Trainer, split_batch
 from ...training.objectives import DiffusionLoss, HybridLoss, drop_captions
 from ...training.optim import AdamW, initialise, initialise_dit, load_ema
@@ -52,6 +53,8 @@ NO_CAPTION = 0.1            # share of the captions and labels that are left out
 STEPS, GUIDANCE = 20, 3.0   # of drawing
 PIXEL_STEPS = 50            # of drawing in pixels by DDPM, whose variance plays a part
 BOUND_STEPS = "250"         # of the chain whose bits per dimension are measured
+# Zero branches, as initialise has them, would hide picture and text from CLIP's embeddings.
+INITIALISE = {CLIPModel: initialise_clip, DiTTransformer2DModel: initialise_dit}
 WORDS = "size", "colour", "shape", "background"
 PIXEL_SCHEDULER = SCHEDULER | {"thresholding": True}
 
@@ -63,6 +66,7 @@ class Trained(NamedTuple):
     words: tuple                    # of WORDS, those that it is given
     draw: Callable                  # (scene, seed) -> a PIL image
     bits: Any = None                # images (B,64,64,3) -> bits per dimension, at most
+    pipe: Any = None                # the pipeline that draws
 
 
 def train(data, folder, steps, batch, models, loss):
@@ -73,7 +77,7 @@ def train(data, folder, steps, batch, models, loss):
     """
     rng = np.random.default_rng(SEED)
     for model in models.values():
-        (initialise_dit if isinstance(model, DiTTransformer2DModel) else initialise)(model, rng)
+        INITIALISE.get(type(model), initialise)(model, rng)
     named = trainable_parameters(*models.values())
     loop = Trainer(folder / "state.npz", named, steps, RATE, WARMUP,
                    partial(AdamW, **OPTIMIZER), report=Report(folder))
@@ -194,7 +198,7 @@ def pixels(data, folder, steps, batch=16, learned=False):
         return bits_per_dimension(unet, process, [images],
                                   partial(rng.standard_normal, dtype=np.float32), variance).total
 
-    return Trained([unet], (), lambda scene, seed: pipe(seed=seed)[0], bits)
+    return Trained([unet], (), lambda scene, seed: pipe(seed=seed)[0], bits, pipe)
 
 
 DIT = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 8,
@@ -221,7 +225,7 @@ def dit(data, folder, steps, batch=32):
     train(data, folder, steps, batch, {"transformer": transformer}, loss)
     pipe = DiT(transformer, data.vae, SCHEDULER, None, STEPS, GUIDANCE)
     return Trained([transformer], ("colour", "shape"),
-                   lambda scene, seed: pipe(label_of(scene), seed=seed)[0])
+                   lambda scene, seed: pipe(label_of(scene), seed=seed)[0], pipe=pipe)
 
 
 # ---- with text --------------------------------------------------------------------------------
@@ -268,7 +272,7 @@ def latent(data, folder, steps, batch=32, text=TEXT, widths=WIDTHS):
     pipe = StableDiffusion(data.tokenizer, encoder, unet, data.vae, SCHEDULER, STEPS,
                            guidance_scale=GUIDANCE)
     return Trained([encoder, unet], WORDS,
-                   lambda scene, seed: pipe(scene.caption(), seed=seed)[0])
+                   lambda scene, seed: pipe(scene.caption(), seed=seed)[0], pipe=pipe)
 
 
 BASE = {"in_channels": 3, "out_channels": 3, "sample_size": 16,
@@ -322,7 +326,7 @@ def cascade(data, folder, steps, batch=32):
     pipe = Cascade(data.tokenizer, encoder, unet, super_res, PIXEL_SCHEDULER, PIXEL_SCHEDULER,
                    PIXEL_SCHEDULER, STEPS, GUIDANCE)
     return Trained([encoder, unet, super_res], WORDS,
-                   lambda scene, seed: pipe(scene.caption(), seed=seed)[0])
+                   lambda scene, seed: pipe(scene.caption(), seed=seed)[0], pipe=pipe)
 
 
 VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
@@ -332,6 +336,7 @@ PRIOR = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 3,
 # karlo's, see diffusion/samplers.
 PRIOR_SCHEDULER = {"_class_name": "UnCLIPScheduler", "prediction_type": "sample",
                    "clip_sample_range": 5, "variance_type": "fixed_small_log"}
+NOISING_SCHEDULER = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
 PRIOR_STEPS, PRIOR_GUIDANCE = 25, 2.0
 NOISE_LEVELS = 200          # of embeddings in training; drawing adds none
 CLIP_BATCH, CLIP_SHARE = 128, 0.25
@@ -358,7 +363,7 @@ def prior(data, folder, steps, batch=32):
     normalizer.mean.data, normalizer.std.data = mean, std
     model.clip_mean.trainable = model.clip_std.trainable = False
     pipe = UnCLIP(data.tokenizer, reader, unet, data.vae, SCHEDULER, normalizer,
-                  {"beta_schedule": "squaredcos_cap_v2"},
+                  NOISING_SCHEDULER,
                   text_prior=TextPrior(data.tokenizer, projecting, model, PRIOR_SCHEDULER),
                   num_inference_steps=STEPS, guidance_scale=GUIDANCE)
     of_prior = DiffusionLoss(Schedule.from_config(PRIOR_SCHEDULER))
@@ -390,14 +395,13 @@ def prior(data, folder, steps, batch=32):
     model.clip_mean.data, model.clip_std.data = mean, std
     return Trained([clip, model, unet], WORDS, lambda scene, seed: pipe(
         scene.caption(), seed=seed, prior_guidance_scale=PRIOR_GUIDANCE,
-        prior_num_inference_steps=PRIOR_STEPS)[0])
+        prior_num_inference_steps=PRIOR_STEPS)[0], pipe=pipe)
 
 
 def contrastive_model(data, folder, steps):
     """A CLIP of the pool's pictures and captions. Each shard of a batch is contrasted in itself."""
     clip = CLIPModel({"text_config": text_config(data, *TEXT), "vision_config": VISION,
                       "projection_dim": TEXT[0]})
-    clip.logit_scale.data, clip.logit_scale.trainable = np.float32(np.log(20)), False
 
     def loss(rows, rngs, share):
         tape = Tape()
@@ -407,7 +411,5 @@ def contrastive_model(data, folder, steps):
         clip.backward(ops.contrastive_backward(share, cache), tape)
         return {"loss": share * float(value)}
 
-    train(data, folder, steps, CLIP_BATCH,
-          {name: getattr(clip, name) for name in ("text_model", "vision_model",
-                                                  "visual_projection", "text_projection")}, loss)
+    train(data, folder, steps, CLIP_BATCH, {"clip": clip}, loss)
     return clip
