@@ -36,8 +36,8 @@ MOST_HELD_OUT = 200         # by default
 SHEET = 840                 # pixels of a matrix in the sheet of samples
 HEAD = 32                   # channels of an attention head of a new model
 # Options of new models, and their defaults.
-NEW = {"resolution": 64, "patch": 8, "width": 128, "layers": 4}
-RATES = {True: 1e-5, False: 5e-4}                       # with weights, and without
+NEW = {"resolution": 64, "patch": 8, "width": 96, "layers": 3}
+RATES = {True: 1e-5, False: 1e-3}                       # with weights, and without
 SETTINGS = ("weights", "tokenizer", "train", "held_out", *NEW)
 DTYPES = {"float32": np.float32, "float16": np.float16}
 EXACT = {"float32": 1e-5, "float16": 1e-2}              # of an embedding of length 1
@@ -75,7 +75,7 @@ def add_options(parser):
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
         "(cpu)")
     add("--save-as", choices=DTYPES, default="float32", help="numbers in the file (float32)")
-    add_shared(parser, steps=2000, learning_rate=RATES[False], batch=64, warmup=100,
+    add_shared(parser, steps=1000, learning_rate=RATES[False], batch=64, warmup=50,
                schedule="cosine", betas=(0.9, 0.98), weight_decay=0.2, adam_eps=1e-6)
     parser.set_defaults(learning_rate=None)
     add_output(parser, Path("clip"), prompts=False, sample_every=200)

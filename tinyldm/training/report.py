@@ -22,7 +22,8 @@ from ..images import grid, labelled
 
 # What the bar also shows of a step's numbers.
 SHOWN = {"l1": "l1 {:.4f}", "psnr": "PSNR {:.1f} dB", "kl_bits": "KL {:.0f} bits",
-         "latent_std": "latents' std {:.2f}"}
+         "latent_std": "latents' std {:.2f}", "loss_scale": "loss scale {:g}",
+         "skipped": "{} skipped"}
 RECENT = 100            # steps over which the bar averages the loss
 DRAW_EVERY = 60         # seconds between two drawings of the curve
 SIDE, GAP = 256, 4      # of the sheet: the longest side of a picture, pixels between two
