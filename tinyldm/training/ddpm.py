@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from ..backend import asarray, to_host
-from ..checkpoints import resolve_vae, save_model, write_pipeline
+from ..checkpoints import load_model, resolve_vae
 from ..cli.console import say
 from ..cli.options import path
+from ..configs import sides
 from ..diffusion.schedule import PREDICTION_TYPES
 from ..errors import TinyldmError, shorten
 from ..pipelines.ddpm import DDPM
@@ -42,9 +42,9 @@ from .options import (
     whole,
 )
 from .stage import check_free
+from .unet import writer
 
 SAMPLES, SAMPLE_STEPS = 8, 25       # pictures of a row of the sheet, steps of DDIM for each
-SHOWN = 256                 # pixels, the place of a sample in the sheet
 EXACT = 1e-3                # of the prediction's standard deviation, what the folder may be off
 # What a training that goes on must have in common with its beginning, besides that of all stages.
 SETTINGS = ("weights", "model", "classes", "class_dropout", "resolution", "variance",
@@ -107,7 +107,7 @@ class Stage:
     """
 
     def __init__(self, options):
-        self.options, self.written = options, False
+        self.options = options
         check_free(options.output / "model_index.json", options)
         begun, vae = self.begin(), None
         if options.model == "dit":
@@ -172,9 +172,14 @@ class Stage:
         if isinstance(pipe, DDPM) and (settings.class_embed_type or settings.in_channels != 3):
             raise TinyldmError("the weights are of grey pictures, or their classes are no "
                                "numbers: this stage trains on colours and numbered classes")
-        if self.options.min_snr and self.learned:
-            raise TinyldmError("--min-snr weighs a squared error, and a learned variance has a "
-                               "bound besides: leave it out")
+        if self.learned and pipe.scheduler.get("variance_type") == "learned":
+            raise TinyldmError("the weights' variance_type is learned: this stage trains "
+                               "learned_range, the variance of Improved DDPM")
+        own = self.options
+        if self.learned and (own.min_snr or own.noise_offset or own.timesteps != "uniform"):
+            raise TinyldmError("with a learned variance the loss has a bound, of uniform timesteps "
+                               "and normal noise: leave --min-snr, --noise-offset and --timesteps "
+                               "out")
 
     def numbered(self):
         """The numbers of the pictures' classes in the model: by their names, where it has any.
@@ -217,21 +222,12 @@ class Stage:
             loop.about = denoising.describe(loop.batch, size)
             return denoising.batch_loss(loop.batch, size)
 
-        loop.train(batch_loss, write=self.write, sample=self.sample, validate=denoising.validate)
+        write = writer(self.pipe, options.output, [self.pipe.network], np.float32)
+        loop.train(batch_loss, write=write, sample=self.sample, validate=denoising.validate)
         if loop.optimizer.ema is not None:              # the state is saved: from here on these
             loop.optimizer.data[...] = loop.optimizer.ema
 
     # ---- the result -----------------------------------------------------------------------------
-
-    def write(self):
-        """Write the pipeline's folder: whole at first, then the network alone."""
-        pipe, output = self.pipe, self.options.output
-        if self.written:
-            save_model(self.network, output / pipe.network, np.float32)
-            return
-        write_pipeline(output, pipe.kind, pipe.models, {}, pipe.schedulers, pipe.settings(),
-                       np.float32)
-        self.written = True
 
     def sample(self):
         """Some pictures of fixed seeds, of one class after the other, by a short DDIM."""
@@ -241,19 +237,15 @@ class Stage:
             labels["label"] = [self.numbers[i % len(self.numbers)] for i in range(SAMPLES)]
         else:
             labels["num_images"] = SAMPLES
-        images = self.pipe(**labels, seed=list(range(SAMPLES)), sampler="ddim",
-                           num_inference_steps=steps)
-        times = max(1, SHOWN // images[0].width)        # small pictures are enlarged
-        return [image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
-                for image in images]
+        return self.pipe(**labels, seed=list(range(SAMPLES)), sampler="ddim",
+                         num_inference_steps=steps)
 
     def finish(self):
         """Read the folder back and compare, tell the bits per dimension, and how to draw."""
-        output, label = self.options.output, {}
-        if self.classes:
-            label = {"class_labels": np.array(self.numbers[:1])}
+        output, label = self.options.output, ""
+        first = {"class_labels": np.array(self.numbers[:1])} if self.classes else {}
         again = load(output, self.options.device, np.float32)
-        found = [probe(getattr(pipe, pipe.network), label) for pipe in (self.pipe, again)]
+        found = [probe(getattr(pipe, pipe.network), first) for pipe in (self.pipe, again)]
         error = float(abs(found[0] - found[1]).max() / found[0].std())
         if not error <= EXACT:
             raise TinyldmError(f"{output}, read back, predicts something else, by {error:.2g} of "
@@ -262,9 +254,10 @@ class Stage:
             f"{error:.1g} of the standard deviation")
         if self.options.held_out and isinstance(self.pipe, DDPM):
             self.tell_bits()
-        say(f"draw with it: python -m tinyldm --weights {shlex.quote(str(output))}"
-            + f" --label {shlex.quote(self.classes[0]) if getattr(self.pipe, 'names', None) else 0}"
-            * bool(self.classes))
+        if self.classes:
+            named = getattr(self.pipe, "names", None)
+            label = f" --label {shlex.quote(self.classes[0]) if named else self.numbers[0]}"
+        say(f"draw with it: python -m tinyldm --weights {shlex.quote(str(output))}{label}")
 
     def tell_bits(self):
         """Print the bits per dimension of the held-out pictures."""
@@ -281,9 +274,8 @@ class Stage:
 def probe(network, label):
     """One prediction of a network, (1,h,w,O)."""
     settings = network.settings
-    sides = settings.sample_size
-    sides = [sides, sides] if isinstance(sides, int) else sides
-    latents = np.random.default_rng(0).standard_normal((1, *sides, settings.in_channels))
+    shape = 1, *sides(settings.sample_size), settings.in_channels
+    latents = np.random.default_rng(0).standard_normal(shape)
     latents = network.xp.asarray(latents.astype(np.float32))
     label = {name: asarray(value, like=latents) for name, value in label.items()}
     return to_host(network(latents, asarray(np.array([500]), like=latents), **label))
@@ -300,8 +292,6 @@ def side_of(pipe):
 
 def vae_of(weights):
     """An AutoencoderKL in float32: of a place, or the bundled model's."""
-    from ..checkpoints import load_model
-
     return load_model(resolve_vae(weights), np.float32) if weights else load(
         None, dtype=np.float32).vae
 
