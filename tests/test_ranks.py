@@ -11,12 +11,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.support import ranks as support
+from tests.support.captioned import write_captioned
 from tests.support.pictures_to_train import write_pictures
 from tests.support.small_pipelines import smallest
 from tinyldm import ranks
 from tinyldm.layers import Parameter
 from tinyldm.training import loop
 from tinyldm.training.options import STAGES
+from tinyldm.training.report import read_log
 
 STATE = ("data", "m", "v")
 
@@ -63,6 +65,23 @@ def test_three_ranks_train_as_one_process_does(train):
     assert any((one[name] != three[name]).any() for name in one)
     for name in one:
         np.testing.assert_allclose(three[name], one[name], atol=1e-6, err_msg=name)
+
+
+def test_clip_gathers_the_embeddings_of_all_ranks(tmp_path):
+    """Its loss is no sum over pictures. Two ranks: bitwise; three: to rounding."""
+    pictures, found = write_captioned(tmp_path / "data", 12), {}
+    for count in (1, 2, 3):
+        done = support.run(count, "tinyldm.training", "clip", "--data", pictures, "--steps", 3,
+                           "--batch", 8, "--resolution", 16, "--width", 32, "--layers", 1,
+                           "--learning-rate", "1e-3", "--output", tmp_path / str(count))
+        assert done.returncode == 0, done.stderr
+        found[count] = load_file(tmp_path / str(count) / "model" / "model.safetensors")
+    losses = [[line["loss"] for line in read_log(tmp_path / str(count)) if "loss" in line]
+              for count in (1, 2, 3)]
+    assert_same(found[1], found[2])
+    np.testing.assert_allclose(losses, [losses[0]] * 3, rtol=1e-5)
+    for name, array in found[1].items():
+        np.testing.assert_allclose(found[3][name], array, atol=1e-6, err_msg=name)
 
 
 def test_the_toy_world_trains_as_in_one_process(tmp_path):

@@ -291,6 +291,8 @@ class Library:
         Device=lambda number: SimpleNamespace(use=lambda: DEVICES.append(number)),
         get_current_stream=lambda: SimpleNamespace(synchronize=synchronize))
 
+    linalg = SimpleNamespace(norm=lambda array: wrap(np.linalg.norm(unwrap(array))))
+
     def get_default_memory_pool(self):
         return SimpleNamespace(used_bytes=lambda: 0)
 

@@ -157,7 +157,8 @@ def test_a_narrow_unet_from_scratch(train, weights, tmp_path):
 
 @pytest.mark.parametrize("more", [
     [], ["--train-text-encoder", "--accumulate", "2", "--flip", "--ema", "0.9"],
-    ["--from-scratch", "--checkpoints", "--zero-terminal-snr", "--prediction-type", "sample"]])
+    ["--from-scratch", "--checkpoints", "--zero-terminal-snr", "--prediction-type", "sample"],
+    ["--dtype", "float16"]])
 def test_two_and_two_steps_are_four(more, train, tmp_path):
     """Bitwise."""
     assert train(*more, output="whole", steps=4)[0] == 0
