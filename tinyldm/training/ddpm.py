@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from ..backend import asarray, to_host, widen
@@ -46,7 +45,6 @@ from .stage import DTYPES, EXACT, ROUNDED, check_free
 from .unet import writer
 
 SAMPLES, SAMPLE_STEPS = 8, 25       # pictures of a row of the sheet, steps of DDIM for each
-SHOWN = 256                 # pixels, the place of a sample in the sheet
 # What a training that goes on must have in common with its beginning, besides that of all stages.
 SETTINGS = ("weights", "dtype", "model", "classes", "class_dropout", "resolution", "variance",
             "beta_schedule", "train_timesteps", "prediction_type", "held_out")
@@ -239,11 +237,8 @@ class Stage:
             labels["label"] = [self.numbers[i % len(self.numbers)] for i in range(SAMPLES)]
         else:
             labels["num_images"] = SAMPLES
-        images = self.pipe(**labels, seed=list(range(SAMPLES)), sampler="ddim",
-                           num_inference_steps=steps)
-        times = max(1, SHOWN // images[0].width)        # small pictures are enlarged
-        return [image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
-                for image in images]
+        return self.pipe(**labels, seed=list(range(SAMPLES)), sampler="ddim",
+                         num_inference_steps=steps)
 
     def finish(self):
         """Read the folder back and compare, tell the bits per dimension, and how to draw."""
