@@ -46,6 +46,7 @@ from .blocks import (
     Upsample2D,
     check_condition,
     check_groups,
+    for_contexts,
     sinusoidal,
 )
 
@@ -166,6 +167,10 @@ class UNet2DConditionModel(Module):
     backward: dy (B,H,W,4) -> UNetGradients: dlatents (B,H,W,4), dcontext (B,M,D). Both are None
     where it ended early, on a tape with only_trained.
 
+    Without a tape, context may have nB rows for B latents, such as the two of guidance:
+    (nB,M,D) -> (nB,H,W,4), all latents for the first n-th of the contexts, then again for the next.
+    Up to the first cross-attention, every context has the same maps, which are computed once.
+
     Some models take more conditions, which change the time embedding. Latent Consistency Models:
     timestep_cond (B,256), a sinusoidal embedding of the guidance scale (Luo et al. 2023,
     arXiv:2310.04378, section 4.3). Stable Diffusion XL: text_embeds (B,P), one vector for the
@@ -223,6 +228,9 @@ class UNet2DConditionModel(Module):
         assert hasattr(latents, "astype"), (
             f"latents must be an array, not a {type(latents).__name__}: use .numpy() of a tensor")
         settings, dtype = self.settings, latents.dtype
+        assert tape is NO_TAPE or len(context) == len(latents), (
+            f"with a tape, each of the {len(latents)} latents needs one context, "
+            f"not {len(context)}: backward does not add up their gradients")
         assert getattr(timesteps, "shape", None) == latents.shape[:1], (
             f"timesteps must be an array of shape {latents.shape[:1]}, one for each of the "
             f"latents, not {timesteps!r}")
@@ -336,7 +344,7 @@ class UpBlock2D(Module):
 
     def forward(self, h, temb, context, skips, tape=NO_TAPE):
         for i, resnet in enumerate(self.resnets):
-            h, cache = ops.concat(h, skips.pop())
+            h, cache = ops.concat(h, for_contexts(skips.pop(), h))
             tape.save(self, cache)
             h = checkpoint(resnet, tape, h, temb=temb)
             if self.attentions:
@@ -404,12 +412,13 @@ class Transformer2DModel(Module):
         self.transformer_blocks = [BasicTransformerBlock(C, D, num_heads, only_cross_attention)
                                    for _ in range(num_layers)]
 
-    def forward(self, x, context, tape=NO_TAPE):        # (B,H,W,C), (B,M,D) -> (B,H,W,C)
+    def forward(self, x, context, tape=NO_TAPE):        # (B,H,W,C), (nB,M,D) -> (nB,H,W,C)
         B, _, _, C = x.shape
         h = self.norm(x, tape)
         h = self.proj_in(h, tape).reshape(B, -1, C)     # (B,N,C)
         for block in self.transformer_blocks:
             h = block(h, context, tape)
+        x = for_contexts(x, h)
         return x + self.proj_out(h.reshape(x.shape), tape)
 
     def backward(self, dy, tape):                       # -> (B,H,W,C), (B,M,D)
@@ -440,9 +449,12 @@ class BasicTransformerBlock(Module):
         self.norm3 = LayerNorm(channels, 1e-5)
         self.ff = FeedForward(channels)
 
-    def forward(self, x, context, tape=NO_TAPE):        # (B,N,C), (B,M,D) -> (B,N,C)
+    def forward(self, x, context, tape=NO_TAPE):        # (B,N,C), (nB,M,D) -> (nB,N,C)
+        if self.only_cross_attention:
+            x = for_contexts(x, context)
         h = self.norm1(x, tape)
         x = x + self.attn1(h, context if self.only_cross_attention else h, tape)
+        x = for_contexts(x, context)
         h = self.norm2(x, tape)
         x = x + self.attn2(h, context, tape)
         h = self.norm3(x, tape)
