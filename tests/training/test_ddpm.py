@@ -13,6 +13,8 @@ from tests.support.pixel_models import write_classes, write_model
 from tests.support.reference import nchw, to_ours, widen_embeddings
 from tests.support.tolerance import assert_allclose, within
 from tinyldm import backend
+from tinyldm.models import UNet2DModel
+from tinyldm.pipelines.ddpm import DDPM
 from tinyldm.pipelines.loading import load
 from tinyldm.training import ddpm
 from tinyldm.training.__main__ import main
@@ -216,8 +218,25 @@ def test_on_a_device(more, train, tiny, tmp_path):
         status, _, err = train(*more, "--device", "cuda", output="device")
     assert status == 0, err
     host, device = (weights_of(tmp_path / name) for name in ("host", "device"))
-    for name, array in host.items():                    # in units of the learning rate, 1e-2
-        within(abs(array - device[name]).max(), 1e-4, name)
+    errors = np.concatenate([(array - device[name]).ravel() for name, array in host.items()])
+    within((errors ** 2).mean() ** 0.5, 1e-5, "weights, rms")   # the learning rate is 1e-2
+
+
+@pytest.mark.parametrize("more", [[*BY_CLASS, *LEARNED], [*BY_CLASS, "--model", "dit"]], ids=str)
+def test_float16(more, train, tiny, tmp_path):
+    """Like float32, up to the rounding of the gradients; exact in going on, as in float32."""
+    more = [*more, "--resolution", 16, "--ema", 0, "--learning-rate", 1e-2]
+    assert train(*more, output="whole", steps=4)[0] == 0
+    half = [*more, "--dtype", "float16"]
+    status, _, err = train(*half, "--held-out", 0, output="half", steps=4)
+    assert status == 0, err
+    assert train(*half)[0] == 0 and train(*half, "--resume", steps=4)[0] == 0
+    whole, found, parts = (weights_of(tmp_path / name) for name in ("whole", "half", "out"))
+    errors = []
+    for name, array in whole.items():
+        np.testing.assert_array_equal(found[name], parts[name])
+        errors.append((found[name] - array).ravel() / 1e-2)
+    within((np.concatenate(errors) ** 2).mean() ** 0.5, 0.5, "in units of the learning rate")
 
 
 def test_from_weights(train, weights, tmp_path):
@@ -286,7 +305,9 @@ REFUSED = {
                                   "--resolution must be a multiple of 8"),
     "a VAE for a UNet": (["--vae", "x"], "--vae is for --model dit"),
     "all held out": (["--held-out", 9], "cannot be held out"),
-    "min-SNR with a bound": (["--min-snr", 5, *LEARNED], "--min-snr weighs a squared error"),
+    "min-SNR with a bound": (["--min-snr", 5, *LEARNED], "the loss has a bound, of uniform time"),
+    "an offset with a bound": (["--noise-offset", 0.1, *LEARNED], "leave --min-snr, --noise-of"),
+    "other timesteps with a bound": (["--timesteps", "logit-normal", *LEARNED], "has a bound, of"),
     "too few timesteps": (["--train-timesteps", 20], "needs more than 20 timesteps"),
     "no such model": (["--model", "large"], "argument --model: invalid choice"),
     "no state": (["--resume"], "no training to go on with"),
@@ -311,6 +332,18 @@ def test_a_line_for_bad_input(case, train, tmp_path):
     ("plain", ["--model", "small"], "--model is for a new model")])
 def test_weights_that_do_not_fit(kind, more, said, train, weights):
     status, _, err = train("--weights", weights(kind), *more)
+    assert status == 2 and said in err.splitlines()[-1], err
+
+
+@pytest.mark.parametrize("config, scheduler, said", [
+    ({"in_channels": 1, "out_channels": 1}, {}, "the weights are of grey pictures, or their"),
+    ({"class_embed_type": "timestep"}, {}, "or their classes are no numbers"),
+    ({"sample_size": [16, 8]}, {}, "pictures of 8x16 pixels: this stage trains on squares"),
+    ({"out_channels": 6}, {"variance_type": "learned"}, "this stage trains learned_range")])
+def test_weights_that_are_not_trained(config, scheduler, said, train, tmp_path):
+    unet = pixel_models.filled(UNet2DModel(pixel_models.PIXELS | {"sample_size": 16} | config))
+    tinyldm.save(DDPM(unet, {"_class_name": "DDPMScheduler"} | scheduler), tmp_path / "weights")
+    status, _, err = train("--weights", tmp_path / "weights")
     assert status == 2 and said in err.splitlines()[-1], err
 
 

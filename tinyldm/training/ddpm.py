@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from ..backend import asarray, to_host
-from ..checkpoints import resolve_vae, save_model, write_pipeline
+from ..backend import asarray, to_host, widen
+from ..checkpoints import load_model, resolve_vae
 from ..cli.console import say
 from ..cli.options import path
+from ..configs import sides
 from ..diffusion.schedule import PREDICTION_TYPES
 from ..errors import TinyldmError, shorten
 from ..pipelines.ddpm import DDPM
@@ -41,13 +41,12 @@ from .options import (
     trainer,
     whole,
 )
-from .stage import check_free
+from .stage import DTYPES, EXACT, ROUNDED, check_free
+from .unet import writer
 
 SAMPLES, SAMPLE_STEPS = 8, 25       # pictures of a row of the sheet, steps of DDIM for each
-SHOWN = 256                 # pixels, the place of a sample in the sheet
-EXACT = 1e-3                # of the prediction's standard deviation, what the folder may be off
 # What a training that goes on must have in common with its beginning, besides that of all stages.
-SETTINGS = ("weights", "model", "classes", "class_dropout", "resolution", "variance",
+SETTINGS = ("weights", "dtype", "model", "classes", "class_dropout", "resolution", "variance",
             "beta_schedule", "train_timesteps", "prediction_type", "held_out")
 # Options of new models, and their defaults.
 NEW = {"model": "small", "variance": "fixed_large", "beta_schedule": "linear",
@@ -84,8 +83,10 @@ def add_options(parser):
     add("--prediction-type", choices=PREDICTION_TYPES, help="of a new model (epsilon)")
     add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
         "block is computed again in backward")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
-        "(cpu)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
+    add("--dtype", choices=DTYPES, default="float32", help="to compute in: float16 takes half of "
+        "the memory and is fast on a GPU; what is trained is kept in float32, too, and the loss is "
+        "scaled (float32)")
     add_shared(parser, steps=1500, learning_rate=1e-3, batch=16, warmup=100,
                schedule="constant_with_warmup", weight_decay=0.0, ema=0.999)
     add_diffusion(parser)
@@ -107,7 +108,7 @@ class Stage:
     """
 
     def __init__(self, options):
-        self.options, self.written = options, False
+        self.options = options
         check_free(options.output / "model_index.json", options)
         begun, vae = self.begin(), None
         if options.model == "dit":
@@ -172,9 +173,14 @@ class Stage:
         if isinstance(pipe, DDPM) and (settings.class_embed_type or settings.in_channels != 3):
             raise TinyldmError("the weights are of grey pictures, or their classes are no "
                                "numbers: this stage trains on colours and numbered classes")
-        if self.options.min_snr and self.learned:
-            raise TinyldmError("--min-snr weighs a squared error, and a learned variance has a "
-                               "bound besides: leave it out")
+        if self.learned and pipe.scheduler.get("variance_type") == "learned":
+            raise TinyldmError("the weights' variance_type is learned: this stage trains "
+                               "learned_range, the variance of Improved DDPM")
+        own = self.options
+        if self.learned and (own.min_snr or own.noise_offset or own.timesteps != "uniform"):
+            raise TinyldmError("with a learned variance the loss has a bound, of uniform timesteps "
+                               "and normal noise: leave --min-snr, --noise-offset and --timesteps "
+                               "out")
 
     def numbered(self):
         """The numbers of the pictures' classes in the model: by their names, where it has any.
@@ -215,23 +221,13 @@ class Stage:
 
         def batch_loss(rng):
             loop.about = denoising.describe(loop.batch, size)
-            return denoising.batch_loss(loop.batch, size)
+            return denoising.batch_loss(loop.batch, size, loop.scale)
 
-        loop.train(batch_loss, write=self.write, sample=self.sample, validate=denoising.validate)
-        if loop.optimizer.ema is not None:              # the state is saved: from here on these
-            loop.optimizer.data[...] = loop.optimizer.ema
+        write = writer(self.pipe, options.output, [self.pipe.network], np.float32)
+        loop.train(batch_loss, write=write, sample=self.sample, validate=denoising.validate)
+        loop.optimizer.adopt_average()                  # the state is saved: from here on these
 
     # ---- the result -----------------------------------------------------------------------------
-
-    def write(self):
-        """Write the pipeline's folder: whole at first, then the network alone."""
-        pipe, output = self.pipe, self.options.output
-        if self.written:
-            save_model(self.network, output / pipe.network, np.float32)
-            return
-        write_pipeline(output, pipe.kind, pipe.models, {}, pipe.schedulers, pipe.settings(),
-                       np.float32)
-        self.written = True
 
     def sample(self):
         """Some pictures of fixed seeds, of one class after the other, by a short DDIM."""
@@ -241,30 +237,27 @@ class Stage:
             labels["label"] = [self.numbers[i % len(self.numbers)] for i in range(SAMPLES)]
         else:
             labels["num_images"] = SAMPLES
-        images = self.pipe(**labels, seed=list(range(SAMPLES)), sampler="ddim",
-                           num_inference_steps=steps)
-        times = max(1, SHOWN // images[0].width)        # small pictures are enlarged
-        return [image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
-                for image in images]
+        return self.pipe(**labels, seed=list(range(SAMPLES)), sampler="ddim",
+                         num_inference_steps=steps)
 
     def finish(self):
         """Read the folder back and compare, tell the bits per dimension, and how to draw."""
-        output, label = self.options.output, {}
-        if self.classes:
-            label = {"class_labels": np.array(self.numbers[:1])}
+        output, label = self.options.output, ""
+        first = {"class_labels": np.array(self.numbers[:1])} if self.classes else {}
         again = load(output, self.options.device, np.float32)
-        found = [probe(getattr(pipe, pipe.network), label) for pipe in (self.pipe, again)]
+        found = [probe(getattr(pipe, pipe.network), first) for pipe in (self.pipe, again)]
         error = float(abs(found[0] - found[1]).max() / found[0].std())
-        if not error <= EXACT:
+        if not error <= (ROUNDED if self.options.dtype == "float16" else EXACT):
             raise TinyldmError(f"{output}, read back, predicts something else, by {error:.2g} of "
                                "the standard deviation: go on with --resume to write it anew")
         say(f"checked: {output}, read back, predicts what the trained model does, up to "
             f"{error:.1g} of the standard deviation")
         if self.options.held_out and isinstance(self.pipe, DDPM):
             self.tell_bits()
-        say(f"draw with it: python -m tinyldm --weights {shlex.quote(str(output))}"
-            + f" --label {shlex.quote(self.classes[0]) if getattr(self.pipe, 'names', None) else 0}"
-            * bool(self.classes))
+        if self.classes:
+            named = getattr(self.pipe, "names", None)
+            label = f" --label {shlex.quote(self.classes[0]) if named else self.numbers[0]}"
+        say(f"draw with it: python -m tinyldm --weights {shlex.quote(str(output))}{label}")
 
     def tell_bits(self):
         """Print the bits per dimension of the held-out pictures."""
@@ -281,12 +274,11 @@ class Stage:
 def probe(network, label):
     """One prediction of a network, (1,h,w,O)."""
     settings = network.settings
-    sides = settings.sample_size
-    sides = [sides, sides] if isinstance(sides, int) else sides
-    latents = np.random.default_rng(0).standard_normal((1, *sides, settings.in_channels))
-    latents = network.xp.asarray(latents.astype(np.float32))
+    shape = 1, *sides(settings.sample_size), settings.in_channels
+    latents = np.random.default_rng(0).standard_normal(shape)
+    latents = network.xp.asarray(latents.astype(network.dtype))
     label = {name: asarray(value, like=latents) for name, value in label.items()}
-    return to_host(network(latents, asarray(np.array([500]), like=latents), **label))
+    return widen(to_host(network(latents, asarray(np.array([500]), like=latents), **label)))
 
 
 def side_of(pipe):
@@ -300,8 +292,6 @@ def side_of(pipe):
 
 def vae_of(weights):
     """An AutoencoderKL in float32: of a place, or the bundled model's."""
-    from ..checkpoints import load_model
-
     return load_model(resolve_vae(weights), np.float32) if weights else load(
         None, dtype=np.float32).vae
 

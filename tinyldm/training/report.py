@@ -183,9 +183,15 @@ def sample_sheet(folder, last, side=SIDE):
 
     files = sorted(file for file in folder.glob("*-*.png") if int(file.stem.split("-")[0]) <= last)
     columns = 1 + max(int(file.stem.split("-")[1]) for file in files)
-    cells = [labelled(Image.open(file), f"step {int(file.stem.split('-')[0])}", side, lines=1)
-             for file in files]
+    cells = [labelled(enlarged(Image.open(file), side), f"step {int(file.stem.split('-')[0])}",
+                      side, lines=1) for file in files]
     return grid(cells, columns, GAP)
+
+
+def enlarged(image, side):
+    """A small PIL image, a whole number of times as large, so that it fills a square best."""
+    times = max(1, side // max(image.size))
+    return image.resize((times * image.width, times * image.height), 0)         # the nearest pixel
 
 
 def averages(history):
