@@ -57,7 +57,7 @@ def test_twenty_steps_as_in_torch(case, dtype, places, exact_sqrt, tmp_path, mon
     own = np.array([loss for _, loss in stage.loop.history])
     assert len(own) == len(losses) == len(norms) == 20 and max(norms) > CLIP
     assert any("" in batch["captions"] for step in batches for batch in step), "some are dropped"
-    rounded = 2e-7 * (stage.options.min_snr > 0)        # torch's weights of min-SNR are float32
+    rounded = 1e-6 * (stage.options.min_snr > 0)        # torch's weights of min-SNR: float32, 6 ops
     if exact:
         assert_allclose(own[0], losses[0], rtol=max(1e-13, rounded))
     assert_allclose(own, losses, rtol=max(1e-8, rounded) if exact else 1e-4)
