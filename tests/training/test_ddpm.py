@@ -220,6 +220,9 @@ def test_on_a_device(more, train, tiny, tmp_path):
     host, device = (weights_of(tmp_path / name) for name in ("host", "device"))
     errors = np.concatenate([(array - device[name]).ravel() for name, array in host.items()])
     within((errors ** 2).mean() ** 0.5, 1e-5, "weights, rms")   # the learning rate is 1e-2
+    with strict.installed(), backend.plain():
+        status, _, err = train(*more, "--device", "cuda", "--dtype", "float16", output="half")
+    assert status == 0, err
 
 
 @pytest.mark.parametrize("more", [[*BY_CLASS, *LEARNED], [*BY_CLASS, "--model", "dit"]], ids=str)
