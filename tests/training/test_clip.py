@@ -311,6 +311,14 @@ def test_other_pictures_that_cannot_be_trained_on(train, weights, tmp_path):
     assert status == 2 and "must be a folder with a CLIP" in err
 
 
+def test_a_learning_rate_that_is_too_large_names_the_layer(train):
+    status, _, err = train("--learning-rate", "1e30", "--clip", 0, steps=5)
+    assert status == 2
+    line = [line for line in err.splitlines() if line.startswith("error: ")][-1]
+    assert re.search(r"not finite is clip\.\w+|weights .* are NaN or infinite", line), line
+    assert "pictures " in line or "weights" in line
+
+
 def test_output_that_exists_and_other_options(train, tmp_path):
     assert train()[0] == 0
     status, _, err = train()

@@ -22,6 +22,7 @@ from ..errors import TinyldmError
 from ..files import new_folder
 from ..image_processor import ImageProcessor
 from ..images import open_image
+from ..layers import trainable_parameters
 from ..models import CLIPModel
 from ..pipelines.zero_shot import TEMPLATES, ZeroShot
 from ..text.tokenizer import Tokenizer
@@ -122,9 +123,7 @@ class Stage:
                                       strict=options.strict, filter="bicubic")
         self.pictures.fit_captions(self.clip.tokenizer)
         self.clip.embed_images([open_image(self.pictures.items[0].path)])   # do its parts fit?
-        xp = array_library(options.device)
-        for parameter in model.parameters():
-            parameter.data = xp.asarray(parameter.data)
+        move(model, options.device)
         self.pairs = Pairs(self.clip, self.pictures, options.seed, options.checkpoints)
         self.retrieval = self._retrieval()
         for line in [*self.pictures.report(), *self._check()]:
@@ -209,10 +208,8 @@ class Stage:
     def train(self):
         """Train to the last step."""
         options, pairs, retrieval = self.options, self.pairs, self.retrieval
-        named = [(name, parameter) for name, parameter in self.clip.model.named_parameters()
-                 if parameter.trainable]
         self.loop = loop = trainer(
-            options, named, data=self.pictures.fingerprint,
+            options, trainable_parameters(self.clip.model), data=self.pictures.fingerprint,
             settings={f"--{name.replace('_', '-')}": str(getattr(options, name))
                       for name in SETTINGS})
         loop.models, loop.report.side = {"clip": self.clip.model}, SHEET
@@ -243,6 +240,7 @@ class Stage:
         _, shares = self.retrieval.measure()
         say(self.retrieval.sentence(shares))
         again = ZeroShot.load(self.result)
+        move(again.model, options.device)
         items = self.retrieval.items[:4]
         pictures = [open_image(item.path) for item in items]
         texts = [item.caption for item in items]
@@ -255,3 +253,10 @@ class Stage:
         say(f"checked: {self.result}, read back, has the embeddings of the trained model, up to "
             f"{error:.1g}")
         say(f"use it: tinyldm.pipelines.zero_shot.ZeroShot.load({str(self.result)!r})")
+
+
+def move(model, device):
+    """Move a model to "cpu" or "cuda". Raises TinyldmError for a missing GPU."""
+    xp = array_library(device)
+    for parameter in model.parameters():
+        parameter.data = xp.asarray(parameter.data)
