@@ -31,6 +31,11 @@ def launcher():
     return [found]
 
 
+def skip_with_open_mpi(reason):
+    if "--oversubscribe" in launcher():
+        pytest.skip(f"Open MPI {reason}")
+
+
 def command(ranks, *arguments):
     """The command line of a module of Python in so many ranks, 1 without mpirun."""
     if isinstance(launcher(), str):

@@ -218,8 +218,28 @@ def test_on_a_device(more, train, tiny, tmp_path):
         status, _, err = train(*more, "--device", "cuda", output="device")
     assert status == 0, err
     host, device = (weights_of(tmp_path / name) for name in ("host", "device"))
-    for name, array in host.items():                    # in units of the learning rate, 1e-2
-        within(abs(array - device[name]).max(), 1e-4, name)
+    errors = np.concatenate([(array - device[name]).ravel() for name, array in host.items()])
+    within((errors ** 2).mean() ** 0.5, 1e-5, "weights, rms")   # the learning rate is 1e-2
+    with strict.installed(), backend.plain():
+        status, _, err = train(*more, "--device", "cuda", "--dtype", "float16", output="half")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("more", [[*BY_CLASS, *LEARNED], [*BY_CLASS, "--model", "dit"]], ids=str)
+def test_float16(more, train, tiny, tmp_path):
+    """Like float32, up to the rounding of the gradients; exact in going on, as in float32."""
+    more = [*more, "--resolution", 16, "--ema", 0, "--learning-rate", 1e-2]
+    assert train(*more, output="whole", steps=4)[0] == 0
+    half = [*more, "--dtype", "float16"]
+    status, _, err = train(*half, "--held-out", 0, output="half", steps=4)
+    assert status == 0, err
+    assert train(*half)[0] == 0 and train(*half, "--resume", steps=4)[0] == 0
+    whole, found, parts = (weights_of(tmp_path / name) for name in ("whole", "half", "out"))
+    errors = []
+    for name, array in whole.items():
+        np.testing.assert_array_equal(found[name], parts[name])
+        errors.append((found[name] - array).ravel() / 1e-2)
+    within((np.concatenate(errors) ** 2).mean() ** 0.5, 0.5, "in units of the learning rate")
 
 
 def test_from_weights(train, weights, tmp_path):
