@@ -4,7 +4,8 @@
     sizes    -> RUN/sizes/...: the same of latent models of several sizes
     table    -> docs/comparison.md, and its figures and numbers
 
-All systems have the same budget: STEPS are those that one core makes in about eight minutes.
+All systems have the same budget: as many steps as one core of a server of 2023 makes in about eight
+minutes, when nothing else runs on the machine.
 """
 import json
 from functools import partial
@@ -28,13 +29,13 @@ SHOWN, GAP = 10, 2          # pictures in a row of the figure, pixels between th
 SYSTEMS = {
     "true": (models.true, 0),
     "round-trip": (models.round_trip, 0),
-    "vae": (models.vae, 900),
-    "ddpm": (models.pixels, 600),
+    "vae": (models.vae, 830),
+    "ddpm": (models.pixels, 625),
     "improved-ddpm": (partial(models.pixels, learned=True), 600),
-    "latent": (models.latent, 1200),
+    "latent": (models.latent, 1050),
     "dit": (models.dit, 1400),
-    "cascade": (models.cascade, 600),
-    "prior": (models.prior, 700),
+    "cascade": (models.cascade, 525),
+    "prior": (models.prior, 750),
 }
 # Imagen's question: what does a larger text encoder buy, what a larger UNet? Channels and layers of
 # the one, channels of the other's levels; "base" has those of the system above.
