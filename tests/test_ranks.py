@@ -84,6 +84,26 @@ def test_clip_gathers_the_embeddings_of_all_ranks(tmp_path):
         np.testing.assert_allclose(found[3][name], array, atol=1e-6, err_msg=name)
 
 
+def test_the_discriminator_sees_the_whole_batch(folders, tmp_path):
+    """Its batch norm and the adaptive weight are of all ranks. Two: bitwise; three: to rounding."""
+    for count in (1, 2, 3):
+        done = support.run(count, "tinyldm.training", "autoencoder", "--data", folders[1],
+                           "--steps", 3, "--batch", 6, "--channels", 4, 8, "--resolution", 24,
+                           "--discriminator", 1, "--discriminator-channels", 4, "--output",
+                           tmp_path / str(count))
+        assert done.returncode == 0, done.stderr
+    one, two, three = (state(tmp_path / count / "state.npz") for count in "123")
+    for name in STATE:                                  # of both networks
+        np.testing.assert_array_equal(one[name], two[name])
+    apart = abs(one["data"] - three["data"])            # Adam moves rounding, too, by 1e-4
+    assert apart.max() > 0 and (apart > 1e-6).mean() < 0.05
+    logs = [[line for line in read_log(tmp_path / count) if "loss" in line] for count in "123"]
+    for lines in zip(*logs):
+        for name in lines[0].keys() - {"seconds", "latent_std"}:        # a mean over the ranks
+            np.testing.assert_allclose([line[name] for line in lines], [lines[0][name]] * 3,
+                                       rtol=1e-3, err_msg=name)
+
+
 def test_the_toy_world_trains_as_in_one_process(tmp_path):
     """Both stages, bitwise: AdamW and Muon, and noise drawn by the shards."""
     for count in (1, 2):

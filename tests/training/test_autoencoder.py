@@ -17,8 +17,9 @@ from tinyldm import backend, load_model
 from tinyldm.checkpoints import save_model
 from tinyldm.files import write_json
 from tinyldm.models import CLIPVisionModel
+from tinyldm.models.discriminator import initialise
+from tinyldm.training import autoencoder
 from tinyldm.training.__main__ import main
-from tinyldm.training.autoencoder import to_device
 from tinyldm.training.report import read_log
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -172,14 +173,10 @@ def test_features_of_a_clip(train, tmp_path):
 
 
 def test_nan_names_the_discriminators_layer(train, monkeypatch, tmp_path):
-    from tinyldm.training import autoencoder
-
-    def spoilt(module, device):
-        for name, parameter in module.named_parameters():
-            if name == "main.3.weight":
-                parameter.data[0] = np.nan
-        return to_device(module, device)
-    monkeypatch.setattr(autoencoder, "to_device", spoilt)
+    def spoilt(discriminator, rng):
+        initialise(discriminator, rng)
+        discriminator.main[3].weight.data[0] = np.nan
+    monkeypatch.setattr(autoencoder, "initialise_discriminator", spoilt)
     status, _, err = train(*NEW, *ALL)
     assert status == 2 and "discriminator.main.3" in err and "keeps the last good state" in err
 

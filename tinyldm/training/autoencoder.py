@@ -149,11 +149,11 @@ def loss_from(options, vae):
     perceptual = adversary = None
     if options.perceptual:
         perceptual = load_perceptual(options.perceptual, options.resolution)
-        to_device(perceptual.network, options.device)
+        perceptual.network.move_to(vae.xp)
     if options.discriminator is not None:
         discriminator = PatchDiscriminator(channels=options.discriminator_channels)
         initialise_discriminator(discriminator, np.random.default_rng([options.seed, CREATION, 1]))
-        adversary = Adversary(to_device(discriminator, options.device), options.discriminator,
+        adversary = Adversary(discriminator.move_to(vae.xp), options.discriminator,
                               options.discriminator_weight)
     return AutoencoderLoss(
         vae, squared=options.distance == "l2", kl_weight=options.kl_weight, perceptual=perceptual,
@@ -182,7 +182,7 @@ def load_or_make(options):
         vae = AutoencoderKL(read_config(options.config) if options.config else new_config(options))
         initialise(vae, np.random.default_rng([options.seed, CREATION]))
     options.resolution = options.resolution or min(sides(vae.settings.sample_size or RESOLUTION))
-    return to_device(vae, options.device)
+    return vae.move_to(array_library(options.device))
 
 
 def load_from(weights):
@@ -229,13 +229,6 @@ def check(options, vae):
     if options.decoder_only and options.set_scaling_factor:
         raise TinyldmError("with --decoder-only the latents stay as they are, and so does their "
                            "scaling factor: leave --set-scaling-factor out")
-
-
-def to_device(module, device):
-    xp = array_library(device)
-    for parameter in module.parameters():
-        parameter.data = xp.asarray(parameter.data)
-    return module
 
 
 # ---- what is drawn and measured ----------------------------------------------------------------

@@ -123,7 +123,7 @@ class Stage:
                                       strict=options.strict, filter="bicubic")
         self.pictures.fit_captions(self.clip.tokenizer)
         self.clip.embed_images([open_image(self.pictures.items[0].path)])   # do its parts fit?
-        move(model, options.device)
+        model.move_to(array_library(options.device))
         self.pairs = Pairs(self.clip, self.pictures, options.seed, options.checkpoints)
         self.retrieval = self._retrieval()
         for line in [*self.pictures.report(), *self._check()]:
@@ -240,7 +240,7 @@ class Stage:
         _, shares = self.retrieval.measure()
         say(self.retrieval.sentence(shares))
         again = ZeroShot.load(self.result)
-        move(again.model, options.device)
+        again.model.move_to(array_library(options.device))
         items = self.retrieval.items[:4]
         pictures = [open_image(item.path) for item in items]
         texts = [item.caption for item in items]
@@ -253,10 +253,3 @@ class Stage:
         say(f"checked: {self.result}, read back, has the embeddings of the trained model, up to "
             f"{error:.1g}")
         say(f"use it: tinyldm.pipelines.zero_shot.ZeroShot.load({str(self.result)!r})")
-
-
-def move(model, device):
-    """Move a model to "cpu" or "cuda". Raises TinyldmError for a missing GPU."""
-    xp = array_library(device)
-    for parameter in model.parameters():
-        parameter.data = xp.asarray(parameter.data)

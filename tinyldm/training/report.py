@@ -189,8 +189,8 @@ def sample_sheet(folder, last, side=SIDE):
 
 
 def enlarged(image, side):
-    """A small PIL image, a whole number of times as large, so that it fills a square best."""
-    times = max(1, side // max(image.size))
+    """A small PIL image, a whole number of times as large: about `side`, its longer side."""
+    times = max(1, round(side / max(image.size)))
     return image.resize((times * image.width, times * image.height), 0)         # the nearest pixel
 
 

@@ -36,7 +36,7 @@ COMPLETE = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler",
             "UniPCMultistepScheduler")
 # What another scheduler takes over.
 COMMON = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas",
-          "prediction_type", "steps_offset", "timestep_spacing")
+          "prediction_type", "rescale_betas_zero_snr", "steps_offset", "timestep_spacing")
 
 
 def add_options(parser):
