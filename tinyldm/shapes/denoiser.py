@@ -36,11 +36,12 @@ NO_CAPTION = 0.1
 VALIDATED = 16              # pictures of the pool, whose loss is looked at again and again
 
 
-def make_pool(run):
-    """Encode POOL drawn pictures, once: {"mean", "std", "ids", "no_caption", "scaling_factor"}.
+def make_pool(run, count=None):
+    """Encode P = count (POOL) drawn pictures, once: {"mean", "std", "ids", "no_caption",
+    "scaling_factor"}.
 
-    mean, std (POOL,16,16,4) float16: the distribution of each picture's latents, not scaled. ids
-    (POOL,77): the captions' tokens. scaling_factor: 1 / the standard deviation of all latents, so
+    mean, std (P,16,16,4) float16: the distribution of each picture's latents, not scaled. ids
+    (P,77): the captions' tokens. scaling_factor: 1 / the standard deviation of all latents, so
     that the UNet's input has variance 1.
     """
     path = run / "pool.npz"
@@ -51,7 +52,7 @@ def make_pool(run):
         tokenizer = Tokenizer.from_folder(run / "tokenizer")
         rng = np.random.default_rng(2)
         encoded, ids = [], []
-        for _ in tqdm(range(POOL // BATCH), desc="encoding the pool"):
+        for _ in tqdm(range((count or POOL) // BATCH), desc="encoding the pool"):
             images, captions = drawing.batch(rng, BATCH)
             encoded += parallel(vae.encode, np.array_split(images, SHARDS))
             ids += [tokenizer(caption)[0] for caption in captions]
@@ -81,9 +82,13 @@ def named_parameters(text_encoder, unet):
     yield from unet.named_parameters("unet.")
 
 
-def train_unet(run, steps, batch=BATCH, learning_rate=1e-3, validate_every=0, sample_every=0):
-    """Train for `steps` batches; resume from the state in `run`, which must hold stage 1."""
-    pool = make_pool(run)
+def train_unet(run, steps, batch=BATCH, learning_rate=1e-3, validate_every=0, sample_every=0,
+               pool=None):
+    """Train for `steps` batches; resume from the state in `run`, which must hold stage 1.
+
+    pool: the pictures to encode for it, if that was not done yet (POOL).
+    """
+    pool = make_pool(run, pool)
     text_encoder, unet = build(pool)
     rng = np.random.default_rng(3)
     initialise(text_encoder, rng)
