@@ -204,7 +204,9 @@ def test_models_in_float16(model, config, xp):
 
 
 BASES = {layers.Module, layers.Sequence, layers.WeightedOp}
-ELSEWHERE = {layers.Pool}           # of Inception: tests/models/test_inception.py
+# Of Inception: tests/models/test_inception.py; of a discriminator:
+# tests/training/test_autoencoder.py.
+ELSEWHERE = {layers.Pool, layers.BatchNorm}
 
 
 def test_the_models_use_every_layer():

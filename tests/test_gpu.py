@@ -8,16 +8,19 @@ tests; `gpu` is a CUDA device through CuPy, and is skipped without one:
 import numpy as np
 import pytest
 
-from tests.support import models, strict
+from tests.support import models, small_pipelines, strict
 from tests.support.checks import gradients_of
 from tests.support.extra import no_gpu
 from tests.support.gpu import PROMPT, sampled
-from tests.support.tolerance import assert_close, assert_same_pixels, within
+from tests.support.pictures_to_train import write_pictures
+from tests.support.tolerance import assert_allclose, assert_close, assert_same_pixels, within
 from tinyldm import backend, layers, ops
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.layers import Tape
 from tinyldm.models.lora import LoRA
 from tinyldm.pipelines.loading import load
+from tinyldm.shapes import autoencoder, denoiser, recipe
+from tinyldm.training.__main__ import main
 
 # Of the standard deviation: forward and backward of one op, of a whole model.
 OP = {np.float32: 1e-4, np.float16: 1e-2}
@@ -187,6 +190,71 @@ def test_models(name, dtype, xp):
         for key, x in ours.items():
             error = backend.to_host(x).astype(np.float64) - theirs[key]
             within(np.sqrt((error ** 2).mean()), MODEL[dtype] * size, key)
+
+
+# ---- training -------------------------------------------------------------------------------
+
+OF_WEIGHTS = {
+    "lora": ["--train-text-encoder", "--checkpoints"],
+    "textual-inversion": ["--token", "<s>", "--initializer", "cat"],
+    "unet": ["--train-text-encoder", "--ema", "0.5"],
+}
+NEW = {
+    "autoencoder": ["--channels", "4", "8", "--resolution", "24"],
+    "clip": ["--resolution", "16", "--patch", "8", "--width", "32", "--layers", "1"],
+    "ddpm": ["--resolution", "16"],
+}
+
+
+@pytest.mark.parametrize("stage, dtype", [
+    *((stage, dtype) for stage in OF_WEIGHTS for dtype in (np.float32, np.float16)),
+    *((stage, np.float32) for stage in NEW), ("ddpm", np.float16)])
+def test_training(stage, dtype, xp, tmp_path):
+    """Two updates: their losses, and the gradients, whose average is what AdamW remembers."""
+    own = (OF_WEIGHTS | NEW)[stage]
+    if stage in OF_WEIGHTS:
+        own = [*own, "--weights", small_pipelines.smallest(tmp_path / "weights")]
+    pictures = write_pictures(tmp_path / "pictures", 3)
+
+    def state(name, *more):
+        command = [stage, "--data", pictures, "--output", tmp_path / name, "--steps", 2, "--batch",
+                   2, "--validate-every", 0, *own, *more]
+        assert main([*map(str, command)]) == 0
+        with np.load(tmp_path / name / "state.npz") as file:
+            return {name: file[name] for name in file.files}
+    host, half = state("host"), dtype == np.float16
+    with backend.plain(xp is strict.cupy):              # its kernels, in Python, are slow
+        device = state("device", "--device", "cuda", *(["--dtype", "float16"] if half else []))
+    assert_allclose(device["history"], host["history"], rtol=MODEL[dtype] / 10)
+    error = np.linalg.norm(device["m"] - host["m"]) / np.linalg.norm(host["m"])
+    within(error, MODEL[dtype], "the gradients")
+    assert (device["scaling"][2] == 0) if half else "scaling" not in device
+
+
+def test_the_recipe(xp, tmp_path, monkeypatch):
+    """The toy world's stages, one after the other."""
+    monkeypatch.setattr(denoiser, "POOL", 64)
+    monkeypatch.setattr(autoencoder, "BATCH", 2)
+    for module, name, widths in ((autoencoder, "VAE", [8, 8, 8]), (denoiser, "UNET", [8, 8, 16])):
+        monkeypatch.setattr(module, name, getattr(module, name) | {
+            "block_out_channels": widths, "norm_num_groups": 4})
+    stages = {"vae": [], "unet": ["--batch", "4"], "decoder": []}
+
+    def states(name, *more):
+        found, folder = {}, tmp_path / name
+        for stage, own in stages.items():
+            recipe.run([stage, "--run", str(folder), "--steps", "2", *own, *more])
+            with np.load(folder / f"{stage}.npz") as file:
+                found[stage] = {name: file[name] for name in file.files}
+        return found
+    host = states("host")
+    with backend.plain(xp is strict.cupy):
+        device = states("device", "--device", "cuda")
+    for stage in stages:
+        own, other = device[stage], host[stage]
+        assert_allclose(own["history"], other["history"], rtol=1e-3)
+        # Two updates: where a gradient is nothing but rounding, Adam moves by the learning rate.
+        within(np.sqrt(((own["data"] - other["data"]) ** 2).mean()), 1e-4, f"{stage}, rms")
 
 
 # ---- samplers and a picture -----------------------------------------------------------------

@@ -16,10 +16,10 @@ BOTTOM = {"errors", "files", "backend", "configs", "signals", "ranks"}
 MAY_IMPORT = {
     "errors": set(),
     "signals": set(),
-    "ranks": {"errors"},
+    "ranks": {"errors", "backend"},
     "files": {"errors"},
     "configs": {"errors"},
-    "backend": {"errors"},
+    "backend": {"errors", "ranks"},
     "noise": {"errors"},
     "images": BOTTOM,
     "image_processor": BOTTOM | {"images"},

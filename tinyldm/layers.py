@@ -16,7 +16,7 @@ from operator import add
 import numpy as np
 
 from . import ops
-from .backend import get_xp, to_host
+from .backend import get_xp, to_host, widen
 from .errors import TinyldmError, shorten
 from .tape import (  # noqa: F401
     NO_TAPE,
@@ -44,9 +44,10 @@ class Parameter:
     trainable: False freezes it. Then it gets no gradient. Change it only between a backward and the
     next forward.
 
-    Each shard of a batch has a sum of its own. `grad` adds up pairs of neighbouring shards, then
-    pairs of these sums, and so on. So the result depends neither on which worker thread was first,
-    nor on whether two or four processes have each had their part of the shards.
+    Each shard of a batch has a sum of its own, in float32 where gradients are float16. `grad` adds
+    up pairs of neighbouring shards, then pairs of these sums, and so on. So the result depends
+    neither on which worker thread was first, nor on whether two or four processes have each had
+    their part of the shards.
     """
 
     _lock = threading.Lock()                            # threads may also share a shard
@@ -64,14 +65,14 @@ class Parameter:
         assert grad.shape == self.shape, f"gradient {grad.shape} for a parameter {self.shape}"
         with self._lock:
             before = self._grads.get(SHARD.get())
-            self._grads[SHARD.get()] = grad if before is None else before + grad
+            self._grads[SHARD.get()] = grad if before is None else widen(before) + grad
 
     @property
     def grad(self):
         """The sum of all gradients since it was last set to None; None if there are none."""
         grads = [self._grads[shard] for shard in sorted(self._grads)]
         while len(grads) > 1:
-            grads = [reduce(add, grads[i:i + 2]) for i in range(0, len(grads), 2)]
+            grads = [reduce(add, map(widen, grads[i:i + 2])) for i in range(0, len(grads), 2)]
         return grads[0] if grads else None
 
     @grad.setter
@@ -129,6 +130,12 @@ class Module:
         """Train none of the parameters, here and in the modules inside."""
         for parameter in self.parameters():
             parameter.trainable = False
+
+    def move_to(self, xp):
+        """Move all parameters to the device of a library, numpy or cupy -> self."""
+        for parameter in self.parameters():
+            parameter.data = xp.asarray(parameter.data)
+        return self
 
     def zero_grad(self):
         """Forget the gradients of all parameters."""

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections import deque
 
 from .errors import TinyldmError
@@ -36,13 +37,15 @@ def _world():
     if started == 1:
         return None
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # of the wrong mpirun: said below
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:        # RuntimeError: it finds no MPI library
         reason = (str(error).splitlines() or ["it cannot be imported"])[0]
         raise TinyldmError(f"mpirun started {started} processes, but mpi4py cannot connect them "
                            f"({reason}): pip install 'tinyldm[mpi]', or leave mpirun out") from None
     if MPI.COMM_WORLD.size != started:
-        library = MPI.Get_library_version().split("\n")[0].rstrip("\0")
+        library = " ".join(MPI.Get_library_version().split("\n")[0].split())
         raise TinyldmError(f"mpirun started {started} processes, but mpi4py sees "
                            f"{MPI.COMM_WORLD.size}, because it uses {library}: start them with the "
                            "mpirun of that library")
@@ -102,10 +105,11 @@ def _sum(host):
 
 
 def _in_place(array, run):
-    host = array.get() if hasattr(array, "get") else array      # CuPy arrays have it
+    from .backend import asarray, to_host  # here: it imports NumPy
+    host = to_host(array)
     run(host)
     if host is not array:
-        array.set(host)
+        array[...] = asarray(host, like=array)
 
 
 def stack(array):
@@ -168,8 +172,8 @@ def leave_to_first():
 def program(main):
     """Run main() -> its exit status. Where one rank fails, all end, with its status.
 
-    Ranks besides the first are silent. If one of them fails alone, it says its last lines. MPI
-    would leave the others waiting for it.
+    MPI would leave the others waiting for it. Ranks besides the first are silent; only what one of
+    them alone fails of is said.
     """
     try:
         world = _world()
@@ -193,7 +197,9 @@ def program(main):
     if code and not _alone:
         if heard:
             time.sleep(GRACE)                           # it ends here if the first rank fails, too
-            for line in heard.text().splitlines():
+            print(file=said)                            # below a progress bar
+            for line in [*heard.text().splitlines(), f"ended with status {code}, and the others "
+                         "with it; what was saved last stays"]:
                 print(f"rank {rank()}: {line}", file=said)
         sys.stdout.flush()
         said.flush()
@@ -212,6 +218,7 @@ class _LastLines(io.TextIOBase):
         return len(text)
 
     def text(self):
-        """What was written, from the error on."""
+        """What was written, from the error on; empty without one."""
         text = "".join(self.parts)
-        return text[max(0, text.rfind("Traceback (most"), text.rfind("error: ")):]
+        start = max(text.rfind("Traceback (most"), text.rfind("error: "))
+        return text[start:] if start >= 0 else ""

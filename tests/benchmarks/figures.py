@@ -22,7 +22,7 @@ MEASURED = ROOT / "docs" / "measured"
 AIMS = {"unet": 0.9, "vae": {"decoder": 0.6, "encoder": 0.7}, "text": 1,
         "ddpm": 1, "upscale": 1, "dit": 1, "prior": 1, "clip_vision": 1, "inception": 1,
         "picture": {"time": 0.8, "memory": 0.7}, "startup": 1, "training": 1, "memory": 1,
-        "kernels": None, "leads": None, "where": None}
+        "ranks": None, "kernels": None, "leads": None, "where": None}
 
 QUOTE = re.compile(r"<!-- (table|ours|reference|ratio|where): (.+?) -->(.*?)<!-- end -->", re.S)
 ABOUT = ("machine", "cores", "threads", "python", "blas", "numpy", "torch", "diffusers",

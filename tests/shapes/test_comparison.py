@@ -12,10 +12,12 @@ from PIL import Image, ImageFilter
 
 from tests.support.tolerance import assert_allclose
 from tinyldm.errors import TinyldmError
+from tinyldm.pipelines.loading import load
 from tinyldm.shapes.comparison import command, data, measure, models, table
 from tinyldm.shapes.drawing import draw
 from tinyldm.shapes.scenes import Scene
 from tinyldm.training.optim import initialise
+from tinyldm.training.report import read_log
 
 DOCS = Path(__file__).parents[2] / "docs"
 SMALL = {"VAE": models.VAE | {"block_out_channels": [8] * 7, "latent_channels": 4},
@@ -29,6 +31,7 @@ TRAININGS = {
     "vae": models.vae, "ddpm": models.pixels, "improved": partial(models.pixels, learned=True),
     "latent": partial(models.latent, text=(8, 1), widths=(8, 8, 8)), "dit": models.dit,
     "cascade": models.cascade, "prior": models.prior}
+PIPELINES = {"latent": "StableDiffusion", "dit": "DiT", "cascade": "Cascade", "prior": "UnCLIP"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,13 @@ def test_a_system_trains_draws_and_is_measured(name, pool, small, tmp_path):
     assert ("bits" in numbers) == (name in ("vae", "ddpm", "improved"))
     assert ("asked" in numbers) == (name in ("latent", "dit", "cascade", "prior"))
     assert all(np.isfinite(value) for value in numbers.values())
+    logs = [*map(read_log, (log.parent for log in tmp_path.rglob("log.jsonl")))]
+    assert len(logs) == (2 if name == "prior" else 1)
+    assert all(line["gradient"] > 0.01 for log in logs for line in log)
     assert Image.open(tmp_path / "samples.png").size == (3 * 64 + 9 * command.GAP + 7 * 64, 64)
+
+    if name != "vae":
+        assert type(load(tmp_path / "weights")).__name__ == PIPELINES.get(name, "DDPM")
 
     command.one(pool, tmp_path, train, 2)               # only reads what is trained
     again = json.loads((tmp_path / "numbers.json").read_text())
@@ -69,7 +78,7 @@ def test_the_gradients_of_each_loss(name, pool, small, tmp_path, monkeypatch):
 
     def check(pool, folder, steps, batch, modules, loss):
         for module in modules.values():
-            initialise(module, np.random.default_rng(0))
+            models.INITIALISE.get(type(module), initialise)(module, np.random.default_rng(0))
             for parameter in module.parameters():       # no branch is 0: all get a gradient
                 if parameter.trainable:
                     noise = np.random.default_rng(1).standard_normal(parameter.shape)
@@ -83,18 +92,22 @@ def test_the_gradients_of_each_loss(name, pool, small, tmp_path, monkeypatch):
         grads = [p.grad for p in parameters]
         squares = sum(float((grad * grad).sum()) for grad in grads)
         losses = []
-        for step in (1e-4, -1e-4):
+        for step in (1e-5, -1e-5):
             for p, grad in zip(parameters, grads):
                 p.data = p.data + step / squares ** 0.5 * grad
             losses.append(run())
             for p, grad in zip(parameters, grads):
                 p.data = p.data - step / squares ** 0.5 * grad
-        assert_allclose((losses[0] - losses[1]) / 2e-4, squares ** 0.5, rtol=1e-3, what=name)
+        assert_allclose((losses[0] - losses[1]) / 2e-5, squares ** 0.5, rtol=1e-6, what=name)
         for module in modules.values():
             module.zero_grad()
         checked.append(folder)
 
     monkeypatch.setattr(models, "train", check)
+    for part in ("images", "latents"):                  # float64, as the weights above
+        of_pool = getattr(pool, part)
+        monkeypatch.setattr(pool, part, lambda *arguments, of_pool=of_pool: of_pool(
+            *arguments).astype(np.float64))
     TRAININGS[name](pool, tmp_path, 2)
     assert len(checked) == (2 if name == "prior" else 1)
 

@@ -32,7 +32,7 @@ def stage_of(command, monkeypatch, dtype=np.float32, captions=None):
     monkeypatch.setattr(FineTuning, "batches", batches)
     for module in stages, unet:
         monkeypatch.setattr(module, "load_weights",
-                            lambda weights, device: load(weights, device, dtype))
+                            lambda weights, device, *_, **options: load(weights, device, dtype))
     options = parse([*map(str, command)])
     if options.stage == "unet":
         return unet.begin(options), recorded

@@ -32,7 +32,7 @@ def filled(model):
 
 def write_model(folder, kind, variance="fixed_large", prediction_type="epsilon", T=1000,
                 beta_schedule="linear"):
-    """A pipeline with random weights as a folder. kind: plain, guided or dit."""
+    """A pipeline with random weights as a folder. kind: plain, rescaled, named, guided or dit."""
     scheduler = scheduler_config(beta_schedule, T, prediction_type, variance)
     channels = 3 * (1 + (variance == "learned"))
     if kind == "dit":
@@ -46,8 +46,10 @@ def write_model(folder, kind, variance="fixed_large", prediction_type="epsilon",
         pipe = DiT(transformer, vae, {**scheduler, "_class_name": "DDIMScheduler"})
     else:
         config = PIXELS | {"sample_size": SIDE, "in_channels": 3, "out_channels": channels}
-        guided = kind == "guided"
+        guided = kind in ("guided", "named")
+        names = {"emu": 0, "cat": 1, "dog": 2} if kind == "named" else None
         unet = filled(UNet2DModel(config | ({"num_class_embeds": 4} if guided else {})))
-        pipe = GuidedDDPM(unet, scheduler) if guided else DDPM(unet, scheduler)
+        pipe = (GuidedDDPM(unet, scheduler, names=names) if guided else
+                DDPM(unet, scheduler, rescale_timesteps=kind == "rescaled"))
     tinyldm.save(pipe, folder)
     return folder

@@ -17,8 +17,9 @@ from tinyldm import backend, load_model
 from tinyldm.checkpoints import save_model
 from tinyldm.files import write_json
 from tinyldm.models import CLIPVisionModel
+from tinyldm.models.discriminator import initialise
+from tinyldm.training import autoencoder
 from tinyldm.training.__main__ import main
-from tinyldm.training.autoencoder import to_device
 from tinyldm.training.report import read_log
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -33,7 +34,9 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    return small_pipelines.smallest(tmp_path_factory.mktemp("weights") / "tiny")
+    folder = small_pipelines.smallest(tmp_path_factory.mktemp("weights") / "tiny")
+    small_pipelines.change_json(folder / "vae" / "config.json", scaling_factor=0.7)
+    return folder
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def weights_of(folder):
     return load_file(folder / WEIGHTS)
 
 
-def test_what_is_written_and_said(train, tmp_path):
+def test_what_is_written_and_said(train, pictures, tmp_path):
     """diffusers makes the same round trip with it, and knows the scaling factor."""
     status, out, err = train(*NEW, *ALL, "--set-scaling-factor", "--sample-every", 1, "--held-out",
                              2, "--layers", 2)
@@ -78,8 +81,14 @@ def test_what_is_written_and_said(train, tmp_path):
     assert second.keys() - first.keys() == {"generator", "adaptive_weight", "discriminator",
                                             "real", "made"}
     assert [line["step"] for line in read_log(folder) if "validation" in line] == [0, 2]
-    sheet = Image.open(folder / "samples.png")          # two pictures at steps 0, 1 and 2
-    assert sheet.width > 1.9 * 256 and sheet.height > 2.9 * 256
+    sheet = Image.open(folder / "samples.png")          # at steps 0, 1 and 2
+    assert sheet.width == 256 and sheet.height > 3 * 256
+    sample = Image.open(folder / "samples" / "0000002-0.png")
+    assert sample.size == (50, 50), "two pictures of 24 above, two round trips below"
+    both = np.asarray(sample).astype(int)
+    first = np.asarray(Image.open(pictures / "0.png").resize((24, 24), Image.Resampling.LANCZOS))
+    assert abs(both[:24, :24] - first).max() <= 1
+    assert abs(both[:24, :24] - both[26:, :24]).max() > 30
 
 
 @pytest.mark.parametrize("more", [
@@ -110,7 +119,7 @@ def test_from_weights(decoder_only, train, weights, tmp_path):
     for i, place in enumerate((weights, weights / "vae", weights / "vae" / WEIGHTS)):
         status, out, err = train("--weights", place, *more, output=f"{i}")
         assert status == 0, err
-        assert "--set-scaling-factor" in out
+        assert "--set-scaling-factor" in out and "scaling_factor is" not in err
     before, after = weights_of(weights / "vae"), weights_of(tmp_path / "0")
     changed = {name.split(".")[0] for name in before if (before[name] != after[name]).any()}
     assert changed == ({"decoder", "post_quant_conv"} if decoder_only else
@@ -164,14 +173,10 @@ def test_features_of_a_clip(train, tmp_path):
 
 
 def test_nan_names_the_discriminators_layer(train, monkeypatch, tmp_path):
-    from tinyldm.training import autoencoder
-
-    def spoilt(module, device):
-        for name, parameter in module.named_parameters():
-            if name == "main.3.weight":
-                parameter.data[0] = np.nan
-        return to_device(module, device)
-    monkeypatch.setattr(autoencoder, "to_device", spoilt)
+    def spoilt(discriminator, rng):
+        initialise(discriminator, rng)
+        discriminator.main[3].weight.data[0] = np.nan
+    monkeypatch.setattr(autoencoder, "initialise_discriminator", spoilt)
     status, _, err = train(*NEW, *ALL)
     assert status == 2 and "discriminator.main.3" in err and "keeps the last good state" in err
 

@@ -119,7 +119,7 @@ def test_a_frozen_half_stays(train, weights, tmp_path):
 
 
 def test_the_learning_rate_of_weights_is_lower(pictures, weights, tmp_path):
-    for more, rate in (["--weights", str(weights)], 1e-5), (NEW, 5e-4):
+    for more, rate in (["--weights", str(weights)], 1e-5), (NEW, 1e-3):
         output = tmp_path / more[0]
         assert main(["clip", "--data", str(pictures), "--steps", "1", "--batch", "4", "--schedule",
                      "constant", "--output", str(output), *more]) == 0
@@ -309,6 +309,14 @@ def test_other_pictures_that_cannot_be_trained_on(train, weights, tmp_path):
     assert status == 2 and "nowhere" in err
     status, _, err = train("--weights", weights / "model.safetensors", new=False)
     assert status == 2 and "must be a folder with a CLIP" in err
+
+
+def test_a_learning_rate_that_is_too_large_names_the_layer(train):
+    status, _, err = train("--learning-rate", "1e30", "--clip", 0, steps=5)
+    assert status == 2
+    line = [line for line in err.splitlines() if line.startswith("error: ")][-1]
+    assert re.search(r"not finite is clip\.\w+|weights .* are NaN or infinite", line), line
+    assert "pictures " in line or "weights" in line
 
 
 def test_output_that_exists_and_other_options(train, tmp_path):

@@ -342,3 +342,30 @@ def test_the_sheet_shows_what_the_model_sees(tmp_path):
     seen = np.asarray(sheet.crop((0, 0, 128, 128)), np.float32) / 127.5 - 1
     np.testing.assert_allclose(seen, folder.image(folder._sample(0, 0, 0)), atol=1e-6)
     assert np.asarray(sheet.crop((0, 128, 128, cell))).min() < 128      # text
+
+
+# ---- a part of the pictures ----------------------------------------------------------------------
+
+def test_pictures_are_left_out_and_held_out(tmp_path):
+    """What is left out is in no batch, nor is it held out; the fingerprint stays."""
+    folder = PictureFolder(fill(tmp_path, 9), 32)
+    before = folder.fingerprint
+    folder.leave_out([0, 4])
+    held = folder.hold_out(3)
+    assert held == [1, 3, 6], "at equal distances among the seven"
+    drawn = {sample.index for step in range(8) for sample in folder.samples(0, step, 2)}
+    assert drawn == {2, 5, 7, 8} and len(folder) == 4 and folder.fingerprint == before
+    with pytest.raises(TinyldmError, match="4 of .* 4 pictures cannot be held out"):
+        folder.hold_out(4)
+    assert PictureFolder(fill(tmp_path / "all", 9), 32).hold_out(3) == [0, 3, 6]
+
+
+@pytest.mark.parametrize("filter", ["lanczos", "bicubic"])
+def test_pictures_are_resized_by_the_filter(filter, tmp_path):
+    folder = PictureFolder(fill(tmp_path, 1), 32, filter=filter)
+    with Image.open(tmp_path / "a.png") as image:
+        small = image.convert("RGB").resize(folder.items[0].resized,
+                                            Image.Resampling[filter.upper()])
+    left = folder.centred(0).left
+    expected = np.asarray(small, np.float32)[:, left:left + 32] / 255 * 2 - 1
+    np.testing.assert_array_equal(folder.image(folder.centred(0)), expected)

@@ -13,6 +13,8 @@ from tests.support.pixel_models import write_classes, write_model
 from tests.support.reference import nchw, to_ours, widen_embeddings
 from tests.support.tolerance import assert_allclose, within
 from tinyldm import backend
+from tinyldm.models import UNet2DModel
+from tinyldm.pipelines.ddpm import DDPM
 from tinyldm.pipelines.loading import load
 from tinyldm.training import ddpm
 from tinyldm.training.__main__ import main
@@ -58,6 +60,7 @@ def train(pictures, tmp_path, capsys):
 CASES = {"plain": ("plain", []), "v, dropped classes": (
              "guided", "fixed_large", "v_prediction", [*BY_CLASS, "--class-dropout", "0.3"]),
          "learned variance": ("plain", "learned", "epsilon", 1000, "squaredcos_cap_v2", []),
+         "as Improved DDPM's files": ("rescaled", "learned", "epsilon", 50, []),
          "learned variance by class": ("guided", "learned", "epsilon", 50, BY_CLASS),
          "DiT": ("dit", "learned", BY_CLASS)}
 
@@ -108,7 +111,8 @@ def torch_steps(network, stage, batches, dtype):
         if batch.labels is not None:
             labels = {"class_labels": torch.from_numpy(batch.labels)}
         x_start, x_t, noise = (nchw(x).to(dtype) for x in (batch.x_start, batch.x_t, batch.noise))
-        output = network(x_t, t, **labels).sample
+        scale = 1000 / len(betas) if getattr(stage.pipe, "rescale_timesteps", False) else 1
+        output = network(x_t, scale * t, **labels).sample
         if output.shape == noise.shape:
             a, s = (torch.from_numpy(np.sqrt(x[batch.timesteps]))[:, None, None, None]
                     for x in (alpha_bar, 1 - alpha_bar))
@@ -214,8 +218,28 @@ def test_on_a_device(more, train, tiny, tmp_path):
         status, _, err = train(*more, "--device", "cuda", output="device")
     assert status == 0, err
     host, device = (weights_of(tmp_path / name) for name in ("host", "device"))
-    for name, array in host.items():                    # in units of the learning rate, 1e-2
-        within(abs(array - device[name]).max(), 1e-4, name)
+    errors = np.concatenate([(array - device[name]).ravel() for name, array in host.items()])
+    within((errors ** 2).mean() ** 0.5, 1e-5, "weights, rms")   # the learning rate is 1e-2
+    with strict.installed(), backend.plain():
+        status, _, err = train(*more, "--device", "cuda", "--dtype", "float16", output="half")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("more", [[*BY_CLASS, *LEARNED], [*BY_CLASS, "--model", "dit"]], ids=str)
+def test_float16(more, train, tiny, tmp_path):
+    """Like float32, up to the rounding of the gradients; exact in going on, as in float32."""
+    more = [*more, "--resolution", 16, "--ema", 0, "--learning-rate", 1e-2]
+    assert train(*more, output="whole", steps=4)[0] == 0
+    half = [*more, "--dtype", "float16"]
+    status, _, err = train(*half, "--held-out", 0, output="half", steps=4)
+    assert status == 0, err
+    assert train(*half)[0] == 0 and train(*half, "--resume", steps=4)[0] == 0
+    whole, found, parts = (weights_of(tmp_path / name) for name in ("whole", "half", "out"))
+    errors = []
+    for name, array in whole.items():
+        np.testing.assert_array_equal(found[name], parts[name])
+        errors.append((found[name] - array).ravel() / 1e-2)
+    within((np.concatenate(errors) ** 2).mean() ** 0.5, 0.5, "in units of the learning rate")
 
 
 def test_from_weights(train, weights, tmp_path):
@@ -229,6 +253,24 @@ def test_from_weights(train, weights, tmp_path):
                      out)
     before, after = weights_of(folder), weights_of(tmp_path / "out")
     assert all((array != after[name]).any() for name, array in before.items())
+
+
+def test_classes_keep_the_numbers_that_the_weights_names_have(weights, pictures, tmp_path, train):
+    stage = stage_of(pictures, tmp_path, "--weights", weights("named"), *BY_CLASS)
+    assert stage.classes == ["cat", "dog", "emu"] and stage.numbers == [1, 2, 0]
+    for sample, label in zip(stage.pictures.samples(0, 0, 9), stage.denoising.batch(0, 9).labels):
+        name = stage.pictures.items[sample.index].name.split("_")[0]
+        assert label in (3, stage.pipe.names[name])
+    write_classes(tmp_path / "more")
+    (tmp_path / "more" / "cat_0.png").rename(tmp_path / "more" / "yak_0.png")
+    status, _, err = train("--data", tmp_path / "more", "--weights", weights("named"), *BY_CLASS)
+    assert status == 2 and "the weights know no class 'yak', but 3: emu, cat, dog" in err
+
+
+def test_the_authors_files_go_on(train, weights, tmp_path):
+    """Their UNet sees rescaled timesteps, which the result keeps."""
+    status, _, err = train("--weights", weights("rescaled", "learned", "epsilon", 50))
+    assert status == 0 and tinyldm.load(tmp_path / "out").rescale_timesteps, err
 
 
 def stage_of(pictures, tmp_path, *more):
@@ -266,7 +308,9 @@ REFUSED = {
                                   "--resolution must be a multiple of 8"),
     "a VAE for a UNet": (["--vae", "x"], "--vae is for --model dit"),
     "all held out": (["--held-out", 9], "cannot be held out"),
-    "min-SNR with a bound": (["--min-snr", 5, *LEARNED], "--min-snr weighs a squared error"),
+    "min-SNR with a bound": (["--min-snr", 5, *LEARNED], "the loss has a bound, of uniform time"),
+    "an offset with a bound": (["--noise-offset", 0.1, *LEARNED], "leave --min-snr, --noise-of"),
+    "other timesteps with a bound": (["--timesteps", "logit-normal", *LEARNED], "has a bound, of"),
     "too few timesteps": (["--train-timesteps", 20], "needs more than 20 timesteps"),
     "no such model": (["--model", "large"], "argument --model: invalid choice"),
     "no state": (["--resume"], "no training to go on with"),
@@ -294,6 +338,18 @@ def test_weights_that_do_not_fit(kind, more, said, train, weights):
     assert status == 2 and said in err.splitlines()[-1], err
 
 
+@pytest.mark.parametrize("config, scheduler, said", [
+    ({"in_channels": 1, "out_channels": 1}, {}, "the weights are of grey pictures, or their"),
+    ({"class_embed_type": "timestep"}, {}, "or their classes are no numbers"),
+    ({"sample_size": [16, 8]}, {}, "pictures of 8x16 pixels: this stage trains on squares"),
+    ({"out_channels": 6}, {"variance_type": "learned"}, "this stage trains learned_range")])
+def test_weights_that_are_not_trained(config, scheduler, said, train, tmp_path):
+    unet = pixel_models.filled(UNet2DModel(pixel_models.PIXELS | {"sample_size": 16} | config))
+    tinyldm.save(DDPM(unet, {"_class_name": "DDPMScheduler"} | scheduler), tmp_path / "weights")
+    status, _, err = train("--weights", tmp_path / "weights")
+    assert status == 2 and said in err.splitlines()[-1], err
+
+
 def test_weights_of_another_system(train, places):
     status, _, err = train("--weights", places[0]("toy"))
     assert status == 2 and "this stage trains DDPM, Improved DDPM and DiT" in err
@@ -305,4 +361,4 @@ def test_resuming_otherwise(train, tiny):
     assert status == 2 and "--variance is learned, it was fixed_large" in err
     assert "--beta-schedule is squaredcos_cap_v2, it was linear" in err
     status, _, err = train("--resolution", 16)
-    assert status == 2 and "holds a model already" in err
+    assert status == 2 and "exists already" in err

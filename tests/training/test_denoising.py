@@ -43,7 +43,7 @@ def test_the_hybrid_loss_by_finite_differences(name, prediction_type, rng):
     noise, t = rng.standard_normal(x_start.shape), np.array([0, 3, 500, 800])
     batch = Batch(x_start, schedule.add_noise(x_start, noise, t), t, noise, np.array([0, 3, 1, 2]))
     denoising = Denoising(model, SimpleNamespace(), None, loss, 0, labels=[0])
-    report = denoising.part_loss(batch, range(4), 1.0)
+    report = denoising.part_loss(batch, 1.0, range(4), 1.0)
     first = denoising.predict(batch.x_t, t, batch.labels)
 
     def moved():

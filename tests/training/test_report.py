@@ -86,3 +86,13 @@ def test_what_goes_wrong_is_a_note(tmp_path):
         raise RuntimeError("out of memory")
     with pytest.warns(UserWarning, match="the samples could not be made .out of memory.; the trai"):
         assert train(tmp_path, 3, sample=broken).step == 3
+
+
+@pytest.mark.parametrize("size, filled", [((8, 8), 256), ((130, 130), 256), ((100, 64), 256),
+                                          ((300, 20), 256), ((256, 256), 256)])
+def test_samples_fill_their_places_in_the_sheet(size, filled, tmp_path):
+    """Small ones are enlarged by whole numbers, and shrunk where that is too much."""
+    Image.new("RGB", size, "red").save(tmp_path / "0000001-0.png")
+    sheet = np.asarray(report.sample_sheet(tmp_path, 1))
+    width = (sheet[:256] == (255, 0, 0)).all(axis=-1).any(axis=0).sum()
+    assert 0.75 * filled < width <= filled

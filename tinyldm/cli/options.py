@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import __version__
+from .. import __version__, ranks
 from ..errors import TinyldmError, note
 from ..pipelines.interpolation import Between, ends
 from .console import say
@@ -156,7 +156,7 @@ def parse(arguments):
     if args.seed == "random":
         from secrets import randbelow
 
-        args.seed = randbelow(RANDOM_SEEDS)
+        args.seed = ranks.first(lambda: randbelow(RANDOM_SEEDS))
         print(f"seed: {args.seed}", file=sys.stderr)
     return args
 
@@ -413,13 +413,7 @@ def prompts(args):
     if args.from_parameters == "-":
         raise TinyldmError("standard input cannot hold both the prompts and the parameters: put "
                            "the parameters into a file")
-    try:
-        if sys.stdin is None:
-            raise ValueError("it is closed")
-        content = sys.stdin.buffer.read(MOST_BYTES + 1).decode("utf-8-sig")
-    except (OSError, ValueError) as error:              # closed, or no text
-        raise TinyldmError(f"cannot read prompts from standard input ({error}): give one UTF-8 "
-                           "line per prompt") from None
+    content = ranks.first(_standard_input)              # mpirun gives it to the first rank alone
     if len(content) > MOST_BYTES:
         raise TinyldmError(f"standard input has more than {MOST_BYTES >> 20} MiB: give one prompt "
                            "per line")
@@ -427,6 +421,16 @@ def prompts(args):
     if not lines:
         raise TinyldmError("standard input holds no prompt: give one per line")
     return [text for prompt in args.prompt for text in (lines if prompt == "-" else [prompt])]
+
+
+def _standard_input():
+    try:
+        if sys.stdin is None:
+            raise ValueError("it is closed")
+        return sys.stdin.buffer.read(MOST_BYTES + 1).decode("utf-8-sig")
+    except (OSError, ValueError) as error:              # closed, or no text
+        raise TinyldmError(f"cannot read prompts from standard input ({error}): give one UTF-8 "
+                           "line per prompt") from None
 
 
 def check(found, args, pipeline):

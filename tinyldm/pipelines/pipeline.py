@@ -148,8 +148,7 @@ class Pipeline:
         """Move all models to "cpu" or "cuda". Raises TinyldmError for a missing GPU."""
         xp = array_library(device)
         for model in self.models.values():
-            for parameter in model.parameters():
-                parameter.data = xp.asarray(parameter.data)
+            model.move_to(xp)
 
     @property
     def described(self):

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from ..backend import array_library, to_host
 from ..errors import TinyldmError
 from ..images import to_pil
 from ..models import AutoencoderKL
@@ -23,18 +24,19 @@ BATCH = 8
 SHOWN = 4                   # pictures that validation and samples look at
 
 
-def train_vae(run, steps, learning_rate=1e-3, validate_every=0, sample_every=0):
+def train_vae(run, steps, learning_rate=1e-3, validate_every=0, sample_every=0, device="cpu"):
     """Train the VAE for `steps` batches of pictures; resume from the state in `run`."""
     vae = AutoencoderKL(VAE)
     initialise(vae, np.random.default_rng(0))
+    vae.move_to(array_library(device))
     _train(vae, Trainer(run / "vae.npz", vae.named_parameters(), steps, learning_rate,
                         optimizer=partial(Muon, **OPTIMIZER),
                         report=Report(run / "vae", sample_every, validate_every)))
 
 
-def train_decoder(run, steps, learning_rate=1e-3, validate_every=0, sample_every=0):
+def train_decoder(run, steps, learning_rate=1e-3, validate_every=0, sample_every=0, device="cpu"):
     """Train the decoder of the VAE in `run` further; its encoder stays as it is."""
-    vae = load_vae(run)
+    vae = load_vae(run).move_to(array_library(device))
     _train(vae, Trainer(run / "decoder.npz", decoder_parameters(vae), steps, learning_rate,
                         optimizer=partial(Muon, **OPTIMIZER),
                         report=Report(run / "decoder", sample_every, validate_every)),
@@ -45,12 +47,12 @@ def _train(vae, trainer, decoder_only=False):
     loss = partial(vae_loss, vae, decoder_only=decoder_only)
 
     def batch_loss(rng):
-        return split_batch(loss, [drawing.crowds(rng, BATCH)], rng)
+        return split_batch(loss, [vae.xp.asarray(drawing.crowds(rng, BATCH))], rng)
 
     shown = drawing.crowds(np.random.default_rng(4), SHOWN)
 
     def decoded():
-        return vae.decode(vae.encode(shown)[0])
+        return to_host(vae.decode(vae.encode(vae.xp.asarray(shown))[0]))
 
     def sample():                                       # each drawing beside what comes of it
         return to_pil(np.concatenate([shown, decoded()], axis=2))

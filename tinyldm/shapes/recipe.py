@@ -35,6 +35,8 @@ def parse(arguments):
                            help="folder of the training's state, from which it resumes")
     for stage in (vae, unet, decoder):
         add_looks(stage.add_argument)
+        stage.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                           help="where to compute (cpu)")
     pictures = stages.add_parser("pictures", help="write pictures and captions of the toy world "
                                  "as a folder, for python -m tinyldm.training")
     pictures.add_argument("--output", type=Path, required=True, help="a new folder")

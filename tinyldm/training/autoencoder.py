@@ -16,7 +16,8 @@ import numpy as np
 from .. import ops
 from ..backend import array_library, to_host
 from ..checkpoints import load_model, resolve_vae, save_model
-from ..checkpoints.components import config_errors, note_unknown_keys
+from ..checkpoints.components import config_errors, has_config, note_unknown_keys
+from ..checkpoints.components import read_config as model_config
 from ..checkpoints.folders import load_vae
 from ..checkpoints.single_file.kinds import SD1
 from ..cli.console import say
@@ -39,7 +40,7 @@ from .stage import COARSE, DTYPES, EXACT
 
 CREATION = 2 ** 32 - 1      # the key of the first numbers; the steps have smaller ones
 CHANNELS, LATENTS, LAYERS, RESOLUTION = (64, 128, 256), 4, 1, 64        # of a new VAE
-MEASURED, SHOWN, GAP = 16, 4, 2         # pictures at the end, pictures of a sample, pixels between
+MEASURED, SHOWN, GAP = 16, 8, 2         # pictures at the end, pictures of a sample, pixels between
 SETTINGS = ("weights", "config", "channels", "latent_channels", "layers", "resolution",
             "decoder_only", "held_out", "distance", "kl_weight", "perceptual", "perceptual_weight",
             "discriminator", "discriminator_weight", "discriminator_channels")
@@ -148,11 +149,11 @@ def loss_from(options, vae):
     perceptual = adversary = None
     if options.perceptual:
         perceptual = load_perceptual(options.perceptual, options.resolution)
-        to_device(perceptual.network, options.device)
+        perceptual.network.move_to(vae.xp)
     if options.discriminator is not None:
         discriminator = PatchDiscriminator(channels=options.discriminator_channels)
         initialise_discriminator(discriminator, np.random.default_rng([options.seed, CREATION, 1]))
-        adversary = Adversary(to_device(discriminator, options.device), options.discriminator,
+        adversary = Adversary(discriminator.move_to(vae.xp), options.discriminator,
                               options.discriminator_weight)
     return AutoencoderLoss(
         vae, squared=options.distance == "l2", kl_weight=options.kl_weight, perceptual=perceptual,
@@ -176,12 +177,21 @@ def load_or_make(options):
         raise TinyldmError("--decoder-only needs an encoder that is trained: name one with "
                            "--weights")
     if options.weights:
-        vae = load_vae(resolve_vae(options.weights), SD1.vae)
+        vae = load_from(options.weights)
     else:
         vae = AutoencoderKL(read_config(options.config) if options.config else new_config(options))
         initialise(vae, np.random.default_rng([options.seed, CREATION]))
     options.resolution = options.resolution or min(sides(vae.settings.sample_size or RESOLUTION))
-    return to_device(vae, options.device)
+    return vae.move_to(array_library(options.device))
+
+
+def load_from(weights):
+    """The VAE of some weights, float32, with the scaling factor that its own config names."""
+    path = resolve_vae(weights)
+    path = path / "vae" if (path / "model_index.json").is_file() else path
+    folder = path.parent if path.is_file() and has_config(path) else path
+    kind, config = model_config(folder) if folder.is_dir() else (AutoencoderKL, SD1.vae)
+    return load_vae(path, config if kind is AutoencoderKL else SD1.vae)
 
 
 def new_config(options):
@@ -221,13 +231,6 @@ def check(options, vae):
                            "scaling factor: leave --set-scaling-factor out")
 
 
-def to_device(module, device):
-    xp = array_library(device)
-    for parameter in module.parameters():
-        parameter.data = xp.asarray(parameter.data)
-    return module
-
-
 # ---- what is drawn and measured ----------------------------------------------------------------
 
 def draw_noise(vae, images, seed, batch):
@@ -250,9 +253,11 @@ class Watched:
         return self.vae.decode(self.vae.encode(image)[0])
 
     def sample(self):
-        """Pictures, each beside its round trip -> PIL images."""
-        return [grid([*to_pil(image), *to_pil(self.round_trip(image))], 2, GAP)
-                for image in self.images[:SHOWN]]
+        """Two pictures above, their round trips below, in each of a few PIL images."""
+        shown = self.images[:SHOWN]
+        pairs = [shown[i:i + 2] for i in range(0, len(shown), 2)]
+        return [grid([to_pil(x)[0] for x in (*pair, *map(self.round_trip, pair))], len(pair), GAP)
+                for pair in pairs]
 
     def validate(self):
         """The mean absolute difference of pixels in [-1, 1] -> {"l1": ...}."""

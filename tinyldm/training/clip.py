@@ -22,6 +22,7 @@ from ..errors import TinyldmError
 from ..files import new_folder
 from ..image_processor import ImageProcessor
 from ..images import open_image
+from ..layers import trainable_parameters
 from ..models import CLIPModel
 from ..pipelines.zero_shot import TEMPLATES, ZeroShot
 from ..text.tokenizer import Tokenizer
@@ -36,8 +37,8 @@ MOST_HELD_OUT = 200         # by default
 SHEET = 840                 # pixels of a matrix in the sheet of samples
 HEAD = 32                   # channels of an attention head of a new model
 # Options of new models, and their defaults.
-NEW = {"resolution": 64, "patch": 8, "width": 128, "layers": 4}
-RATES = {True: 1e-5, False: 5e-4}                       # with weights, and without
+NEW = {"resolution": 64, "patch": 8, "width": 96, "layers": 3}
+RATES = {True: 1e-5, False: 1e-3}                       # with weights, and without
 SETTINGS = ("weights", "tokenizer", "train", "held_out", *NEW)
 DTYPES = {"float32": np.float32, "float16": np.float16}
 EXACT = {"float32": 1e-5, "float16": 1e-2}              # of an embedding of length 1
@@ -75,7 +76,7 @@ def add_options(parser):
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
         "(cpu)")
     add("--save-as", choices=DTYPES, default="float32", help="numbers in the file (float32)")
-    add_shared(parser, steps=2000, learning_rate=RATES[False], batch=64, warmup=100,
+    add_shared(parser, steps=1000, learning_rate=RATES[False], batch=64, warmup=50,
                schedule="cosine", betas=(0.9, 0.98), weight_decay=0.2, adam_eps=1e-6)
     parser.set_defaults(learning_rate=None)
     add_output(parser, Path("clip"), prompts=False, sample_every=200)
@@ -122,9 +123,7 @@ class Stage:
                                       strict=options.strict, filter="bicubic")
         self.pictures.fit_captions(self.clip.tokenizer)
         self.clip.embed_images([open_image(self.pictures.items[0].path)])   # do its parts fit?
-        xp = array_library(options.device)
-        for parameter in model.parameters():
-            parameter.data = xp.asarray(parameter.data)
+        model.move_to(array_library(options.device))
         self.pairs = Pairs(self.clip, self.pictures, options.seed, options.checkpoints)
         self.retrieval = self._retrieval()
         for line in [*self.pictures.report(), *self._check()]:
@@ -209,10 +208,8 @@ class Stage:
     def train(self):
         """Train to the last step."""
         options, pairs, retrieval = self.options, self.pairs, self.retrieval
-        named = [(name, parameter) for name, parameter in self.clip.model.named_parameters()
-                 if parameter.trainable]
         self.loop = loop = trainer(
-            options, named, data=self.pictures.fingerprint,
+            options, trainable_parameters(self.clip.model), data=self.pictures.fingerprint,
             settings={f"--{name.replace('_', '-')}": str(getattr(options, name))
                       for name in SETTINGS})
         loop.models, loop.report.side = {"clip": self.clip.model}, SHEET
@@ -243,6 +240,7 @@ class Stage:
         _, shares = self.retrieval.measure()
         say(self.retrieval.sentence(shares))
         again = ZeroShot.load(self.result)
+        again.model.move_to(array_library(options.device))
         items = self.retrieval.items[:4]
         pictures = [open_image(item.path) for item in items]
         texts = [item.caption for item in items]

@@ -78,7 +78,7 @@ class Pairs:
                                                    tape if self.trains_text else NO_TAPE)
 
         def backward(rows, share):
-            tape, rows = tapes[rows[0]], slice(rows[0], rows[-1] + 1)
+            tape, rows = tapes[rows[0]], slice(rows[0] - first, rows[-1] + 1 - first)
             if self.trains_text:
                 model.encode_text_backward(dtext_embeds[rows], tape)
             if self.trains_image:
@@ -86,19 +86,18 @@ class Pairs:
 
         shards = over_shards(forward, [samples, self.ids(captions), range(size)])
         image_embeds, text_embeds = map(model.xp.concatenate, zip(*shards))     # of this rank
-        share, tape = len(image_embeds) / size, Tape()
+        n, first, tape = len(image_embeds), min(tapes), Tape()
         logits = model.match(of_all_ranks(image_embeds), of_all_ranks(text_embeds), tape)
         loss, cache = ops.contrastive(logits)
-        dlogits = ops.contrastive_backward(share, cache)
-        dimage_embeds, dtext_embeds = model.match_backward(dlogits, tape)       # (N,P), (N,P)
-        for gradient in dimage_embeds, dtext_embeds:    # each rank has used all rows: add
-            ranks.add_up(gradient)
+        dlogits = ops.contrastive_backward(n / size, cache)
+        dimage_embeds, dtext_embeds = (ranks.stack_backward(gradient, n) for gradient in
+                                       model.match_backward(dlogits, tape))     # of this rank
         over_shards(backward, [range(size)])
         found = logits.argmax(axis=1) == model.xp.arange(size)
         report = {"loss": float(loss), "expected": math.log(size), "found": float(found.mean()),
                   "scale": math.exp(float(model.logit_scale.data)),
                   "same_captions": sum(n for n in Counter(captions).values() if n > 1)}
-        return {name: share * value for name, value in report.items()}
+        return {name: value * n / size for name, value in report.items()}
 
     def clamp_scale(self):
         """As CLIPModel.clamp_scale, but in place: the optimiser holds the array."""

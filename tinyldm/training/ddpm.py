@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from ..backend import asarray, to_host
-from ..checkpoints import resolve_vae, save_model, write_pipeline
+from ..backend import asarray, to_host, widen
+from ..checkpoints import load_model, resolve_vae
 from ..cli.console import say
 from ..cli.options import path
+from ..configs import sides
 from ..diffusion.schedule import PREDICTION_TYPES
-from ..errors import TinyldmError
+from ..errors import TinyldmError, shorten
 from ..pipelines.ddpm import DDPM
 from ..pipelines.dit import DiT
 from ..pipelines.guided_ddpm import GuidedDDPM
@@ -41,12 +41,12 @@ from .options import (
     trainer,
     whole,
 )
+from .stage import DTYPES, EXACT, ROUNDED, check_free
+from .unet import writer
 
 SAMPLES, SAMPLE_STEPS = 8, 25       # pictures of a row of the sheet, steps of DDIM for each
-SHOWN = 256                 # pixels, the place of a sample in the sheet
-EXACT = 1e-3                # of the prediction's standard deviation, what the folder may be off
 # What a training that goes on must have in common with its beginning, besides that of all stages.
-SETTINGS = ("weights", "model", "classes", "class_dropout", "resolution", "variance",
+SETTINGS = ("weights", "dtype", "model", "classes", "class_dropout", "resolution", "variance",
             "beta_schedule", "train_timesteps", "prediction_type", "held_out")
 # Options of new models, and their defaults.
 NEW = {"model": "small", "variance": "fixed_large", "beta_schedule": "linear",
@@ -64,7 +64,8 @@ def add_options(parser):
     add("--class-dropout", type=real(0, 1), default=0.1, metavar="S", help="the share of the "
         "pictures that train without their class, for guidance (0.1)")
     add("--held-out", type=whole(0, 10_000), default=0, metavar="N", help="pictures that are not "
-        "trained on: the validation's, and at the end their bits per dimension are measured (0)")
+        "trained on: the validation's, and at the end the bits per dimension of a model of pixels "
+        "are measured on them (0)")
     add("--bits-steps", type=whole(1, 100_000), default=100, metavar="N", help="steps of that: "
         "more give a tighter bound, and at most all timesteps (100)")
     add("--flip", action="store_true", help="mirror half of the pictures")
@@ -82,8 +83,10 @@ def add_options(parser):
     add("--prediction-type", choices=PREDICTION_TYPES, help="of a new model (epsilon)")
     add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
         "block is computed again in backward")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
-        "(cpu)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
+    add("--dtype", choices=DTYPES, default="float32", help="to compute in: float16 takes half of "
+        "the memory and is fast on a GPU; what is trained is kept in float32, too, and the loss is "
+        "scaled (float32)")
     add_shared(parser, steps=1500, learning_rate=1e-3, batch=16, warmup=100,
                schedule="constant_with_warmup", weight_decay=0.0, ema=0.999)
     add_diffusion(parser)
@@ -105,45 +108,50 @@ class Stage:
     """
 
     def __init__(self, options):
-        self.options, self.written, output, vae = options, False, options.output, None
-        if (output / "model_index.json").exists() and not options.resume:
-            raise TinyldmError(f"{output} holds a model already: name another folder with "
-                               "--output, or go on with its training by --resume")
-        if options.weights:
-            if given := [name for name in (*NEW, "vae") if getattr(options, name) is not None]:
-                raise TinyldmError(f"--{given[0].replace('_', '-')} is for a new model, and "
-                                   "--weights have their own: leave one of them out")
-            self.pipe = load_weights(options.weights)
-            side = options.resolution or side_of(self.pipe)
-        else:
-            for name, default in NEW.items():
-                if getattr(options, name) is None:
-                    setattr(options, name, default)
-            if options.model == "dit":
-                vae = vae_of(options.vae)
-            elif options.vae:
-                raise TinyldmError("--vae is for --model dit: a UNet here trains on pixels")
-            side = options.resolution or (64 if vae else 32)
+        self.options = options
+        check_free(options.output / "model_index.json", options)
+        begun, vae = self.begin(), None
+        if options.model == "dit":
+            vae = vae_of(options.vae)
+        side = options.resolution or (side_of(begun) if begun else 64 if vae else 32)
         self.pictures = PictureFolder(options.data, side, caption="", flip=options.flip)
         held_out = self.pictures.hold_out(options.held_out) if options.held_out else []
-        self.classes, labels = find_classes(self.pictures, options.classes) \
-            if options.classes else ([], None)
-        if not options.weights:
-            self.pipe = self.new(side, vae)
+        self.classes, labels = [], None                 # names, in the order of the labels
+        if options.classes:
+            self.classes, labels = find_classes(self.pictures, options.classes)
+        self.pipe = begun or self.new(side, vae)
         self.network = getattr(self.pipe, self.pipe.network)
-        no_class = self.check(side)
+        self.check(side)
+        self.numbers = self.numbered()                  # of the classes, in the model
         if options.device == "cuda":
             self.pipe.to_device("cuda")
         self.denoising = Denoising(
-            self.network, self.pictures, self.x_start(), self.loss(), options.seed, labels=labels,
-            dropout=options.class_dropout if self.guided else 0.0, no_class=no_class,
+            self.network, self.pictures, self.x_start(), self.loss(), options.seed,
+            labels=labels and [self.numbers[label] for label in labels],
+            dropout=options.class_dropout if self.guided else 0.0, no_class=self.known,
             held_out=held_out, checkpoints=options.checkpoints,
             timestep_scale=(1000 / self.pipe.schedule.num_train_timesteps
                             if getattr(self.pipe, "rescale_timesteps", False) else 1))
         for line in self.pictures.report():
             say(line)
         if self.classes:
-            say("classes: " + ", ".join(f"{i} {name}" for i, name in enumerate(self.classes)))
+            say("classes: " + ", ".join(f"{number} {name}" for number, name in
+                                        zip(self.numbers, self.classes)))
+
+    def begin(self):
+        """The pipeline of --weights; None for a new one, whose options get their defaults."""
+        options = self.options
+        if options.weights:
+            if given := [name for name in (*NEW, "vae") if getattr(options, name) is not None]:
+                raise TinyldmError(f"--{given[0].replace('_', '-')} is for a new model, and "
+                                   "--weights have their own: leave one of them out")
+            return load_weights(options.weights)
+        for name, default in NEW.items():
+            if getattr(options, name) is None:
+                setattr(options, name, default)
+        if options.vae and options.model != "dit":
+            raise TinyldmError("--vae is for --model dit: a UNet here trains on pixels")
+        return None
 
     def new(self, side, vae):
         """A pipeline with new weights."""
@@ -155,28 +163,43 @@ class Stage:
                             learned=options.variance == "learned")
 
     def check(self, side):
-        """Raise TinyldmError where pictures and pipeline do not fit -> the label of "no class"."""
-        pipe, settings, count = self.pipe, self.network.settings, len(self.classes)
+        """Raise TinyldmError where the pipeline does not fit pictures of this side."""
+        pipe, settings = self.pipe, self.network.settings
         self.learned = settings.out_channels == 2 * settings.in_channels
+        self.guided = isinstance(pipe, (DiT, GuidedDDPM))
         if side != side_of(pipe):
             raise TinyldmError(f"--resolution must be {side_of(pipe)}, the size of these weights' "
                                f"pictures, not {side}")
-        self.guided = isinstance(pipe, (DiT, GuidedDDPM))
-        if isinstance(pipe, DiT):
-            known = settings.num_embeds_ada_norm
-        else:
-            known = (settings.num_class_embeds or 0) - self.guided
-            if settings.class_embed_type or settings.in_channels != 3:
-                raise TinyldmError("the weights are of grey pictures, or their classes are no "
-                                   "numbers: this stage trains on colours and numbered classes")
-        if known != count:
-            raise TinyldmError(f"the weights know {known or 'no'} classes, and --classes "
+        if isinstance(pipe, DDPM) and (settings.class_embed_type or settings.in_channels != 3):
+            raise TinyldmError("the weights are of grey pictures, or their classes are no "
+                               "numbers: this stage trains on colours and numbered classes")
+        if self.learned and pipe.scheduler.get("variance_type") == "learned":
+            raise TinyldmError("the weights' variance_type is learned: this stage trains "
+                               "learned_range, the variance of Improved DDPM")
+        own = self.options
+        if self.learned and (own.min_snr or own.noise_offset or own.timesteps != "uniform"):
+            raise TinyldmError("with a learned variance the loss has a bound, of uniform timesteps "
+                               "and normal noise: leave --min-snr, --noise-offset and --timesteps "
+                               "out")
+
+    def numbered(self):
+        """The numbers of the pictures' classes in the model: by their names, where it has any.
+
+        Raises TinyldmError for classes that the model does not know.
+        """
+        pipe, settings, count = self.pipe, self.network.settings, len(self.classes)
+        self.known = (settings.num_embeds_ada_norm if isinstance(pipe, DiT) else
+                      (settings.num_class_embeds or 0) - self.guided)
+        if (names := getattr(pipe, "names", None)) and count:
+            if unknown := [name for name in self.classes if name not in names]:
+                raise TinyldmError(f"the weights know no class {unknown[0]!r:.80}, but "
+                                   f"{shorten(list(names))}: name the pictures' classes like these")
+            return [names[name] for name in self.classes]
+        if self.known != count:
+            raise TinyldmError(f"the weights know {self.known or 'no'} classes, and --classes "
                                f"{self.options.classes or 'is not given, which'} finds {count}: "
                                "give pictures of as many")
-        if self.options.min_snr and self.learned:
-            raise TinyldmError("--min-snr weighs a squared error, and a learned variance has a "
-                               "bound besides: leave it out")
-        return known
+        return list(range(count))
 
     def x_start(self):
         if not isinstance(self.pipe, DiT):
@@ -198,56 +221,43 @@ class Stage:
 
         def batch_loss(rng):
             loop.about = denoising.describe(loop.batch, size)
-            return denoising.batch_loss(loop.batch, size)
+            return denoising.batch_loss(loop.batch, size, loop.scale)
 
-        loop.train(batch_loss, write=self.write, sample=self.sample, validate=denoising.validate)
-        if loop.optimizer.ema is not None:              # the state is saved: from here on these
-            loop.optimizer.data[...] = loop.optimizer.ema
+        write = writer(self.pipe, options.output, [self.pipe.network], np.float32)
+        loop.train(batch_loss, write=write, sample=self.sample, validate=denoising.validate)
+        loop.optimizer.adopt_average()                  # the state is saved: from here on these
 
     # ---- the result -----------------------------------------------------------------------------
-
-    def write(self):
-        """Write the pipeline's folder: whole at first, then the network alone."""
-        pipe, output = self.pipe, self.options.output
-        if self.written:
-            save_model(self.network, output / pipe.network, np.float32)
-            return
-        write_pipeline(output, pipe.kind, pipe.models, {}, pipe.schedulers, pipe.settings(),
-                       np.float32)
-        self.written = True
 
     def sample(self):
         """Some pictures of fixed seeds, of one class after the other, by a short DDIM."""
         steps = min(SAMPLE_STEPS, self.pipe.schedule.num_train_timesteps)
         labels = {}
         if self.classes:
-            labels["label"] = [i % len(self.classes) for i in range(SAMPLES)]
+            labels["label"] = [self.numbers[i % len(self.numbers)] for i in range(SAMPLES)]
         else:
             labels["num_images"] = SAMPLES
-        images = self.pipe(**labels, seed=list(range(SAMPLES)), sampler="ddim",
-                           num_inference_steps=steps)
-        times = max(1, SHOWN // images[0].width)        # small pictures are enlarged
-        return [image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
-                for image in images]
+        return self.pipe(**labels, seed=list(range(SAMPLES)), sampler="ddim",
+                         num_inference_steps=steps)
 
     def finish(self):
         """Read the folder back and compare, tell the bits per dimension, and how to draw."""
-        output, label = self.options.output, {}
-        if self.classes:
-            label = {"class_labels": np.zeros(1, int)}
+        output, label = self.options.output, ""
+        first = {"class_labels": np.array(self.numbers[:1])} if self.classes else {}
         again = load(output, self.options.device, np.float32)
-        found = [probe(getattr(pipe, pipe.network), label) for pipe in (self.pipe, again)]
+        found = [probe(getattr(pipe, pipe.network), first) for pipe in (self.pipe, again)]
         error = float(abs(found[0] - found[1]).max() / found[0].std())
-        if not error <= EXACT:
+        if not error <= (ROUNDED if self.options.dtype == "float16" else EXACT):
             raise TinyldmError(f"{output}, read back, predicts something else, by {error:.2g} of "
                                "the standard deviation: go on with --resume to write it anew")
         say(f"checked: {output}, read back, predicts what the trained model does, up to "
             f"{error:.1g} of the standard deviation")
         if self.options.held_out and isinstance(self.pipe, DDPM):
             self.tell_bits()
-        say(f"draw with it: python -m tinyldm --weights {shlex.quote(str(output))}"
-            + f" --label {shlex.quote(self.classes[0]) if self.guided else 0}"
-            * bool(self.classes))
+        if self.classes:
+            named = getattr(self.pipe, "names", None)
+            label = f" --label {shlex.quote(self.classes[0]) if named else self.numbers[0]}"
+        say(f"draw with it: python -m tinyldm --weights {shlex.quote(str(output))}{label}")
 
     def tell_bits(self):
         """Print the bits per dimension of the held-out pictures."""
@@ -264,12 +274,11 @@ class Stage:
 def probe(network, label):
     """One prediction of a network, (1,h,w,O)."""
     settings = network.settings
-    sides = settings.sample_size
-    sides = [sides, sides] if isinstance(sides, int) else sides
-    latents = np.random.default_rng(0).standard_normal((1, *sides, settings.in_channels))
-    latents = network.xp.asarray(latents.astype(np.float32))
+    shape = 1, *sides(settings.sample_size), settings.in_channels
+    latents = np.random.default_rng(0).standard_normal(shape)
+    latents = network.xp.asarray(latents.astype(network.dtype))
     label = {name: asarray(value, like=latents) for name, value in label.items()}
-    return to_host(network(latents, asarray(np.array([500]), like=latents), **label))
+    return widen(to_host(network(latents, asarray(np.array([500]), like=latents), **label)))
 
 
 def side_of(pipe):
@@ -283,8 +292,6 @@ def side_of(pipe):
 
 def vae_of(weights):
     """An AutoencoderKL in float32: of a place, or the bundled model's."""
-    from ..checkpoints import load_model
-
     return load_model(resolve_vae(weights), np.float32) if weights else load(
         None, dtype=np.float32).vae
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import asarray
+from ..backend import asarray, wide, widen
 from ..diffusion import variational
 from ..diffusion.process import Process
 from ..layers import Tape
@@ -97,33 +97,39 @@ class Denoising:
         samples = self.pictures.samples(self.seed, number, size)
         return "pictures " + ", ".join(self.pictures.items[sample.index].name for sample in samples)
 
-    def batch_loss(self, number, size):
+    def batch_loss(self, number, size, scale=1.0):
         """Add a batch's gradients to the parameters -> {"loss", "expected"}.
 
-        expected: the loss of a model that knows nothing.
+        expected: the loss of a model that knows nothing. scale: of the gradients, Trainer.scale.
         """
-        return split_batch(partial(self.part_loss, self.batch(number, size)), [range(size)])
+        batch = self.batch(number, size)
+        return split_batch(partial(self.part_loss, batch, scale), [range(size)])
 
-    def part_loss(self, batch, rows, share):
-        """The loss of some rows of a Batch, and its gradients -> as batch_loss, times share."""
+    def part_loss(self, batch, scale, rows, share):
+        """The loss of some rows of a Batch, and its gradients -> as batch_loss, times share.
+
+        The model may compute in float16; the noisy pictures before it, and the loss behind it, are
+        float32 then.
+        """
         tape = Tape(self.checkpoints, only_trained=True)
         rows = slice(rows[0], rows[-1] + 1)             # neighbours: also of a device's arrays
         x_start, x_t, timesteps, noise = (array[rows] for array in batch[:4])
         labels = None if batch.labels is None else batch.labels[rows]
         output = self.predict(x_t, timesteps, labels, tape)
         loss, doutput, expected = self.loss(output, x_start, noise, timesteps, share)
-        self.model.backward(doutput, tape)
+        self.model.backward((doutput * scale).astype(self.model.dtype, copy=False), tape)
         return {"loss": loss, "expected": expected}
 
     def predict(self, x_t, timesteps, labels, *tape):
         """The model's output for timesteps (B,) and labels (B,), or None -> (B,h,w,O)."""
         own = {} if labels is None else {"class_labels": asarray(labels, like=x_t)}
         own |= {"tape": tape[0]} if tape else {}
-        return self.model(x_t, asarray(timesteps * self.timestep_scale, like=x_t), **own)
+        t = asarray(timesteps * self.timestep_scale, like=x_t)
+        return widen(self.model(x_t.astype(self.model.dtype, copy=False), t, **own))
 
     def array(self, values):
-        """Numbers as the model's arrays."""
-        return self.model.xp.asarray(np.asarray(values), self.model.dtype)
+        """Numbers as the model's arrays, float32 at least."""
+        return self.model.xp.asarray(np.asarray(values), wide(self.model.dtype))
 
     # ---- looking at it --------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import asarray
+from ..backend import asarray, wide, widen
 from ..layers import Tape
 from .conditions import Texts
 from .loop import split_batch
@@ -93,12 +93,13 @@ class FineTuning:
             conditions["time_ids"] = asarray(time_ids, like=mean)
         context = conditions.pop("context")
         return self.loss.profile(
-            lambda x_t, t: self.unet(x_t, asarray(t, like=x_t), context, **conditions),
+            lambda x_t, t: widen(self.unet(x_t.astype(self.unet.dtype), asarray(t, like=x_t),
+                                           context, **conditions)),
             self.pipe.vae.to_latents(mean))
 
     def array(self, values):
-        """Numbers as the UNet's arrays."""
-        return self.unet.xp.asarray(np.asarray(values), self.unet.dtype)
+        """Numbers as the UNet's arrays, at least float32."""
+        return self.unet.xp.asarray(np.asarray(values), wide(self.unet.dtype))
 
     def time_ids(self, pictures, samples):
         """Of Stable Diffusion XL: the picture's size, the crop's corner and size, (B,6)."""
@@ -108,17 +109,21 @@ class FineTuning:
         return np.array([(*item.size[::-1], sample.top, sample.left, *item.target[::-1])
                          for item, sample in zip(items, samples)], np.float32)
 
-    def batch_loss(self, number):
+    def batch_loss(self, number, scale=1.0):
         """Add a batch's gradients to the parameters -> {"loss", "expected"}, of all Sources.
 
-        expected: the loss of a model that knows nothing.
+        expected: the loss of a model that knows nothing. scale: of the gradients, Trainer.scale.
         """
-        reports = [split_batch(partial(self.part_loss, batch), [range(len(batch.captions))])
+        reports = [split_batch(partial(self.part_loss, batch, scale), [range(len(batch.captions))])
                    for batch in self.batches(number)]
         return {name: sum(report[name] for report in reports) for name in reports[0]}
 
-    def part_loss(self, batch, rows, share):
-        """The loss of some rows of a Batch, and its gradients -> as batch_loss, times share."""
+    def part_loss(self, batch, scale, rows, share):
+        """The loss of some rows of a Batch, and its gradients -> as batch_loss, times share.
+
+        The UNet may compute in float16; the noisy latents before it, and the loss behind it, are
+        float32 then.
+        """
         tape = Tape(self.checkpoints, only_trained=True)
         rows = slice(rows[0], rows[-1] + 1)             # neighbours: also of a device's arrays
         captions = batch.captions[rows]
@@ -128,9 +133,12 @@ class FineTuning:
         if batch.time_ids is not None:
             conditions["time_ids"] = asarray(batch.time_ids[rows], like=latents)
         context = conditions.pop("context")
-        output = self.unet(x_t, asarray(timesteps, like=x_t), context, tape, **conditions)
-        loss, doutput, expected = self.loss(output, latents, noise, timesteps, batch.weight * share)
-        gradients = self.unet.backward(doutput, tape)
+        dtype = self.unet.dtype
+        output = self.unet(x_t.astype(dtype, copy=False), asarray(timesteps, like=x_t), context,
+                           tape, **conditions)
+        loss, doutput, expected = self.loss(widen(output), latents, noise, timesteps,
+                                            batch.weight * share)
+        gradients = self.unet.backward((doutput * scale).astype(dtype, copy=False), tape)
         if self.reads:
             self.texts.backward(gradients, tape)
         return {"loss": loss, "expected": expected}

@@ -22,7 +22,7 @@ from ..bad_layer import bad_layer
 from ..errors import TinyldmError, note
 from ..files import make_folder
 from ..layers import SHARD
-from .optim import AdamW, NotFinite
+from .optim import AdamW, NotFinite, Overflow
 from .rates import half_cosine
 from .report import Report
 from .state import (
@@ -123,17 +123,19 @@ class Trainer:
         self.profile = profile
         self.report = Report() if ranks.rank() else report or Report()
         self.stopped = False                            # another rank was asked to stop
+        self.constrain = None                           # see train
         named_parameters = list(named_parameters)
         self.parameters = [parameter for _, parameter in named_parameters]
         self.optimizer = optimizer(named_parameters)
         self.begun = 0                                  # the step of the optimiser's first update
         self.history = []                               # one (step, loss) per step
         self.written = None
-        self.begun, self.optimizer.steps = ranks.first(partial(self._open, resume))
+        self.begun, self.optimizer.steps, self.optimizer.scaling = ranks.first(
+            partial(self._open, resume))
         if ranks.size() > 1:
             self._agree()
 
-    def _open(self, resume):                            # -> begun, the optimiser's steps
+    def _open(self, resume):                            # -> begun, the optimiser's steps, scaling
         path = self.path
         check_writable(path)
         self.written = self._written()
@@ -145,7 +147,7 @@ class Trainer:
                                "--resume out, or name its folder with --output")
         if self.written:
             self._resume(resume)
-        return self.begun, self.optimizer.steps
+        return self.begun, self.optimizer.steps, self.optimizer.scaling
 
     def _agree(self):
         """Begin with the first rank's numbers on all ranks."""
@@ -164,7 +166,7 @@ class Trainer:
         own = self.optimizer.state()
         state = read_npz(self.path, {name: np.shape(value) for name, value in own.items()}
                          | {"begun": (), "history": (None, 2), "settings": (None,)},
-                         optional=("settings",))
+                         optional=("settings", "scaling"))
         for name in self.optimizer.STATE:
             if state[name].dtype != own[name].dtype:
                 raise unusable(self.path, f"{name!r} is {state[name].dtype}, not {own[name].dtype}")
@@ -179,6 +181,11 @@ class Trainer:
     def step(self):
         """How many updates the parameters have had."""
         return self.begun + self.optimizer.steps
+
+    @property
+    def scale(self):
+        """What batch_loss multiplies the gradient of its loss by, before it goes backward."""
+        return self.optimizer.scaling.scale if self.optimizer.scaling else 1.0
 
     def save(self):
         """Write the state file, whole or not at all.
@@ -254,18 +261,12 @@ class Trainer:
             if self.stopped and not signals:
                 signals.append(signal.SIGINT)
 
-    def averaged(self, run):
-        """run, but with the averaged weights in place of the trained ones, if there are any."""
+    def averaged(self, run, exact=False):
+        """run, but with the averaged weights in place of the trained ones, if there are any; exact:
+        see AdamW.averaged."""
         def averaged():
-            ema, data = self.optimizer.ema, self.optimizer.data
-            if ema is None:
+            with self.optimizer.averaged(exact):
                 return run()
-            trained = data.copy()
-            try:
-                data[...] = ema
-                return run()
-            finally:
-                data[...] = trained
         return averaged
 
     def _save(self, write, last=True):
@@ -281,9 +282,19 @@ class Trainer:
             return
         self.report.saved(self.history, last)
         if write:
-            self.averaged(write)()
+            self.averaged(write, exact=True)()
 
     def _update(self, batch_loss, signals=()):           # -> {"loss", "gradient", ...}
+        scaling, report = self.optimizer.scaling, None
+        if not scaling:
+            return self._attempt(batch_loss, signals)
+        while report is None:
+            with np.errstate(over="ignore", invalid="ignore"):      # float16 on NumPy
+                report = self._attempt(batch_loss, signals)
+        return report | {"loss_scale": scaling.scale, "skipped": scaling.skipped}
+
+    def _attempt(self, batch_loss, signals):
+        """One update; None where the gradient is not finite, and a smaller loss scale may help."""
         reports, rate, batches = [], self.learning_rate(), self._batches()
 
         def run(place):
@@ -309,7 +320,10 @@ class Trainer:
                 if not np.isfinite(report["loss"]):
                     raise NotFinite(f"the loss is {report['loss']}")
                 # Groups that an epoch's end cuts short count less: accelerate divides them alike.
-                norm = self.optimizer.step(rate, self.accumulation, grad)
+                try:
+                    norm = self.optimizer.step(rate, self.accumulation, grad)
+                except Overflow:
+                    return None
                 if self.constrain:
                     self.constrain()
                 self.history.append((self.step, report["loss"]))

@@ -56,9 +56,9 @@ def run(options):
                            "class's pictures, and their caption")
     stage = Stage(options)
     pipe = stage.pipe
-    layers = put_into(pipe, options)                    # B is 0: it draws as it did before
-    if options.prior_data:
+    if options.prior_data:                              # drawn by what is there, without a LoRA
         stage.add_prior(options.prior_data, options.prior_prompt, options.prior_count)
+    layers = put_into(pipe, options)
 
     def write():
         return write_lora(stage.result, layers, options.layout, stage.metadata(), base=stage.base,

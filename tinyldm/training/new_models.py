@@ -13,8 +13,8 @@ from .optim import initialise, initialise_dit
 
 CREATION = 2 ** 32 - 1      # the key of the first numbers; the steps have smaller ones
 GUIDANCE = 2.0              # of drawing with a new model, where classes were dropped in training
-# UNets of pixels. small: for 32×32, 1.8 million numbers. cifar10: Ho et
-# al. 2020's, 36 million; google/ddpm-cifar10-32 has this config.
+# UNets of pixels. small: for 32×32, 1.8 million numbers. cifar10: Ho et al. 2020's, 36 million;
+# google/ddpm-cifar10-32 has this config.
 UNETS = {
     "small": {"block_out_channels": [32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8,
               "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],

@@ -5,11 +5,13 @@ is a few passes over long arrays.
 """
 import math
 import re
+from contextlib import contextmanager
 
 import numpy as np
 
-from ..backend import asarray, get_xp, is_finite, parallel, to_host
+from ..backend import asarray, get_xp, is_finite, parallel, to_host, widen
 from ..errors import TinyldmError
+from .loss_scale import LEAST
 from .state import read_npz
 
 BLOCK = 1 << 16         # numbers that a worker updates at a time: four such arrays fit into L2
@@ -87,6 +89,10 @@ class NotFinite(TinyldmError):
     """A gradient is NaN or infinite; the weights stayed as they were."""
 
 
+class Overflow(NotFinite):
+    """The same, and perhaps only because of the loss's scale, which is smaller now."""
+
+
 class AdamW:
     """Adam with decoupled weight decay, global-norm clipping, and a moving average of the weights.
 
@@ -95,22 +101,26 @@ class AdamW:
     norms and other vectors, as torch does by default. clip: the largest norm of the whole gradient;
     0 switches clipping off. ema: None, or a function of the update's number, from 1, that returns
     the decay of the average; `ema` is then the exponential moving average of the weights, flat.
+    scaling: a LossScale, for float16: the parameters get float16 copies of the flat vector, which
+    is float32, and their gradients are those of the loss times scaling.scale.
 
     The order of the operations is torch's. Source: Kingma & Ba 2014, arXiv:1412.6980, algorithm 1;
     Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2.
     """
 
     def __init__(self, named_parameters, weight_decay=0.01, beta1=0.9, beta2=0.999, eps=1e-8,
-                 clip=1.0, ema=ldm_decay, decay_vectors=False):
+                 clip=1.0, ema=ldm_decay, decay_vectors=False, scaling=None):
         named = list(named_parameters)
         self.weight_decay, self.beta1, self.beta2, self.eps = weight_decay, beta1, beta2, eps
         self.clip, self.ema_decay, self.steps = clip, ema, 0
-        self.decay_vectors = decay_vectors
+        self.decay_vectors, self.scaling = decay_vectors, scaling
         for name, parameter in named:
-            if isinstance(parameter.data, np.ndarray) and parameter.data.dtype == np.float16:
+            if not scaling and parameter.data.dtype == np.float16:
                 raise TinyldmError(f"{name} is float16, too narrow to train: load with float32")
         xp = get_xp(named[0][1].data)
-        self.data = xp.concatenate([parameter.data.reshape(-1) for _, parameter in named])
+        self.data = xp.concatenate([widen(parameter.data).reshape(-1) for _, parameter in named])
+        # What the parameters are views of.
+        self.shown = self.data.astype(np.float16) if scaling else self.data
         self.m, self.v = (xp.zeros_like(self.data) for _ in range(2))
         self.ema = None if ema is None else self.data.copy()
         if ema is None:
@@ -118,7 +128,7 @@ class AdamW:
         self.places, start = [], 0                      # where each parameter lies in the vector
         for name, parameter in named:
             span = slice(start, start + math.prod(parameter.shape))
-            parameter.data = self.data[span].reshape(parameter.shape)
+            parameter.data = self.shown[span].reshape(parameter.shape)
             self.places.append((name, parameter, span, parameter.data))
             start = span.stop
 
@@ -146,9 +156,17 @@ class AdamW:
 
         batches: the number of batches whose gradients were added up; their mean is used. grad: what
         `gradient` has returned, and others have added to; it is overwritten.
-        Raises NotFinite for a gradient that is not finite; the weights stay as they are.
+        Raises NotFinite for a gradient that is not finite; the weights stay as they are. With
+        scaling it is an Overflow, until the scale is as small as it gets.
         """
         grad = self.gradient() if grad is None else grad
+        if self.scaling:
+            grad *= 1 / self.scaling.scale
+            finite, last = is_finite(grad), self.scaling.scale <= LEAST
+            self.scaling.update(finite)
+            if not finite and not last:
+                raise Overflow(f"the gradient is infinite; the loss's scale is now "
+                               f"{self.scaling.scale:g}")
         if batches > 1:
             grad /= batches
         norm = norm_of(grad)
@@ -161,7 +179,36 @@ class AdamW:
             grad *= clip_coefficient(norm, self.clip, self.data.dtype)
         self.steps += 1
         self._update(grad, learning_rate, self.ema_decay and self.ema_decay(self.steps))
+        self._show()
         return norm
+
+    def _show(self):
+        """Bring the parameters' copies up to date, if they are copies."""
+        if self.shown is not self.data:
+            self.shown[...] = self.data
+
+    @contextmanager
+    def averaged(self, exact=False):
+        """Inside, the parameters hold the averages of the weights, if there are any.
+
+        exact: in the flat vector's dtype, for a file; else in the one that the model computes with.
+        """
+        flat = self.data if self.ema is None else self.ema
+        if not exact:
+            flat = self.shown if self.ema is None else flat.astype(self.shown.dtype, copy=False)
+        try:
+            for _, parameter, span, _ in self.places:
+                parameter.data = flat[span].reshape(parameter.shape)
+            yield
+        finally:
+            for _, parameter, _, view in self.places:
+                parameter.data = view
+
+    def adopt_average(self):
+        """At a training's end: the averages, if there are any, become the weights."""
+        if self.ema is not None:
+            self.data[...] = self.ema
+            self._show()
 
     def _update(self, grad, learning_rate, ema_decay):
         xp = get_xp(self.data)
@@ -204,7 +251,8 @@ class AdamW:
                     if not all(is_finite(getattr(self, part)[span]) for part in self.STATE))
 
     def state(self):
-        return {name: to_host(getattr(self, name)) for name in self.STATE} | {"steps": self.steps}
+        state = {name: to_host(getattr(self, name)) for name in self.STATE} | {"steps": self.steps}
+        return state | ({"scaling": self.scaling.state()} if self.scaling else {})
 
     def load_state(self, state):
         for name in self.STATE:
@@ -212,6 +260,9 @@ class AdamW:
             assert state[name].shape == array.shape, (name, state[name].shape, array.shape)
             array[...] = asarray(state[name], like=array)
         self.steps = int(state["steps"])
+        if self.scaling and "scaling" in state:         # it is not in one of a float32 training
+            self.scaling.load_state(state["scaling"])
+        self._show()
 
 
 def norm_of(grad):

@@ -16,6 +16,7 @@ from ..cli.options import Formatter, Parser, path
 from ..errors import TinyldmError
 from . import optim, rates
 from .loop import Trainer
+from .loss_scale import LossScale
 from .objectives import TIMESTEPS, DiffusionLoss
 from .report import Report
 
@@ -209,7 +210,8 @@ def trainer(options, named_parameters, *, data="", batches_per_epoch=None, setti
     optimizer = partial(
         optim.AdamW, weight_decay=options.weight_decay, beta1=beta1, beta2=beta2,
         eps=options.adam_eps, clip=options.clip, decay_vectors=options.decay_vectors,
-        ema=partial(EMAS[options.ema_form], most=options.ema) if options.ema else None)
+        ema=partial(EMAS[options.ema_form], most=options.ema) if options.ema else None,
+        scaling=LossScale() if getattr(options, "dtype", None) == "float16" else None)
     kept = KEPT + (("steps",) if options.schedule in TO_THE_END else ())
     kept = {f"--{name.replace('_', '-')}": getattr(options, name) for name in kept
             if hasattr(options, name)}

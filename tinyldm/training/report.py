@@ -22,7 +22,8 @@ from ..images import grid, labelled
 
 # What the bar also shows of a step's numbers.
 SHOWN = {"l1": "l1 {:.4f}", "psnr": "PSNR {:.1f} dB", "kl_bits": "KL {:.0f} bits",
-         "latent_std": "latents' std {:.2f}"}
+         "latent_std": "latents' std {:.2f}", "loss_scale": "loss scale {:g}",
+         "skipped": "{} skipped"}
 RECENT = 100            # steps over which the bar averages the loss
 DRAW_EVERY = 60         # seconds between two drawings of the curve
 SIDE, GAP = 256, 4      # of the sheet: the longest side of a picture, pixels between two
@@ -182,9 +183,15 @@ def sample_sheet(folder, last, side=SIDE):
 
     files = sorted(file for file in folder.glob("*-*.png") if int(file.stem.split("-")[0]) <= last)
     columns = 1 + max(int(file.stem.split("-")[1]) for file in files)
-    cells = [labelled(Image.open(file), f"step {int(file.stem.split('-')[0])}", side, lines=1)
-             for file in files]
+    cells = [labelled(enlarged(Image.open(file), side), f"step {int(file.stem.split('-')[0])}",
+                      side, lines=1) for file in files]
     return grid(cells, columns, GAP)
+
+
+def enlarged(image, side):
+    """A small PIL image, a whole number of times as large: about `side`, its longer side."""
+    times = max(1, round(side / max(image.size)))
+    return image.resize((times * image.width, times * image.height), 0)         # the nearest pixel
 
 
 def averages(history):

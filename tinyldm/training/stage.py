@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from .. import ranks
-from ..backend import asarray, free_threads, to_host
+from ..backend import asarray, free_threads, to_host, widen
 from ..checkpoints.addons.writing import XL
 from ..cli.console import say
 from ..cli.options import path
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from ..pipelines.loading import load
 from ..pipelines.stable_diffusion import StableDiffusion
 from . import memory
@@ -40,10 +40,11 @@ from .options import (
 )
 
 END = ".safetensors"
-SETTINGS = ("weights", "caption", "resolution", "caption_dropout")
+SETTINGS = ("weights", "dtype", "caption", "resolution", "caption_dropout")
 DTYPES = {"float32": np.float32, "float16": np.float16}
 EXACT = 1e-3                # of the prediction's standard deviation, what the file may be off
 COARSE = 1e-2               # the same of a file in float16
+ROUNDED = 5e-2              # the same of a model that computes in float16
 
 
 def add_options(parser, *, steps, learning_rate, output, dropout=0.0, layouts=True, **shared):
@@ -66,8 +67,10 @@ def add_options(parser, *, steps, learning_rate, output, dropout=0.0, layouts=Tr
         "caption")
     add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
         "block is computed again in backward")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
-        "(cpu)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
+    add("--dtype", choices=DTYPES, default="float32", help="to compute in: float16 takes half of "
+        "the memory and is fast on a GPU; what is trained is kept in float32, too, and the loss is "
+        "scaled (float32)")
     if layouts:
         add("--layout", choices=("diffusers", "kohya"), default="diffusers", help="of the file: "
             "diffusers, or kohya for the web interfaces (diffusers)")
@@ -107,7 +110,7 @@ class Stage:
             self.result = file_of(options)
             check_free(self.result, options)
         self.started, self.prior, self.rounding = time.time(), None, None
-        self.pipe = pipe or load_weights(options.weights, options.device)
+        self.pipe = pipe or load_weights(options.weights, options.device, DTYPES[options.dtype])
         self.resolution = options.resolution or min(self.pipe.size())
         f = self.pipe.vae.vae_scale_factor
         if self.resolution % f:
@@ -159,14 +162,13 @@ class Stage:
 
         def batch_loss(_):                              # each sample has a generator of its own
             loop.about = tuning.describe(loop.batch)
-            return tuning.batch_loss(loop.batch)
+            return tuning.batch_loss(loop.batch, loop.scale)
 
         def kept():
             self.rounding = write()
 
         loop.train(batch_loss, write=kept, sample=self.sample, validate=tuning.validate)
-        if loop.optimizer.ema is not None:              # the state is saved: from here on these
-            loop.optimizer.data[...] = loop.optimizer.ema
+        loop.optimizer.adopt_average()                  # the state is saved
 
     def sample(self):
         """A picture of each --sample-prompt, with the seed of its place."""
@@ -190,9 +192,11 @@ class Stage:
         weights = memory.weights(*self.pipe.models.values())
         trained = sum(parameter.data.nbytes for _, parameter in named)
         # Adam's two averages, that of the weights, and a gradient of each shard. The update needs
-        # the sum of the gradients, when the activations are gone.
-        adam = (2 + bool(options.ema) + own) * trained
-        total = weights + adam + max(found[options.checkpoints], trained)
+        # the sum of the gradients, when the activations are gone. Beside float16 all but the
+        # shards' gradients are float32, and so are the weights once more.
+        half = options.dtype == "float16"
+        adam = ((2 + half + bool(options.ema)) * (1 + half) + own) * trained
+        total = weights + adam + max(found[options.checkpoints], (1 + half) * trained)
         free = memory.available()
         line = (f"memory: about {size(total)}: weights {size(weights)}, what is trained with its "
                 f"gradients and averages {size(adam)}, activations "
@@ -251,7 +255,7 @@ class Stage:
         latents = asarray(np.random.default_rng(0).standard_normal(shape).astype(unet.dtype),
                           like=conditions["context"])
         t = asarray(np.array([self.pipe.schedule.num_train_timesteps // 2]), like=latents)
-        return to_host(unet(latents, t, conditions.pop("context"), **conditions))
+        return widen(to_host(unet(latents, t, conditions.pop("context"), **conditions)))
 
     def check(self, read_back):
         """Compare a prediction of the trained model with one after reading the result.
@@ -266,7 +270,8 @@ class Stage:
         if rounding and self.options.save_as == "float16":
             say(f"{self.result}: as float16 {rounding.zeros} of {rounding.numbers} numbers became "
                 f"0, and the largest error is {rounding.largest:.2g}")
-        if not error <= (COARSE if self.options.save_as == "float16" else EXACT):
+        allowed = COARSE if self.options.save_as == "float16" else EXACT
+        if not error <= (ROUNDED if self.options.dtype == "float16" else allowed):
             raise TinyldmError(f"{self.result}, read back, changes the prediction by {error:.2g} "
                                "of its standard deviation: go on with --resume and --save-as "
                                "float32")
@@ -286,13 +291,21 @@ def size(count):
     return f"{count / 2 ** 30:.1f} GiB" if count >= 2 ** 30 else f"{count / 2 ** 20:.0f} MiB"
 
 
-def load_weights(weights, device):
-    """The pipeline of some weights, in float32 -> StableDiffusion.
+def load_weights(weights, device, dtype=np.float32, exact=()):
+    """The pipeline of some weights -> StableDiffusion.
 
+    dtype: float32, or float16 for all except the VAE, which overflows easily, and the parts of the
+    names `exact`.
     Raises TinyldmError for weights of another system, and for those that are trained otherwise.
     """
-    pipe = load(weights, device, np.float32)
+    if dtype == np.float16 and device == "cpu":
+        note("float16 is slower than float32 on a CPU: it is for --device cuda")
+    pipe = load(weights, dtype=np.float32)
     check_kind(pipe, weights)
+    for part, model in pipe.models.items():
+        for parameter in model.parameters() if part not in ("vae", *exact) else ():
+            parameter.data = parameter.data.astype(dtype, copy=False)
+    pipe.to_device(device)
     pipe.language = None                                # it will know more
     return pipe
 

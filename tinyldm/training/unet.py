@@ -20,7 +20,6 @@ from ..errors import TinyldmError
 from ..files import read_json
 from ..layers import trainable_parameters
 from ..models import UNet2DConditionModel
-from ..pipelines.loading import load
 from ..pipelines.stable_diffusion import StableDiffusion
 from .optim import initialise
 from .stage import DTYPES, Stage, check_free, check_kind, load_weights
@@ -37,7 +36,7 @@ COMPLETE = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler",
             "UniPCMultistepScheduler")
 # What another scheduler takes over.
 COMMON = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas",
-          "prediction_type", "steps_offset", "timestep_spacing")
+          "prediction_type", "rescale_betas_zero_snr", "steps_offset", "timestep_spacing")
 
 
 def add_options(parser):
@@ -67,7 +66,7 @@ def run(options):
                 writer(pipe, stage.result, parts, DTYPES[options.save_as]), SETTINGS)
 
     def read_back():
-        stage.pipe = load(stage.result, options.device, np.float32)
+        stage.pipe = load_weights(stage.result, options.device, DTYPES[options.dtype])
         return untrained
     stage.check(read_back)
     stage.show_use(weights=stage.result)
@@ -75,7 +74,9 @@ def run(options):
 
 def begin(options):
     """The Stage of the options, with what they make of the weights."""
-    pipe = prepared(load_weights(options.weights, options.device), options)
+    trained = ("unet", *("text_encoder", "text_encoder_2") * options.train_text_encoder)
+    pipe = load_weights(options.weights, options.device, DTYPES[options.dtype], exact=trained)
+    pipe = prepared(pipe, options)
     return Stage(options, pipe=pipe, result=options.output)
 
 
@@ -93,8 +94,7 @@ def prepared(pipe, options):
         options.unet_config = str(file)                 # a setting: a value for JSON
     if file or options.from_scratch:
         initialise(unet, np.random.default_rng([options.seed, CREATION]))
-        for parameter in unet.parameters():
-            parameter.data = pipe.vae.xp.asarray(parameter.data)
+        unet.move_to(pipe.vae.xp)
     try:
         new = StableDiffusion(
             pipe.tokenizer, pipe.text_encoder, unet, pipe.vae, scheduler,
