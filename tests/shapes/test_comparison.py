@@ -92,18 +92,22 @@ def test_the_gradients_of_each_loss(name, pool, small, tmp_path, monkeypatch):
         grads = [p.grad for p in parameters]
         squares = sum(float((grad * grad).sum()) for grad in grads)
         losses = []
-        for step in (1e-4, -1e-4):
+        for step in (1e-5, -1e-5):
             for p, grad in zip(parameters, grads):
                 p.data = p.data + step / squares ** 0.5 * grad
             losses.append(run())
             for p, grad in zip(parameters, grads):
                 p.data = p.data - step / squares ** 0.5 * grad
-        assert_allclose((losses[0] - losses[1]) / 2e-4, squares ** 0.5, rtol=1e-3, what=name)
+        assert_allclose((losses[0] - losses[1]) / 2e-5, squares ** 0.5, rtol=1e-6, what=name)
         for module in modules.values():
             module.zero_grad()
         checked.append(folder)
 
     monkeypatch.setattr(models, "train", check)
+    for part in ("images", "latents"):                  # float64, as the weights above
+        of_pool = getattr(pool, part)
+        monkeypatch.setattr(pool, part, lambda *arguments, of_pool=of_pool: of_pool(
+            *arguments).astype(np.float64))
     TRAININGS[name](pool, tmp_path, 2)
     assert len(checked) == (2 if name == "prior" else 1)
 

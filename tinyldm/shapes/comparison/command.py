@@ -4,7 +4,8 @@
     sizes    -> RUN/sizes/...: the same of latent models of several sizes
     table    -> docs/comparison.md, and its figures and numbers
 
-All systems have the same budget: STEPS are those that one core makes in about eight minutes.
+All systems have the same budget: as many steps as one core of an Intel Xeon makes in about eight
+minutes, when nothing else runs on the machine.
 """
 import json
 from functools import partial
@@ -28,20 +29,20 @@ SHOWN, GAP = 10, 2          # pictures in a row of the figure, pixels between th
 SYSTEMS = {
     "true": (models.true, 0),
     "round-trip": (models.round_trip, 0),
-    "vae": (models.vae, 900),
-    "ddpm": (models.pixels, 600),
-    "improved-ddpm": (partial(models.pixels, learned=True), 600),
-    "latent": (models.latent, 1200),
-    "dit": (models.dit, 1400),
-    "cascade": (models.cascade, 600),
-    "prior": (models.prior, 700),
+    "vae": (models.vae, 1550),
+    "ddpm": (models.pixels, 1150),
+    "improved-ddpm": (partial(models.pixels, learned=True), 1125),
+    "latent": (models.latent, 1750),
+    "dit": (models.dit, 2750),
+    "cascade": (models.cascade, 850),
+    "prior": (models.prior, 1250),
 }
 # Imagen's question: what does a larger text encoder buy, what a larger UNet? Channels and layers of
 # the one, channels of the other's levels; "base" has those of the system above.
 SIZES = {"text-16": {"text": (16, 1)}, "text-32": {"text": (32, 1)}, "base": {},
          "text-128": {"text": (128, 3)}, "unet-16": {"widths": (16, 24, 32)},
          "unet-24": {"widths": (24, 32, 48)}, "unet-48": {"widths": (48, 64, 96)}}
-SIZES_STEPS = 400
+SIZES_STEPS = 600
 
 
 def compare(name, run, docs):

@@ -39,6 +39,11 @@ def label_of(scene):
 CLASSES = len(COLOURS) * len(SHAPES)
 
 
+def normal(rngs, shape):
+    """Normal numbers (B,*shape), float32, one row from each generator."""
+    return np.stack([rng.standard_normal(shape, np.float32) for rng in rngs])
+
+
 class Data:
     """The pool. Its latents are those of the bundled model's VAE, and kept in the folder `run`."""
 
@@ -70,8 +75,7 @@ class Data:
     def latents(self, rows, rngs):
         """Draw latents (B,16,16,8) of the pictures, as the UNet sees them."""
         mean, std = (part[rows].astype(np.float32) for part in self._encoded)
-        noise = np.stack([rng.standard_normal(mean.shape[1:], np.float32) for rng in rngs])
-        return self.vae.to_latents(mean + std * noise)
+        return self.vae.to_latents(mean + std * normal(rngs, mean.shape[1:]))
 
     @cached_property
     def _encoded(self):
