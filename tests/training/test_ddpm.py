@@ -49,7 +49,8 @@ def train(pictures, tmp_path, capsys):
     """A function that runs the command -> status, standard output, standard error."""
     def run(*more, output="out", steps=2):
         status = main(["ddpm", "--data", str(pictures), "--steps", str(steps), "--batch", "3",
-                       "--warmup", "0", "--output", str(tmp_path / output), *map(str, more)])
+                       "--warmup", "0", "--validate-every", "0", "--output",
+                       str(tmp_path / output), *map(str, more)])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
     return run
@@ -162,8 +163,10 @@ def test_diffusers_draws_the_same_picture(train, tiny, tmp_path):
 
 def test_a_model_by_class(train, tiny, tmp_path):
     """Drawn by name, with guidance; and by diffusers' UNet the same prediction."""
-    status, out, err = train(*BY_CLASS, "--resolution", 16, "--sample-every", 1)
+    status, out, err = train(*BY_CLASS, "--resolution", 16, "--sample-every", 1,
+                             "--validate-every", 1)
     assert status == 0 and "classes: 0 cat, 1 dog, 2 emu" in out, err
+    assert "step 2: validation loss" in err
     assert (tmp_path / "out" / "samples.png").exists()
     pipe = tinyldm.load(tmp_path / "out")
     assert pipe.names == {"cat": 0, "dog": 1, "emu": 2} and pipe.kind == "GuidedDDPMPipeline"
