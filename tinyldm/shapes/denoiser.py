@@ -37,15 +37,16 @@ NO_CAPTION = 0.1
 VALIDATED = 16              # pictures of the pool, whose loss is looked at again and again
 
 
-def make_pool(run, device="cpu"):
-    """Encode POOL drawn pictures, once: {"mean", "std", "ids", "no_caption", "scaling_factor"}.
+def make_pool(run, device="cpu", count=None):
+    """Encode P = count (POOL) drawn pictures, once: {"mean", "std", "ids", "no_caption",
+    "scaling_factor"}.
 
-    mean, std (POOL,16,16,4) float16: the distribution of each picture's latents, not scaled. ids
-    (POOL,77): the captions' tokens. scaling_factor: 1 / the standard deviation of all latents, so
+    mean, std (P,16,16,4) float16: the distribution of each picture's latents, not scaled. ids
+    (P,77): the captions' tokens. scaling_factor: 1 / the standard deviation of all latents, so
     that the UNet's input has variance 1.
     """
     path = run / "pool.npz"
-    ranks.first(lambda: path.exists() or encode_pool(run, path, device))
+    ranks.first(lambda: path.exists() or encode_pool(run, path, device, count))
     pictures = None, None, None, None
     pool = read_npz(path, {"mean": pictures, "std": pictures, "ids": (None, MAX_LENGTH),
                            "no_caption": (MAX_LENGTH,), "scaling_factor": ()})
@@ -54,7 +55,7 @@ def make_pool(run, device="cpu"):
     return pool
 
 
-def encode_pool(run, path, device="cpu"):
+def encode_pool(run, path, device="cpu", count=None):
     """Write the pool of the VAE in `run` to `path`."""
     vae = load_vae(run).move_to(array_library(device))
 
@@ -66,7 +67,7 @@ def encode_pool(run, path, device="cpu"):
     tokenizer = Tokenizer.from_folder(run / "tokenizer")
     rng = np.random.default_rng(2)
     encoded, ids = [], []
-    for _ in tqdm(range(POOL // BATCH), desc="encoding the pool"):
+    for _ in tqdm(range((count or POOL) // BATCH), desc="encoding the pool"):
         images, captions = drawing.batch(rng, BATCH)
         encoded += parallel(encode, np.array_split(images, SHARDS))
         ids += [tokenizer(caption)[0] for caption in captions]
@@ -91,9 +92,12 @@ def named_parameters(text_encoder, unet):
 
 
 def train_unet(run, steps, batch=BATCH, learning_rate=1e-3, validate_every=0, sample_every=0,
-               device="cpu"):
-    """Train for `steps` batches; resume from the state in `run`, which must hold stage 1."""
-    pool, xp = make_pool(run, device), array_library(device)
+               device="cpu", pool=None):
+    """Train for `steps` batches; resume from the state in `run`, which must hold stage 1.
+
+    pool: the pictures to encode for it, if that was not done yet (POOL).
+    """
+    pool, xp = make_pool(run, device, pool), array_library(device)
     text_encoder, unet = build(pool)
     rng = np.random.default_rng(3)
     initialise(text_encoder, rng)

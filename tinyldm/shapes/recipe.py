@@ -5,7 +5,7 @@ from ..cli.options import Parser
 from ..training.options import add_looks, whole
 from .autoencoder import train_decoder, train_vae
 from .comparison.command import SYSTEMS, compare
-from .denoiser import train_unet
+from .denoiser import BATCH, POOL, train_unet
 from .evaluation import evaluate
 from .export import export, restore
 from .pictures import write_pictures
@@ -22,6 +22,8 @@ def parse(arguments):
     unet = stages.add_parser("unet", help="2. train the UNet and the text transformer")
     unet.add_argument("--steps", type=whole(1, MOST_STEPS), default=20000)
     unet.add_argument("--batch", type=whole(1, MOST_AT_ONCE), default=64, help="latents per step")
+    unet.add_argument("--pool", type=whole(BATCH, 10 ** 6), default=POOL, help="pictures that are "
+                      f"drawn and encoded before the first step ({POOL})")
     decoder = stages.add_parser("decoder", help="3. train the autoencoder's decoder further")
     decoder.add_argument("--steps", type=whole(1, MOST_STEPS), default=2000)
     export = stages.add_parser("export", help="4. write the weights in the public layout")

@@ -158,6 +158,7 @@ class Trainer:
                                "see the same files, on a shared disk or in the same places")
         for name in self.optimizer.STATE:
             ranks.spread(getattr(self.optimizer, name))
+        self.optimizer.show()
 
     def _resume(self, resume):
         if resume == "exact":                           # before shapes, which follow from options

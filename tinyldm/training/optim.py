@@ -179,10 +179,10 @@ class AdamW:
             grad *= clip_coefficient(norm, self.clip, self.data.dtype)
         self.steps += 1
         self._update(grad, learning_rate, self.ema_decay and self.ema_decay(self.steps))
-        self._show()
+        self.show()
         return norm
 
-    def _show(self):
+    def show(self):
         """Bring the parameters' copies up to date, if they are copies."""
         if self.shown is not self.data:
             self.shown[...] = self.data
@@ -208,7 +208,7 @@ class AdamW:
         """At a training's end: the averages, if there are any, become the weights."""
         if self.ema is not None:
             self.data[...] = self.ema
-            self._show()
+            self.show()
 
     def _update(self, grad, learning_rate, ema_decay):
         xp = get_xp(self.data)
@@ -262,7 +262,7 @@ class AdamW:
         self.steps = int(state["steps"])
         if self.scaling and "scaling" in state:         # it is not in one of a float32 training
             self.scaling.load_state(state["scaling"])
-        self._show()
+        self.show()
 
 
 def norm_of(grad):
