@@ -1,6 +1,6 @@
 """The reference curves: the loss of every stage at given steps, for one seed.
 
-    python -m tests.curves [NAME ...]       trains and writes them into docs/measured/curves.json
+    python -m tests.curves [NAME ...]       trains and writes them into docs/trained/curves.json
 
 REFERENCE are the stages; tests/training/test_curves.py trains the first steps of each again.
 LESSONS are one training that goes well and three that do not, for docs/training-curves.md.
@@ -24,7 +24,7 @@ from tinyldm.training.__main__ import main as training
 from tinyldm.training.report import read_log
 
 ROOT = PACKAGE.parent
-FILE = ROOT / "docs" / "measured" / "curves.json"
+FILE = ROOT / "docs" / "trained" / "curves.json"
 GIVEN = 1, 2, 5, 10, 20                                 # steps whose loss is kept of REFERENCE
 SHORT = 5                                               # steps that the tests train again
 

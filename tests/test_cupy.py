@@ -205,7 +205,7 @@ def test_models_in_float16(model, config, xp):
 
 BASES = {layers.Module, layers.Sequence, layers.WeightedOp}
 # Of Inception: tests/models/test_inception.py; of a discriminator:
-# tests/training/test_autoencoder.py.
+# tests/training/stages/test_autoencoder.py.
 ELSEWHERE = {layers.Pool, layers.BatchNorm}
 
 

@@ -16,7 +16,7 @@ from tests.support.pictures_to_train import write_pictures
 from tests.support.small_pipelines import smallest
 from tinyldm import ranks
 from tinyldm.layers import Parameter
-from tinyldm.training import loop
+from tinyldm.training import shards
 from tinyldm.training.options import STAGES
 from tinyldm.training.report import read_log
 
@@ -191,8 +191,8 @@ def test_the_shards_of_all_ranks_are_the_batch(size, count, monkeypatch):
     def run(rank):
         monkeypatch.setattr(ranks, "rank", lambda: rank)
         monkeypatch.setattr(ranks, "size", lambda: count)
-        return loop.over_shards(lambda rows, rng, share: (rows, rng.random(), share),
-                                [list(range(size))], np.random.default_rng(0))
+        return shards.over_shards(lambda rows, rng, share: (rows, rng.random(), share),
+                                  [list(range(size))], np.random.default_rng(0))
     parts = [run(rank) for rank in range(count)]
     worked = [shard for part in parts for shard in part if shard[2]]
     assert sum((rows for rows, _, _ in worked), []) == [*range(size)]
@@ -201,8 +201,8 @@ def test_the_shards_of_all_ranks_are_the_batch(size, count, monkeypatch):
     if 4 % count == 0 or size <= 4:                     # the noise is that of one process
         monkeypatch.setattr(ranks, "size", lambda: 1)
         monkeypatch.setattr(ranks, "rank", lambda: 0)
-        alone = loop.over_shards(lambda rows, rng, share: (rows, rng.random(), share),
-                                 [list(range(size))], np.random.default_rng(0))
+        alone = shards.over_shards(lambda rows, rng, share: (rows, rng.random(), share),
+                                     [list(range(size))], np.random.default_rng(0))
         assert worked == alone
 
 
@@ -212,12 +212,12 @@ def test_the_order_of_the_sum_is_that_of_ranks(count):
     parts = (np.random.default_rng(0).standard_normal((4, 1000)) * [[1], [1e3], [1e-3], [1]]
              ).astype(np.float32)
 
-    def gradient(shards):
+    def gradient(part):
         parameter = Parameter(1000)
-        for shard in shards:
-            token = loop.SHARD.set(shard)
+        for shard in part:
+            token = shards.SHARD.set(shard)
             parameter.add_grad(parts[shard])
-            loop.SHARD.reset(token)
+            shards.SHARD.reset(token)
         return parameter.grad
     sums = [gradient(part) for part in np.split(np.arange(4), count)]
     while len(sums) > 1:

@@ -22,7 +22,8 @@ from tinyldm import backend, load_model, ops, ranks
 from tinyldm.checkpoints import resolve
 from tinyldm.layers import Tape
 from tinyldm.shapes.configs import LATENT_CHANNELS
-from tinyldm.training.loop import Trainer, split_batch
+from tinyldm.training.loop import Trainer
+from tinyldm.training.shards import split_batch
 
 # Numbers of the gradient: a LoRA of rank 4 on SD 1.5's attention, the bundled UNet, SD 1.5's UNet.
 SIZES = {"a LoRA of SD 1.5, 3.2 MB": 797_184, "the bundled UNet, 22 MB": None,

@@ -22,8 +22,8 @@ from tinyldm.diffusion.objective import target
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.layers import Tape
 from tinyldm.shapes.configs import LATENT_CHANNELS, SCHEDULER
-from tinyldm.training.loop import split_batch
 from tinyldm.training.optim import AdamW
+from tinyldm.training.shards import split_batch
 
 RATE = 1e-4
 OPTIONS = dict(weight_decay=0.01, eps=1e-8)

@@ -198,15 +198,15 @@ def test_the_table_fills_the_page_with_what_is_measured(tmp_path):
                    "| 0.12 s | 1.5 min |")
     assert lines.index(dit) == 1 + next(i for i, line in enumerate(lines) if "VAE alone" in line)
     assert "| base | 1.23 M | 123 ± 11 | 50% | 25% | 1.5 min |" in lines
-    content = json.loads((docs / "measured" / "comparison.json").read_text())
+    content = json.loads((docs / "trained" / "comparison.json").read_text())
     assert content["systems"]["dit"] == NUMBERS and len(content["sizes"]) == 3
-    figure = Image.open(docs / "measured" / "comparison.png")
+    figure = Image.open(docs / "trained" / "comparison.png")
     assert figure.size == (table.LABELS + 40, 2 * 8 + 6)
     assert table.fill(text, content) == text            # filling again changes nothing
 
 
 def test_the_page_shows_what_was_measured():
-    page, content = DOCS / "comparison.md", DOCS / "measured" / "comparison.json"
+    page, content = DOCS / "comparison.md", DOCS / "trained" / "comparison.json"
     text = page.read_text(encoding="utf-8")
     assert table.fill(text, json.loads(content.read_text())) == text
 

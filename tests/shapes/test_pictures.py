@@ -8,7 +8,7 @@ from tinyldm.errors import TinyldmError
 from tinyldm.shapes.judge import score
 from tinyldm.shapes.pictures import write_pictures
 from tinyldm.shapes.recipe import run
-from tinyldm.training.data import PictureFolder
+from tinyldm.training.data.pictures import PictureFolder
 
 
 def test_a_folder_of_pictures_with_true_captions(tmp_path):

@@ -8,10 +8,10 @@ from tests.support.extra import diffusers, torch
 from tests.support.reference import nchw, to_ours
 from tinyldm.layers import to_file
 from tinyldm.pipelines.loading import load
-from tinyldm.training import stage as stages
-from tinyldm.training import unet
-from tinyldm.training.fine_tuning import FineTuning
 from tinyldm.training.options import parse
+from tinyldm.training.stages import stage as stages
+from tinyldm.training.stages import unet
+from tinyldm.training.stages.fine_tuning import FineTuning
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 

@@ -9,7 +9,7 @@ from tinyldm.models import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 from tinyldm.pipelines.ddpm import DDPM
 from tinyldm.pipelines.dit import DiT
 from tinyldm.pipelines.guided_ddpm import GuidedDDPM
-from tinyldm.training.new_models import scheduler_config
+from tinyldm.training.stages.new_models import scheduler_config
 
 SIDE, CLASSES = 16, ("cat", "dog", "emu")
 DIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}

@@ -13,8 +13,9 @@ from tinyldm.bad_layer import bad_layer
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Linear, Module, Parameter, Tape
 from tinyldm.training import loop
-from tinyldm.training.loop import Trainer, split_batch
+from tinyldm.training.loop import Trainer
 from tinyldm.training.optim import AdamW, initialise, load_ema
+from tinyldm.training.shards import split_batch
 from tinyldm.training.state import locked
 
 

@@ -1,7 +1,7 @@
 """PatchGAN: images (B,H,W,3) -> one number per patch: does it look real or made?
 
 It is no part of a pipeline. While an autoencoder trains, it learns to tell pictures from their
-round trips, and the decoder learns to mislead it: training/adversarial.py.
+round trips, and the decoder learns to mislead it: training/stages/adversarial.py.
 
     conv 4x4, stride 2 → leaky ReLU → (layers - 1) x (conv 4x4, stride 2 → batch norm → leaky ReLU)
     → conv 4x4 → batch norm → leaky ReLU → conv 4x4 to one channel

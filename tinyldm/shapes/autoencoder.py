@@ -12,11 +12,12 @@ from ..backend import array_library, to_host
 from ..errors import TinyldmError
 from ..images import to_pil
 from ..models import AutoencoderKL
-from ..training.loop import Trainer, split_batch
+from ..training.loop import Trainer
 from ..training.objectives import vae_loss
 from ..training.optim import Muon, initialise, load_ema
 from ..training.report import Report
-from ..training.round_trip import decoder_parameters
+from ..training.shards import split_batch
+from ..training.stages.round_trip import decoder_parameters
 from . import drawing
 from .configs import OPTIMIZER, VAE
 

@@ -20,10 +20,11 @@ from ..diffusion.schedule import Schedule
 from ..models import CLIPTextModel, UNet2DConditionModel
 from ..pipelines.stable_diffusion import StableDiffusion
 from ..text.tokenizer import MAX_LENGTH, Tokenizer
-from ..training.loop import SHARDS, Trainer, split_batch
+from ..training.loop import Trainer
 from ..training.objectives import DiffusionLoss, diffusion_loss
 from ..training.optim import AdamW, initialise
 from ..training.report import Report
+from ..training.shards import SHARDS, split_batch
 from ..training.state import check_writable, read_npz, unusable, write_npz
 from . import drawing
 from .autoencoder import SHOWN, load_vae

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..files import new_folder
-from ..training.data import progress
+from ..training.data.pictures import progress
 from .drawing import draw
 from .scenes import crowd, sample
 

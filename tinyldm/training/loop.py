@@ -1,8 +1,9 @@
-"""The training loop: a batch split into shards, progress, and a state that is saved and resumed.
+"""The training loop: updates, progress, and a state that is saved and resumed.
 
-A stage brings the model, the data and batch_loss; optim.py makes the update, rates.py its learning
-rate, state.py what lies on the disk. Everything random is keyed by the seed and the number of the
-batch, never by what ran before, so that a training that goes on is one that never stopped.
+A stage brings the model, the data and batch_loss; shards.py splits a batch, optim.py makes the
+update, rates.py its learning rate, state.py what lies on the disk. Everything random is keyed by
+the seed and the number of the batch, never by what ran before, so that a training that goes on is
+one that never stopped.
 
 Under mpirun each rank has its part of every batch's shards, and all make the same update from the
 sum of their gradients. The first rank alone reads and writes files, draws samples and reports.
@@ -17,11 +18,10 @@ from functools import partial
 import numpy as np
 
 from .. import ranks
-from ..backend import asarray, keep_freed_memory, parallel, to_host
+from ..backend import asarray, keep_freed_memory, to_host
 from ..bad_layer import bad_layer
 from ..errors import TinyldmError, note
 from ..files import make_folder
-from ..layers import SHARD
 from .optim import AdamW, NotFinite, Overflow
 from .rates import half_cosine
 from .report import Report
@@ -40,55 +40,8 @@ from .state import (
 )
 
 SAVE_EVERY = 60         # seconds
-SHARDS = 4              # the same on every machine, so that every machine computes the same sums
 NUMBERS = 32            # of a report, at most: they travel behind the gradient
 COMPARE_EVERY = 100     # steps between two comparisons of all ranks' weights
-
-
-def split_batch(loss, batch, rng=None):
-    """Run loss(*shard, rng, share) on each shard of a batch, over worker threads; sum the reports.
-
-    So the result depends neither on which thread was first nor on the number of threads: see
-    over_shards.
-    """
-    return sum_reports(over_shards(loss, batch, rng))
-
-
-def over_shards(function, batch, rng=None):
-    """Run function(*shard, rng, share) on each shard of a batch, over worker threads -> a list.
-
-    batch: arrays or lists; a shard has the same rows of each. share: its part of the whole. Each
-    shard draws from a generator of its own; without rng, function(*shard, share) draws nothing.
-    Results and gradients come in the order of the shards. A loss of the whole batch takes two
-    calls: lists with one entry per row give the second call the same shards.
-    Each rank runs its part of the shards; there are more than SHARDS only where ranks do not divide
-    it. A rank that none is left for runs the first one with share 0.
-    """
-    size = len(batch[0])
-    count = number_of_shards(size)
-    bounds = np.linspace(0, size, count + 1).astype(int)
-    generators = [(child,) for child in rng.spawn(count)] if rng else [()] * count
-
-    def run(i):
-        shard = [array[bounds[i]:bounds[i + 1]] for array in batch]
-        token = SHARD.set(i)
-        try:
-            return function(*shard, *generators[i], len(shard[0]) / size if mine else 0.0)
-        finally:
-            SHARD.reset(token)
-
-    mine = ranks.share(count)
-    return parallel(run, mine or [0])
-
-
-def number_of_shards(size):
-    """How many shards a batch of so many pictures has, over all ranks."""
-    return min(-(-SHARDS // ranks.size()) * ranks.size(), size)
-
-
-def sum_reports(reports):
-    """[{name: number}] of all shards -> {name: sum}."""
-    return {name: float(sum(report[name] for report in reports)) for name in reports[0]}
 
 
 class Trainer:

@@ -17,7 +17,7 @@ from ..diffusion.objective import (
 )
 from ..diffusion.process import Process
 from ..layers import Tape
-from .round_trip import RoundTrip, latent_shape
+from .stages.round_trip import RoundTrip, latent_shape
 
 L1_WEIGHT, MSE_WEIGHT, KL_WEIGHT = 0.3, 12, 1e-7
 

@@ -1,6 +1,6 @@
 """python -m tinyldm.training NAME: the stages, and the options that they share.
 
-A stage is a file of this folder with `add_options(parser)`, which calls `add_shared` and adds what
+A stage is a file of stages/ with `add_options(parser)`, which calls `add_shared` and adds what
 is its own, and `run(options)`, which trains with `trainer`.
 """
 import argparse
@@ -20,7 +20,7 @@ from .loss_scale import LossScale
 from .objectives import TIMESTEPS, DiffusionLoss
 from .report import Report
 
-# {NAME: what it trains}; textual-inversion is textual_inversion.py.
+# {NAME: what it trains}; textual-inversion is stages/textual_inversion.py.
 STAGES = {"clip": "train a CLIP, which tells how well a text describes a picture",
           "ddpm": "train a diffusion model of pictures, without a text, perhaps by class",
           "lora": "train a LoRA: a small file that teaches a model a new thing or a style",
@@ -68,7 +68,7 @@ def parse(arguments):
 
 
 def _stage(name):
-    return import_module(f".{name.replace('-', '_')}", __package__)
+    return import_module(f".stages.{name.replace('-', '_')}", __package__)
 
 
 # ---- options ----------------------------------------------------------------------------------

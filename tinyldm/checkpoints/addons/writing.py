@@ -1,6 +1,6 @@
 """Write LoRAs and textual inversions, as the other programs of the field read them.
 
-training/lora.py, training/textual_inversion.py -> here; lora.py and textual_inversion.py read. The
+lora.py and textual_inversion.py of training/stages/ -> here; those of this folder read. The
 names of a layer's pair, down (rank, in) and up (out, rank):
 
     unet.down_blocks.0.attentions.0.[...].to_q.lora_A.weight, .lora_B.weight            diffusers

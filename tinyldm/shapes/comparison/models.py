@@ -39,11 +39,12 @@ from ...pipelines.dit import DiT
 from ...pipelines.prior import TextPrior
 from ...pipelines.stable_diffusion import StableDiffusion
 from ...pipelines.unclip import UnCLIP
-from ...training.contrastive import initialise_clip
-from ...training.loop import Trainer, split_batch
+from ...training.loop import Trainer
 from ...training.objectives import DiffusionLoss, HybridLoss, drop_captions
 from ...training.optim import AdamW, initialise, initialise_dit, load_ema
 from ...training.report import Report
+from ...training.shards import split_batch
+from ...training.stages.contrastive import initialise_clip
 from ..configs import OPTIMIZER, SCHEDULER, TEXT_ENCODER, UNET
 from ..drawing import draw, to_images
 from .data import CLASSES, SEED, label_of, normal
@@ -73,7 +74,7 @@ class Trained(NamedTuple):
 def train(data, folder, steps, batch, models, loss):
     """Train {name: Module} from noise, and give them the average of their weights.
 
-    loss(rows, rngs, share): of some rows of the pool, see training.loop.split_batch. The log
+    loss(rows, rngs, share): of some rows of the pool, see training.shards.split_batch. The log
     has the seconds that the processor worked for each step, by which budgets are compared.
     """
     rng = np.random.default_rng(SEED)

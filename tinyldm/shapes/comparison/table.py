@@ -1,7 +1,7 @@
 """The table and the figures of docs/comparison.md, from what the systems of a run have measured.
 
-    RUN/NAME/numbers.json, samples.png -> docs/measured/comparison.json, comparison.png, sizes.png
-    docs/measured/comparison.json      -> the tables in docs/comparison.md, between two comments
+    RUN/NAME/numbers.json, samples.png -> docs/trained/comparison.json, comparison.png, sizes.png
+    docs/trained/comparison.json       -> the tables in docs/comparison.md, between two comments
 
 A page quotes a table as <!-- comparison: systems -->...<!-- end -->, or sizes.
 """
@@ -33,12 +33,12 @@ def write_table(run, docs, systems, sizes):
     if not content["systems"]:
         raise TinyldmError(f"{run} holds no results: run `python -m tinyldm.shapes compare NAME "
                            f"--run {run}` first, NAME being {', '.join(systems)} or sizes")
-    make_folder(docs / "measured")
-    write_json(docs / "measured" / "comparison.json", content)
-    with replacing(docs / "measured" / "comparison.png") as temporary:
+    make_folder(docs / "trained")
+    write_json(docs / "trained" / "comparison.json", content)
+    with replacing(docs / "trained" / "comparison.png") as temporary:
         side_by_side(run, content["systems"]).save(temporary, "PNG")
     if content["sizes"]:
-        plot_sizes(content["sizes"], docs / "measured" / "sizes.png")
+        plot_sizes(content["sizes"], docs / "trained" / "sizes.png")
     page = docs / "comparison.md"
     if page.exists():
         filled = fill(page.read_text(encoding="utf-8"), content)
