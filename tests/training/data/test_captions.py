@@ -6,8 +6,9 @@ import pytest
 
 from tests.support.pictures import picture
 from tinyldm.errors import TinyldmError
+from tinyldm.training.data import captions
 from tinyldm.training.data.captions import find_captions, fit, is_misnamed, read_metadata
-from tinyldm.training.data.pictures import PictureFolder, captions
+from tinyldm.training.data.pictures import PictureFolder
 
 
 def write(path, *rows):

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.support.pictures import picture
 from tinyldm.errors import TinyldmError
+from tinyldm.training.data import pictures as data
 from tinyldm.training.data.pictures import PictureFolder, bucket_sizes, cover, nearest_bucket
-from tinyldm.training.data.pictures import pictures as data
 
 
 def fill(folder, count=5, size=(70, 59)):
