@@ -218,7 +218,7 @@ def plot(history, validations, path):
         right.plot(*zip(*points), marker=".", label=name)
     if validations:
         right.legend(fontsize="small")
-    right.set(xlabel="step", title="validation: fixed pictures and noise", yscale="log")
+    right.set(xlabel="step", title="validation, by fixed pictures", yscale="log")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 

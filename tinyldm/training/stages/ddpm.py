@@ -41,8 +41,7 @@ from ..options import (
 )
 from .denoising import Denoising, Latents, Pixels
 from .new_models import MODELS, new_pipeline, scheduler_config
-from .stage import DTYPES, EXACT, ROUNDED, check_free
-from .unet import writer
+from .stage import DTYPES, EXACT, ROUNDED, check_free, writer
 
 SAMPLES, SAMPLE_STEPS = 8, 25       # pictures of a row of the sheet, steps of DDIM for each
 # What a training that goes on must have in common with its beginning, besides that of all stages.

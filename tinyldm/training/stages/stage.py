@@ -7,15 +7,18 @@ the pipeline's own UNet.
 """
 import json
 import shlex
+import shutil
 import time
 from collections import Counter
-from datetime import UTC, datetime
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ... import ranks
 from ...backend import asarray, free_threads, to_host, widen
+from ...checkpoints import save_model, write_pipeline
 from ...checkpoints.addons.writing import XL
 from ...cli.console import say
 from ...cli.options import path
@@ -226,7 +229,7 @@ class Stage:
                        for caption in item.captions for tag in caption.split(","))
         found = {
             "modelspec.resolution": f"{R}x{R}",
-            "modelspec.date": datetime.fromtimestamp(int(now), UTC).isoformat(),
+            "modelspec.date": datetime.fromtimestamp(int(now), timezone.utc).isoformat(),
             "ss_training_started_at": self.started, "ss_training_finished_at": now,
             "ss_sd_model_name": Path(options.weights or "shapes").name,
             "ss_resolution": f"({R}, {R})", "ss_seed": options.seed,
@@ -322,3 +325,33 @@ def check_kind(pipe, weights):
     if reason:
         raise TinyldmError(f"{weights} is {pipe.described}, with {reason}: this stage trains "
                            "Stable Diffusion 1, 2 and XL")
+
+
+def writer(pipe, folder, parts, dtype):
+    """The function that writes a pipeline's folder: at first whole, then only what is trained.
+
+    parts: the models that are trained; dtype: of their files. The others have the narrowest one
+    that loses nothing. model_index.json comes last, so a folder that has it is whole; and each file
+    is replaced whole or not at all.
+    """
+    written = False
+
+    def write():
+        nonlocal written
+        if written:
+            for part in parts:
+                save_model(getattr(pipe, part), folder / part, dtype)
+            return
+        tokenizers = {part: partial(write_tokenizer, tokenizer)
+                      for part, tokenizer in pipe.tokenizers.items()}
+        write_pipeline(folder, pipe.kind, pipe.models, tokenizers, pipe.schedulers,
+                       pipe.settings(), dict.fromkeys(parts, dtype))
+        written = True
+    return write
+
+
+def write_tokenizer(tokenizer, folder):
+    """Save a tokenizer in a folder, unless the training put it there before it was stopped."""
+    if not (folder / "tokenizer_config.json").exists():         # the file that is written last
+        shutil.rmtree(folder, ignore_errors=True)
+        tokenizer.save(folder)

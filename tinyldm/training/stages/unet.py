@@ -8,12 +8,8 @@ it. The VAE stays as it is, and so do the text encoders, unless they are trained
 Source: Rombach et al. 2022, arXiv:2112.10752, eq. 3; diffusers' examples/text_to_image
 (train_text_to_image.py). Schedules: Lin et al. 2023, arXiv:2305.08891.
 """
-import shutil
-from functools import partial
-
 import numpy as np
 
-from ...checkpoints import save_model, write_pipeline
 from ...cli.options import path
 from ...diffusion.schedule import BETA_SCHEDULES, PREDICTION_TYPES
 from ...errors import TinyldmError
@@ -22,7 +18,7 @@ from ...layers import trainable_parameters
 from ...models import UNet2DConditionModel
 from ...pipelines.stable_diffusion import StableDiffusion
 from ..optim import initialise
-from .stage import DTYPES, Stage, check_free, check_kind, load_weights
+from .stage import DTYPES, Stage, check_free, check_kind, load_weights, writer
 from .stage import add_options as add_common
 
 CREATION = 2 ** 32 - 1      # the key of the first numbers; the steps have smaller ones
@@ -148,33 +144,3 @@ def named_parameters(pipe):
     """[(name with its part, Parameter)], of what is trained."""
     return [(f"{part}.{name}", parameter) for part, model in pipe.models.items()
             for name, parameter in trainable_parameters(model)]
-
-
-def writer(pipe, folder, parts, dtype):
-    """The function that writes a pipeline's folder: at first whole, then only what is trained.
-
-    parts: the models that are trained; dtype: of their files. The others have the narrowest one
-    that loses nothing. model_index.json comes last, so a folder that has it is whole; and each file
-    is replaced whole or not at all.
-    """
-    written = False
-
-    def write():
-        nonlocal written
-        if written:
-            for part in parts:
-                save_model(getattr(pipe, part), folder / part, dtype)
-            return
-        tokenizers = {part: partial(write_tokenizer, tokenizer)
-                      for part, tokenizer in pipe.tokenizers.items()}
-        write_pipeline(folder, pipe.kind, pipe.models, tokenizers, pipe.schedulers,
-                       pipe.settings(), dict.fromkeys(parts, dtype))
-        written = True
-    return write
-
-
-def write_tokenizer(tokenizer, folder):
-    """Save a tokenizer in a folder, unless the training put it there before it was stopped."""
-    if not (folder / "tokenizer_config.json").exists():         # the file that is written last
-        shutil.rmtree(folder, ignore_errors=True)
-        tokenizer.save(folder)
