@@ -26,10 +26,12 @@ CORE = ("ops/", "tape.py", "layers.py", "models/", "diffusion/", "text/", "noise
         "pipelines/conditioning.py", "pipelines/predictor.py")
 SYSTEMS = ("ops/pool.py", "ops/gaussian.py", "ops/modulation.py", "models/unet_2d.py",
            "models/dit.py", "models/prior.py", "models/clip_vision.py", "models/clip_model.py",
-           "models/inception.py", "models/lora.py", "diffusion/variational.py",
-           "diffusion/process.py", "diffusion/timestep_sampling.py", "pipelines/ddpm.py",
-           "pipelines/dit.py", "pipelines/upscale.py", "pipelines/cascade.py", "pipelines/prior.py",
-           "pipelines/unclip.py", "pipelines/zero_shot.py", "image_processor.py", "metrics/")
+           "models/inception.py", "models/discriminator.py", "models/lora.py",
+           "diffusion/variational.py", "diffusion/process.py", "diffusion/timestep_sampling.py",
+           "pipelines/ddpm.py", "pipelines/guided_ddpm.py", "pipelines/labels.py",
+           "pipelines/dit.py", "pipelines/upscale.py", "pipelines/cascade.py",
+           "pipelines/prior.py", "pipelines/unclip.py", "pipelines/zero_shot.py",
+           "image_processor.py", "metrics/")
 PARTS = ("essential core", "other systems", "the rest")
 QUOTE = re.compile(r"<!-- lines: (.+?) -->(.*?)<!-- end -->")
 
