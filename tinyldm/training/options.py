@@ -21,12 +21,12 @@ from .objectives import TIMESTEPS, DiffusionLoss
 from .report import Report
 
 # {NAME: what it trains}; textual-inversion is stages/textual_inversion.py.
-STAGES = {"clip": "train a CLIP, which tells how well a text describes a picture",
-          "ddpm": "train a diffusion model of pictures, without a text, perhaps by class",
-          "lora": "train a LoRA: a small file that teaches a model a new thing or a style",
+STAGES = {"lora": "train a LoRA: a small file that teaches a model a new thing or a style",
           "textual-inversion": "train a new word for prompts, and nothing else of the model",
           "unet": "train a UNet in full, of some weights or from scratch",
-          "autoencoder": "train a VAE: pictures into latents and back, new or from weights"}
+          "autoencoder": "train a VAE: pictures into latents and back, new or from weights",
+          "ddpm": "train a diffusion model of pictures, without a text, perhaps by class",
+          "clip": "train a CLIP, which tells how well a text describes a picture"}
 # python -m tinyldm.shapes
 RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "pictures", "compare")
 MOST = 10 ** 9
