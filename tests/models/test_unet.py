@@ -140,9 +140,10 @@ def test_a_tensor_is_no_array():
 
 
 @pytest.mark.parametrize("name", UNETS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_latents_with_several_contexts_each(name, dtype, tolerance):
-    """The maps before the first cross-attention are computed once; the outputs stay the same."""
+    """The maps before the first cross-attention are computed once; the outputs stay the same, up to
+    the rounding of another batch size."""
     _, module, latents, timesteps, context = unet_pair(UNETS[name], dtype, (7, 9))
     contexts = np.concatenate([context, -context, context[::-1]])
     together = module(latents, timesteps, contexts)

@@ -21,7 +21,7 @@ def test_a_unet_computes_what_both_halves_share_only_once():
     ours, theirs = (Predictor(model, conditioning, 5.0)
                     for model in (unet, FunctionUNet(function, like=unet)))
     B = len(latents)
-    assert_close(ours(latents, 500), theirs(latents, 500), 1e-5, "guided noise")
+    assert_close(ours(latents, 500), theirs(latents, 500), 1e-4, "guided noise")
     assert rows == [(2 * B,) * 3]
     assert len(ours.inputs["latents"]) == len(ours.inputs["timesteps"]) == B
     assert np.array_equal(ours.inputs["context"], np.concatenate([-context, context]))
