@@ -46,11 +46,11 @@ def for_contexts(x, like):
     """x (B,...) n times, one after another -> (nB,...), where like is (nB,...). n = 1: x itself.
 
     With guidance, the UNet reads every latent with n contexts. What comes before the first
-    cross-attention is computed once, and repeated where it meets what depends on the context.
+    cross-attention is computed once, and repeated where it meets what depends on the context. Of
+    contexts that cannot be shared, x stays as it is, and the attention says what it expected.
     """
     n, rest = divmod(len(like), len(x))
-    assert rest == 0, f"{len(like)} contexts cannot be shared among {len(x)} latents"
-    return x if n == 1 else x[None].repeat(n, axis=0).reshape(-1, *x.shape[1:])
+    return x if n < 2 or rest else x[None].repeat(n, axis=0).reshape(-1, *x.shape[1:])
 
 
 class EmbeddingMLP(Sequence):
