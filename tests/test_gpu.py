@@ -233,12 +233,11 @@ def test_training(stage, dtype, xp, tmp_path):
 
 def test_the_recipe(xp, tmp_path, monkeypatch):
     """The toy world's stages, one after the other."""
-    monkeypatch.setattr(denoiser, "POOL", 64)
     monkeypatch.setattr(autoencoder, "BATCH", 2)
     for module, name, widths in ((autoencoder, "VAE", [8, 8, 8]), (denoiser, "UNET", [8, 8, 16])):
         monkeypatch.setattr(module, name, getattr(module, name) | {
             "block_out_channels": widths, "norm_num_groups": 4})
-    stages = {"vae": [], "unet": ["--batch", "4"], "decoder": []}
+    stages = {"vae": [], "unet": ["--batch", "4", "--pool", "64"], "decoder": []}
 
     def states(name, *more):
         found, folder = {}, tmp_path / name

@@ -22,7 +22,7 @@ def parse(arguments):
     unet = stages.add_parser("unet", help="2. train the UNet and the text transformer")
     unet.add_argument("--steps", type=whole(1, MOST_STEPS), default=20000)
     unet.add_argument("--batch", type=whole(1, MOST_AT_ONCE), default=64, help="latents per step")
-    unet.add_argument("--pool", type=whole(BATCH, 10 ** 6), default=POOL, help="pictures that are "
+    unet.add_argument("--pool", type=whole(BATCH, 10 ** 6), help="pictures that are "
                       f"drawn and encoded before the first step ({POOL})")
     decoder = stages.add_parser("decoder", help="3. train the autoencoder's decoder further")
     decoder.add_argument("--steps", type=whole(1, MOST_STEPS), default=2000)
