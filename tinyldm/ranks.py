@@ -25,6 +25,7 @@ from .errors import TinyldmError
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")    # set by the mpirun of Open MPI, and of MPICH
 GRACE = 2.0             # seconds in which the first rank may say what is wrong with all
+PASSED_ON = 0.5         # seconds in which mpirun prints what a rank said: abort drops the rest
 LAST_LINES = 30         # of a rank that fails
 
 _alone = False          # the other ranks have ended
@@ -197,12 +198,12 @@ def program(main):
     if code and not _alone:
         if heard:
             time.sleep(GRACE)                           # it ends here if the first rank fails, too
-            print(file=said)                            # below a progress bar
-            for line in [*heard.text().splitlines(), f"ended with status {code}, and the others "
-                         "with it; what was saved last stays"]:
-                print(f"rank {rank()}: {line}", file=said)
+            lines = [*heard.text().splitlines(), f"ended with status {code}, and the others "
+                     "with it; what was saved last stays"]
+            said.write("".join(["\n", *(f"rank {rank()}: {line}\n" for line in lines)]))
         sys.stdout.flush()
         said.flush()
+        time.sleep(PASSED_ON)
         world.Abort(code if isinstance(code, int) else 1)
     return code
 
