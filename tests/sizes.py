@@ -20,15 +20,18 @@ PAGES = ROOT / "README.md", ROOT / "docs" / "systems.md"
 KINDS = ("code", "docstrings", "comments", "blank")
 # What a text becomes a picture with, and the gradients of it; and what only the other systems use.
 # All else is the rest.
-CORE = ("ops/", "layers.py", "models/", "diffusion/", "text/", "noise.py", "pipelines/__init__.py",
-        "pipelines/stable_diffusion.py", "pipelines/request.py", "pipelines/pipeline.py",
-        "pipelines/parts.py", "pipelines/conditioning.py", "pipelines/predictor.py")
+CORE = ("ops/", "tape.py", "layers.py", "models/", "diffusion/", "text/", "noise.py",
+        "pipelines/__init__.py", "pipelines/stable_diffusion.py", "pipelines/request.py",
+        "pipelines/pipeline.py", "pipelines/text_pipeline.py", "pipelines/parts.py",
+        "pipelines/conditioning.py", "pipelines/predictor.py")
 SYSTEMS = ("ops/pool.py", "ops/gaussian.py", "ops/modulation.py", "models/unet_2d.py",
            "models/dit.py", "models/prior.py", "models/clip_vision.py", "models/clip_model.py",
-           "models/inception.py", "diffusion/variational.py", "diffusion/process.py",
-           "diffusion/timestep_sampling.py", "pipelines/ddpm.py", "pipelines/dit.py",
-           "pipelines/upscale.py", "pipelines/cascade.py", "pipelines/prior.py",
-           "pipelines/unclip.py", "pipelines/zero_shot.py", "image_processor.py", "metrics/")
+           "models/inception.py", "models/discriminator.py", "models/lora.py",
+           "diffusion/variational.py", "diffusion/process.py", "diffusion/timestep_sampling.py",
+           "pipelines/ddpm.py", "pipelines/guided_ddpm.py", "pipelines/labels.py",
+           "pipelines/dit.py", "pipelines/upscale.py", "pipelines/cascade.py",
+           "pipelines/prior.py", "pipelines/unclip.py", "pipelines/zero_shot.py",
+           "image_processor.py", "metrics/")
 PARTS = ("essential core", "other systems", "the rest")
 QUOTE = re.compile(r"<!-- lines: (.+?) -->(.*?)<!-- end -->")
 

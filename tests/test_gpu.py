@@ -8,15 +8,19 @@ tests; `gpu` is a CUDA device through CuPy, and is skipped without one:
 import numpy as np
 import pytest
 
-from tests.support import models, strict
+from tests.support import models, small_pipelines, strict
 from tests.support.checks import gradients_of
 from tests.support.extra import no_gpu
 from tests.support.gpu import PROMPT, sampled
-from tests.support.tolerance import assert_close, assert_same_pixels, within
+from tests.support.pictures_to_train import write_pictures
+from tests.support.tolerance import assert_allclose, assert_close, assert_same_pixels, within
 from tinyldm import backend, layers, ops
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.layers import Tape
+from tinyldm.models.lora import LoRA
 from tinyldm.pipelines.loading import load
+from tinyldm.shapes import autoencoder, denoiser, recipe
+from tinyldm.training.__main__ import main
 
 # Of the standard deviation: forward and backward of one op, of a whole model.
 OP = {np.float32: 1e-4, np.float16: 1e-2}
@@ -88,13 +92,18 @@ CASES = [
     ("upsample_bilinear", [MAP], {"size": (12, 25)}),
     ("average_pool", [MAP], {"K": 3, "stride": 1, "padding": (1, 1)}),
     ("max_pool", [MAP], {"K": 3, "stride": 2, "padding": (0, 0)}),
+    ("leaky_relu", ROWS, {}), ("hinge", [(5, 8), (5, 8)], {}),
+    ("resize_bilinear", [MAP], {"size": (4, 25)}),
+    ("batch_norm", [MAP, (16,), (16,)], {"eps": 1e-5}),
     ("batch_norm_relu", [MAP, (16,), (16,), (16,), np.linspace(0.5, 2, 16)], {"eps": 1e-3}),
 ]
 
 
 def test_every_op_has_a_case():
     pairs = {name.removesuffix("_backward") for name in vars(ops) if name.endswith("_backward")}
-    assert pairs - {"split"} <= {name for name, *_ in CASES}        # split has no arithmetic
+    pairs -= {"split"}                                  # without arithmetic
+    pairs -= {"linear_input", "conv2d_input"}           # of frozen layers, below
+    assert pairs <= {name for name, *_ in CASES}
 
 
 @both_paths
@@ -127,13 +136,17 @@ LAYERS = [
     (layers.Linear(8, 16), (3, 8)), (layers.Conv2d(8, 16), (1, 5, 5, 8)),
     (layers.GroupNorm(16, 4, 1e-5), MAP), (layers.GroupNormSiLU(16, 4, 1e-5), MAP),
     (layers.LayerNorm(8, 1e-5), (3, 8)), (layers.Activation("gelu"), (3, 8)),
+    (layers.BatchNorm(16, 1e-5), MAP), (layers.Activation("leaky_relu"), (3, 8)),
     (layers.Upsample(), (1, 3, 3, 8)), (layers.Embedding(7, 8), np.array([[1, 3, 3]])),
+    (layers.Conv2d(8, 16, stride=2, padding=(0, 1)), (1, 6, 5, 8)),
+    (LoRA(layers.Linear(8, 16), 2, 3), (3, 8)), (LoRA(layers.Conv2d(8, 16), 2, 3), (1, 5, 5, 8)),
 ]
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @both_dtypes
 @pytest.mark.parametrize("layer, shape", LAYERS, ids=lambda value: type(value).__name__)
-def test_layers(layer, shape, dtype, xp, rng):
+def test_layers(layer, shape, dtype, frozen, xp, rng):
     x = shape if isinstance(shape, np.ndarray) else rng.standard_normal(shape).astype(dtype)
     weights = {name: rng.standard_normal(parameter.shape).astype(dtype)
                for name, parameter in layer.named_parameters()}
@@ -142,11 +155,14 @@ def test_layers(layer, shape, dtype, xp, rng):
     def run(move):
         for name, parameter in layer.named_parameters():
             parameter.data, parameter.grad = move(weights[name]), None
+            parameter.trainable = not frozen
         tape = Tape()
         y = layer(move(x), tape)
         dys[:] = dys or [rng.standard_normal(y.shape).astype(dtype)]
         dx = layer.backward(move(dys[0]), tape)
-        return [y, *([] if dx is None else [dx]), *(p.grad for p in layer.parameters())]
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        assert len(grads) == (0 if frozen else len(weights))
+        return [y, *([] if dx is None else [dx]), *grads]
     with backend.plain():
         expected = run(lambda x: x.astype(np.float64) if x.dtype.kind == "f" else x)
     for i, (ours, theirs) in enumerate(zip(run(xp.asarray), expected, strict=True)):
@@ -174,6 +190,70 @@ def test_models(name, dtype, xp):
         for key, x in ours.items():
             error = backend.to_host(x).astype(np.float64) - theirs[key]
             within(np.sqrt((error ** 2).mean()), MODEL[dtype] * size, key)
+
+
+# ---- training -------------------------------------------------------------------------------
+
+OF_WEIGHTS = {
+    "lora": ["--train-text-encoder", "--checkpoints"],
+    "textual-inversion": ["--token", "<s>", "--initializer", "cat"],
+    "unet": ["--train-text-encoder", "--ema", "0.5"],
+}
+NEW = {
+    "autoencoder": ["--channels", "4", "8", "--resolution", "24"],
+    "clip": ["--resolution", "16", "--patch", "8", "--width", "32", "--layers", "1"],
+    "ddpm": ["--resolution", "16"],
+}
+
+
+@pytest.mark.parametrize("stage, dtype", [
+    *((stage, dtype) for stage in OF_WEIGHTS for dtype in (np.float32, np.float16)),
+    *((stage, np.float32) for stage in NEW), ("ddpm", np.float16)])
+def test_training(stage, dtype, xp, tmp_path):
+    """Two updates: their losses, and the gradients, whose average is what AdamW remembers."""
+    own = (OF_WEIGHTS | NEW)[stage]
+    if stage in OF_WEIGHTS:
+        own = [*own, "--weights", small_pipelines.smallest(tmp_path / "weights")]
+    pictures = write_pictures(tmp_path / "pictures", 3)
+
+    def state(name, *more):
+        command = [stage, "--data", pictures, "--output", tmp_path / name, "--steps", 2, "--batch",
+                   2, "--validate-every", 0, *own, *more]
+        assert main([*map(str, command)]) == 0
+        with np.load(tmp_path / name / "state.npz") as file:
+            return {name: file[name] for name in file.files}
+    host, half = state("host"), dtype == np.float16
+    with backend.plain(xp is strict.cupy):              # its kernels, in Python, are slow
+        device = state("device", "--device", "cuda", *(["--dtype", "float16"] if half else []))
+    assert_allclose(device["history"], host["history"], rtol=MODEL[dtype] / 10)
+    error = np.linalg.norm(device["m"] - host["m"]) / np.linalg.norm(host["m"])
+    within(error, MODEL[dtype], "the gradients")
+    assert (device["scaling"][2] == 0) if half else "scaling" not in device
+
+
+def test_the_recipe(xp, tmp_path, monkeypatch):
+    """The toy world's stages, one after the other."""
+    monkeypatch.setattr(autoencoder, "BATCH", 2)
+    for module, name, widths in ((autoencoder, "VAE", [8, 8, 8]), (denoiser, "UNET", [8, 8, 16])):
+        monkeypatch.setattr(module, name, getattr(module, name) | {
+            "block_out_channels": widths, "norm_num_groups": 4})
+    stages = {"vae": [], "unet": ["--batch", "4", "--pool", "64"], "decoder": []}
+
+    def states(name, *more):
+        found, folder = {}, tmp_path / name
+        for stage, own in stages.items():
+            recipe.run([stage, "--run", str(folder), "--steps", "2", *own, *more])
+            with np.load(folder / f"{stage}.npz") as file:
+                found[stage] = {name: file[name] for name in file.files}
+        return found
+    host = states("host")
+    with backend.plain(xp is strict.cupy):
+        device = states("device", "--device", "cuda")
+    for stage in stages:
+        own, other = device[stage], host[stage]
+        assert_allclose(own["history"], other["history"], rtol=1e-3)
+        # Two updates: where a gradient is nothing but rounding, Adam moves by the learning rate.
+        within(np.sqrt(((own["data"] - other["data"]) ** 2).mean()), 1e-4, f"{stage}, rms")
 
 
 # ---- samplers and a picture -----------------------------------------------------------------

@@ -12,38 +12,43 @@ from tinyldm.pipelines.stable_diffusion import StableDiffusion
 
 # What a room may import besides itself: cli → pipelines → models, diffusion, text, checkpoints →
 # layers → ops → kernels → backend. The programs' entry points may import all.
-BOTTOM = {"errors", "files", "backend", "configs", "signals"}
+BOTTOM = {"errors", "files", "backend", "configs", "signals", "ranks"}
 MAY_IMPORT = {
     "errors": set(),
     "signals": set(),
+    "ranks": {"errors", "backend"},
     "files": {"errors"},
     "configs": {"errors"},
-    "backend": {"errors"},
+    "backend": {"errors", "ranks"},
     "noise": {"errors"},
     "images": BOTTOM,
     "image_processor": BOTTOM | {"images"},
     "kernels": BOTTOM,
     "ops": BOTTOM | {"kernels"},
-    "layers": BOTTOM | {"ops"},
+    "tape": set(),
+    "layers": BOTTOM | {"ops", "tape"},
+    "bad_layer": BOTTOM | {"layers"},
     "models": BOTTOM | {"ops", "layers"},
     "diffusion": BOTTOM | {"ops"},
     "text": BOTTOM,
     "checkpoints": BOTTOM | {"kernels", "layers", "models"},
-    "pipelines": BOTTOM | {"noise", "images", "image_processor", "ops", "layers", "models",
-                           "diffusion", "text", "checkpoints"},
-    "cli": BOTTOM | {"__version__", "noise", "images", "text", "layers", "models", "checkpoints",
-                     "pipelines"},
+    "pipelines": BOTTOM | {"noise", "images", "image_processor", "ops", "layers", "bad_layer",
+                           "models", "diffusion", "text", "checkpoints"},
+    "cli": BOTTOM | {"__version__", "noise", "images", "text", "layers", "bad_layer", "models",
+                     "checkpoints", "pipelines"},
     "inspect": BOTTOM | {"checkpoints", "cli", "images", "layers", "models"},
     "metrics": BOTTOM | {"images", "image_processor", "ops", "layers", "models", "text",
                          "checkpoints", "pipelines", "cli"},
-    "training": BOTTOM | {"noise", "ops", "layers", "models", "diffusion", "checkpoints"},
-    "shapes": BOTTOM | {"images", "ops", "layers", "models", "diffusion", "text", "checkpoints",
-                        "pipelines", "training", "cli"},
+    "training": BOTTOM | {"tape", "noise", "images", "image_processor", "ops", "layers",
+                          "bad_layer", "models", "diffusion", "text", "checkpoints", "pipelines",
+                          "cli"},
+    "shapes": BOTTOM | {"noise", "images", "ops", "layers", "models", "diffusion", "text",
+                        "checkpoints", "pipelines", "training", "metrics", "cli"},
 }
-ENTRY_POINTS = {"__init__.py", "__main__.py", "training/__main__.py"}
+ENTRY_POINTS = {"__init__.py", "__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.
 LIBRARIES = {"numpy", "tokenizers", "safetensors", "threadpoolctl", "huggingface_hub",
-             "PIL", "tqdm", "matplotlib"}
+             "PIL", "tqdm", "matplotlib", "tensorboard", "mpi4py"}
 
 
 def imports(file, source):

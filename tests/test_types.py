@@ -1,4 +1,5 @@
 """What editors and type checkers know of tinyldm: a caller's file, read by mypy."""
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,15 @@ def check(text, folder):
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports",
                "--cache-dir", folder / "cache", file]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
+
+
+def test_the_lowest_python_has_what_is_imported(tmp_path):
+    pytest.importorskip("mypy")
+    command = [sys.executable, "-m", "mypy", "--python-version", "3.10", "--follow-imports=silent",
+               "--ignore-missing-imports", "--cache-dir", tmp_path, "tinyldm"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
+    assert "source files" in said
+    assert not [line for line in said.splitlines() if re.search('Module ".*" has no attr', line)]
 
 
 def test_a_caller_is_clean_and_its_mistakes_are_found(tmp_path):

@@ -1,16 +1,14 @@
 """python -m tinyldm "a prompt": see cli/draw.py."""
 import sys
 
-from .cli.console import status
+from . import ranks
+from .cli.console import start
 
 
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
-    def run():
-        from .cli.draw import run  # here, so that Ctrl-C may come now
-        run(arguments)
-    return status(run)
+    return start("tinyldm.cli.draw", arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ranks.program(main))

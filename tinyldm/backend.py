@@ -1,7 +1,7 @@
 """What the arrays run on: NumPy or CuPy, plain ops or fast twins, memory, and worker threads.
 
 All other code asks an array for its library (`get_xp`) and does not import CuPy itself, so the same
-code runs on the CPU and on the GPU. This file imports nothing from tinyldm except the error class.
+code runs on the CPU and on the GPU. This file imports only the error class and ranks.py.
 """
 import contextlib
 import contextvars
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
+from . import ranks
 from .errors import TinyldmError
 
 _plain = contextvars.ContextVar("plain", default=os.environ.get("TINYLDM_PLAIN", "0") == "1")
@@ -87,6 +88,8 @@ def array_library(device):
     if count == 0:
         raise TinyldmError(f"device cuda needs an NVIDIA GPU, and CuPy finds none{reason}: "
                            "use --device cpu")
+    if ranks.size() > 1:                                # those of a machine take its GPUs in turn
+        cupy.cuda.Device(ranks.neighbours()[0] % count).use()
     return cupy
 
 

@@ -26,12 +26,13 @@ SHOWN = 60                      # characters of a wrong value in a message
 LENGTHS = range(1, 9)           # of a list with one item per level; Stable Diffusion has 3 or 4
 
 
-def within(low, high, default=MISSING, lengths=LENGTHS):
+def within(low, high, default=MISSING, lengths=LENGTHS, ends=False):
     """A field of numbers, or of lists of them: whole ones from low to high, others between them.
 
-    lengths: how many items a list may have.
+    lengths: how many items a list may have. ends: others may also be low and high themselves.
     """
-    return field(default=default, metadata={"low": low, "high": high, "lengths": lengths})
+    return field(default=default, metadata={"low": low, "high": high, "lengths": lengths,
+                                            "ends": ends})
 
 
 def one_of(*values, default=MISSING, lengths=LENGTHS):
@@ -80,6 +81,11 @@ class Config:
                 and value is not False]
 
 
+def sides(size):
+    """A config's size, a number or [height, width] -> (height, width)."""
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
 def show(value):
     """A value as JSON writes it, cut to a length for messages."""
     text = json.dumps(value, default=repr)
@@ -111,7 +117,8 @@ def _fits(value, kind, limits):
         low, high = limits["low"], limits["high"]
         if kind is int:
             return isinstance(value, numbers.Integral) and low <= value <= high
-        return isinstance(value, numbers.Real) and low < value < high   # also false for NaN
+        return isinstance(value, numbers.Real) and (        # also false for NaN
+            low < value < high or limits["ends"] and value in (low, high))
     known = limits.get("values")
     return isinstance(value, kind or NoneType) and (kind is not str or not known or value in known)
 

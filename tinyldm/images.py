@@ -5,14 +5,15 @@ The conversions are those of diffusers' image processor. A bad file ends in a Ti
 import base64
 import io
 import os
+import textwrap
 import threading
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .errors import TinyldmError, note
+from .errors import TinyldmError, clean, note
 from .files import replacing, temporary_beside
 
 if TYPE_CHECKING:
@@ -26,6 +27,24 @@ OTHERS = "WEBP", "TIFF", "AVIF", "JPEG2000", "MPO", "TGA", "QOI", "ICO", "DIB"
 LARGEST = 8192 ** 2         # pixels to decode: as many as the largest picture to draw has
 SILENT = threading.RLock()  # the list of warnings to ignore is one for all threads
 FLAT = 16                   # levels of 255: colours that differ by less count as one
+HEIC = b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"    # brands of its files
+ORIENTATION = 0x0112        # EXIF's number of it
+LETTER, LINE = 6, 13        # pixels of the default font: about a letter's width, a line's height
+
+
+class UnreadablePicture(TinyldmError):
+    """A file that is no picture, or one that cannot be decoded. `reason` is part of the message."""
+
+    reason = ""
+
+
+class Stored(NamedTuple):
+    """How a file stores its picture."""
+
+    mode: str                   # Pillow's name
+    frames: int                 # of an animation, otherwise 1
+    turned: bool                # whether EXIF says that it must be turned or mirrored
+    transparent: bool           # whether any of its pixels is
 
 
 def open_image(path, mode="RGB"):
@@ -36,6 +55,15 @@ def open_image(path, mode="RGB"):
     with _opened(path) as image:
         image = decoded(path, image)
     return (_without_alpha(image) if mode == "L" else _on_white(image)).convert(mode)
+
+
+def open_described(path):
+    """Read a file -> as open_image, but without its notes: the picture, "RGB", and its Stored."""
+    with _opened(path) as image:
+        mode = image.mode
+        plain, frames, turned = _decoded(path, image)
+    transparent = "A" in plain.getbands() and plain.getchannel("A").getextrema()[0] < 255
+    return _on_white(plain).convert("RGB"), Stored(mode, frames, turned, transparent)
 
 
 def open_unchanged(path):
@@ -63,9 +91,17 @@ def decoded(name, image):
     Of an animation it is the first frame. Only an "RGBA" or an "LA" has transparent parts.
     Raises TinyldmError, with the name, for anything that is no PIL image or cannot be decoded.
     """
+    check_image(name, image)
+    plain, frames, _ = _decoded(name, image)
+    if frames > 1:
+        note(f"{name} is an animation of {frames} frames: the first one is used")
+    return plain
+
+
+def _decoded(name, image):
+    """-> an image as `decoded` says, the number of its frames, whether EXIF turned it."""
     from PIL import ImageOps
 
-    check_image(name, image)
     with _reading(name):
         if image.format not in (None, *USUAL, *OTHERS):
             raise ValueError(f"its format {image.format} is not one of those that are safe to read")
@@ -73,13 +109,11 @@ def decoded(name, image):
         frames = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP", "PNG") else 1
         image.load()
         try:
+            turned = image.getexif().get(ORIENTATION, 1) in range(2, 9)
             upright = ImageOps.exif_transpose(image)
         except Exception:                               # damaged EXIF; the pixels are good
-            upright = image.copy()
-        plain = _plain(upright)
-    if frames > 1:
-        note(f"{name} is an animation of {frames} frames: the first one is used")
-    return plain
+            turned, upright = False, image.copy()
+        return _plain(upright), frames, turned
 
 
 @contextmanager
@@ -93,9 +127,20 @@ def _opened(path):
             image = Image.open(path, formats=USUAL)
         except UnidentifiedImageError:
             Image.init()
-            image = Image.open(path, formats=[name for name in OTHERS if name in Image.OPEN])
+            try:
+                image = Image.open(path, formats=[name for name in OTHERS if name in Image.OPEN])
+            except UnidentifiedImageError:
+                if not _is_heic(path):                  # a telephone's; its name may end in .jpg
+                    raise
+                raise ValueError("it is HEIC, which is not supported: save it as JPEG") from None
     with image:
         yield image
+
+
+def _is_heic(path):
+    with open(path, "rb") as file:
+        start = file.read(12)
+    return start[4:8] == b"ftyp" and start[8:] in HEIC
 
 
 @contextmanager
@@ -113,8 +158,11 @@ def _reading(name):
         if isinstance(error, Image.DecompressionBombError):
             error = f"it has more than {LARGEST:,} pixels: make it smaller"
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-        raise TinyldmError(f"cannot read {name} as a picture{reason}: give a PNG, a JPEG, a WebP "
-                           "or another common picture file") from None
+        unreadable = UnreadablePicture(f"cannot read {name} as a picture{reason}: give a PNG, a "
+                                       "JPEG, a WebP or another common picture file")
+        unreadable.reason = ("its content is no picture" if not reason else
+                             clean(getattr(error, "strerror", None) or error))
+        raise unreadable from None
 
 
 def _plain(image):
@@ -361,3 +409,21 @@ def grid(images, columns, gap):
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * (W + gap), i // columns * (H + gap)))
     return sheet
+
+
+def labelled(image, text, side, lines=3):
+    """A PIL image in a white square, shrunk to `side` where it is larger, with lines of text below.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell = Image.new("RGB", (side, side + lines * LINE), "white")
+    shown = image.copy()
+    shown.thumbnail((side, side))
+    cell.paste(shown, ((side - shown.width) // 2, (side - shown.height) // 2))
+    wrapped = textwrap.wrap(clean(text), side // LETTER, max_lines=lines, placeholder=" ...")
+    text = "\n".join(wrapped)
+    font = ImageFont.load_default()
+    if not hasattr(font, "path"):                       # Pillow's own, which has Latin letters only
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    ImageDraw.Draw(cell).text((0, side), text, "black", font, spacing=0)
+    return cell

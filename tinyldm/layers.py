@@ -1,8 +1,9 @@
-"""Layers: ops with parameters, and the tape that links a forward to its backward.
+"""Layers: ops with parameters. The tape, which links a forward to its backward, is in tape.py.
 
 A layer's forward saves on the tape what its backward needs; the backward is the forward read from
-the bottom up. Models (models/) are layers made of layers. In every signature `tape` comes right
-after the required inputs; whatever is optional follows it and is passed by keyword.
+the bottom up. A frozen layer, none of whose parameters is trained, computes no gradients of them
+and saves nothing for them. Models (models/) are layers made of layers. In every signature `tape`
+comes right after the required inputs; whatever is optional follows it and is passed by keyword.
 """
 import math
 import threading
@@ -15,44 +16,22 @@ from operator import add
 import numpy as np
 
 from . import ops
-from .backend import get_xp, to_host
+from .backend import get_xp, to_host, widen
 from .errors import TinyldmError, shorten
+from .tape import (  # noqa: F401
+    NO_TAPE,
+    EndOfTape,
+    Tape,
+    checkpoint,
+    checkpoint_backward,
+    ends_early,
+)
 
 _hooks = ContextVar("forward hooks", default=())        # {layer: hook}, one per forward_hooks
 
 
 FILE_AXES = (3, 2, 0, 1)                                # (K,K,C,O) -> (O,C,K,K)
 OUR_AXES = (2, 3, 1, 0)                                 # (O,C,K,K) -> (K,K,C,O)
-
-
-class _NoTape:
-    """For inference: nothing is saved, so every cache is freed at once."""
-
-    def save(self, layer, cache):
-        pass
-
-
-NO_TAPE = _NoTape()
-
-
-class Tape:
-    """A stack of what the forward saved: `entries`, (layer, cache) each, the last one on top.
-
-    Backward runs in the opposite order, so each layer finds its own cache on top.
-    """
-
-    def __init__(self):
-        self.entries = []
-
-    def save(self, layer, cache):
-        self.entries.append((layer, cache))
-
-    def load(self, layer):
-        assert self.entries, f"{type(layer).__name__} runs backward, but the tape is empty"
-        owner, cache = self.entries.pop()
-        assert owner is layer, (f"{type(layer).__name__} runs backward, "
-                                f"but {type(owner).__name__} ran forward last")
-        return cache
 
 
 # The number of the shard of a batch that this thread works on.
@@ -62,29 +41,39 @@ SHARD = ContextVar("shard", default=0)
 class Parameter:
     """An array to train: its shape, its data (None until loaded) and the sum of its gradients.
 
-    Each shard of a batch has a sum of its own. `grad` adds these up in the order of the shards, so
-    that the result does not depend on which worker thread was first.
+    trainable: False freezes it. Then it gets no gradient. Change it only between a backward and the
+    next forward.
+
+    Each shard of a batch has a sum of its own, in float32 where gradients are float16. `grad` adds
+    up pairs of neighbouring shards, then pairs of these sums, and so on. So the result depends
+    neither on which worker thread was first, nor on whether two or four processes have each had
+    their part of the shards.
     """
 
     _lock = threading.Lock()                            # threads may also share a shard
 
     def __init__(self, *shape):
         self.shape, self.data, self._grads = shape, None, {}
+        self.trainable = True
 
     def __repr__(self):
         return f"<Parameter {self.shape}: {'not filled' if self.data is None else self.data.dtype}>"
 
     def add_grad(self, grad):
+        if not self.trainable:
+            return
         assert grad.shape == self.shape, f"gradient {grad.shape} for a parameter {self.shape}"
         with self._lock:
             before = self._grads.get(SHARD.get())
-            self._grads[SHARD.get()] = grad if before is None else before + grad
+            self._grads[SHARD.get()] = grad if before is None else widen(before) + grad
 
     @property
     def grad(self):
         """The sum of all gradients since it was last set to None; None if there are none."""
         grads = [self._grads[shard] for shard in sorted(self._grads)]
-        return reduce(add, grads) if grads else None
+        while len(grads) > 1:
+            grads = [reduce(add, map(widen, grads[i:i + 2])) for i in range(0, len(grads), 2)]
+        return grads[0] if grads else None
 
     @grad.setter
     def grad(self, grad):
@@ -110,11 +99,12 @@ class Module:
 
     @property
     def dtype(self):
-        """The dtype of activations: the widest of all parameters.
+        """The dtype of activations: the widest of all parameters, without those of LoRAs.
 
         Large weights may be stored in a narrower one; they are widened when they are used.
         """
-        return np.result_type(*{data.dtype for data in self._filled().values()})
+        self._filled()
+        return np.result_type(*self._dtypes())
 
     @property
     def xp(self):
@@ -127,6 +117,25 @@ class Module:
 
     def parameters(self):
         return [parameter for _, parameter in self.named_parameters()]
+
+    def own_parameters(self):
+        """The parameters in this module's own attributes, not those of the modules inside."""
+        return [item for item in vars(self).values() if isinstance(item, Parameter)]
+
+    def is_trained(self):
+        """Whether one of its own parameters is trained. If not, its backward computes only dx."""
+        return any(parameter.trainable for parameter in self.own_parameters())
+
+    def freeze(self):
+        """Train none of the parameters, here and in the modules inside."""
+        for parameter in self.parameters():
+            parameter.trainable = False
+
+    def move_to(self, xp):
+        """Move all parameters to the device of a library, numpy or cupy -> self."""
+        for parameter in self.parameters():
+            parameter.data = xp.asarray(parameter.data)
+        return self
 
     def zero_grad(self):
         """Forget the gradients of all parameters."""
@@ -168,6 +177,12 @@ class Module:
                 parameter.data = xp.asarray(np.array(array, order="C"))
         return found
 
+    def _dtypes(self):
+        """The dtypes of the parameters that say what activations are."""
+        items = [item for name, value in vars(self).items() for _, item in _flat(name, value)]
+        return {item.data.dtype for item in items if isinstance(item, Parameter)}.union(
+            *(item._dtypes() for item in items if isinstance(item, Module)))
+
     def _filled(self):
         """{name: data} of all parameters. Raises TinyldmError if one was never filled."""
         found = {name: parameter.data for name, parameter in self.named_parameters()}
@@ -189,6 +204,12 @@ class Sequence(Module):
         for layer in reversed(self.layers()):
             dh = layer.backward(dh, tape)
         return dh
+
+
+def trainable_parameters(*modules):
+    """The (name, Parameter) pairs of the modules' parameters that are trained."""
+    return [(name, parameter) for module in modules
+            for name, parameter in module.named_parameters() if parameter.trainable]
 
 
 def named_modules(owner, prefix=""):
@@ -278,6 +299,11 @@ def forward_hooks(hooks):
         _hooks.set(tuple(other for other in _hooks.get() if other is not hooks))
 
 
+def unobserved(tape):
+    """Whether nobody sees in which order layers run: no tape and no hook."""
+    return tape is NO_TAPE and not _hooks.get()
+
+
 class WeightedOp(Module):
     """An op of x, a weight and a bias (or None): what Linear, Conv2d and the norms share."""
 
@@ -288,11 +314,14 @@ class WeightedOp(Module):
         self.check_input(x)
         bias = self.bias and self.bias.data
         y, cache = self.op(x, self.weight.data, bias, *self.options)
-        tape.save(self, cache)
+        tape.save(self, cache if self.is_trained() else self.input_cache(x, cache))
         return y
 
     def backward(self, dy, tape):
-        dx, dweight, dbias = self.op_backward(dy, tape.load(self))
+        cache = tape.load(self)
+        if not self.is_trained():
+            return self.input_backward(dy, cache)
+        dx, dweight, dbias = self.op_backward(dy, cache)
         self.weight.add_grad(dweight)
         if self.bias:
             self.bias.add_grad(dbias)
@@ -324,6 +353,12 @@ class Linear(WeightedOp):
         self.weight = Parameter(out_features, in_features)
         self.bias = Parameter(out_features) if bias else None
 
+    def input_cache(self, x, cache):                    # what dx needs: not x
+        return self.weight.data
+
+    def input_backward(self, dy, weight):
+        return ops.linear_input_backward(dy, weight)
+
 
 class Conv2d(WeightedOp):
     """A convolution: (B,H,W,C) -> (B,Ho,Wo,O). weight (K,L,C,O), in files (O,C,K,L).
@@ -344,11 +379,24 @@ class Conv2d(WeightedOp):
         self.padding = padding or same
         self.options = self.stride, self.padding
 
+    def input_cache(self, x, cache):                    # what dx needs: not x, but its shape
+        return self.weight.data, x.shape
+
+    def input_backward(self, dy, cache):
+        return ops.conv2d_input_backward(dy, *cache, *self.options)
+
 
 class _Norm(WeightedOp):
     def __init__(self, channels, *options):
         self.weight, self.bias = Parameter(channels), Parameter(channels)
         self.options = options
+
+    def input_cache(self, x, cache):                    # dx needs x and its statistics, too
+        return cache
+
+    def input_backward(self, dy, cache):
+        dx, *_ = self.op_backward(dy, cache, frozen=True)
+        return dx
 
 
 class GroupNorm(_Norm):
@@ -390,6 +438,12 @@ class LayerNorm(_Norm):
     op, op_backward = staticmethod(ops.layer_norm), staticmethod(ops.layer_norm_backward)
 
 
+class BatchNorm(_Norm):
+    """BatchNorm(channels, eps): (B,...,C) -> (B,...,C), with the statistics of the batch."""
+
+    op, op_backward = staticmethod(ops.batch_norm), staticmethod(ops.batch_norm_backward)
+
+
 class Embedding(Module):
     """A table with one row per id. weight (V,C)."""
 
@@ -399,11 +453,13 @@ class Embedding(Module):
     def forward(self, ids, tape=NO_TAPE):               # (...) -> (...,C)
         check_filled(self, self.weight)
         y, cache = ops.embedding(ids, self.weight.data)
-        tape.save(self, cache)
+        tape.save(self, cache if self.is_trained() else None)
         return y
 
     def backward(self, dy, tape):
-        self.weight.add_grad(ops.embedding_backward(dy, tape.load(self)))
+        cache = tape.load(self)
+        if self.is_trained():
+            self.weight.add_grad(ops.embedding_backward(dy, cache))
 
 
 class Activation(Module):

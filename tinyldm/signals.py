@@ -8,7 +8,8 @@ from contextlib import contextmanager
 def handled(handle, wanted):
     """Inside, these signals call handle(number, frame) if wanted(their handler before) is true.
 
-    In other threads nothing changes: Python delivers signals to the main thread.
+    Gives a function that restores the handlers before, already inside. In other threads nothing
+    changes: Python delivers signals to the main thread.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -16,10 +17,14 @@ def handled(handle, wanted):
             number = getattr(signal, name, None)
             if number and wanted(signal.getsignal(number)):
                 before[number] = signal.getsignal(number)
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     try:
         for number in before:
             signal.signal(number, handle)
-        yield
+        yield restore
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

@@ -5,6 +5,7 @@ A page quotes them between two comments, which `fill` fills in and the tests com
     <!-- table: unet vae -->...<!-- end -->                         a table of these benchmarks
     <!-- ratio: unet, 2 x 64x64 latents -->0.95<!-- end -->         one figure; also ours, reference
     <!-- where: 2 x 64x64 latents -->...<!-- end -->                that table of `where`, by op
+    <!-- table: avx512/unet -->...<!-- end -->                      from measured/avx512, below
 
 The first comment of one figure must not begin a line: Markdown takes such a line for HTML.
 """
@@ -17,11 +18,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "docs" / "measured"
 
+# Folders in MEASURED with figures of other machines: python -m tests.benchmarks --output FOLDER.
+MACHINES = "avx512",
+
 # Every benchmark, in the order of the table, with the ratio aimed at: of all its figures, or of
 # those whose name contains a word.
 AIMS = {"unet": 0.9, "vae": {"decoder": 0.6, "encoder": 0.7}, "text": 1,
+        "ddpm": 1, "upscale": 1, "dit": 1, "prior": 1, "clip_vision": 1, "inception": 1,
         "picture": {"time": 0.8, "memory": 0.7}, "startup": 1, "training": 1, "memory": 1,
-        "kernels": None, "leads": None, "where": None}
+        "ranks": None, "kernels": None, "leads": None, "where": None}
 
 QUOTE = re.compile(r"<!-- (table|ours|reference|ratio|where): (.+?) -->(.*?)<!-- end -->", re.S)
 ABOUT = ("machine", "cores", "threads", "python", "blas", "numpy", "torch", "diffusers",
@@ -47,9 +52,11 @@ class Figure(NamedTuple):
 def read(folder=MEASURED):
     """{benchmark: (its figures, a line about the machine)} of the JSON files in a folder.
 
-    The figures of `where` are texts: {case: table}.
+    Those in the folder of another machine are called MACHINE/NAME. The figures of `where` are
+    texts: {case: table}.
     """
-    return {name: _read(folder / f"{name}.json") for name in AIMS
+    names = [*AIMS, *(f"{machine}/{name}" for machine in MACHINES for name in AIMS)]
+    return {name: _read(folder / f"{name}.json") for name in names
             if (folder / f"{name}.json").is_file()}
 
 
@@ -74,7 +81,7 @@ def amount(value, unit):
 
 def aim(name, what):
     """The ratio aimed at by a figure of a benchmark, or nothing."""
-    aims = AIMS[name]
+    aims = AIMS[name.rpartition("/")[2]]
     if isinstance(aims, dict):
         aims, = (value for word, value in aims.items() if word in what)
     return aims or ""
@@ -100,7 +107,7 @@ def fill(text, measured):
     def quote(match):
         kind, key, shown = match.groups()
         names = {"table": key.split(), "where": ["where"]}.get(kind, [key.partition(",")[0]])
-        if not AIMS.keys() >= set(names):
+        if not AIMS.keys() >= {name.rpartition("/")[2] for name in names}:
             raise ValueError(f"no benchmark is called {key}: there are {', '.join(AIMS)}")
         if not measured.keys() & set(names):
             return match[0]

@@ -22,8 +22,8 @@ from tinyldm.diffusion.objective import target
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.layers import Tape
 from tinyldm.shapes.configs import LATENT_CHANNELS, SCHEDULER
-from tinyldm.training.loop import split_batch
 from tinyldm.training.optim import AdamW
+from tinyldm.training.shards import split_batch
 
 RATE = 1e-4
 OPTIONS = dict(weight_decay=0.01, eps=1e-8)
@@ -61,10 +61,10 @@ def our_step(batch):
     """-> the UNet, and a function that trains it one step and returns the loss."""
     backend.keep_freed_memory()                         # as a training does
     unet = load_model(resolve() / "unet", np.float32)
-    optimizer = AdamW(unet.named_parameters(), beta1=0.9, beta2=0.99, clip=np.inf, **OPTIONS)
-    rng = np.random.default_rng(0)                      # split_batch wants one; nothing is drawn
+    optimizer = AdamW(unet.named_parameters(), beta1=0.9, beta2=0.99, clip=0, decay_vectors=True,
+                      **OPTIONS)
 
-    def loss_of(x_t, timesteps, context, target, _, share):
+    def loss_of(x_t, timesteps, context, target, share):
         tape = Tape()
         prediction = unet(x_t, timesteps, context, tape)
         loss, cache = ops.mse(prediction, target)
@@ -73,7 +73,7 @@ def our_step(batch):
         return {"loss": share * loss}
 
     def step():
-        report = split_batch(loss_of, batch, rng)
+        report = split_batch(loss_of, batch)
         optimizer.step(RATE)
         return report["loss"]
     return unet, step

@@ -1,8 +1,9 @@
 """One call of the x4 upscaler's UNet, float32, ours against diffusers with as many threads.
 
-    python -m tests.benchmarks.upscale [--batch 1] [--size 64] [--rounds 5] [--json PATH]
+    python -m tests.benchmarks.upscale [--batch 1] [--size 32 64] [--rounds 5] [--json PATH]
 
-Takes 6 GB. --profile tells instead where our time and memory go.
+Takes 6 GB. --profile tells instead where our time and memory go, for the
+first size.
 """
 import numpy as np
 import torch
@@ -22,19 +23,21 @@ CONFIG = {key: value for key, value in CONFIGS["SD x4 upscaler"]["unet"].items()
 def main():
     parser = timing.arguments("the x4 upscaler's UNet against diffusers", rounds=5)
     parser.add_argument("--batch", type=int, default=1, help="how many pictures at once (1)")
-    parser.add_argument("--size", type=int, default=64, help="height and width of the latents (64)")
+    parser.add_argument("--size", type=int, nargs="+", default=[32, 64],
+                        help="height and width of the latents (32 and 64)")
     parser.add_argument("--profile", action="store_true", help="profile one call of ours instead")
     args = parser.parse_args()
     module = sd15.randomise(UNet2DConditionModel(CONFIG))
-    inputs = make_inputs(args.batch, args.size)
     if args.profile:
+        inputs = make_inputs(args.batch, args.size[0])
         return timing.profile(module, lambda: call(module, inputs))
     torch.set_num_threads(backend.num_threads())
     with torch.device("meta"):
         reference = ReferenceUNet(**CONFIG)
     sd15.share_weights(module, reference)
-    rows = [(f"{args.batch} x {args.size}x{args.size} latents", "s",
-             measure(module, reference, inputs, args.rounds))]
+    rows = ((f"{args.batch} x {size}x{size} latents", "s",
+             measure(module, reference, make_inputs(args.batch, size), args.rounds))
+            for size in args.size)
     timing.report("The x4 upscaler's UNet", rows, "diffusers", args.json)
 
 

@@ -298,6 +298,12 @@ def test_load_model_names_what_it_cannot_read(names, expected, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("defaults", [5, "sd", [("scaling_factor", 1)]])
+def test_defaults_that_are_no_config(defaults, tmp_path):
+    with pytest.raises(TinyldmError, match="defaults must be a dict of what a config holds, .*not"):
+        tinyldm.load_model(tmp_path / "x.safetensors", defaults=defaults)
+
+
 # ---- checkpoints that lack something else ---------------------------------------------------
 
 @pytest.mark.parametrize("kind, drop, expected", [

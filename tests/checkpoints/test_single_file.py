@@ -26,7 +26,7 @@ from tinyldm.layers import file_shape
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 FIRST_KEYS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-KINDS = {"sd1": kinds.SD1, "sd2": kinds.SD2, "sdxl": kinds.SDXL}
+KINDS = {"sd1": kinds.SD1, "sd2": kinds.SD2, "sdxl": kinds.SDXL, "x4": kinds.UPSCALER}
 
 
 # ---- the names of real checkpoints ----------------------------------------------------------
@@ -52,10 +52,10 @@ def expected_place(tensor, operation):
     return tensor.start, tensor.strides[:2] if operation == "squeeze" else tensor.strides
 
 
-@pytest.mark.parametrize("kind, layers", [("sd1", 12), ("sd2", 23), ("sdxl", None)])
+@pytest.mark.parametrize("kind, layers", [("sd1", 12), ("sd2", 23), ("sdxl", None), ("x4", 23)])
 def test_every_name_of_the_real_checkpoint_maps_one_to_one(kind, layers):
     stored = stored_tensors(kind)
-    found, rest = by_part(stored, layers)
+    found, rest = by_part(stored, layers, 3 if kind == "x4" else 4)
     assert not rest
     table = original_rows(kind)
     assert found.keys() == {part for part, *_ in table}
@@ -74,7 +74,8 @@ def test_every_name_of_the_real_checkpoint_maps_one_to_one(kind, layers):
 def test_a_real_checkpoint_has_every_parameter_of_the_models_and_nothing_else(kind):
     stored = stored_tensors(kind)
     known = KINDS[kind]
-    found, rest = by_part(stored, known.text_encoder["num_hidden_layers"])
+    found, rest = by_part(stored, known.text_encoder["num_hidden_layers"],
+                          len(known.vae["block_out_channels"]))
     assert not rest
     assert found.keys() == {part for part in MODELS if getattr(known, part)}
     for part in found:
@@ -86,7 +87,7 @@ def test_a_real_checkpoint_has_every_parameter_of_the_models_and_nothing_else(ki
 
 
 @pytest.mark.parametrize("channels", [4, 9, 8])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_a_real_checkpoint_is_recognised_by_its_names_and_shapes(kind, channels):
     stored = stored_tensors(kind)
     first = stored[FIRST_CONVOLUTION]
@@ -101,6 +102,10 @@ def test_a_real_checkpoint_is_recognised_by_its_names_and_shapes(kind, channels)
         assert kinds.recognise(stored, "file") is known[channels == 9]
 
 
+def test_the_upscaler_is_recognised():
+    assert kinds.recognise(stored_tensors("x4"), "file") is kinds.UPSCALER
+
+
 def test_the_refiner_of_stable_diffusion_xl_is_named():
     with pytest.raises(TinyldmError, match="the UNet of Stable Diffusion XL's refiner "):
         kinds.recognise(stored_tensors("sdxl_refiner"), "file")
@@ -113,6 +118,7 @@ def test_the_refiner_of_stable_diffusion_xl_is_named():
     ("SD 1.5 inpainting", kinds.SD1_INPAINTING, {}),
     ("SD 2 inpainting", kinds.SD2_INPAINTING, {}),
     ("SDXL", kinds.SDXL, {}),
+    ("SD x4 upscaler", kinds.UPSCALER, {}),
     # Its folder has a VAE made for float16; it is not known which VAE a single file has.
     ("SDXL inpainting", kinds.SDXL_INPAINTING,
      {"sample_size": 512, "force_upcast": False})])

@@ -121,8 +121,9 @@ def test_a_path_of_bytes_that_are_no_text(tmp_path):
 
 @unix
 @pytest.mark.parametrize("program", [
-    "tinyldm --help", "tinyldm --version", "tinyldm.inspect --help", "tinyldm.training --help",
-    "tinyldm.inspect out.png", "tinyldm.training evaluate --prompts 1 --weights ."])
+    "tinyldm --help", "tinyldm --version", "tinyldm.inspect --help", "tinyldm.shapes --help",
+    "tinyldm.training --help", "tinyldm.inspect out.png",
+    "tinyldm.shapes evaluate --prompts 1 --weights ."])
 @pytest.mark.parametrize("redirection, reason", [
     (">&-", "it is closed"), (">/dev/full", "No space left on device")])
 def test_programs_whose_result_cannot_be_printed(program, redirection, reason, tmp_path, weights):
@@ -176,8 +177,8 @@ runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 @unix
 @pytest.mark.parametrize("number, expected", [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize("module, name", [
-    ("tinyldm", "numpy"), ("tinyldm", "cli.draw"), ("tinyldm", "argparse"),
-    ("tinyldm.inspect", "numpy"), ("tinyldm.training", "tqdm")])
+    ("tinyldm", "numpy"), ("tinyldm", "options"), ("tinyldm", "argparse"),
+    ("tinyldm.inspect", "numpy"), ("tinyldm.shapes", "tqdm"), ("tinyldm.training", "argparse")])
 def test_a_signal_during_imports(module, name, number, expected, tmp_path):
     code = IMPORTING.format(module=module, name=name, number=number)
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(),

@@ -70,15 +70,16 @@ def test_hints(arguments, said):
 @pytest.mark.parametrize("arguments, prompts", [
     (["--", "-cat"], ["-cat"]), (["--steps", "5", "--", "-cat", "--steps"], ["-cat", "--steps"]),
     (["- a list of cats"], ["- a list of cats"]), (["--seed", "-1", "a cat"], ["a cat"]),
-    (["a cat", "--guidance", "-1.5"], ["a cat"]), (["-1"], ["-1"])])
+    (["a cat", "--guidance", "-1.5"], ["a cat"]), (["-1"], ["-1"]),
+    (["a cat", "--guidance", "-1e-4"], ["a cat"]), (["a cat", "--guidance", "-.5E+1"], ["a cat"])])
 def test_prompts_and_numbers_with_a_dash(arguments, prompts):
     assert parse(arguments).prompt == prompts
 
 
 @pytest.mark.parametrize("module, said", [
-    ("tinyldm.training", "did you mean --steps?"), ("tinyldm.inspect", "unrecognized arguments")])
+    ("tinyldm.shapes", "did you mean --steps?"), ("tinyldm.inspect", "unrecognized arguments")])
 def test_hints_of_other_programs(module, said, tmp_path):
-    arguments = ["vae", "--step", "5"] if module == "tinyldm.training" else ["x", "--stepz"]
+    arguments = ["vae", "--step", "5"] if module == "tinyldm.shapes" else ["x", "--stepz"]
     process = subprocess.run([sys.executable, "-m", module, *arguments], cwd=tmp_path,
                              env=environment(), capture_output=True, text=True)
     assert process.returncode == 2 and process.stdout == "" and said in process.stderr

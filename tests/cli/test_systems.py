@@ -5,6 +5,7 @@ from PIL import Image
 
 import tinyldm
 from tests.support.models import random_weights
+from tests.support.pictures import picture
 from tinyldm.cli.draw import main
 from tinyldm.images import read_parameters
 from tinyldm.models import UNet2DModel
@@ -33,6 +34,15 @@ def test_a_picture_of_each_label(classes, out):
     for i, image in enumerate(expected):
         assert np.array_equal(np.asarray(Image.open(out / f"out-{i}.png")), np.asarray(image))
     assert (out / "out-sheet.png").exists()
+
+
+@pytest.mark.parametrize("labels", [["1", "7"], ["1", "cat"], ["1", "2", "-1"]])
+def test_a_wrong_label_is_found_before_the_first_picture(labels, classes, out, capsys):
+    given = [f"--label={label}" for label in labels]
+    assert main(["--weights", str(classes), *given, "--output", str(out / "out.png")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: a label must be a whole number from 0 to 2, not ")
+    assert not list(out.iterdir())
 
 
 def test_a_picture_is_drawn_again_from_its_own_file(classes, out):
@@ -76,6 +86,17 @@ def test_what_means_nothing_there_ends_in_one_line(arguments, said, classes, out
 def test_stable_diffusion_has_no_labels(arguments, said, out, capsys):
     assert main([*arguments, "--output", str(out / "out.png")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_from_a_picture(classes, out, tmp_path):
+    picture(size=(8, 8)).save(tmp_path / "a.png")
+    given = ["--weights", str(classes), "--label", "1", "--image", str(tmp_path / "a.png")]
+    assert main([*given, "--strength", "0.5", "--steps", "4", "--output", str(out / "a.png")]) == 0
+    expected, = tinyldm.load(classes)(label=1, image=Image.open(tmp_path / "a.png"), strength=0.5,
+                                      num_inference_steps=4)
+    assert np.array_equal(np.asarray(Image.open(out / "a.png")), np.asarray(expected))
+    assert "Denoising strength: 0.5" in read_parameters(out / "a.png")
+    assert main([*given, "--mask", "m.png", "--output", str(out / "b.png")]) == 2
 
 
 def test_a_film_and_previews_of_pixels(classes, out):

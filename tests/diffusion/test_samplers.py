@@ -586,6 +586,7 @@ THRESHOLDING = [name for name in SAMPLERS
 @every_prediction
 @pytest.mark.parametrize("options", [
     {}, {"sample_max_value": 1.5}, {"dynamic_thresholding_ratio": 0.9, "sample_max_value": 100.0},
+    {"dynamic_thresholding_ratio": 1, "sample_max_value": 100.0},
     {"sample_max_value": 0.5, "clip_sample": True, "clip_sample_range": 0.1}], ids=str)
 def test_dynamic_thresholding(name, prediction, options):
     config = {**SD, "thresholding": True, "prediction_type": prediction, **options}

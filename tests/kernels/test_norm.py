@@ -65,6 +65,14 @@ def test_batch_norm_relu(shape):
     assert y.dtype == np.float32 and (y == 0).any()
     assert_close(y, exact, TOLERANCE)
     assert all(a is b for a, b in zip(cache, inputs))
+    with backend.plain():
+        place = x.copy()
+        assert ops.batch_norm_relu(place, *inputs[1:], 1e-3, place)[0] is place
+        assert_close(place, exact, TOLERANCE)
+    place = x.copy()
+    in_place, _ = norm.batch_norm_relu(place, *inputs[1:], 1e-3, place)
+    assert np.shares_memory(in_place, place)
+    np.testing.assert_array_equal(place, y)
 
 
 # ---- backward -------------------------------------------------------------------------------

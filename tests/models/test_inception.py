@@ -11,8 +11,8 @@ from tests.support.models import inception_weights
 from tests.support.reference import assert_same_gradients, nchw, nhwc
 from tests.support.tolerance import assert_close
 from tinyldm import backend
-from tinyldm.layers import Tape, file_shape
-from tinyldm.models.inception import CLASSES, FEATURES, InceptionV3
+from tinyldm.layers import Tape, file_shape, forward_hooks, named_modules
+from tinyldm.models.inception import CLASSES, FEATURES, BasicConv2d, InceptionV3
 
 # Of (name, shape) of every tensor in pt_inception-2015-12-05-6726825d.pth that is a weight.
 PUBLIC = "77370713de667a2b"
@@ -105,6 +105,28 @@ def test_float32(network):
     assert_close(module(x), theirs, 1e-3, "fast")
     with backend.plain():
         assert_close(module(x), theirs, 1e-4, "plain")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_images_and_the_branches(threads, network, monkeypatch):
+    """Every image is computed once, in its order; with forward hooks, the layers in theirs."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    monkeypatch.setattr("tinyldm.models.inception.SHARE", 2)
+    x = images((75, 75), batch=5)
+    expected = np.concatenate([network(x[i:i + 1], Tape()) for i in range(len(x))])
+    assert_close(network(x), expected, 1e-10)
+    assert_close(network(x[:1]), expected[:1], 1e-10)
+    convolutions = [layer for _, layer in named_modules(network) if isinstance(layer, BasicConv2d)]
+    seen = []
+
+    def hook(layer):
+        def run(forward, *inputs, **options):
+            seen.append(layer)
+            return forward(*inputs, **options)
+        return run
+    with forward_hooks({layer: hook(layer) for layer in convolutions}):
+        network(x[:1])
+    assert seen == convolutions
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -137,3 +137,23 @@ def test_float16_keeps_its_digits():
 def test_a_tensor_is_no_array():
     with pytest.raises(AssertionError, match=r"must be an array, not a list: use .numpy\(\) of a"):
         tinyldm.load().unet.forward([[1.0]], np.zeros(1), np.zeros((1, 77, 128)))
+
+
+@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_latents_with_several_contexts_each(name, dtype, tolerance):
+    """The maps before the first cross-attention are computed once; the outputs stay the same, up to
+    the rounding of another batch size."""
+    _, module, latents, timesteps, context = unet_pair(UNETS[name], dtype, (7, 9))
+    contexts = np.concatenate([context, -context, context[::-1]])
+    together = module(latents, timesteps, contexts)
+    apart = [module(latents, timesteps, own) for own in np.split(contexts, 3)]
+    assert_close(together, np.concatenate(apart), tolerance, "outputs")
+
+
+def test_several_contexts_need_whole_batches_and_no_tape():
+    _, module, latents, timesteps, context = unet_pair(UNETS["as SD 1"], torch.float32, (8, 8))
+    with pytest.raises(AssertionError, match=r"must be \(B,M,D\) = \(2,M,12\), not \(3,"):
+        module(latents, timesteps, np.concatenate([context, context[:1]]))
+    with pytest.raises(AssertionError, match="each of the 2 latents needs one context, not 4"):
+        module(latents, timesteps, np.concatenate([context, context]), Tape())

@@ -1,4 +1,4 @@
-"""SiLU, GELU, GEGLU and softmax, and their gradients."""
+"""SiLU, GELU, GEGLU, leaky ReLU and softmax, and their gradients."""
 import numpy as np
 import pytest
 
@@ -10,6 +10,7 @@ from tinyldm import ops
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
                "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+               "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
                "softmax": lambda x: F.softmax(x, -1)}
 
 
@@ -38,3 +39,9 @@ def test_large_numbers_do_not_overflow(name):
     theirs = ACTIVATIONS[name](torch.tensor(x))
     assert_allclose(y, theirs, rtol=1e-12, atol=1e-300)
     assert np.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.5])
+def test_another_slope(slope, rng):
+    check_op(ops.leaky_relu, ops.leaky_relu_backward, [rng.normal(size=(3, 5))],
+             lambda x: F.leaky_relu(x, slope), slope=slope)

@@ -17,6 +17,9 @@ B, H, C, G, T = 2, 6, 8, 4, 12                          # T tokens
     ("group_norm", [(B, H, H, C), (C,), (C,)], 2 * B * G, {"num_groups": G, "eps": 1e-5}),
     ("group_norm_silu", [(B, H, H, C), (C,), (C,)], 2 * B * G, {"num_groups": G, "eps": 1e-5}),
     ("layer_norm", [(T, C), (C,), (C,)], 2 * T, {"eps": 1e-5}),
+    ("resize_bilinear", [(B, H, H, C)], 2 * 3 * H, {"size": (3, 3)}),
+    ("batch_norm", [(B, H, H, C), (C,), (C,)], 2 * C, {"eps": 1e-5}),
+    ("leaky_relu", [(T, C)], 0, {}), ("hinge", [(T, C)] * 2, 0, {}),
     ("batch_norm_relu", [(B, H, H, C)] + [(C,)] * 4, 0, {"eps": 9}),
     ("max_pool", [(B, H, H, C)], B * 2 * 2 * C, {"K": 3, "stride": 2}),      # the output
     ("average_pool", [(B, H, H, C)], 0, {"K": 3, "padding": (1, 1)}),

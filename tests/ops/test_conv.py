@@ -1,9 +1,12 @@
 """Convolution, nearest upsampling and averaging, and their gradients."""
+import numpy as np
 import pytest
 
+from tests.support import strict
 from tests.support.checks import check_op
 from tests.support.extra import F
 from tests.support.reference import chw, hwc
+from tests.support.tolerance import assert_allclose
 from tinyldm import ops
 
 
@@ -69,6 +72,15 @@ def test_upsample_bilinear(shape, size, rng):
              size=size)
 
 
+@pytest.mark.parametrize("shape, size", [
+    ((1, 1, 1, 1), (1, 1)), ((2, 1, 3, 2), (5, 3)), ((2, 9, 3, 5), (4, 7)),
+    ((1, 8, 12, 3), (4, 3)), ((1, 7, 5, 2), (7, 5)), ((1, 13, 11, 1), (5, 2))], ids=str)
+def test_resize_bilinear(shape, size, rng):
+    check_op(ops.resize_bilinear, ops.resize_bilinear_backward, [rng.normal(size=shape)],
+             lambda x: hwc(F.interpolate(chw(x), size=size, mode="bilinear", antialias=True)),
+             size=size)
+
+
 def test_upsample_bilinear_does_not_shrink(rng):
     with pytest.raises(AssertionError, match="is larger than"):
         ops.upsample_bilinear(rng.normal(size=(1, 3, 4, 2)), (6, 3))
@@ -84,3 +96,20 @@ def test_downsample_average(shape, rng):
 def test_downsample_average_of_an_odd_size(shape, rng):
     with pytest.raises(AssertionError, match="must be even"):
         ops.downsample_average(rng.normal(size=shape))
+
+
+@pytest.mark.parametrize("K, stride, padding", [(3, 1, (1, 1)), (3, 2, (0, 1)), (1, 1, (0, 0))])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_gradient_of_the_input_alone(K, stride, padding, dtype, rng):
+    x, weight = (rng.normal(size=shape).astype(dtype) for shape in [(2, 6, 5, 4), (K, K, 4, 7)])
+    y, cache = ops.conv2d(x, weight, None, stride, padding)
+    dy = rng.normal(size=y.shape).astype(dtype)
+    expected, *_ = ops.conv2d_backward(dy, cache)
+    found = ops.conv2d_input_backward(dy, weight, x.shape, stride, padding)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, expected)
+    with strict.installed() as cupy:
+        found = ops.conv2d_input_backward(*map(cupy.asarray, (dy, weight)), x.shape, stride,
+                                          padding)
+        allowed = 1e-2 if dtype == np.float16 else 1e-5
+        assert_allclose(found.get(), expected, allowed, allowed)

@@ -1,8 +1,11 @@
 """The linear layer's matrix product and its gradients."""
+import numpy as np
 import pytest
 
+from tests.support import strict
 from tests.support.checks import check_op
 from tests.support.extra import F
+from tests.support.tolerance import assert_allclose
 from tinyldm import ops
 
 
@@ -13,6 +16,18 @@ def test_linear(shape, out, with_bias, rng):
     bias = rng.normal(size=out) if with_bias else None
     check_op(ops.linear, ops.linear_backward,
              [rng.normal(size=shape), rng.normal(size=(out, shape[-1])), bias], F.linear)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_gradient_of_the_input_alone(dtype, rng):
+    x, weight, dy = (rng.normal(size=shape).astype(dtype)
+                     for shape in [(2, 3, 5), (7, 5), (2, 3, 7)])
+    expected, *_ = ops.linear_backward(dy, (x, weight))
+    np.testing.assert_array_equal(ops.linear_input_backward(dy, weight), expected)
+    with strict.installed() as cupy:
+        found = ops.linear_input_backward(*map(cupy.asarray, (dy, weight)))
+        allowed = 1e-2 if dtype == np.float16 else 1e-5
+        assert_allclose(found.get(), expected, allowed, allowed)
 
 
 @pytest.mark.parametrize("B, C", [(3, 5), (1, 1)])

@@ -23,6 +23,18 @@ def test_l1_has_no_slope_where_both_are_equal():
     assert not dx.any() and not dtarget.any()
 
 
+@shapes
+def test_hinge(shape, rng):
+    """Also where fewer answers are about made pictures, and what is beyond 1 has no slope."""
+    def reference(real, fake):
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    real, fake = 1 + rng.normal(size=shape), -1 + rng.normal(size=(*shape[:-1], 2))
+    check_op(ops.hinge, ops.hinge_backward, [real, fake], reference)
+    dreal, dfake = ops.hinge_backward(1.0, ops.hinge(real, fake)[1])
+    assert not dreal[real > 1].any() and not dfake[fake < -1].any()
+    assert (dreal[real < 1] < 0).all() and (dfake[fake > -1] > 0).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 7, 2), (2, 3, 3, 4)], ids=str)
 def test_kl_normal(shape, rng):
     def reference(mean, logvar):                        # sums over a sample

@@ -33,6 +33,14 @@ def test_layer_norm(shape, eps, rng):
              lambda x, weight, bias: F.layer_norm(x, shape[-1:], weight, bias, eps), eps=eps)
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-1])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 7, 9), (3, 3, 5, 11), (1, 2, 2, 1)], ids=str)
+def test_batch_norm(shape, eps, rng):
+    check_op(ops.batch_norm, ops.batch_norm_backward, norm_inputs(rng, shape),
+             lambda x, weight, bias: hwc(F.batch_norm(chw(x), None, None, weight, bias, True,
+                                                      eps=eps)), eps=eps)
+
+
 @pytest.mark.parametrize("eps", [1e-3, 1e-1])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 7, 9), (3, 3, 5, 11)], ids=str)
 def test_batch_norm_relu(shape, eps, rng):

@@ -251,6 +251,10 @@ def test_an_image_of_another_size_is_resized_and_named(pipe):
     ({"latents": np.zeros((1, *LARGE, 3))}, r"shape \(1, 6, 6, 3\)"),
     ({"latents": np.zeros((1, *SMALL, 3)), "image": LOW}, r"shape \(1, 16, 16, 3\)"),
     ({"width": 64}, "there is no option 'width'"), ({"clip_skip": 5}, "clip_skip must be from 0"),
+    ({"super_res_steps": True}, "super_res_steps must be a number, not True"),
+    ({"seed": [False]}, "seed must be a number, not False"),
+    ({"super_res_guidance_scale": np.True_}, "super_res_guidance_scale must be a number, not True"),
+    ({"seed": tinyldm.Between(1, True, 0.5)}, "seed must be a number, not True"),
 ])
 def test_wrong_options(pipe, options, message):
     with pytest.raises(TinyldmError, match=message) as error:
@@ -294,6 +298,23 @@ def test_saving(pipe, tmp_path):
     theirs = reference.drawing(reference.by_deepfloyd, 0, (7.0, 4.0), 250)
     assert_same_drawing(ours(again, 0, (7.0, 4.0), 250), theirs)
     assert to_pil(pipe.decode(nhwc(nchw(one.latents))))[0].size == LARGE
+
+
+def test_a_prediction_type_is_that_of_both_stages(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    change_json(copied / "super_res_scheduler" / "scheduler_config.json", prediction_type="epsilon")
+    with pytest.warns(UserWarning, match="predicts epsilon: v_prediction is used, as asked for"):
+        pipe = load(copied, prediction_type="v_prediction")
+    assert [schedule.prediction_type for schedule in
+            (pipe.schedule, pipe.super_res_schedule, pipe.low_res_schedule)] == [
+                "v_prediction", "v_prediction", "epsilon"]
+
+
+def test_more_steps_than_the_second_stage_has(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    change_json(copied / "super_res_scheduler" / "scheduler_config.json", num_train_timesteps=40)
+    with pytest.raises(TinyldmError, match="super_res_steps must be .* from 1 to 40, not 50"):
+        load(copied).stream("cat")
 
 
 @pytest.mark.parametrize("part, changes, message", [

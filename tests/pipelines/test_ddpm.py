@@ -6,10 +6,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tinyldm
 from tests.support import strict
 from tests.support.models import PIXELS
+from tests.support.pictures import picture
 from tests.support.reference import float32_noise, randomise, widen_embeddings
 from tests.support.tolerance import assert_allclose, assert_close
 from tinyldm.diffusion.samplers import SAMPLERS
@@ -96,6 +98,71 @@ def test_the_oldest_files(tmp_path):
         tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
     torch.save(tensors, file)
     np.testing.assert_array_equal(pictures(tinyldm.load(tmp_path), 0, 2), expected)
+
+
+@pytest.mark.parametrize("kind, sampler", [("DDPM", "ddpm"), ("DDIM", "ddim"), ("PNDM", "pndm")])
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_from_a_picture(kind, sampler, strength, tmp_path):
+    """SDEdit: noise of the first step that is made is added to the picture, then as always.
+
+    diffusers' scheduler and UNet, step by step; the seed's first numbers are that noise.
+    """
+    theirs = reference(kind)
+    theirs.save_pretrained(tmp_path)
+    image = picture(size=(8, 8))
+    x_start = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double() / 127.5 - 1
+    unet, scheduler, generator = theirs.unet.double(), theirs.scheduler, torch.Generator()
+    widen_embeddings(theirs)
+    scheduler.set_timesteps(6)
+    generator.manual_seed(3)
+    timesteps = scheduler.timesteps[6 - int(6 * strength):]     # PNDM's by PLMS: a call more
+    with float32_noise(), torch.no_grad():
+        noise = torch.randn((1, 3, 8, 8), generator=generator).double()
+        x = scheduler.add_noise(x_start, noise, timesteps[:1])
+        for t in timesteps:
+            options = {"generator": generator} if kind == "DDPM" else {}
+            x = scheduler.step(unet(x, t).sample, t, x, **options).prev_sample
+    unet.float()
+    pipe = tinyldm.load(tmp_path)
+    states = list(pipe.stream(seed=3, num_inference_steps=6, image=image, strength=strength,
+                              sampler=sampler))
+    assert_close(states[-1].latents, x.permute(0, 2, 3, 1).numpy(), 1e-4)
+    request = pipe.complete(pipe.request((), {"image": image, "num_inference_steps": 6,
+                                              "strength": strength}))
+    assert pipe.steps_made(request) == int(6 * strength)
+
+
+def test_a_picture_is_kept_more_with_less_strength():
+    pipe, image = random_pipe(), picture(size=(8, 8))
+    far = [abs(np.asarray(pipe(image=image, strength=strength, num_inference_steps=50)[0], int)
+               - np.asarray(image)).mean() for strength in (0.02, 0.2, 0.8)]
+    assert far[0] < 5 and far[0] < far[1] < far[2]
+    default, given = (pipe(image=image, num_inference_steps=5, **options)[0]
+                      for options in ({}, {"strength": 0.8}))
+    assert np.array_equal(default, given)
+
+
+def test_several_pictures_from_one_and_between_two():
+    pipe, image, other = random_pipe(num_class_embeds=5), picture(size=(8, 8)), picture(1, (8, 8))
+    options = {"num_inference_steps": 4, "strength": 0.5, "seed": 3}
+    both = pipe(image=image, label=[1, 4], **options)
+    for label, drawn in zip((1, 4), both):
+        assert abs(np.asarray(drawn, int)
+                   - np.asarray(pipe(image=image, label=label, **options)[0])).max() <= 1
+    ends = [pipe(image=tinyldm.Between(image, other, weight), label=1, **options)[0]
+            for weight in (0.0, 0.5, 1.0)]
+    assert np.array_equal(ends[0], pipe(image=image, label=1, **options)[0])
+    assert np.array_equal(ends[2], pipe(image=other, label=1, **options)[0])
+    assert not np.array_equal(ends[1], ends[0])
+
+
+def test_pictures_of_other_sizes_and_colours():
+    grey, large = random_pipe(in_channels=1, out_channels=1), picture(mode="RGBA")
+    options = {"num_inference_steps": 50, "strength": 0.02}
+    with pytest.warns(UserWarning, match="image of 70x59 pixels is resized to 8x8, the size of"):
+        drawn, = grey(image=large, **options)
+    wanted = np.asarray(large.convert("RGB").convert("L").resize((8, 8), Image.Resampling.LANCZOS))
+    assert abs(np.asarray(drawn.convert("L"), int) - wanted).mean() < 6
 
 
 def test_the_published_tiny_pipeline():
@@ -223,12 +290,19 @@ def test_labels_of_the_other_kinds():
     ({"num_class_embeds": 5}, {"label": 5}, "a label must be a whole number from 0 to 4, not 5"),
     ({"num_class_embeds": 5}, {"label": "cat"}, "from 0 to 4, not 'cat'"),
     ({"num_class_embeds": 5}, {"label": [1, None]}, "from 0 to 4, not None"),
+    ({"num_class_embeds": 5}, {"label": [1, True]}, "label must be a number, not True"),
+    ({}, {"num_images": True}, "num_images must be a number, not True: give one, or leave it out"),
     ({"num_class_embeds": 5}, {"label": []}, "must have at least one"),
     ({"class_embed_type": "timestep"}, {}, "give a label, a number"),
     ({"class_embed_type": "timestep"}, {"label": [1, None]}, "must be a finite number, not None"),
     ({"class_embed_type": "identity"}, {"label": [1.0]}, "a label must be 32 finite numbers"),
     ({"class_embed_type": "identity"}, {"label": [1.0] * 32}, "or several a list of such"),
     ({"class_embed_type": "identity"}, {}, "give a label, 32 numbers"),
+    ({}, {"strength": 0.5}, "a mask or a strength needs an image: give one"),
+    ({}, {"image": "a.png"}, "image must be a PIL image, not a str"),
+    ({}, {"image": picture(), "strength": 1.5}, "strength must be from 0 to 1"),
+    ({}, {"image": picture(), "strength": 0.1}, "strength 0.1 leaves none of 2 steps: take at"),
+    ({}, {"image": picture(), "mask": picture()}, "there is no option 'mask'"),
     ({}, {"num_inference_steps": 1001}, "the number of steps must be a whole number"),
     ({}, {"latents": np.zeros((1, 4, 8, 3))}, r"of shape \(1, 8, 8, 3\)"),
     ({}, {"latents": np.full((1, 8, 8, 3), np.nan)}, "they hold NaN, infinity or larger numbers"),

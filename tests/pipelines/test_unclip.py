@@ -81,6 +81,18 @@ def test_a_prompt(text, options):
                         reference([7], prompt=PROMPT, **options))
 
 
+def test_clip_skip(text):
+    """Of the UNet's text encoder. diffusers' pipeline for pictures takes the option and ignores it.
+    """
+    pipe, reference, _ = text
+    encoder = reference.pipe.text_encoder
+    if not hasattr(encoder, "text_model"):              # of transformers 5; diffusers asks for it
+        encoder.__dict__["text_model"] = encoder
+    drawn = ours(pipe, PROMPT, seed=7, clip_skip=1, **SMALL)
+    assert_same_drawing(drawn, reference([7], prompt=PROMPT, clip_skip=1, **SMALL))
+    assert abs(drawn[0][-1] - ours(pipe, PROMPT, seed=7, **SMALL)[0][-1]).max() > 0.01
+
+
 def test_images_of_one_call(text):
     pipe, reference, _ = text
     drawn = ours(pipe, PROMPT, seed=3, num_images=2, **SMALL)
@@ -349,6 +361,14 @@ def test_a_wrong_option_is_named_at_once(text, options, message):
     with pytest.raises(TinyldmError, match=message) as error:
         text[0].stream(**options)
     assert "\n" not in str(error.value)
+
+
+def test_more_steps_than_the_prior_has(tmp_path):
+    pipe = load(unclip(tmp_path / "few", num_train_timesteps=20))
+    with pytest.raises(TinyldmError, match="^prior_num_inference_steps, the number of the prior's "
+                       "steps, must be a whole number from 1 to 20, not 25"):
+        pipe.stream("cat")
+    assert list(pipe.stream("cat", num_inference_steps=1, prior_num_inference_steps=2))
 
 
 @pytest.mark.parametrize("file, changes, message", [

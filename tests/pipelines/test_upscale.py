@@ -13,7 +13,7 @@ from tests.support.drawing import NEGATIVE, PROMPT, assert_same_drawing, assert_
 from tests.support.extra import diffusers, torch
 from tests.support.pictures import picture
 from tests.support.reference import float32_noise, nchw, nhwc, widen_embeddings
-from tests.support.small_pipelines import change_json, upscaler
+from tests.support.small_pipelines import change_json, make_vae, upscaler
 from tinyldm.diffusion.samplers import SAMPLERS
 from tinyldm.errors import TinyldmError
 from tinyldm.pipelines.loading import load
@@ -139,6 +139,7 @@ def test_noise_and_pictures_between_two(pipe):
      "is 2049x8 pixels, and would become 4 times .*: give one of at most 2048 pixels per side"),
     ({"noise_level": 351}, "noise_level must be a whole number from 0 to 350, not 351"),
     ({"noise_level": -1}, "noise_level must be"), ({"noise_level": 2.5}, "noise_level must be"),
+    ({"noise_level": True}, "noise_level must be a number, not True"),
     ({"noise_level": None}, "noise_level must be"), ({"noise_level": "20"}, "not '20'"),
     ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
     ({"negative_prompt": ["a", "b"]}, "negative_prompt must be one text"),
@@ -206,6 +207,16 @@ def test_old_files_of_the_vae_lack_its_scaling_factor(folder, tmp_path):
     change_json(copied / "vae" / "config.json", scaling_factor=0.2)
     with pytest.warns(UserWarning, match="scaling_factor is 0.2, but .* with 0.08333, which is"):
         assert load(copied).vae.scaling_factor == 0.08333
+
+
+def test_another_vae_enlarges_otherwise_and_a_note_says_so(tmp_path):
+    """diffusers, too, enlarges by the VAE's factor, here 8."""
+    folder = upscaler(tmp_path / "x8", vae=make_vae((8, 8, 16, 16), scaling_factor=0.08333))
+    with pytest.warns(UserWarning, match="downsampling factor is 8, so pictures become 8 times"):
+        pipe = load(folder)
+    low = picture(size=(17, 8))
+    assert_same_drawing(ours(pipe, low), reference(folder, low))
+    assert pipe("cat", low, num_inference_steps=1)[0].size == (128, 64)
 
 
 @pytest.mark.parametrize("part, changes, message", [

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.extra import diffusers
 from tests.support.models import SMALL_TEXT, SMALL_UNET, SMALL_VAE
@@ -16,6 +17,7 @@ from tinyldm.errors import TinyldmError
 from tinyldm.shapes import autoencoder as vae_stage
 from tinyldm.shapes import denoiser as unet_stage
 from tinyldm.shapes import evaluation, export
+from tinyldm.training.report import read_log
 
 SHORT_TRAINING = """
 import sys
@@ -42,10 +44,10 @@ def test_a_training_gives_the_same_weights_with_any_number_of_threads(tmp_path):
 
 @pytest.mark.parametrize("stage", ["unet", "decoder", "export"])
 def test_command_line_says_what_is_missing(stage, tmp_path):
-    command = [sys.executable, "-m", "tinyldm.training", stage, "--run", tmp_path / "none"]
+    command = [sys.executable, "-m", "tinyldm.shapes", stage, "--run", tmp_path / "none"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and "tinyldm.training vae" in done.stderr
+    assert done.stderr.startswith("error: ") and "tinyldm.shapes vae" in done.stderr
 
 
 def assert_killed_export_leaves_the_old_folder(run, output, monkeypatch):
@@ -76,7 +78,7 @@ def assert_killed_export_leaves_the_old_folder(run, output, monkeypatch):
 ])
 def test_what_makes_no_training_is_said_at_once(arguments, message, tmp_path):
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "tinyldm.training", *arguments]
+    command = [sys.executable, "-m", "tinyldm.shapes", *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()},
                           capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -137,10 +139,17 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
                                (unet_stage, "TEXT_ENCODER", SMALL_TEXT)):
         monkeypatch.setattr(stage, name, value)
     run, output = tmp_path / "run", tmp_path / "weights"
-    with pytest.raises(TinyldmError, match="training vae"):
+    with pytest.raises(TinyldmError, match="tinyldm.shapes vae"):
         export.export(run, output)
-    vae_stage.train_vae(run, 2)
-    unet_stage.train_unet(run, 2, batch=4)
+    looks = {"validate_every": 2, "sample_every": 2}
+    vae_stage.train_vae(run, 2, **looks)
+    unet_stage.train_unet(run, 2, batch=4, **looks)
+    for stage, side in (("vae", 128), ("unet", 64)):    # the product's files
+        lines = read_log(run / stage)
+        assert [line["step"] for line in lines] == [0, 1, 2, 2]
+        assert ("expected" in lines[1]) == (stage == "unet")
+        assert Image.open(run / stage / "samples" / "0000002-3.png").size == (side, 64)
+        assert {"loss.png", "samples.png"} <= {file.name for file in (run / stage).iterdir()}
     before = (run / "vae.npz").read_bytes()
     vae_stage.train_decoder(run, 3)
     assert (run / "vae.npz").read_bytes() == before

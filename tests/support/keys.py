@@ -23,7 +23,8 @@ from tinyldm.models import (
 CONFIGS = json.loads(Path(__file__).with_name("published_configs.json").read_text())
 MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
           "text_encoder_2": CLIPTextModelWithProjection}
-SINGLE_FILES = {"sd1": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL", "sdxl_refiner": "SDXL refiner"}
+SINGLE_FILES = {"sd1": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL", "sdxl_refiner": "SDXL refiner",
+                "x4": "SD x4 upscaler"}
 DIGESTS = {
     "SD 1.5": "460f9bb5ecfb18ca", "SD 2.1": "efd1d16ed6e69eeb", "SDXL": "4e414f4c640ac917",
     "SD x4 upscaler": "2b736fe018a85bb3",
@@ -54,24 +55,25 @@ def original_rows(kind):
     """
     model, found = SINGLE_FILES[kind], []
     xl, levels = kind.startswith("sdxl"), 3 if kind == "sdxl" else 4
+    openclip = kind in ("sd2", "x4")                    # as the only text encoder
     for part in [part for part in MODELS if part in CONFIGS[model]]:
         if kind == "sdxl_refiner" and part == "vae":
             continue                                    # its list has none
         shapes = published_shapes(model, part)
         if part == "unet":
-            prefixes = single_files.unet_prefixes(levels)
+            prefixes = single_files.unet_prefixes(levels, kind in ("sdxl", "x4"))
             found += [(part, f"model.diffusion_model.{single_files.renamed(name, prefixes)}", shape,
                        name, shape, "copy") for name, shape in shapes.items()]
         elif part == "vae":
             for name, shape in shapes.items():
-                theirs = single_files.renamed(name, single_files.vae_prefixes())
+                theirs = single_files.renamed(name, single_files.vae_prefixes(3 + (kind != "x4")))
                 is_matrix = "attentions" in name and len(shape) == 2
                 found.append((part, f"first_stage_model.{theirs}", shape + is_matrix * (1, 1),
                               name, shape, "squeeze" if is_matrix else "copy"))
-        elif kind == "sd2" or part == "text_encoder_2":
-            place = {"sd2": "cond_stage_model", "sdxl": "conditioner.embedders.1",
-                     "sdxl_refiner": "conditioner.embedders.0"}[kind]
-            found += open_clip_rows(part, f"{place}.model.", shapes, unused_layer=kind == "sd2")
+        elif openclip or part == "text_encoder_2":
+            place = {"sdxl": "conditioner.embedders.1",
+                     "sdxl_refiner": "conditioner.embedders.0"}.get(kind, "cond_stage_model")
+            found += open_clip_rows(part, f"{place}.model.", shapes, unused_layer=openclip)
         else:
             start = f"{'conditioner.embedders.0' if xl else 'cond_stage_model'}.transformer."
             found += [(part, start + name, shape, name, shape, "copy")

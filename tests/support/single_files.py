@@ -9,10 +9,12 @@ import json
 import numpy as np
 import safetensors.numpy
 
+from tests.support import small_pipelines
 from tests.support.extra import torch
 from tests.support.small_pipelines import make_unet, make_vae, save, save_xl, scheduler
 from tinyldm.checkpoints import folders
 from tinyldm.checkpoints.single_file import kinds
+from tinyldm.files import read_json
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -24,10 +26,14 @@ OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc"
 
 # ---- names ----------------------------------------------------------------------------------
 
-def unet_prefixes(levels=4):
-    """{a public prefix: the original one}, of modules. 4 levels, or Stable Diffusion XL's 3."""
+def unet_prefixes(levels=4, deepest_attends=False):
+    """{a public prefix: the original one}, of modules. 4 levels, or Stable Diffusion XL's 3.
+
+    deepest_attends: as in Stable Diffusion XL and the x4 upscaler.
+    """
     names = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
              "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "class_embedding": "label_emb",
              "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
              "mid_block.attentions.0": "middle_block.1"}
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
@@ -39,13 +45,13 @@ def unet_prefixes(levels=4):
             resnets[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{3 * i + j}.0"
             names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{3 * i + j}.1"
         names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * i + 3}.0.op"
-        alone = levels == 4 and i == 0                  # without attention before it
+        alone = i == 0 and not deepest_attends          # without attention before it
         names[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{3 * i + 2}.{1 if alone else 2}"
     return names | {f"{block}.{ours}": f"{resnets[block]}.{theirs}"
                     for block in resnets for ours, theirs in RESNET.items()}
 
 
-def vae_prefixes():
+def vae_prefixes(levels=4):
     names = {}
     for side, way in (("encoder", "down"), ("decoder", "up")):
         middle = f"{side}.mid_block"
@@ -54,8 +60,9 @@ def vae_prefixes():
                   f"{middle}.resnets.1": f"{side}.mid.block_2"}
         names |= {f"{middle}.attentions.0.{ours}": f"{side}.mid.attn_1.{theirs}"
                   for ours, theirs in VAE_ATTENTION.items()}
-        for i in range(4):
-            block, level = f"{side}.{way}_blocks.{i}", f"{side}.{way}.{i if way == 'down' else 3-i}"
+        for i in range(levels):
+            block = f"{side}.{way}_blocks.{i}"
+            level = f"{side}.{way}.{i if way == 'down' else levels - 1 - i}"
             names[f"{block}.{way}samplers.0"] = f"{level}.{way}sample"
             for j in range(3):
                 names[f"{block}.resnets.{j}.conv_shortcut"] = f"{level}.block.{j}.nin_shortcut"
@@ -95,13 +102,15 @@ def open_clip_names(layers):
 def original(folder):
     """The tensors of a diffusers folder under their original names."""
     xl = (folder / "text_encoder_2").is_dir()
-    tensors, prefixes = {}, unet_prefixes(3 if xl else 4)
+    ups, downs = (read_json(folder / part / "config.json")[f"{way}_block_types"]
+                  for part, way in (("unet", "up"), ("vae", "down")))
+    tensors, prefixes = {}, unet_prefixes(len(ups), ups[0] != "UpBlock2D")
     for name, tensor in component(folder / "unet").items():
         tensors[f"model.diffusion_model.{renamed(name, prefixes)}"] = tensor
     for name, tensor in component(folder / "vae").items():
         if "attentions" in name and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]
-        tensors[f"first_stage_model.{renamed(name, vae_prefixes())}"] = tensor
+        tensors[f"first_stage_model.{renamed(name, vae_prefixes(len(downs)))}"] = tensor
     text = text_component(folder / "text_encoder")
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     if config["hidden_act"] == "gelu":
@@ -204,6 +213,12 @@ def sdxl(folder):
                                                 steps_offset=1), (24, 32), 20)
 
 
+def upscaler(folder):
+    unet = small_pipelines.upscaler_unet(WIDTHS, 32, "nyyy", layers_per_block=2)
+    return small_pipelines.upscaler(folder, unet=unet, width=32,
+                                    vae=make_vae(VAE_WIDTHS[:3], **VAE, scaling_factor=0.08333))
+
+
 def shrink(monkeypatch, vocab_size, end):
     """Change the built-in configs to those of the small pipelines. end: the end token's id."""
     text = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": vocab_size}
@@ -212,16 +227,18 @@ def shrink(monkeypatch, vocab_size, end):
           "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 68}
     changes = {"SD1": (24, {}), "SD2": (32, {"attention_head_dim": [2, 2, 4, 4]}),
                "SDXL": (24, {"attention_head_dim": [2, 4, 4], **xl, "cross_attention_dim": 56})}
+    changes["UPSCALER"] = (32, {"attention_head_dim": 4})
     for name in ("SD1", "SD2", "SD2_BASE", "SDXL", "SD1_INPAINTING", "SD2_INPAINTING",
-                 "SDXL_INPAINTING"):
+                 "SDXL_INPAINTING", "UPSCALER"):
         kind = getattr(kinds, name)
         width, more = changes[name.partition("_")[0]]
         second = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 20,
                   "eos_token_id": end}
         monkeypatch.setattr(kinds, name, kind._replace(
             unet=kind.unet | unet | {"cross_attention_dim": width} | more,
-            vae=kind.vae | {"block_out_channels": list(VAE_WIDTHS), "norm_num_groups": 4,
-                            "sample_size": 64},
+            vae=kind.vae | {"block_out_channels": list(
+                VAE_WIDTHS[:len(kind.vae["block_out_channels"])]), "norm_num_groups": 4,
+                "sample_size": 64},
             text_encoder=kind.text_encoder | text | {"hidden_size": width,
                                                      "intermediate_size": 2 * width},
             text_encoder_2=kind.text_encoder_2 and kind.text_encoder_2 | text | second))
@@ -247,8 +264,8 @@ def as_file(folder, path, monkeypatch, metadata=None, drop="-", **more):
 
 
 def assert_same_weights(pipe, other):
-    assert (pipe.text_encoder_2 is None) == (other.text_encoder_2 is None)
-    for part in [part for part in folders.COMPONENTS if getattr(pipe, part)]:
-        theirs = dict(getattr(other, part).named_parameters())
-        for name, parameter in getattr(pipe, part).named_parameters():
+    assert pipe.models.keys() == other.models.keys()
+    for part, model in pipe.models.items():
+        theirs = dict(other.models[part].named_parameters())
+        for name, parameter in model.named_parameters():
             assert np.array_equal(parameter.data, theirs[name].data), name

@@ -272,16 +272,22 @@ def smallest(folder):
                 scheduler("DDIM", steps_offset=1, clip_sample=False), 8)
 
 
-def upscaler(folder, half=False):
+def upscaler_unet(widths, width, attentions, **config):
+    """Of all levels only the last one has attention of its own map."""
+    crossed = [True] * (len(widths) - 1) + [False]
+    return make_unet(widths, width, attentions, **{
+        "attention_head_dim": 4, "sample_size": 8, "in_channels": 7, "num_class_embeds": 1000,
+        "use_linear_projection": True, "only_cross_attention": crossed, **config})
+
+
+def upscaler(folder, half=False, unet=None, vae=None, width=24):
     """The x4 upscaler: picture and latents side by side, levels of noise as classes, v, two
-    schedulers. Its VAE has two halvings."""
+    schedulers. Its VAE has two halvings. unet, vae: others of its kind; width: of their context."""
     betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
-    save(folder, make_unet((16, 16, 32), 24, "nyy", attention_head_dim=4, sample_size=8,
-                           in_channels=7, num_class_embeds=1000, use_linear_projection=True,
-                           only_cross_attention=(True, True, False)),
-         make_vae((8, 16, 16), scaling_factor=0.08333),
+    save(folder, unet or upscaler_unet((16, 16, 32), width, "nyy"),
+         vae or make_vae((8, 16, 16), scaling_factor=0.08333),
          ("DDIMScheduler", betas | {"prediction_type": "v_prediction", "clip_sample": False,
-                                    "set_alpha_to_one": False, "steps_offset": 1}), 24,
+                                    "set_alpha_to_one": False, "steps_offset": 1}), width,
          padding="!", half=half, pipeline="StableDiffusionUpscalePipeline", hidden_act="gelu")
     (folder / "low_res_scheduler").mkdir()
     write_json(folder / "low_res_scheduler" / "scheduler_config.json",

@@ -272,6 +272,9 @@ class Ufunc:
         return method
 
 
+DEVICES = []                # the numbers of those in use, in turn
+
+
 def synchronize():
     Array.waits += 1
 
@@ -285,7 +288,10 @@ class Library:
         cublas=cuda_host.Cublas(),
         get_cublas_handle=lambda: 1,
         runtime=SimpleNamespace(getDeviceCount=lambda: 1),
+        Device=lambda number: SimpleNamespace(use=lambda: DEVICES.append(number)),
         get_current_stream=lambda: SimpleNamespace(synchronize=synchronize))
+
+    linalg = SimpleNamespace(norm=lambda array: wrap(np.linalg.norm(unwrap(array))))
 
     def get_default_memory_pool(self):
         return SimpleNamespace(used_bytes=lambda: 0)

@@ -1,12 +1,14 @@
-"""The optimiser against torch's, and the learning rate."""
+"""The optimisers: AdamW against torch's, Muon, averages of the weights."""
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 
 from tests.support.tolerance import assert_allclose
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import Parameter
-from tinyldm.training.optim import AdamW, Muon, learning_rate
+from tinyldm.training import optim
+from tinyldm.training.optim import AdamW, Muon, clip_coefficient
 
 
 def parameters(rng, dtype=np.float64):
@@ -21,7 +23,7 @@ def test_adamw_equals_torch():
     named = parameters(rng)
     theirs = [torch.nn.Parameter(torch.from_numpy(p.data.copy())) for _, p in named]
     reference = torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
-    optimizer = AdamW(named, weight_decay=0.01, clip=1.0)
+    optimizer = AdamW(named, weight_decay=0.01, beta2=0.99, clip=1.0, decay_vectors=True)
     ema, steps = optimizer.data.copy(), 12
     for step in range(steps):
         scale = 10.0 ** (step % 3 - 1)                  # some steps are clipped, some are not
@@ -38,6 +40,63 @@ def test_adamw_equals_torch():
         assert_allclose(parameter.data, tensor.detach().numpy(), rtol=1e-9, atol=1e-12)
         assert parameter.grad is None
     assert_allclose(optimizer.ema, ema, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, allowed", [(np.float64, 1e-12), (np.float32, 1e-3)])
+@pytest.mark.parametrize("decay_vectors", [False, True])
+def test_twenty_steps_are_torchs(dtype, allowed, decay_vectors):
+    """float64 by the numbers; float32 in units of the learning rate, by which Adam moves."""
+    rng, rate = np.random.default_rng(0), 1e-3
+    named = parameters(rng, dtype)
+    theirs = [torch.nn.Parameter(torch.from_numpy(p.data.copy())) for _, p in named]
+    groups = [{"params": theirs[:1]},
+              {"params": theirs[1:], "weight_decay": 0.01 if decay_vectors else 0.0}]
+    reference = torch.optim.AdamW(groups, lr=rate)
+    optimizer = AdamW(named, decay_vectors=decay_vectors, ema=None)
+    for _ in range(20):
+        for (_, parameter), tensor in zip(named, theirs):
+            grad = rng.standard_normal(parameter.shape).astype(dtype)
+            parameter.add_grad(grad)
+            tensor.grad = torch.from_numpy(grad.copy())
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        reference.step()
+        optimizer.step(rate)
+    for (_, parameter), tensor in zip(named, theirs):
+        difference = abs(parameter.data - tensor.detach().numpy()).max()
+        assert difference <= (allowed if dtype == np.float64 else allowed * rate)
+    assert "ema" not in optimizer.state()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_coefficient_of_clipping_is_torchs_to_the_bit(dtype):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        norm, most = 10 ** rng.uniform(-2, 3), 10 ** rng.uniform(-1, 1)
+        norm = dtype(norm)
+        theirs = torch.clamp(most / (torch.tensor(norm) + 1e-6), max=1.0)
+        assert clip_coefficient(float(norm), most, dtype) == theirs.numpy()
+
+
+def test_clipping_switched_off():
+    named = parameters(np.random.default_rng(0))
+    optimizer = AdamW(named, clip=0)
+    for _, parameter in named:
+        parameter.add_grad(np.full(parameter.shape, 100.0))
+    assert optimizer.step(0.1) > 100
+    assert_allclose(optimizer.m, 10.0, rtol=1e-12)      # (1 - beta1) of the whole gradient
+
+
+@pytest.mark.parametrize("decay, options", [
+    (optim.diffusers_decay, {}), (optim.diffusers_warmup_decay, {"use_ema_warmup": True})])
+def test_the_averages_decay_as_diffusers(decay, options):
+    ema = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=0.9999, **options)
+    for n in (1, 2, 3, 5, 10, 100, 1000, 10 ** 6):
+        assert decay(n) == pytest.approx(ema.get_decay(n), rel=1e-12), n
+
+
+def test_other_averages():
+    assert [optim.ldm_decay(n) for n in (1, 10)] == [2 / 11, 11 / 20]
+    assert optim.ldm_decay(10 ** 6, most=0.999) == optim.constant_decay(1, most=0.999) == 0.999
 
 
 def test_muon_moves_matrices_equally_far_in_all_directions_and_the_rest_as_adamw():
@@ -100,13 +159,3 @@ def test_a_parameter_with_new_data_is_named():
         optimizer.step(0.1)
     for (_, parameter), data in zip(named, before):
         np.testing.assert_array_equal(parameter.data, data)
-
-
-def test_learning_rate():
-    rates = [learning_rate(step, 2.0, 10, 110) for step in range(130)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
-    assert rates[60] == pytest.approx(2.0 * (0.05 + 0.95 / 2))
-    assert rates[110] == rates[129] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
-    again = [learning_rate(step, 2.0, 10, 110, begun=50) for step in range(50, 70)]
-    assert again[0] == pytest.approx(rates[50] / 10) and again[9:] == rates[59:70]

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -169,10 +171,10 @@ def interrupt(monkeypatch, owner, name, number=signal.SIGINT, before=True, times
     monkeypatch.setattr(owner, name, hit)
 
 
-POINTS = [(loop, "learning_rate", True), (loop.AdamW, "step", True), (loop.AdamW, "_update", True),
-          (loop.AdamW, "_update", False), (Trainer, "save", True), (state.np, "savez", True),
-          (state.np, "savez", False), (os, "replace", True), (os, "replace", False),
-          (Trainer, "_written", False)]
+POINTS = [(Trainer, "learning_rate", True), (loop.AdamW, "step", True),
+          (loop.AdamW, "_update", True), (loop.AdamW, "_update", False),
+          (Trainer, "save", True), (state.np, "savez", True), (state.np, "savez", False),
+          (os, "replace", True), (os, "replace", False), (Trainer, "_written", False)]
 
 
 @pytest.mark.parametrize("owner, name, before", POINTS,
@@ -182,6 +184,7 @@ def test_a_signal_at_any_point_loses_nothing(number, owner, name, before, path, 
     """The state is that of whole steps, and a resumed training ends as if never stopped."""
     monkeypatch.setattr(loop, "SAVE_EVERY", -1)         # save after every step
     trainer, batch_loss = trainer_of(path)
+    trainer.save()
 
     class Terminated(KeyboardInterrupt):
         pass
@@ -206,8 +209,9 @@ def test_a_signal_at_any_point_loses_nothing(number, owner, name, before, path, 
 
 def test_further_signals_during_the_save_do_not_lose_it(path, monkeypatch):
     trainer, batch_loss = trainer_of(path)
+    trainer.save()
     with monkeypatch.context() as patch:
-        interrupt(patch, loop, "learning_rate")
+        interrupt(patch, Trainer, "learning_rate")
         interrupt(patch, state.np, "savez", times=3)
         interrupt(patch, os, "replace", before=False, times=3)
         with pytest.raises(KeyboardInterrupt):
@@ -217,9 +221,27 @@ def test_further_signals_during_the_save_do_not_lose_it(path, monkeypatch):
     assert content(path)["steps"] == 5
 
 
+def test_a_second_signal_stops_at_once(path):
+    """In the middle of a step, without another save: the file is whole, and of the last save."""
+    trainer, batch_loss = trainer_of(path)
+
+    def impatient(rng):
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the second signal was held back")
+        return batch_loss(rng)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(impatient)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert content(path)["steps"] == 0 and trainer.step == 2
+    trainer.train(batch_loss)                           # in memory, too, all is whole
+    assert content(path)["steps"] == 5
+
+
 def test_the_command_ends_with_its_status_after_a_signal(path, capsys, monkeypatch):
     trainer, batch_loss = trainer_of(path)
-    interrupt(monkeypatch, loop, "learning_rate")
+    interrupt(monkeypatch, Trainer, "learning_rate")
     assert status(lambda: trainer.train(batch_loss)) == 130
     assert "interrupted" in capsys.readouterr().err and content(path)["steps"] == 1
 
@@ -228,7 +250,7 @@ def test_an_ignored_signal_stays_ignored(path, monkeypatch):
     """As nohup wishes."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        interrupt(monkeypatch, loop, "learning_rate", signal.SIGHUP)
+        interrupt(monkeypatch, Trainer, "learning_rate", signal.SIGHUP)
         trainer, batch_loss = trainer_of(path)
         trainer.train(batch_loss)
     finally:
@@ -271,8 +293,8 @@ trainer.train(batch_loss)
 
 
 @pytest.mark.parametrize("owner, name, before, call, steps", [
-    ("np", "savez", True, 2, 1), ("np", "savez", False, 2, 1), ("os", "fsync", False, 2, 1),
-    ("os", "replace", True, 3, 2), ("os", "replace", False, 3, 3)])
+    ("np", "savez", True, 3, 1), ("np", "savez", False, 3, 1), ("os", "fsync", False, 3, 1),
+    ("os", "replace", True, 4, 2), ("os", "replace", False, 4, 3)])
 def test_a_kill_leaves_a_whole_state(owner, name, before, call, steps, path, whole):
     done = subprocess.run([sys.executable, "-c", KILLED, path, owner, name, str(before), str(call)],
                           capture_output=True, text=True)
@@ -281,3 +303,69 @@ def test_a_kill_leaves_a_whole_state(owner, name, before, call, steps, path, who
     trainer, batch_loss = trainer_of(path)
     trainer.train(batch_loss)
     assert_same(path, whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the trainings are forks, which start at once")
+def test_kills_at_random_moments_lose_at_most_what_was_not_saved(tmp_path):
+    """Thirty in one training: the file is always whole, and the end is that of no interruption."""
+    steps, save_every, rng = 3000, 3, np.random.default_rng(0)
+    path, reader, saved = tmp_path / "x.npz", *os.pipe()
+
+    def train(path, steps):
+        trainer, batch_loss = trainer_of(path, steps)
+        trainer.save_every = save_every
+        trainer.train(batch_loss, write=lambda: os.write(saved, b"%9d" % trainer.step))
+
+    os.set_blocking(reader, False)
+    for _ in range(30):
+        child = os.fork()
+        if not child:
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                train(path, steps)
+            finally:
+                os._exit(0)
+        time.sleep(0.02 + 0.08 * rng.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        said = b""
+        with suppress(BlockingIOError):                 # nothing was saved in this short time
+            said = os.read(reader, 1 << 16)
+        if said:
+            last = int(said[-9:])
+            assert last <= content(path)["steps"] <= last + save_every
+    at = int(content(path)["steps"])
+    assert 0 < at < steps
+    train(path, at + 5)
+    plain, batch_loss = trainer_of(tmp_path / "whole" / "x.npz", at + 5)
+    plain.steps = steps                                 # the rate's plan of the killed trainings
+    while plain.step < at:
+        plain._update(batch_loss)
+    plain.steps = at + 5
+    plain.train(batch_loss)
+    for name in ("data", "m", "v", "ema", "history"):
+        np.testing.assert_array_equal(content(path)[name], content(plain.path)[name])
+
+
+# ---- settings ---------------------------------------------------------------------------------
+
+def with_settings(path, resume, settings, data="a"):
+    parameter = Parameter(SIZE)
+    parameter.data = np.zeros(SIZE)
+    return Trainer(path, [("x", parameter)], 5, 0.1, settings=settings, data=data, resume=resume)
+
+
+def test_a_training_goes_on_as_it_began_or_names_each_difference(path):
+    settings = {"--clip": 1.0, "--betas": (0.9, 0.999)}
+    with pytest.raises(TinyldmError, match="no training to go on with, .*x.npz is missing: leave"):
+        with_settings(path, "exact", settings)
+    with_settings(path, False, settings).save()
+    with pytest.raises(TinyldmError, match="holds a training already: --resume goes on with it"):
+        with_settings(path, False, settings)
+    assert with_settings(path, "exact", settings).step == 0
+    with pytest.raises(TinyldmError) as error:
+        with_settings(path, "exact", settings | {"--clip": 0}, data="b")
+    said = str(error.value)
+    assert "the pictures are others; --clip is 0, it was 1.0" in said and "--betas" not in said
+    assert "--resume changed" in said and "\n" not in said
+    assert with_settings(path, "changed", settings | {"--clip": 0}, data="b").step == 0

@@ -12,6 +12,7 @@
 """
 from .addons.lora import merge_lora
 from .addons.textual_inversion import add_word
+from .addons.writing import write_embedding, write_lora
 from .components import float_type, load_model, load_weights, save_model
 from .folders import load_pipeline_parts
 from .formats.reading import read_tensors

@@ -187,6 +187,9 @@ def load_model(path, dtype=np.float32, low_memory=False, defaults=None):
     single_file/clip.py.
     Raises TinyldmError as build_model, find_weights and fill do.
     """
+    if defaults is not None and not isinstance(defaults, dict):
+        raise TinyldmError("defaults must be a dict of what a config holds, such as "
+                           f"{{'scaling_factor': 0.18215}}, not {defaults!r:.80}")
     path = as_path("the folder or file of a model", path)
     path = clip.weights_of(path) or path
     if path.is_file() and not has_config(path):

@@ -69,6 +69,7 @@ PIPELINES = {
     "DDPMPipeline": DDPM,
     "DDIMPipeline": DDPM,
     "PNDMPipeline": DDPM,
+    "GuidedDDPMPipeline": DDPM,
     "CascadePipeline": {"text_encoder": CLIPTextModel, "tokenizer": VOCABULARY,
                         "unet": UNet2DConditionModel, "scheduler": SCHEDULER,
                         "super_res": UNet2DConditionModel, "super_res_scheduler": SCHEDULER,
@@ -77,6 +78,9 @@ PIPELINES = {
     "DiTPipeline": {"transformer": DiTTransformer2DModel, "vae": AutoencoderKL,
                     "scheduler": SCHEDULER},
 }
+# The schedulers that sample with a UNet or its like, of whose prediction a user may know better. A
+# prior's is not, and others only add noise.
+UNET_SCHEDULERS = {"scheduler", "super_res_scheduler"}
 # Every Stable Diffusion uses CLIP's vocabulary. Single files do not contain it.
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
@@ -89,13 +93,13 @@ class PipelineParts(NamedTuple):
     models: dict                                        # {part: Module}
     schedulers: dict                                    # {part: dict of scheduler_config.json}
     folders: dict                                       # {tokenizer or processor: Path}
-    index: dict                                         # of model_index.json, {} for a single file
+    index: dict                                         # of model_index.json, as far as known
     paddings: dict = {}                                 # {tokenizer: token}, if not the files' own
 
     @property
     def kind(self):
-        """The public class of the pipeline; {} is that of a single file of Stable Diffusion."""
-        return self.index.get("_class_name", "StableDiffusionPipeline")
+        """The public class of the pipeline."""
+        return self.index["_class_name"]
 
     def setting(self, key, default):
         """What model_index.json says for a key; the default if it is absent or null."""
@@ -133,13 +137,12 @@ def _load_folder(folder, dtype, low_memory, vae, prediction_type):
               if not (part == "vae" and vae)}
     schedulers = {part: read_json(places[part] / "scheduler_config.json")
                   for part, kind in parts.items() if kind == SCHEDULER}
-    if prediction_type:
-        scheduler = schedulers["scheduler"]
-        said = scheduler.get("prediction_type") or prediction_type
+    for part in UNET_SCHEDULERS & schedulers.keys() if prediction_type else ():
+        said = schedulers[part].get("prediction_type") or prediction_type
         if said != prediction_type:
             note(f"{folder} says that the model predicts {said}: {prediction_type} is used, as "
                  "asked for")
-        schedulers["scheduler"] = scheduler | {"prediction_type": prediction_type}
+        schedulers[part] = schedulers[part] | {"prediction_type": prediction_type}
     dtypes = {}
     for part in (part for part in places if isinstance(parts[part], type)):
         model, config = read_config(places[part])
@@ -227,7 +230,7 @@ class IndexConfig(Config):
     _guidance_scale: float | None = within(0, 100, None)
     _guided_channels: int | None = within(1, 1024, None)        # the original DiT's: 3 of 4
     _rescale_timesteps: bool | None = None              # Improved DDPM's: t * 1000 / T
-    id2label: dict | None = None                        # DiT: names by the numbers of classes
+    id2label: dict | None = None                        # names by the numbers of classes
     unet: Part = one_of(default=None, lengths=(2,))
     transformer: Part = one_of(default=None, lengths=(2,))
     vae: Part = one_of(default=None, lengths=(2,))
@@ -295,8 +298,11 @@ def _load_file(path, dtype, low_memory, ema, vae, prediction_type):
     if kind.padding_2:
         paddings["tokenizer_2"] = kind.padding_2
     # A Turbo's file looks like its base model's: see StableDiffusion.complete.
-    return PipelineParts(models | other, {"scheduler": scheduler | {"_assumed": True}},
-                         dict.fromkeys(paddings, tokenizer), {}, paddings)
+    schedulers = {"scheduler": scheduler | {"_assumed": True}}
+    if kind.low_res_scheduler:
+        schedulers["low_res_scheduler"] = kind.low_res_scheduler
+    return PipelineParts(models | other, schedulers, dict.fromkeys(paddings, tokenizer),
+                         {"_class_name": kind.pipeline}, paddings)
 
 
 def _load_dit(path, dtype, low_memory, vae, prediction_type):
@@ -336,7 +342,8 @@ def fit_file(stored, kind, statements, own_vae=True):
     The names are part.name; a tensor that is no parameter keeps its name in the file. own_vae: if
     False, leave out the file's VAE, as another one takes its place.
     """
-    found, tensors = by_part(stored, kind.text_encoder["num_hidden_layers"])
+    found, tensors = by_part(stored, kind.text_encoder["num_hidden_layers"],
+                             len(kind.vae["block_out_channels"]))
     configs = kind._asdict() | {"vae": _vae_config(kind, statements)}
     if not own_vae:
         found.pop("vae", None)

@@ -24,6 +24,7 @@ from .components import class_name
 from .folders import PIPELINES, read_index
 from .formats.reading import read_tensors
 from .single_file.dit import is_dit
+from .single_file.kinds import recognise
 from .single_file.openai import is_openai
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")              # of files of weights
@@ -70,9 +71,9 @@ def resolve(weights=None, dtype=None):
 def kind_of(weights=None):
     """What a user calls the weights of a pipeline -> the public class of that pipeline.
 
-    Of the hub's it downloads model_index.json alone. A single file is of Stable Diffusion, unless
-    it is the original DiT's or Improved DDPM's. So is what has no model_index.json, and what cannot
-    be read: `resolve` and reading it say what is wrong with it.
+    Of the hub's it downloads model_index.json alone. The names and shapes in a single file tell its
+    class. What has no model_index.json, and what cannot be read, is taken for Stable Diffusion:
+    `resolve` and reading it say what is wrong with it.
     Raises TinyldmError as resolve does.
     """
     path = bundled() if weights is None else local_path(weights)
@@ -86,11 +87,12 @@ def kind_of(weights=None):
     if os.path.isdir(path) and os.path.isfile(folder / hub.INDEX):
         return read_index(folder)["_class_name"]
     with suppress(TinyldmError):
-        names = read_tensors(path) if os.path.isfile(path) else ()
+        names = read_tensors(path) if os.path.isfile(path) else {}
         if is_dit(names):
             return "DiTPipeline"
         if is_openai(names):
             return "DDPMPipeline"
+        return recognise(names, path, "epsilon").pipeline   # whatever it predicts
     return "StableDiffusionPipeline"
 
 

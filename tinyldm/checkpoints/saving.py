@@ -35,10 +35,11 @@ def write_pipeline(folder, kind, models, tokenizers, schedulers, settings, dtype
 
     kind: the public class. models: {part: model}. tokenizers: {part: function that writes one into
     a given folder}. schedulers: {part: dict of scheduler_config.json}. settings: further entries
-    of model_index.json, which count more than what is written by itself. dtype: see save_model.
+    of model_index.json, which count more than what is written by itself. dtype: see save_model; or
+    {part: dtype}, and None for the others.
     """
     for part, model in models.items():
-        save_model(model, folder / part, dtype)
+        save_model(model, folder / part, dtype.get(part) if isinstance(dtype, dict) else dtype)
     for part, write in tokenizers.items():
         write(folder / part)
     for part, config in schedulers.items():

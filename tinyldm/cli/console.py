@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from contextlib import contextmanager, redirect_stderr, suppress
+from importlib import import_module
 
 from ..errors import TinyldmError, clean
 from ..signals import handled
@@ -46,6 +47,12 @@ def status(run, interrupted="interrupted"):
                 print(f"error: {error}", file=sys.stderr)
                 return 2
             raise
+
+
+def start(module, arguments, interrupted="interrupted"):
+    """Run a program's run(arguments) -> exit status. module: its full name, imported only now, so
+    that Ctrl-C may come. arguments: None for the process's own."""
+    return status(lambda: import_module(module).run(arguments), interrupted)
 
 
 def _run(run):

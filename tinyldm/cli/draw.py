@@ -2,7 +2,7 @@
 
 Wrong input ends in one line, `error: ...`, and exit status 2; Ctrl-C in exit status 130, a closed
 pipe in 141: see console.py. Pictures are drawn and saved one by one, and a file is either whole or
-not there.
+not there. Under mpirun each rank draws its part of the pictures, the same as one process draws.
 """
 import json
 import math
@@ -13,10 +13,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import ranks
 from ..errors import TinyldmError, note
 from ..pipelines.interpolation import ends
 from .console import notes, say, status
-from .options import check_meant, interpolates, jobs, parse, request
+from .fields import check_meant
+from .options import interpolates, jobs, parse, request
 from .parameters import BUNDLED, number
 
 LARGEST_SIDE = 16384        # pixels, of an enlarged picture
@@ -70,6 +72,9 @@ def draw(args):
         check_output(films[0])
         if same := {*written} & {*films}:
             raise TinyldmError(f"--animate and --output both name {min(same)}: name two files")
+        if ranks.size() > 1 and interpolates(args):
+            raise TinyldmError("an animation of several pictures is drawn by one process: leave "
+                               "mpirun out")
     if not args.profile:
         return draw_pictures(args, todo, paths, films, pipeline)
     from .profiler import Profiler
@@ -114,11 +119,16 @@ def draw_pictures(args, todo, paths, films, pipeline, profile=None):
             pipe.load_textual_inversion(file)
         if args.steps is None:
             advise(pipe)
+        for job in {job.label: job for job in todo}.values():   # a wrong one is found at once
+            pipe.complete(request(job, args, type(pipe)))
     if profile:
         profile.add(pipe)
     picture = Picture(args, pipe, timed, Preview(pipe), Live() if args.show else None)
-    thumbnails, frames, step_film = [], [], films and not interpolates(args)
-    for job, path in zip(todo, paths):
+    thumbnails, frames, step_film, text = [], [], films and not interpolates(args), ""
+    mine = slice(ranks.rank(), None, ranks.size())
+    if step_film:
+        films = films[mine]
+    for job, path in zip(todo[mine], paths[mine]):
         if args.random:
             job = job._replace(prompt=random_prompt(pipe, job.seed))
         image, early, text = picture.draw(job, path, step_film)
@@ -130,7 +140,14 @@ def draw_pictures(args, todo, paths, films, pipeline, profile=None):
                     save_film(frames, films.pop(0), text)
                     frames = []
         tell(path)
+    parts = ranks.gather((thumbnails, text))
+    ranks.leave_to_first()
+    for i, path in enumerate(paths):
+        if i % len(parts):                              # another rank has drawn it
+            tell(path)
     if len(paths) > 1:
+        thumbnails = [parts[i % len(parts)][0][i // len(parts)] for i in range(len(paths))]
+        _, text = parts[(len(paths) - 1) % len(parts)]
         save(grid(thumbnails, columns(len(paths)), GAP), sheet_path(args.output), text)
         print(f"all on one sheet: {sheet_path(args.output)}", file=sys.stderr)
 

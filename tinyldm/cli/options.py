@@ -3,7 +3,6 @@
 --help must be fast, so what takes long to import is imported inside functions.
 """
 import argparse
-import dataclasses
 import itertools
 import os
 import re
@@ -15,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import __version__
+from .. import __version__, ranks
 from ..errors import TinyldmError, note
-from ..pipelines.interpolation import Between, as_list, ends
+from ..pipelines.interpolation import Between, ends
 from .console import say
+from .fields import FIELDS, NEGATIVE, NOISE, RESCALE, SEED, check_meant, fields_of
 from .parameters import label
 
 INTERPOLATED = 8            # pictures from one prompt, seed or image to another
@@ -27,18 +27,8 @@ MOST_BYTES = 1 << 22        # of prompts on standard input
 LARGEST_SCALE = 64
 RANDOM_SEEDS = 2**31        # valid for every kind of noise, with --count added to it
 
-# The options of a picture -> the field of a pipeline's options.
-FIELDS = {
-    "prompt": "prompt", "negative": "negative_prompt", "steps": "num_inference_steps",
-    "guidance": "guidance_scale", "seed": "seed", "width": "width", "height": "height",
-    "sampler": "sampler", "noise": "noise", "guidance_rescale": "guidance_rescale",
-    "image": "image", "strength": "strength", "mask": "mask", "label": "label",
-    "timestep_spacing": "timestep_spacing", "clip_skip": "clip_skip", "noise_level": "noise_level",
-}
-NEGATIVE, SEED, NOISE, RESCALE = "", 0, "torch-cpu", 0.0       # defaults
-DEFAULTS = {"seed": SEED, "noise": NOISE, "guidance_rescale": RESCALE}
-# Options that only make sense with another one's field -> that one's.
-NEEDS = {"random": "prompt", "to_prompt": "prompt", "to_image": "image", "lora_folder": "prompt"}
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
 # What other programs and Python call an option. An underscore is a dash, too.
 ALIASES = {
     "--num-inference-steps": "--steps", "--guidance-scale": "--guidance", "--cfg": "--guidance",
@@ -78,6 +68,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, allow_abbrev=False, **options)
+        self._negative_number_matcher = NEGATIVE_NUMBER     # argparse's own reads no exponents
         self.register("type", int, partial(number, int, "a whole number, such as 4"))
         self.register("type", float, partial(number, float, "a number, such as 0.5"))
 
@@ -114,13 +105,13 @@ class Parser(argparse.ArgumentParser):
 
     def _is_unknown(self, arg):
         return (re.match(r"-[^\s\d.]|-[\d.]+[^\d.]", arg) and " " not in arg
-                and arg.partition("=")[0] not in self._names())
+                and not NEGATIVE_NUMBER.match(arg) and arg.partition("=")[0] not in self._names())
 
     def _names(self):
         """Every option, also those of sub-commands."""
         for action in self._actions:
             yield from action.option_strings
-            if isinstance(action.choices, dict):
+            if isinstance(action, argparse._SubParsersAction):
                 for parser in action.choices.values():
                     yield from parser._names()
 
@@ -165,7 +156,7 @@ def parse(arguments):
     if args.seed == "random":
         from secrets import randbelow
 
-        args.seed = randbelow(RANDOM_SEEDS)
+        args.seed = ranks.first(lambda: randbelow(RANDOM_SEEDS))
         print(f"seed: {args.seed}", file=sys.stderr)
     return args
 
@@ -410,49 +401,6 @@ def jobs(args, pipeline):
     return found
 
 
-def check_meant(args, pipeline):
-    """Raise TinyldmError for an option that means nothing to a pipeline, and for what it needs."""
-    known = fields_of(pipeline)
-    leave_out(args, pipeline)
-    for option, field in (FIELDS | NEEDS).items():
-        value = getattr(args, option)
-        given = value is not None and value is not False and value not in ("", [])  # 0 is given
-        if given and field not in known and value != DEFAULTS.get(option):
-            what = "a prompt" if option == "prompt" else f"--{option.replace('_', '-')}"
-            raise TinyldmError(f"{pipeline.name} draws without {what}: leave it out")
-    for option, method in (("lora", "load_lora"), ("embedding", "load_textual_inversion")):
-        if getattr(args, option) and not hasattr(pipeline, method):
-            raise TinyldmError(f"{pipeline.name} takes no --{option}: leave it out")
-    if "prompt" in known and not (args.random or args.prompt or pipeline.prompt_is_optional):
-        raise TinyldmError("the following arguments are required: prompt (--help lists the "
-                           "options)")
-
-
-def leave_out(args, pipeline):
-    """Undo, with a note, what --like or --from-parameters says and means nothing to a pipeline.
-
-    They may tell of a picture of another system. Changes args, which keeps what the command gives.
-    """
-    known, unused = fields_of(pipeline), {}
-    methods = {"lora": "load_lora", "embedding": "load_textual_inversion"}
-    for option, (value, default) in args.told.items():
-        means = (hasattr(pipeline, methods[option]) if option in methods
-                 else (FIELDS | NEEDS).get(option, "seed") in known)
-        if not means and getattr(args, option) == value != default:
-            setattr(args, option, default)
-            unused[option] = value
-    if unused:
-        names = ", ".join(f"{option.replace('_', ' ')}: "
-                          f"{', '.join(map(str, as_list(value)))}"
-                          for option, value in unused.items())
-        note(f"{pipeline.name} draws without some of the parameters, which are not used: {names}")
-
-
-def fields_of(pipeline):
-    """The names of the options that a pipeline's call takes."""
-    return {field.name for field in dataclasses.fields(pipeline.Options)}
-
-
 def prompts(args):
     """The prompts of the arguments, with standard input's in the place of "-"."""
     if args.random or not args.prompt:
@@ -465,13 +413,7 @@ def prompts(args):
     if args.from_parameters == "-":
         raise TinyldmError("standard input cannot hold both the prompts and the parameters: put "
                            "the parameters into a file")
-    try:
-        if sys.stdin is None:
-            raise ValueError("it is closed")
-        content = sys.stdin.buffer.read(MOST_BYTES + 1).decode("utf-8-sig")
-    except (OSError, ValueError) as error:              # closed, or no text
-        raise TinyldmError(f"cannot read prompts from standard input ({error}): give one UTF-8 "
-                           "line per prompt") from None
+    content = ranks.first(_standard_input)              # mpirun gives it to the first rank alone
     if len(content) > MOST_BYTES:
         raise TinyldmError(f"standard input has more than {MOST_BYTES >> 20} MiB: give one prompt "
                            "per line")
@@ -479,6 +421,16 @@ def prompts(args):
     if not lines:
         raise TinyldmError("standard input holds no prompt: give one per line")
     return [text for prompt in args.prompt for text in (lines if prompt == "-" else [prompt])]
+
+
+def _standard_input():
+    try:
+        if sys.stdin is None:
+            raise ValueError("it is closed")
+        return sys.stdin.buffer.read(MOST_BYTES + 1).decode("utf-8-sig")
+    except (OSError, ValueError) as error:              # closed, or no text
+        raise TinyldmError(f"cannot read prompts from standard input ({error}): give one UTF-8 "
+                           "line per prompt") from None
 
 
 def check(found, args, pipeline):

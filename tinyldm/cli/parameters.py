@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import ranks
 from ..errors import TinyldmError, note
 
 BUNDLED = "shapes"
@@ -244,7 +245,7 @@ def options(args):
     args: the parsed arguments, with the options of the command alone. A note names what cannot be
     used. Raises TinyldmError for a source that cannot be read.
     """
-    source, text = _source(args)
+    source, text = ranks.first(lambda: _source(args))
     block = read(text)
     found, unused = {"negative": block.negative}, {}
     if not args.random and block.prompt:

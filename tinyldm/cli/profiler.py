@@ -17,6 +17,7 @@ from math import prod
 
 import numpy as np
 
+from ..bad_layer import backward_hooks
 from ..errors import TinyldmError
 from ..layers import Conv2d, Linear, Module, forward_hooks, named_modules
 from ..models import AutoencoderKL, UNet2DConditionModel
@@ -52,10 +53,13 @@ class Profiler:
     makes large layers 5 % and small ones 50 % slower, so it is on only while a model runs
     for the first time; the rest costs 5 us per layer. On a GPU, memory is what the pool has in use
     between layers, and every layer is waited for.
+    backward: count backwards, too, in rows of their own: "unet backward", "linear backward".
+    trace: whether to trace memory all the time (True) or never (False).
     """
 
-    def __init__(self, *owners):
+    def __init__(self, *owners, backward=False, trace=None):
         self.owners, self.xp, self.dtype = owners, np, np.dtype(np.float32)
+        self.backward, self.trace = backward, trace
         self.tables = {title: defaultdict(Row) for title in ("by stage", "by block", "by op")}
 
     def __enter__(self):
@@ -64,6 +68,8 @@ class Profiler:
         with ExitStack() as exits:
             self.memory = Memory()
             exits.callback(self.memory.trace, False)
+            if self.trace is False:
+                self.memory.trace(False)
             self.frame = [(Row(), 0)] * len(self.tables)    # for the time before, in no table
             self.held, self.now = 0, time.perf_counter()
             outer = self._begin(REST, OUTSIDE, OUTSIDE)
@@ -87,20 +93,24 @@ class Profiler:
             self.xp, self.dtype = first.xp, first.dtype
         blocks = block_names(layers)
 
-        def count(name, layer):
-            names = model or name.partition(".")[0], blocks[layer], op_name(layer)
+        def count(name, layer, backward=False):
+            stage, op = model or name.partition(".")[0], op_name(layer)
+            names = (f"{stage} backward", blocks[layer], f"{op} backward") if backward else (
+                stage, blocks[layer], op)
+            product = backward_flops if backward else flops
 
             def counted(forward, *inputs, **options):
                 if threading.get_ident() != self.thread:
                     return forward(*inputs, **options)
                 if not self.depth:
                     self._cut()                         # first: switching tracing loses the peak
-                    self.memory.trace(self.xp is np and not self.ran[layer])
+                    self.memory.trace(self.xp is np and not self.ran[layer] if self.trace is None
+                                      else self.trace)
                 outer, flop = self._begin(self.stage_name or names[0], *names[1:]), 0
                 self.depth += 1
                 try:
                     output = forward(*inputs, **options)
-                    flop = flops(layer, inputs, output)
+                    flop = product(layer, inputs, output)
                     return output
                 finally:
                     self.depth -= 1
@@ -113,6 +123,9 @@ class Profiler:
                if layer not in self.ran and hasattr(layer, "forward")}
         self.ran |= dict.fromkeys(new, False)
         self.exits.enter_context(forward_hooks({layer: count(new[layer], layer) for layer in new}))
+        if self.backward:
+            self.exits.enter_context(backward_hooks(
+                {layer: count(new[layer], layer, backward=True) for layer in new}))
 
     @contextmanager
     def stage(self, name):
@@ -244,6 +257,14 @@ def flops(layer, inputs, output):
     if isinstance(layer, ATTENTION):                    # q @ k.T and its product with v
         context = [x for x in inputs if hasattr(x, "shape")][-1]        # (B,M,D) or (B,H,W,C)
         return 4 * output.size * prod(context.shape[1:-1])
+    return 0
+
+
+def backward_flops(layer, inputs, _):
+    """The same of a backward: dx, and dweight where the layer is trained. Attention's, which runs
+    its forward's products again, is not counted."""
+    if isinstance(layer, (Linear, Conv2d)):
+        return flops(layer, (), inputs[0]) * (1 + layer.is_trained())
     return 0
 
 

@@ -53,7 +53,7 @@ class SchedulerConfig(Config):
     clip_sample: bool | None = None
     clip_sample_range: float = within(0, 1e6, 1.0)
     thresholding: bool | None = None                    # for pixels; latents have no fixed range
-    dynamic_thresholding_ratio: float = within(0, 1, 0.995)
+    dynamic_thresholding_ratio: float = within(0, 1, 0.995, ends=True)
     sample_max_value: float = within(0, 1e6, 1.0)
     final_sigmas_type: str | None = one_of(*FINAL_SIGMAS, default=None)
     # Of single classes.
@@ -135,12 +135,11 @@ class Schedule:
     def num_train_timesteps(self):
         return len(self.betas)
 
-    def check_steps(self, num_inference_steps):
-        """Raise TinyldmError unless 1 <= num_inference_steps <= T."""
+    def check_steps(self, num_inference_steps, name="the number of steps"):
+        """Raise TinyldmError, with the name, unless 1 <= num_inference_steps <= T."""
         n, T = num_inference_steps, self.num_train_timesteps
         if not isinstance(n, (int, np.integer)) or not 1 <= n <= T:
-            raise TinyldmError(f"the number of steps must be a whole number from 1 to {T}, "
-                               f"not {n!r}")
+            raise TinyldmError(f"{name} must be a whole number from 1 to {T}, not {n!r}")
 
     def timesteps(self, num_inference_steps, default_spacing, spare=0):
         """Where to call the model: (num_inference_steps,) float64, falling.

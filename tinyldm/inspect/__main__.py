@@ -1,15 +1,12 @@
 """python -m tinyldm.inspect FILE: see describe.py."""
 import sys
 
-from ..cli.console import status
+from ..cli.console import start
 
 
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
-    def run():
-        from .describe import run  # here, so that Ctrl-C may come now
-        run(arguments)
-    return status(run)
+    return start("tinyldm.inspect.describe", arguments)
 
 
 if __name__ == "__main__":

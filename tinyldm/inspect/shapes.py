@@ -17,6 +17,7 @@ from ..checkpoints.formats.reading import read_tensors
 from ..checkpoints.single_file.alone import one_component
 from ..checkpoints.single_file.kinds import SINGLE_FILE, layout_of, recognise
 from ..checkpoints.single_file.statements import read_statements
+from ..configs import sides
 from ..errors import TinyldmError
 from ..layers import (
     Activation,
@@ -140,7 +141,7 @@ def calls(module, size=None):
         # StableUnCLIPImageNormalizer holds two vectors, and no forward.
         return [(module, inputs(module, size))] if hasattr(module, "forward") else []
     settings, f = module.settings, module.vae_scale_factor
-    H, W = _sides(size or settings.sample_size)
+    H, W = sides(size or settings.sample_size or SIZE)
     return [(module.encode, {"images": np.zeros((1, H, W, settings.in_channels), np.float32)}),
             (module.decode, {"z": np.zeros((1, H // f, W // f, settings.latent_channels),
                                            np.float32)})]
@@ -158,13 +159,13 @@ def inputs(module, size=None):
         return next((value for key in keys for place in places
                      if (value := getattr(place, key, None))), None)
 
-    sides = _sides(size or own("sample_size", "image_size"))
+    H, W = sides(size or own("sample_size", "image_size") or SIZE)
     D = own("cross_attention_dim", "embedding_dim")
     D = D[0] if isinstance(D, (list, tuple)) else D     # one item per level, all alike
     shapes = {
-        "latents": ((1, *sides, own("in_channels")) if own("in_channels")
+        "latents": ((1, H, W, own("in_channels")) if own("in_channels")
                     else (1, own("embedding_dim"))),    # a prior's: one embedding
-        "images": (1, *sides, 3), "timesteps": (1,),
+        "images": (1, H, W, 3), "timesteps": (1,),
         "context": (1, own("num_embeddings") or TOKENS, D),
         "ids": (1, own("max_position_embeddings")),
         "text_embeds": (1, own("embedding_proj_dim", "embedding_dim")),
@@ -190,11 +191,6 @@ def inputs(module, size=None):
         kinds = {"ids": np.int64, "class_labels": np.int64 if kind is None else np.float32}
         arrays[name] = np.zeros(shapes[name], kinds.get(name, np.float32))
     return arrays
-
-
-def _sides(size):
-    """A number, [height, width] or None -> height, width."""
-    return tuple(size) if isinstance(size, (list, tuple)) else (size or SIZE,) * 2
 
 
 def _is_between(name, layer, blocks):

@@ -74,28 +74,35 @@ def upsample_nearest(x, size=None):
 def conv2d_backward(dy, cache):
     """Twin of ops.conv2d_backward. dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,L,C,O), dbias."""
     x, weight, stride, padding = cache
-    padding = (top, bottom), (left, right) = im2col.sides(padding)
     K, L, C, O = weight.shape
-    rows = dy.reshape(-1, O)
-    dbias = column_sums(rows)
-    if K == L == stride == 1 and not np.any(padding):
-        dx = product(rows, weight[0, 0].T).reshape(x.shape)
-        return dx, product(x.reshape(-1, C).T, rows).reshape(weight.shape), dbias
-    if _suits_winograd(x, weight, stride, padding):
-        dweight = winograd.dweight3x3(dy, x, padding[0])
+    rows, zeros = dy.reshape(-1, O), im2col.sides(padding)
+    if K == L == stride == 1 and not np.any(zeros):
+        dweight = product(x.reshape(-1, C).T, rows).reshape(weight.shape)
+    elif _suits_winograd(x, weight, stride, zeros):
+        dweight = winograd.dweight3x3(dy, x, zeros[0])
     else:
-        dweight = im2col.dweight(dy, x, (K, L), stride, padding)
+        dweight = im2col.dweight(dy, x, (K, L), stride, zeros)
+    return (conv2d_input_backward(dy, weight, x.shape, stride, padding), dweight,
+            column_sums(rows))
+
+
+def conv2d_input_backward(dy, weight, shape, stride=1, padding=(0, 0)):
+    """Twin of ops.conv2d_input_backward. dy (B,Ho,Wo,O), weight (K,L,C,O) -> dx of the shape."""
+    K, L, C, O = weight.shape
+    rows, padding = dy.reshape(-1, O), im2col.sides(padding)
+    if K == L == stride == 1 and not np.any(padding):
+        return product(rows, weight[0, 0].T).reshape(shape)
+    (top, bottom), (left, right) = padding
     rest = (K - 1 - top, K - 1 - bottom), (L - 1 - left, L - 1 - right)
     if stride == 1 and np.min(rest) >= 0:       # dx is a convolution with the flipped kernel, and
                                                 # with input and output channels exchanged
         flipped = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
-        dx = _conv2d(dy, flipped, None, 1, rest)
-        return dx, dweight, dbias
-    B, Ho, Wo, _ = dy.shape
+        return _conv2d(dy, flipped, None, 1, rest)
+    (_, Ho, Wo, _), (B, H, W, _) = dy.shape, shape
     weight = widened(weight.reshape(-1, O)).reshape(weight.shape)
-    dx = np.zeros((B, x.shape[1] + top + bottom, x.shape[2] + left + right, C), x.dtype)
+    dx = np.zeros((B, H + top + bottom, W + left + right, C), np.float32)
     for i in range(K):
         for j in range(L):
             dx_tap = dx[:, i:i + stride * Ho:stride, j:j + stride * Wo:stride]
             dx_tap += product(rows, weight[i, j].T).reshape(dx_tap.shape)
-    return dx[:, top:top + x.shape[1], left:left + x.shape[2]], dweight, dbias
+    return dx[:, top:top + H, left:left + W]

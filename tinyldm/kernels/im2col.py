@@ -5,9 +5,9 @@ Then BLAS computes one product over K*L*C instead of K*L products over C. The ma
 strip of output rows at a time and never kept. Worker threads share the strips.
 """
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+from numpy.lib.stride_tricks import as_strided
 
-from ..backend import parallel
+from ..backend import parallel, scratch
 from .half import widened
 from .product import product
 
@@ -22,10 +22,15 @@ def sides(padding):
 
 def sliding_windows(x, kernel, stride, padding):
     """A view (B,Ho,Wo,K,L,C) of the padded map: the window of each output pixel."""
+    (B, H, W, C), (K, L), ((top, bottom), (left, right)) = x.shape, kernel, sides(padding)
     if np.any(padding):
-        x = np.pad(x, ((0, 0), *sides(padding), (0, 0)))
-    windows = sliding_window_view(x, kernel, axis=(1, 2))[:, ::stride, ::stride]
-    return windows.transpose(0, 1, 2, 4, 5, 3)                          # from (B,Ho,Wo,C,K,L)
+        padded = np.zeros((B, H + top + bottom, W + left + right, C), x.dtype)
+        padded[:, top:top + H, left:left + W] = x
+        x = padded
+    Ho, Wo = (x.shape[1] - K) // stride + 1, (x.shape[2] - L) // stride + 1
+    sB, sH, sW, sC = x.strides
+    return as_strided(x, (B, Ho, Wo, K, L, C), (sB, stride * sH, stride * sW, sH, sW, sC),
+                      writeable=False)
 
 
 def strips(windows, weight_bytes):
@@ -49,13 +54,19 @@ def conv2d(x, weight, bias, stride, padding):
     windows = sliding_windows(x, (K, L), stride, padding)
     items = strips(windows, 4 * weight.size)
     weight = weight.reshape(K * L * C, O)
-    if len(items) > 1:
-        weight = widened(weight)
+    if len(items) == 1:
+        rows = windows.reshape(-1, K * L * C)                            # the reshape copies
+        return product(rows, weight, bias).reshape(*windows.shape[:3], O)
+    weight = widened(weight)
     y = np.empty((*windows.shape[:3], O), x.dtype)
 
     def multiply(strip):
-        rows = windows[strip].reshape(-1, K * L * C)                     # the reshape copies
-        y[strip] = product(rows, weight, bias).reshape(y[strip].shape)
+        rows = scratch("windows", *windows[strip].shape)
+        rows[:] = windows[strip]
+        out = y[strip].reshape(-1, O)
+        np.matmul(rows.reshape(-1, K * L * C), weight, out=out)
+        if bias is not None:
+            out += bias
     parallel(multiply, items)
     return y
 

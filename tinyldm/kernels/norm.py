@@ -48,12 +48,12 @@ def _group_norm(x, weight, bias, num_groups, eps, silu):
     return y.reshape(x.shape), (bias, cache) if silu else cache
 
 
-def batch_norm_relu(x, weight, bias, mean, var, eps):
-    """Twin of ops.batch_norm_relu. x (...,C), the others (C,) -> y (...,C)."""
+def batch_norm_relu(x, weight, bias, mean, var, eps, out=None):
+    """Twin of ops.batch_norm_relu. x (...,C), the others (C,) -> y (...,C), in out if given."""
     pixels = x.reshape(1, -1, x.shape[-1])                               # (1,N,C)
     scale = weight * (var + F32(eps)) ** F32(-0.5)
     shift = bias - mean * scale
-    y = np.empty_like(pixels)
+    y = np.empty_like(pixels) if out is None else out.reshape(pixels.shape)
 
     def normalise(block):
         part = y[block]
@@ -93,12 +93,12 @@ def _statistics(pixels, G, eps):
     return (pivot + offset).astype(F32), rstd.astype(F32)
 
 
-def group_norm_backward(dy, cache):
+def group_norm_backward(dy, cache, frozen=False):
     """Twin of ops.group_norm_backward. dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,)."""
-    return _group_norm_backward(dy, *cache)
+    return _group_norm_backward(dy, *cache)             # the sums are needed for dx, too
 
 
-def group_norm_silu_backward(dy, cache):
+def group_norm_silu_backward(dy, cache, frozen=False):
     """Twin of ops.group_norm_silu_backward: dy (B,...,C) -> dx (B,...,C), dweight, dbias (C,)."""
     bias, norm_cache = cache
     return _group_norm_backward(dy, *norm_cache, bias)
@@ -185,7 +185,7 @@ def layer_norm(x, weight, bias, eps):
     return y.reshape(x.shape), (x, weight, mean.reshape(shape), rstd.reshape(shape))
 
 
-def layer_norm_backward(dy, cache):
+def layer_norm_backward(dy, cache, frozen=False):
     """Twin of ops.layer_norm_backward. dy (...,C) -> dx (...,C), dweight (C,), dbias (C,)."""
     x, weight, mean, rstd = cache
     C = x.shape[-1]
@@ -198,7 +198,7 @@ def layer_norm_backward(dy, cache):
         n = tokens[rows] - mean[rows]
         n *= rstd[rows]
         d = grads[rows]
-        dweight, dbias = np.einsum("nc,nc->c", d, n), d.sum(axis=0)
+        gradients = None if frozen else (np.einsum("nc,nc->c", d, n), d.sum(axis=0))
         part = np.multiply(d, weight, out=dx[rows])     # g
         m1 = part.mean(axis=1, keepdims=True)
         m2 = np.einsum("nc,nc->n", part, n)[:, None] * (1 / C)
@@ -206,7 +206,8 @@ def layer_norm_backward(dy, cache):
         part -= n
         part -= m1
         part *= rstd[rows]
-        return dweight, dbias
+        return gradients
 
-    dweight, dbias = (np.sum(s, axis=0) for s in zip(*over_blocks(block, 1, *tokens.shape)))
-    return dx.reshape(x.shape), dweight, dbias
+    gradients = over_blocks(block, 1, *tokens.shape)
+    sums = (None, None) if frozen else (np.sum(parts, axis=0) for parts in zip(*gradients))
+    return dx.reshape(x.shape), *sums

@@ -26,7 +26,13 @@ def linear_backward(dy, cache):
     """Twin of ops.linear_backward. dy (..., out) -> dx (..., in), dweight (out, in), dbias."""
     x, weight = cache
     rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    return product(rows, weight).reshape(x.shape), product(rows.T, inputs), column_sums(rows)
+    return linear_input_backward(dy, weight), product(rows.T, inputs), column_sums(rows)
+
+
+def linear_input_backward(dy, weight):
+    """Twin of ops.linear_input_backward. dy (..., out), weight (out, in) -> dx (..., in)."""
+    dx = product(dy.reshape(-1, dy.shape[-1]), weight)
+    return dx.reshape(*dy.shape[:-1], weight.shape[1])
 
 
 def product(x, matrix, bias=None):

@@ -28,6 +28,8 @@ from ..backend import free_threads, parallel, scratch
 from .half import widen
 
 STRIP_TILES = 128           # tiles at a time: their numbers stay in the cache
+STRIP_NUMBERS = 1 << 15     # or tiles times channels: with few channels, NumPy's calls on 128 tiles
+                            # are so short that threads wait for the interpreter's lock
 CHUNK = 320                 # at most so many output channels at a time, if tiles are few
 WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers stay in the cache
 
@@ -105,7 +107,10 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
     B, H, W, _ = x.shape
     y = np.empty((B, H + sum(padding) - 2, W + sum(padding) - 2, O), np.float32)
     points = _points(y.shape)
-    strips = _strips(y.shape, points, STRIP_TILES)
+    whole, = _strips(y.shape, points, math.prod(y.shape))
+    share = whole.tiles // (2 * free_threads() + 1)
+    strips = _strips(y.shape, points,
+                     max(STRIP_TILES, min(share, STRIP_NUMBERS // max(C, O))))
     if len(strips) >= 2 * free_threads():
         values = _transform_weight(weight, points)
 
@@ -116,7 +121,6 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
             _write(products, bias, item, points, y)
         parallel(strip, strips)
     else:                               # too few strips: threads share the output channels
-        whole, = _strips(y.shape, points, math.prod(y.shape))
         tiles = np.empty((points.count, whole.tiles, C), np.float32)
         parallel(lambda item: _transform_tiles(x, item, padding, points, tiles[:, item.place]),
                  _strips(y.shape, points, whole.tiles // (2 * free_threads())))
@@ -253,11 +257,12 @@ def _write(products, bias, strip, points, y):
     """(n*n,tiles,O) -> the strip of y (B,H,W,O): A.T, bias, and a cut at the map's edges."""
     tile, O = points.tile, y.shape[-1]
     y = y[strip.images, tile * strip.row:tile * (strip.row + strip.rows)]
+    B, H, W, _ = y.shape
     tiles = scratch("outputs", tile * tile, strip.tiles * O)
     np.matmul(points.A_T, products.reshape(points.count, -1), out=tiles)
-    tiles = tiles.reshape(tile, tile, len(y), strip.rows, strip.columns, O)
-    for i in range(tile):
-        for j in range(tile):
-            pixels = y[:, i::tile, j::tile]
-            kept = tiles[i, j][:, :pixels.shape[1], :pixels.shape[2]]
-            np.add(kept, 0 if bias is None else bias, out=pixels)
+    tiles = tiles.reshape(tile, tile, B, strip.rows, strip.columns, O).transpose(2, 3, 0, 4, 1, 5)
+    shape = B, tile * strip.rows, tile * strip.columns, O
+    whole = y if y.shape == shape else scratch("whole", *shape)
+    np.add(tiles, 0 if bias is None else bias, out=whole.reshape(tiles.shape))
+    if whole is not y:
+        y[:] = whole[:, :H, :W]

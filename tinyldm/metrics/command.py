@@ -276,10 +276,7 @@ def vae(args):
 
 
 def on_device(module, args):
-    xp = array_library(args.device)
-    for parameter in module.parameters():
-        parameter.data = xp.asarray(parameter.data)
-    return module
+    return module.move_to(array_library(args.device))
 
 
 EXTRACTORS = {"inception": inception, "clip": clip, "vae": vae}

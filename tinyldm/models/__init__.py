@@ -9,6 +9,7 @@ vae.py         turns images into latents and back
 dit.py         predicts the noise, given a class: a transformer in the UNet's place
 prior.py       predicts a picture's CLIP embedding from a text's: unCLIP's first half
 inception.py   the network of the FID: a picture -> features, for metrics/
+discriminator.py  tells pictures from their round trips: it trains beside a VAE
 blocks.py      what these share
 """
 from .clip import CLIPTextModel, CLIPTextModelWithProjection

@@ -42,6 +42,17 @@ def sinusoidal(numbers, dim, settings, dtype):
     return embedding.astype(dtype, copy=False)
 
 
+def for_contexts(x, like):
+    """x (B,...) n times, one after another -> (nB,...), where like is (nB,...). n = 1: x itself.
+
+    With guidance, the UNet reads every latent with n contexts. What comes before the first
+    cross-attention is computed once, and repeated where it meets what depends on the context. Of
+    contexts that cannot be shared, x stays as it is, and the attention says what it expected.
+    """
+    n, rest = divmod(len(like), len(x))
+    return x if n < 2 or rest else x[None].repeat(n, axis=0).reshape(-1, *x.shape[1:])
+
+
 class EmbeddingMLP(Sequence):
     """A two-layer perceptron with SiLU: (B,C) -> (B,E)."""
 
@@ -112,7 +123,7 @@ class ResnetBlock2D(Module):
     temb (B,E): the time embedding, added between the two; with scale_shift, it scales and shifts
     the second norm's output. The VAE has no timesteps and gives none.
     resample: a layer that changes the size before the first convolution, and that of the input, or
-    None.
+    None. temb may have fewer rows than x: see for_contexts.
     Source: He et al. 2016, arXiv:1603.05027, fig. 4e; with time: Ho et al. 2020, arXiv:2006.11239,
     appendix B; scale_shift and resample: Dhariwal & Nichol 2021, arXiv:2105.05233, section 3.
     """
@@ -145,6 +156,7 @@ class ResnetBlock2D(Module):
             h = self.norm2(h, e, tape)
         else:
             if self.time_emb_proj:
+                e = for_contexts(e, h)
                 h += e[:, None, None, :]                # in place: nothing else uses conv1's output
             h = self.norm2(h, tape)
         h = self.conv2(h, tape)

@@ -10,7 +10,18 @@ from .. import ops
 from ..backend import add_up, get_xp
 from ..configs import Config, one_of, within
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Activation, Embedding, LayerNorm, Linear, Module, Sequence
+from ..layers import (
+    NO_TAPE,
+    Activation,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Module,
+    Sequence,
+    checkpoint,
+    checkpoint_backward,
+    ends_early,
+)
 
 # Keys that transformers writes into every config: the training of a model, the texts that a
 # language model writes, the form of an output. A picture needs none of them.
@@ -90,6 +101,7 @@ class CLIPTextModel(Module):
     def forward(self, ids, tape=NO_TAPE, *, skip=0):
         return self.text_model(ids, tape, skip=skip)
 
+    @ends_early()
     def backward(self, dcontext, tape):
         self.text_model.backward(dcontext, tape)
 
@@ -118,19 +130,20 @@ class CLIPTextModelWithProjection(Module):
 
     def forward(self, ids, tape=NO_TAPE):
         context = self.text_model(ids, tape, skip=1)
-        h = self.text_model.encoder.layers[-1](context, tape)
+        h = checkpoint(self.text_model.encoder.layers[-1], tape, context)
         h = self.text_model.final_layer_norm(h, tape)
         rows = end_tokens(ids, self.end)
         tape.save(self, (h, rows))
         return context, self.text_projection(h[rows], tape)
 
+    @ends_early()
     def backward(self, dcontext, dtext_embeds, tape):
         dpooled = self.text_projection.backward(dtext_embeds, tape)
         h, rows = tape.load(self)
         dh = get_xp(h).zeros_like(h)
         dh[rows] = dpooled
         dh = self.text_model.final_layer_norm.backward(dh, tape)
-        dh = self.text_model.encoder.layers[-1].backward(dh, tape)
+        dh = checkpoint_backward(self.text_model.encoder.layers[-1], dh, tape)
         self.text_model.backward(dcontext + dh, tape)   # context was used twice: add
 
 
@@ -151,13 +164,13 @@ class CLIPTextTransformer(Module):
             layers = self.encoder.layers[:-skip]
         h = self.embeddings(ids, tape)
         for layer in layers:
-            h = layer(h, tape)
+            h = checkpoint(layer, tape, h)
         tape.save(self, layers)
         return h
 
     def backward(self, dh, tape):
         for layer in reversed(tape.load(self)):
-            dh = layer.backward(dh, tape)
+            dh = checkpoint_backward(layer, dh, tape)
         self.embeddings.backward(dh, tape)
 
 

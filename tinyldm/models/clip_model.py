@@ -15,7 +15,7 @@ from .. import ops
 from ..backend import get_xp
 from ..configs import Config, within
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Linear, Module, Parameter, check_filled
+from ..layers import NO_TAPE, Linear, Module, Parameter, check_filled, ends_early
 from .clip import TRANSFORMERS, CLIPTextProjectionConfig, CLIPTextTransformer, end_tokens
 from .clip_vision import CLIPVisionProjectionConfig, CLIPVisionTransformer
 
@@ -91,19 +91,30 @@ class CLIPModel(Module):
         self.end = text.eos_token_id
 
     def forward(self, images, ids, tape=NO_TAPE):
+        image_embeds = self.encode_image(images, tape)
+        return self.match(image_embeds, self.encode_text(ids, tape), tape)
+
+    @ends_early()
+    def backward(self, dlogits, tape):
+        dimage_embeds, dtext_embeds = self.match_backward(dlogits, tape)
+        self.encode_text_backward(dtext_embeds, tape)
+        return self.encode_image_backward(dimage_embeds, tape)
+
+    def match(self, image_embeds, text_embeds, tape=NO_TAPE):
+        """image_embeds (N,P), text_embeds (M,P), of any length -> logits (N,M)."""
         check_filled(self, self.logit_scale)
-        u, image_cache = ops.unit(self.encode_image(images, tape))       # (N,P)
-        v, text_cache = ops.unit(self.encode_text(ids, tape))            # (M,P)
+        u, image_cache = ops.unit(image_embeds)                          # (N,P)
+        v, text_cache = ops.unit(text_embeds)                            # (M,P)
         logits, cache = ops.similarity(u, v, self.logit_scale.data)
         tape.save(self, (image_cache, text_cache, cache))
         return logits
 
-    def backward(self, dlogits, tape):
+    def match_backward(self, dlogits, tape):
+        """dlogits (N,M) -> dimage_embeds (N,P), dtext_embeds (M,P)."""
         image_cache, text_cache, cache = tape.load(self)
         du, dv, dlogit_scale = ops.similarity_backward(dlogits, cache)
         self.logit_scale.add_grad(dlogit_scale)
-        self.encode_text_backward(ops.unit_backward(dv, text_cache), tape)
-        return self.encode_image_backward(ops.unit_backward(du, image_cache), tape)
+        return ops.unit_backward(du, image_cache), ops.unit_backward(dv, text_cache)
 
     def encode_image(self, images, tape=NO_TAPE):
         """images (N,H,W,3) -> image_embeds (N,P), not normalised."""

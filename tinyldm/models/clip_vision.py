@@ -14,7 +14,19 @@ from dataclasses import dataclass
 from ..backend import add_up, get_xp
 from ..configs import Config, one_of, within
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Conv2d, Embedding, LayerNorm, Linear, Module, Parameter, check_filled
+from ..layers import (
+    NO_TAPE,
+    Conv2d,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Module,
+    Parameter,
+    check_filled,
+    checkpoint,
+    checkpoint_backward,
+    ends_early,
+)
 from .clip import TRANSFORMERS, CLIPEncoder, check_heads
 
 
@@ -71,6 +83,7 @@ class CLIPVisionModel(Module):
     def forward(self, images, tape=NO_TAPE, *, skip=0):
         return self.vision_model(images, tape, skip=skip)
 
+    @ends_early()
     def backward(self, dhidden, dpooled, tape):
         return self.vision_model.backward(dhidden, dpooled, tape)
 
@@ -94,6 +107,7 @@ class CLIPVisionModelWithProjection(Module):
         hidden, pooled = self.vision_model(images, tape, skip=skip)
         return hidden, self.visual_projection(pooled, tape)
 
+    @ends_early()
     def backward(self, dhidden, dimage_embeds, tape):
         dpooled = self.visual_projection.backward(dimage_embeds, tape)
         return self.vision_model.backward(dhidden, dpooled, tape)
@@ -112,10 +126,10 @@ class CLIPVisionTransformer(Module):
         h = self.embeddings(images, tape)
         h = self.pre_layrnorm(h, tape)
         for layer in before:
-            h = layer(h, tape)
+            h = checkpoint(layer, tape, h)
         hidden = h
         for layer in after:
-            h = layer(h, tape)
+            h = checkpoint(layer, tape, h)
         tape.save(self, (h, skip))
         return hidden, self.post_layernorm(h[:, 0], tape)
 
@@ -126,11 +140,11 @@ class CLIPVisionTransformer(Module):
         dh = get_xp(h).zeros_like(h)
         dh[:, 0] = dpooled                              # only the class token was used
         for layer in reversed(after):
-            dh = layer.backward(dh, tape)
+            dh = checkpoint_backward(layer, dh, tape)
         if dhidden is not None:
             dh = dh + dhidden                           # an output, and the next layer's input: add
         for layer in reversed(before):
-            dh = layer.backward(dh, tape)
+            dh = checkpoint_backward(layer, dh, tape)
         dh = self.pre_layrnorm.backward(dh, tape)
         return self.embeddings.backward(dh, tape)
 

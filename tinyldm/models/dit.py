@@ -18,7 +18,17 @@ from .. import ops
 from ..backend import get_xp, wide
 from ..configs import Config, one_of, within
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Activation, Conv2d, Embedding, Linear, Module
+from ..layers import (
+    NO_TAPE,
+    Activation,
+    Conv2d,
+    Embedding,
+    Linear,
+    Module,
+    checkpoint,
+    checkpoint_backward,
+    ends_early,
+)
 from .blocks import Attention, FeedForward, TimestepEmbedding
 
 FREQUENCIES = 256           # numbers of the sinusoidal embedding of a timestep
@@ -133,7 +143,7 @@ class DiTTransformer2DModel(Module):
         t = t.astype(dtype, copy=False)                 # (B,256)
         h = self.pos_embed(latents, tape)               # (B,T,D)
         for block, own_labels in zip(self.transformer_blocks, block_labels):
-            h = block(h, t, own_labels, tape)
+            h = checkpoint(block, tape, h, t, own_labels)
         c = self.transformer_blocks[0].norm1.emb(t, last_labels, tape)  # (B,D), as diffusers
         shift, scale = _split(self.proj_out_1(self.act(c, tape), tape), 2)
         h, cache = ops.ada_layer_norm(h, shift, scale, EPS)
@@ -143,6 +153,7 @@ class DiTTransformer2DModel(Module):
         tape.save(self, cache)
         return y
 
+    @ends_early()
     def backward(self, dy, tape):
         dh = ops.unpatchify_backward(dy, tape.load(self))
         dh = self.proj_out_2.backward(dh, tape)
@@ -150,7 +161,7 @@ class DiTTransformer2DModel(Module):
         dc = self.proj_out_1.backward(_join(dm), tape)
         self.transformer_blocks[0].norm1.emb.backward(self.act.backward(dc, tape), tape)
         for block in reversed(self.transformer_blocks):
-            dh = block.backward(dh, tape)
+            dh = checkpoint_backward(block, dh, tape)
         return self.pos_embed.backward(dh, tape)
 
 

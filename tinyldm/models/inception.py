@@ -9,13 +9,26 @@ Source: Szegedy et al. 2015, "Rethinking the Inception Architecture for Computer
 arXiv:1512.00567, figures 5-7 and table 1; its use: Heusel et al. 2017, arXiv:1706.08500; the names
 and the weights: mseitzer/pytorch-fid, inception.py.
 """
+import numpy as np
+
 from .. import ops
-from ..backend import get_xp, wide
-from ..layers import NO_TAPE, Conv2d, Linear, Module, Parameter, Pool, Sequence, check_filled
+from ..backend import free_threads, get_xp, parallel, wide
+from ..layers import (
+    NO_TAPE,
+    Conv2d,
+    Linear,
+    Module,
+    Parameter,
+    Pool,
+    Sequence,
+    check_filled,
+    unobserved,
+)
 
 EPS = 1e-3                  # of every batch norm
 FEATURES = 64, 192, 768, 2048   # at the four places where they may be taken
 CLASSES = 1008              # and the logits are taken at the end
+SHARE = 4                   # images at a time in one thread: more would leave its cache
 
 
 class BasicConv2d(Module):
@@ -28,7 +41,8 @@ class BasicConv2d(Module):
         self.bn = BatchNormReLU(out_channels)
 
     def forward(self, x, tape=NO_TAPE):
-        return self.bn(self.conv(x, tape), tape)
+        h = self.conv(x, tape)
+        return self.bn(h, tape, out=h if unobserved(tape) else None)
 
     def backward(self, dy, tape):
         return self.conv.backward(self.bn.backward(dy, tape), tape)
@@ -45,10 +59,10 @@ class BatchNormReLU(Module):
         self.weight, self.bias = Parameter(channels), Parameter(channels)
         self.running_mean, self.running_var = Parameter(channels), Parameter(channels)
 
-    def forward(self, x, tape=NO_TAPE):
+    def forward(self, x, tape=NO_TAPE, out=None):
         for parameter in self.parameters():
             check_filled(self, parameter)
-        y, cache = ops.batch_norm_relu(x, *(p.data for p in self.parameters()), EPS)
+        y, cache = ops.batch_norm_relu(x, *(p.data for p in self.parameters()), EPS, out)
         tape.save(self, cache)
         return y
 
@@ -66,6 +80,14 @@ LARGEST = Pool("max_pool", 3, 1, (1, 1))
 HALVE = Pool("max_pool", 3, 2, (0, 0))
 
 
+def in_any_order(x, tape):
+    """Whether worker threads may share the branches or the images: on the CPU, without a tape.
+
+    Threads that share every layer instead wait for each other after each one.
+    """
+    return unobserved(tape) and get_xp(x) is np
+
+
 class SideBySide(Module):
     """Several layers on the same input; their channels are joined. (B,H,W,C) -> (B,Ho,Wo,O)."""
 
@@ -73,7 +95,10 @@ class SideBySide(Module):
         self.parts = parts                              # a tuple: the block owns their parameters
 
     def forward(self, x, tape=NO_TAPE):
-        outputs = [part(x, tape) for part in self.parts]
+        if in_any_order(x, tape):                       # the last ones take longest: they begin
+            outputs = parallel(lambda part: part(x), self.parts[::-1])[::-1]
+        else:
+            outputs = [part(x, tape) for part in self.parts]
         tape.save(self, [y.shape[-1] for y in outputs])
         return get_xp(x).concatenate(outputs, axis=-1)
 
@@ -206,6 +231,11 @@ class InceptionV3(Module):
         return [layer for stage in stages[:last + 1] for layer in stage]
 
     def forward(self, images, tape=NO_TAPE, *, features=2048):
+        if in_any_order(images, tape) and len(images) > 1 < free_threads():
+            count = max(free_threads(), -(-len(images) // SHARE))
+            shares = np.array_split(images, min(len(images), count))
+            return np.concatenate(parallel(
+                lambda share: self.forward(share, features=features), shares))
         h = images
         for layer in self.layers(features):
             h = layer(h, tape)

@@ -22,12 +22,23 @@ from .. import ops
 from ..backend import add_up, get_xp, wide
 from ..configs import Config, within
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, LayerNorm, Linear, Module, Parameter, check_filled
+from ..layers import (
+    NO_TAPE,
+    LayerNorm,
+    Linear,
+    Module,
+    Parameter,
+    check_filled,
+    checkpoint,
+    checkpoint_backward,
+    ends_early,
+)
 from .blocks import Attention, EmbeddingMLP, FeedForward
 
 EPS = 1e-5                  # of every norm
 FURTHER = 4                 # tokens after those of the text
 HIDDEN = -10000.0           # added to the score of what a token must not see
+PriorGradients = namedtuple("PriorGradients", "latents text_embeds context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +129,14 @@ class PriorTransformer(Module):
         h = self.encoder_hidden_states_proj(context, tape)                          # (B,M,D)
         h = xp.concatenate([h, text[:, None], time[:, None], noisy[:, None], query], axis=1)
         h += self.positional_embedding.data             # (B,M+4,D); in place: nothing else uses it
+        tape.save(self, None)                           # the two embeddings need no cache
         scores = None if mask is None else hidden(mask, M + FURTHER, wide(dtype))
         for block in self.transformer_blocks:
-            h = block(h, tape, mask=scores)
+            h = checkpoint(block, tape, h, mask=scores)
         h = self.norm_out(h[:, -1], tape)               # (B,D): only the query's output is read
         return self.proj_to_clip_embeddings(h, tape)
 
+    @ends_early(PriorGradients(None, None, None))
     def backward(self, dy, tape):
         dlast = self.proj_to_clip_embeddings.backward(dy, tape)
         dlast = self.norm_out.backward(dlast, tape)                                 # (B,D)
@@ -131,7 +144,8 @@ class PriorTransformer(Module):
         dh = get_xp(dlast).zeros((len(dlast), N, dlast.shape[1]), dlast.dtype)
         dh[:, -1] = dlast
         for block in reversed(self.transformer_blocks):
-            dh = block.backward(dh, tape)
+            dh = checkpoint_backward(block, dh, tape)
+        tape.load(self)
         dpositions = add_up(dh, axis=0)[None]           # undoes the broadcast over the batch
         self.positional_embedding.add_grad(dpositions)
         self.prd_embedding.add_grad(dpositions[:, -1:])
@@ -149,15 +163,13 @@ class PriorTransformer(Module):
         tape.save(self, cache)
         return y
 
+    @ends_early()
     def post_process_latents_backward(self, dy, tape):
         """dy (B,C) -> dlatents (B,C)."""
         dlatents, dstd, dmean = ops.scale_shift_backward(dy, tape.load(self))
         self.clip_std.add_grad(dstd)
         self.clip_mean.add_grad(dmean)
         return dlatents
-
-
-PriorGradients = namedtuple("PriorGradients", "latents text_embeds context")
 
 
 def hidden(mask, N, dtype):

@@ -31,6 +31,9 @@ from ..layers import (
     LayerNorm,
     Linear,
     Module,
+    checkpoint,
+    checkpoint_backward,
+    ends_early,
 )
 from .blocks import (
     CLASS_EMBEDDINGS,
@@ -43,6 +46,7 @@ from .blocks import (
     Upsample2D,
     check_condition,
     check_groups,
+    for_contexts,
     sinusoidal,
 )
 
@@ -145,12 +149,27 @@ class UNetConfig(Config):
                 for width, layers, has_attention, *row in zip(*columns, strict=True)]
 
 
+class UNetGradients(namedtuple("UNetGradients", "latents context")):
+    """What the UNet's backward returns, whatever its config: dlatents, dcontext = gradients.
+
+    Attributes for the conditions that only some models take, else None: timestep_cond, text_embeds,
+    class_labels.
+    """
+
+    timestep_cond = text_embeds = class_labels = None
+
+
 class UNet2DConditionModel(Module):
     """config: the dict of the public unet/config.json; settings: the same as a UNetConfig.
 
     forward: latents (B,H,W,4), timesteps (B,) in [0, 1000), context (B,M,D) -> model_output
     (B,H,W,4), the noise, or what else the model was trained to predict.
-    backward: dy (B,H,W,4) -> UNetGradients: dlatents (B,H,W,4), dcontext (B,M,D).
+    backward: dy (B,H,W,4) -> UNetGradients: dlatents (B,H,W,4), dcontext (B,M,D). Both are None
+    where it ended early, on a tape with only_trained.
+
+    Without a tape, context may have nB rows for B latents, such as the two of guidance:
+    (nB,M,D) -> (nB,H,W,4), all latents for the first n-th of the contexts, then again for the next.
+    Up to the first cross-attention, every context has the same maps, which are computed once.
 
     Some models take more conditions, which change the time embedding. Latent Consistency Models:
     timestep_cond (B,256), a sinusoidal embedding of the guidance scale (Luo et al. 2023,
@@ -209,6 +228,9 @@ class UNet2DConditionModel(Module):
         assert hasattr(latents, "astype"), (
             f"latents must be an array, not a {type(latents).__name__}: use .numpy() of a tensor")
         settings, dtype = self.settings, latents.dtype
+        assert tape is NO_TAPE or len(context) == len(latents), (
+            f"with a tape, each of the {len(latents)} latents needs one context, "
+            f"not {len(context)}: backward does not add up their gradients")
         assert getattr(timesteps, "shape", None) == latents.shape[:1], (
             f"timesteps must be an array of shape {latents.shape[:1]}, one for each of the "
             f"latents, not {timesteps!r}")
@@ -241,6 +263,7 @@ class UNet2DConditionModel(Module):
         h = self.conv_norm_out(h, tape)
         return self.conv_out(h, tape)
 
+    @ends_early(UNetGradients(None, None))
     def backward(self, dy, tape):
         dh = self.conv_out.backward(dy, tape)
         dh = self.conv_norm_out.backward(dh, tape)
@@ -265,16 +288,6 @@ class UNet2DConditionModel(Module):
         return result
 
 
-class UNetGradients(namedtuple("UNetGradients", "latents context")):
-    """What the UNet's backward returns, whatever its config: dlatents, dcontext = gradients.
-
-    Attributes for the conditions that only some models take, else None: timestep_cond, text_embeds,
-    class_labels.
-    """
-
-    timestep_cond = text_embeds = class_labels = None
-
-
 class DownBlock2D(Module):
     """One level of the way down. Every output is pushed on the skips.
 
@@ -290,9 +303,9 @@ class DownBlock2D(Module):
 
     def forward(self, h, temb, context, skips, tape=NO_TAPE):
         for i, resnet in enumerate(self.resnets):
-            h = resnet(h, tape, temb=temb)
+            h = checkpoint(resnet, tape, h, temb=temb)
             if self.attentions:
-                h = self.attentions[i](h, context, tape)
+                h = checkpoint(self.attentions[i], tape, h, context)
             skips.append(h)
         for downsampler in self.downsamplers:
             h = downsampler(h, tape)
@@ -306,9 +319,9 @@ class DownBlock2D(Module):
         for i, resnet in reversed(list(enumerate(self.resnets))):
             dh = dh + grads.skips.pop()
             if self.attentions:
-                dh, dcontext = self.attentions[i].backward(dh, tape)
+                dh, dcontext = checkpoint_backward(self.attentions[i], dh, tape)
                 grads.context = grads.context + dcontext
-            dh, dtemb = resnet.backward(dh, tape)
+            dh, dtemb = checkpoint_backward(resnet, dh, tape)
             grads.temb = grads.temb + dtemb
         return dh
 
@@ -331,11 +344,11 @@ class UpBlock2D(Module):
 
     def forward(self, h, temb, context, skips, tape=NO_TAPE):
         for i, resnet in enumerate(self.resnets):
-            h, cache = ops.concat(h, skips.pop())
+            h, cache = ops.concat(h, for_contexts(skips.pop(), h))
             tape.save(self, cache)
-            h = resnet(h, tape, temb=temb)
+            h = checkpoint(resnet, tape, h, temb=temb)
             if self.attentions:
-                h = self.attentions[i](h, context, tape)
+                h = checkpoint(self.attentions[i], tape, h, context)
         for upsampler in self.upsamplers:               # to the size of the next skip
             h = upsampler(h, tape, size=skips[-1].shape[1:3])
         return h
@@ -345,9 +358,9 @@ class UpBlock2D(Module):
             dh = upsampler.backward(dh, tape)
         for i, resnet in reversed(list(enumerate(self.resnets))):
             if self.attentions:
-                dh, dcontext = self.attentions[i].backward(dh, tape)
+                dh, dcontext = checkpoint_backward(self.attentions[i], dh, tape)
                 grads.context = grads.context + dcontext
-            dh, dtemb = resnet.backward(dh, tape)
+            dh, dtemb = checkpoint_backward(resnet, dh, tape)
             grads.temb = grads.temb + dtemb
             dh, dskip = ops.concat_backward(dh, tape.load(self))
             grads.skips.append(dskip)
@@ -363,14 +376,14 @@ class UNetMidBlock2D(Module):
         self.attentions = _transformers(1, channels, num_groups, transformer)
 
     def forward(self, h, temb, context, tape=NO_TAPE):
-        h = self.resnets[0](h, tape, temb=temb)
-        h = self.attentions[0](h, context, tape)
-        return self.resnets[1](h, tape, temb=temb)
+        h = checkpoint(self.resnets[0], tape, h, temb=temb)
+        h = checkpoint(self.attentions[0], tape, h, context)
+        return checkpoint(self.resnets[1], tape, h, temb=temb)
 
     def backward(self, dh, grads, tape):
-        dh, dtemb1 = self.resnets[1].backward(dh, tape)
-        dh, dcontext = self.attentions[0].backward(dh, tape)
-        dh, dtemb0 = self.resnets[0].backward(dh, tape)
+        dh, dtemb1 = checkpoint_backward(self.resnets[1], dh, tape)
+        dh, dcontext = checkpoint_backward(self.attentions[0], dh, tape)
+        dh, dtemb0 = checkpoint_backward(self.resnets[0], dh, tape)
         grads.temb = grads.temb + dtemb1 + dtemb0
         grads.context = grads.context + dcontext
         return dh
@@ -399,12 +412,13 @@ class Transformer2DModel(Module):
         self.transformer_blocks = [BasicTransformerBlock(C, D, num_heads, only_cross_attention)
                                    for _ in range(num_layers)]
 
-    def forward(self, x, context, tape=NO_TAPE):        # (B,H,W,C), (B,M,D) -> (B,H,W,C)
+    def forward(self, x, context, tape=NO_TAPE):        # (B,H,W,C), (nB,M,D) -> (nB,H,W,C)
         B, _, _, C = x.shape
         h = self.norm(x, tape)
         h = self.proj_in(h, tape).reshape(B, -1, C)     # (B,N,C)
         for block in self.transformer_blocks:
             h = block(h, context, tape)
+        x = for_contexts(x, h)
         return x + self.proj_out(h.reshape(x.shape), tape)
 
     def backward(self, dy, tape):                       # -> (B,H,W,C), (B,M,D)
@@ -435,9 +449,12 @@ class BasicTransformerBlock(Module):
         self.norm3 = LayerNorm(channels, 1e-5)
         self.ff = FeedForward(channels)
 
-    def forward(self, x, context, tape=NO_TAPE):        # (B,N,C), (B,M,D) -> (B,N,C)
+    def forward(self, x, context, tape=NO_TAPE):        # (B,N,C), (nB,M,D) -> (nB,N,C)
+        if self.only_cross_attention:
+            x = for_contexts(x, context)
         h = self.norm1(x, tape)
         x = x + self.attn1(h, context if self.only_cross_attention else h, tape)
+        x = for_contexts(x, context)
         h = self.norm2(x, tape)
         x = x + self.attn2(h, context, tape)
         h = self.norm3(x, tape)

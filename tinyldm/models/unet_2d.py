@@ -24,7 +24,17 @@ from types import SimpleNamespace
 from .. import ops
 from ..configs import Config, one_of, within
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Conv2d, DownsampleAverage, GroupNormSiLU, Module, Upsample
+from ..layers import (
+    NO_TAPE,
+    Conv2d,
+    DownsampleAverage,
+    GroupNormSiLU,
+    Module,
+    Upsample,
+    checkpoint,
+    checkpoint_backward,
+    ends_early,
+)
 from .blocks import (
     ClassEmbedding,
     Downsample2D,
@@ -191,6 +201,7 @@ class UNet2DModel(Module):
         h = self.conv_norm_out(h, tape)
         return self.conv_out(h, tape)
 
+    @ends_early(UNet2DGradients(None, None))
     def backward(self, dy, tape):
         dh = self.conv_out.backward(dy, tape)
         dh = self.conv_norm_out.backward(dh, tape)
@@ -332,15 +343,22 @@ def _pairs(block):
 
 def _forward(layers, h, temb, tape):
     for layer in layers:
-        h = layer(h, tape, temb=temb) if isinstance(layer, ResnetBlock2D) else layer(h, tape)
+        if isinstance(layer, ResnetBlock2D):
+            h = checkpoint(layer, tape, h, temb=temb)
+        elif isinstance(layer, SpatialAttention):
+            h = checkpoint(layer, tape, h)
+        else:
+            h = layer(h, tape)
     return h
 
 
 def _backward(layers, dh, grads, tape):
     for layer in reversed(layers):
         if isinstance(layer, ResnetBlock2D):
-            dh, dtemb = layer.backward(dh, tape)
+            dh, dtemb = checkpoint_backward(layer, dh, tape)
             grads.temb = grads.temb + dtemb
+        elif isinstance(layer, SpatialAttention):
+            dh = checkpoint_backward(layer, dh, tape)
         else:
             dh = layer.backward(dh, tape)
     return dh

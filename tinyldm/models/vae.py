@@ -10,9 +10,18 @@ from dataclasses import dataclass
 
 from .. import ops
 from ..backend import get_xp
-from ..configs import Config, one_of, within
+from ..configs import Config, one_of, sides, within
 from ..errors import TinyldmError
-from ..layers import NO_TAPE, Conv2d, GroupNormSiLU, Module, Sequence
+from ..layers import (
+    NO_TAPE,
+    Conv2d,
+    GroupNormSiLU,
+    Module,
+    Sequence,
+    checkpoint,
+    checkpoint_backward,
+    ends_early,
+)
 from .blocks import Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D, check_groups
 
 EPS = 1e-6      # every norm of the VAE; the UNet's residual blocks use 1e-5
@@ -84,8 +93,7 @@ class AutoencoderKL(Module):
         self.post_quant_conv = Conv2d(C, C, 1)
         self.scaling_factor = settings.scaling_factor
         self.vae_scale_factor = 2 ** (len(settings.block_out_channels) - 1)
-        side = min(size) if isinstance(size, (list, tuple)) else size
-        self.tile = max(1, side // self.vae_scale_factor)               # its side, in latents
+        self.tile = max(1, min(sides(size)) // self.vae_scale_factor)   # its side, in latents
 
     def to_latents(self, z):
         """z (B,h,w,C) -> latents (z - latents_mean) * scaling_factor / latents_std, for the UNet.
@@ -120,6 +128,7 @@ class AutoencoderKL(Module):
         tape.save(self, inside)
         return mean, logvar.clip(-30, 20)
 
+    @ends_early()
     def encode_backward(self, dmean, dlogvar, tape):    # -> dimages (B,H,W,3)
         dlogvar = dlogvar * tape.load(self)             # no gradient where it was clipped
         dmoments = ops.split_backward((dmean, dlogvar), None)
@@ -130,6 +139,7 @@ class AutoencoderKL(Module):
         h = self.post_quant_conv(z, tape)
         return self.decoder(h, tape)
 
+    @ends_early()
     def decode_backward(self, dimages, tape):           # -> dz (B,h,w,4)
         dh = self.decoder.backward(dimages, tape)
         return self.post_quant_conv.backward(dh, tape)
@@ -237,7 +247,9 @@ class ResampleBlock2D(Module):
         self.upsamplers = [Upsample2D(out_channels)] if up else []
 
     def forward(self, h, tape=NO_TAPE):                 # (B,H,W,C) -> (B,H',W',C')
-        for layer in self.resnets + self.downsamplers + self.upsamplers:
+        for resnet in self.resnets:
+            h = checkpoint(resnet, tape, h)
+        for layer in self.downsamplers + self.upsamplers:
             h = layer(h, tape)
         return h
 
@@ -245,7 +257,7 @@ class ResampleBlock2D(Module):
         for layer in self.upsamplers + self.downsamplers:
             dh = layer.backward(dh, tape)
         for resnet in reversed(self.resnets):
-            dh, _ = resnet.backward(dh, tape)
+            dh, _ = checkpoint_backward(resnet, dh, tape)
         return dh
 
 
@@ -257,12 +269,12 @@ class MidBlock2D(Module):
         self.attentions = [SpatialAttention(channels, groups, EPS)]
 
     def forward(self, h, tape=NO_TAPE):                 # (B,H,W,C) -> (B,H,W,C)
-        h = self.resnets[0](h, tape)
-        h = self.attentions[0](h, tape)
-        return self.resnets[1](h, tape)
+        h = checkpoint(self.resnets[0], tape, h)
+        h = checkpoint(self.attentions[0], tape, h)
+        return checkpoint(self.resnets[1], tape, h)
 
     def backward(self, dh, tape):
-        dh, _ = self.resnets[1].backward(dh, tape)
-        dh = self.attentions[0].backward(dh, tape)
-        dh, _ = self.resnets[0].backward(dh, tape)
+        dh, _ = checkpoint_backward(self.resnets[1], dh, tape)
+        dh = checkpoint_backward(self.attentions[0], dh, tape)
+        dh, _ = checkpoint_backward(self.resnets[0], dh, tape)
         return dh

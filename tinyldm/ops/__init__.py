@@ -16,10 +16,12 @@ arguments. A cache holds only inputs and small statistics; what is cheap is comp
 # ruff: noqa: I001 (each op beside its backward)
 from .activation import (
     geglu, geglu_backward, gelu, gelu_backward, gelu_tanh, gelu_tanh_backward,
+    leaky_relu, leaky_relu_backward,
     quick_gelu, quick_gelu_backward, silu, silu_backward, softmax, softmax_backward)
 from .attention import attention, attention_backward
 from .conv import (
-    conv2d, conv2d_backward, downsample_average, downsample_average_backward,
+    conv2d, conv2d_backward, conv2d_input_backward,
+    downsample_average, downsample_average_backward, resize_bilinear, resize_bilinear_backward,
     upsample_bilinear, upsample_bilinear_backward, upsample_nearest, upsample_nearest_backward)
 from .embedding import (
     embedding, embedding_backward, timestep_embedding, timestep_embedding_backward)
@@ -27,16 +29,18 @@ from .gaussian import (
     discretized_log_likelihood, discretized_log_likelihood_backward,
     gaussian_kl, gaussian_kl_backward)
 from .linear import (
-    linear, linear_backward, scale_shift, scale_shift_backward, similarity, similarity_backward)
+    linear, linear_backward, linear_input_backward, scale_shift, scale_shift_backward,
+    similarity, similarity_backward)
 from .loss import (
     contrastive, contrastive_backward,
-    cross_entropy, cross_entropy_backward, kl_normal, kl_normal_backward,
+    cross_entropy, cross_entropy_backward, hinge, hinge_backward, kl_normal, kl_normal_backward,
     l1, l1_backward, mse, mse_backward)
 from .modulation import (
     ada_group_norm_silu, ada_group_norm_silu_backward, ada_layer_norm, ada_layer_norm_backward,
     add_gated, add_gated_backward)
 from .norm import (
-    batch_norm_relu, batch_norm_relu_backward, group_norm, group_norm_backward,
+    batch_norm, batch_norm_backward, batch_norm_relu, batch_norm_relu_backward,
+    group_norm, group_norm_backward,
     group_norm_silu, group_norm_silu_backward, layer_norm, layer_norm_backward,
     unit, unit_backward)
 from .pool import average_pool, average_pool_backward, max_pool, max_pool_backward

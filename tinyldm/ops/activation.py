@@ -34,6 +34,21 @@ def silu_backward(dy, x):
     return (dy * s * (1 + x * (1 - s))).astype(x.dtype, copy=False)
 
 
+def leaky_relu(x, slope=0.2):
+    """y = x where x > 0, else slope * x, elementwise. 0 < slope < 1: no number's gradient is 0.
+
+    Source: Maas, Hannun & Ng 2013, "Rectifier Nonlinearities Improve Neural Network Acoustic
+    Models", section 2; slope 0.2: Radford, Metz & Chintala 2015, arXiv:1511.06434, section 3.
+    """
+    return get_xp(x).maximum(x, slope * x), (x, slope)
+
+
+def leaky_relu_backward(dy, cache):
+    """dx = dy where x > 0, else slope * dy."""
+    x, slope = cache
+    return get_xp(x).where(x > 0, dy, slope * dy)
+
+
 def _normal_cdf(x):                                     # float16 x -> float32
     return 0.5 * (1 + erf(widen(x) * math.sqrt(0.5)))
 

@@ -56,20 +56,26 @@ def conv2d_backward(dy, cache):
     """
     x, weight, stride, padding = cache
     *kernel, C, O = weight.shape
-    rows = dy.reshape(-1, O)
-    dbias = add_up(rows, axis=0)
-    xp = get_xp(x)
-    x_padded = _pad(x, padding)
-    dx_padded = xp.zeros_like(x_padded, wide(x.dtype))
+    rows, xp = dy.reshape(-1, O), get_xp(x)
+    dx = conv2d_input_backward(dy, weight, x.shape, stride, padding)
     dweight = xp.empty_like(weight, xp.promote_types(x.dtype, weight.dtype))
-    x_taps = _taps(x_padded, kernel, stride, *dy.shape[1:3])
-    dx_taps = _taps(dx_padded, kernel, stride, *dy.shape[1:3])          # views into dx_padded
-    for (i, j, x_tap), (_, _, dx_tap) in zip(x_taps, dx_taps):
+    for i, j, x_tap in _taps(_pad(x, padding), kernel, stride, *dy.shape[1:3]):
         dweight[i, j] = x_tap.reshape(-1, C).T @ rows                   # (C,R) @ (R,O)
-        dx_tap += (rows @ weight[i, j].T).reshape(x_tap.shape)          # (R,O) @ (O,C)
-    (top, _), (left, _) = sides(padding)
-    dx = dx_padded[:, top:top + x.shape[1], left:left + x.shape[2]]
-    return dx.astype(x.dtype, copy=False), dweight, dbias
+    return dx.astype(x.dtype, copy=False), dweight, add_up(rows, axis=0)
+
+
+@fast_twin(cpu=conv.conv2d_input_backward)
+def conv2d_input_backward(dy, weight, shape, stride=1, padding=(0, 0)):
+    """dy (B,Ho,Wo,O), weight (K,L,C,O), shape (B,H,W,C) of x -> dx (B,H,W,C) alone.
+
+    It does not depend on x.
+    """
+    (B, H, W, C), (rows, columns) = shape, sides(padding)
+    dx = get_xp(dy).zeros((B, H + sum(rows), W + sum(columns), C), wide(dy.dtype))
+    for i, j, dx_tap in _taps(dx, weight.shape[:2], stride, *dy.shape[1:3]):        # views into dx
+        dx_tap += (dy.reshape(-1, dy.shape[-1]) @ weight[i, j].T).reshape(dx_tap.shape)
+    dx = dx[:, rows[0]:rows[0] + H, columns[0]:columns[0] + W]
+    return dx.astype(dy.dtype, copy=False)
 
 
 @fast_twin(cpu=conv.upsample_nearest)
@@ -112,6 +118,33 @@ def upsample_bilinear_backward(dy, cache):
     """dy (B,Ho,Wo,C) -> dx (B,H,W,C) = R^T dy C: each pixel gets from the new ones it is in."""
     rows, columns = cache
     return _along(_along(dy, 2, columns.T), 1, rows.T)
+
+
+def resize_bilinear(x, size):
+    """Resize a map by weighted means of neighbouring pixels, with no jagged edges.
+
+        y = R x C^T,   R[i,j] ~ max(0, 1 - abs(j + 1/2 - (i + 1/2) H / Ho) / max(1, H / Ho))
+
+    and C the same of W; each row of R and of C sums to 1. x (B,H,W,C), size = (Ho, Wo) ->
+    y (B,Ho,Wo,C). The mean is over the pixels that a new one covers, or of the two nearest ones
+    ("antialias" elsewhere). Unlike upsample_bilinear, pixels are squares: the edges stay in place.
+    """
+    rows, columns = _means(x, size[0], x.shape[1]), _means(x, size[1], x.shape[2])
+    return _along(_along(x, 1, rows), 2, columns), (rows, columns)
+
+
+def resize_bilinear_backward(dy, cache):
+    """dy (B,Ho,Wo,C) -> dx (B,H,W,C) = R^T dy C, as in upsample_bilinear_backward."""
+    return upsample_bilinear_backward(dy, cache)
+
+
+def _means(like, new, old):
+    """(new,old): the weights of the old pixels in each new one."""
+    xp, scale = get_xp(like), old / new
+    middles = (xp.arange(new) + 0.5) * scale
+    distance = abs(xp.arange(old) + 0.5 - middles[:, None])
+    weights = (1 - distance / max(1, scale)).clip(0, None)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(like.dtype)
 
 
 def _lines(like, new, old):

@@ -26,9 +26,15 @@ def linear_backward(dy, cache):
     """
     x, weight = cache
     rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx = rows @ weight                                                   # (R, out) @ (out, in)
     dweight = rows.T @ inputs                                            # (out, R) @ (R, in)
-    return dx.reshape(x.shape), dweight, add_up(rows, axis=0)
+    return linear_input_backward(dy, weight), dweight, add_up(rows, axis=0)
+
+
+@fast_twin(cpu=product.linear_input_backward)
+def linear_input_backward(dy, weight):
+    """dy (..., out), weight (out, in) -> dx (..., in) alone, which does not depend on x."""
+    dx = dy.reshape(-1, dy.shape[-1]) @ weight                           # (R, out) @ (out, in)
+    return dx.reshape(*dy.shape[:-1], weight.shape[1])
 
 
 def scale_shift(x, scale, shift):

@@ -35,6 +35,26 @@ def l1_backward(dloss, difference):
     return dprediction, -dprediction
 
 
+def hinge(real, fake):
+    """A discriminator's loss: real pictures should get more than 1, made ones less than -1.
+
+        loss = (mean(max(0, 1 - real)) + mean(max(0, 1 + fake))) / 2
+
+    real, fake: its answers, of any shape. What is beyond 1 or -1 counts no more.
+    Source: Lim & Ye 2017, "Geometric GAN", arXiv:1705.02894, eq. 18; the half: Esser, Rombach &
+    Ommer 2020, "Taming Transformers", arXiv:2012.09841, in their code.
+    """
+    loss = sum(widen(1 - sign * x).clip(0, None).mean() for x, sign in ((real, 1), (fake, -1)))
+    return loss / 2, (real, fake)
+
+
+def hinge_backward(dloss, cache):
+    """-> dreal = -dloss / 2 size where real < 1, else 0;  dfake = dloss / 2 size where fake > -1.
+    """
+    return tuple(((sign * x < 1) * (-sign * dloss / (2 * x.size))).astype(x.dtype, copy=False)
+                 for x, sign in zip(cache, (1, -1)))
+
+
 def kl_normal(mean, logvar):
     """KL divergence of a diagonal Gaussian from the standard normal distribution.
 

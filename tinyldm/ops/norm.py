@@ -1,9 +1,11 @@
-"""Normalisation: group norm (images), group norm followed by SiLU, layer norm (tokens), and batch
-norm followed by ReLU, with the statistics of the data that the network was trained on; and vectors
-of length 1 (embeddings)."""
+"""Normalisation: group norm (images), group norm followed by SiLU, layer norm (tokens); batch norm,
+as it is while a network trains, and as it is afterwards, with the statistics of the training data
+and followed by ReLU; and vectors of length 1 (embeddings)."""
 from ..backend import add_up, fast_twin, get_xp, widen
 from ..kernels import cuda, norm
 from .activation import silu, silu_backward
+
+NO_SUMS = None, None        # in place of the gradients of a frozen weight and bias
 
 
 @fast_twin(cpu=norm.group_norm, gpu=cuda.group_norm)
@@ -32,8 +34,8 @@ def _normalise(x, mean, rstd):
 
 
 @fast_twin(cpu=norm.group_norm_backward)
-def group_norm_backward(dy, cache):
-    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,).
+def group_norm_backward(dy, cache, frozen=False):
+    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
 
     With n the normalised x and g = weight * dy, per group:
 
@@ -45,19 +47,18 @@ def group_norm_backward(dy, cache):
     B, C, G = x.shape[0], x.shape[-1], mean.shape[2]
     dy = widen(dy)
     n = _normalise(x, mean, rstd).reshape(B, -1, G, C // G)              # (B,N,G,C/G)
-    pixels = tuple(range(x.ndim - 1))
-    dweight = (dy * n.reshape(x.shape)).sum(axis=pixels)
-    dbias = dy.sum(axis=pixels)
     g = (dy * weight).reshape(n.shape)
     dx = rstd * (g - g.mean(axis=(1, 3), keepdims=True)
                  - n * (g * n).mean(axis=(1, 3), keepdims=True))
-    return _as_given(dx.reshape(x.shape), dweight, dbias, x, weight)
+    dx = dx.reshape(x.shape).astype(x.dtype, copy=False)
+    return dx, *(NO_SUMS if frozen else _sums(dy, n.reshape(x.shape), weight))
 
 
-def _as_given(dx, dweight, dbias, x, weight):
-    """Convert the gradients, computed in float32, to the dtype of their arrays."""
-    return (dx.astype(x.dtype, copy=False), dweight.astype(weight.dtype, copy=False),
-            dbias.astype(weight.dtype, copy=False))
+def _sums(dy, n, weight):
+    """dweight = sum(dy * n), dbias = sum(dy), over all axes except the last; in weight's dtype."""
+    axes = tuple(range(dy.ndim - 1))
+    return ((dy * n).sum(axis=axes).astype(weight.dtype, copy=False),
+            dy.sum(axis=axes).astype(weight.dtype, copy=False))
 
 
 @fast_twin(cpu=norm.group_norm_silu, gpu=cuda.group_norm_silu)
@@ -71,15 +72,15 @@ def group_norm_silu(x, weight, bias, num_groups, eps):
 
 
 @fast_twin(cpu=norm.group_norm_silu_backward)
-def group_norm_silu_backward(dy, cache):
-    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,).
+def group_norm_silu_backward(dy, cache, frozen=False):
+    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
 
     Computes the norm's output again, then goes back through SiLU and norm.
     """
     bias, norm_cache = cache
     x, weight, mean, rstd = norm_cache
     h = _normalise(x, mean, rstd) * weight + bias
-    return group_norm_backward(silu_backward(dy, h), norm_cache)
+    return group_norm_backward(silu_backward(dy, h), norm_cache, frozen)
 
 
 @fast_twin(cpu=norm.layer_norm, gpu=cuda.layer_norm)
@@ -97,35 +98,65 @@ def layer_norm(x, weight, bias, eps):
 
 
 @fast_twin(cpu=norm.layer_norm_backward)
-def layer_norm_backward(dy, cache):
-    """dy (...,C) -> dx (...,C), dweight (C,), dbias (C,).
+def layer_norm_backward(dy, cache, frozen=False):
+    """dy (...,C) -> dx (...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
 
     Per token, with g = weight * dy, as in group_norm_backward:
 
         dx = rstd * (g - mean(g) - n * mean(g * n))
     """
     x, weight, mean, rstd = cache
-    tokens = tuple(range(x.ndim - 1))
     dy = widen(dy)
     n = (x - mean) * rstd
     g = dy * weight
     dx = rstd * (g - g.mean(axis=-1, keepdims=True) - n * (g * n).mean(axis=-1, keepdims=True))
-    return _as_given(dx, (dy * n).sum(axis=tokens), dy.sum(axis=tokens), x, weight)
+    return dx.astype(x.dtype, copy=False), *(NO_SUMS if frozen else _sums(dy, n, weight))
+
+
+def batch_norm(x, weight, bias, eps):
+    """Normalise each channel over the batch to mean 0 and variance 1, then scale and shift it.
+
+        y = weight * (x - mean) * rstd + bias,    rstd = 1 / sqrt(var + eps)
+
+    x (B,...,C), weight (C,), bias (C,) -> y (B,...,C). Mean and variance are over all samples and
+    all pixels, as while a network trains, so one sample's y depends on the others.
+    Source: Ioffe & Szegedy 2015, "Batch Normalization", arXiv:1502.03167, algorithm 1.
+    """
+    wide, axes = widen(x), tuple(range(x.ndim - 1))
+    mean = wide.mean(axis=axes)                                          # (C,)
+    rstd = (wide.var(axis=axes) + eps) ** -0.5
+    y = ((wide - mean) * rstd * weight + bias).astype(x.dtype, copy=False)
+    return y, (x, weight, mean, rstd)
+
+
+def batch_norm_backward(dy, cache, frozen=False):
+    """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
+
+    Per channel, with g = weight * dy, as in group_norm_backward:
+
+        dx = rstd * (g - mean(g) - n * mean(g * n))
+    """
+    x, weight, mean, rstd = cache
+    dy, axes = widen(dy), tuple(range(x.ndim - 1))
+    n, g = (x - mean) * rstd, dy * weight
+    dx = rstd * (g - g.mean(axis=axes) - n * (g * n).mean(axis=axes))
+    return dx.astype(x.dtype, copy=False), *(NO_SUMS if frozen else _sums(dy, n, weight))
 
 
 @fast_twin(cpu=norm.batch_norm_relu)
-def batch_norm_relu(x, weight, bias, mean, var, eps):
+def batch_norm_relu(x, weight, bias, mean, var, eps, out=None):
     """Normalise each channel with running statistics, scale and shift it; then cut at zero.
 
         y = max(weight * (x - mean) * rstd + bias, 0),    rstd = 1 / sqrt(var + eps)
 
     x (...,C), weight, bias, mean, var (C,) -> y (...,C). mean and var are constants here, as they
     are when a trained network is used: averages over its training data, stored with the weights. So
-    each channel of each pixel is a number times x plus a number.
+    each channel of each pixel is a number times x plus a number. out: an array for y; it may be x
+    itself if no backward follows.
     Source: Ioffe & Szegedy 2015, "Batch Normalization", arXiv:1502.03167, algorithm 2, line 11.
     """
     scale, shift = _scale_and_shift(weight, bias, mean, var, eps)
-    y = get_xp(x).maximum(widen(x) * scale + shift, 0).astype(x.dtype, copy=False)
+    y = get_xp(x).maximum(widen(x) * scale + shift, 0, out=out).astype(x.dtype, copy=False)
     return y, (x, weight, bias, mean, var, eps)
 
 

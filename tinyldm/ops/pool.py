@@ -2,7 +2,8 @@
 
 Both work along the rows first, then along the columns: 2K numbers per window instead of K*K.
 """
-from ..backend import get_xp, wide, widen
+from ..backend import fast_twin, get_xp, wide, widen
+from ..kernels import pool
 
 
 def _windows(x, K, stride, axis, size):
@@ -54,6 +55,7 @@ def max_pool_backward(dy, cache):
     return dx.astype(x.dtype, copy=False)
 
 
+@fast_twin(cpu=pool.average_pool)
 def average_pool(x, K, stride=1, padding=(0, 0)):
     """y[b,h,w] = the average of those of the K x K numbers of a channel that lie inside the map.
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from .. import ops
 from ..backend import is_finite
+from ..configs import sides
 from ..diffusion.samplers import (
     SAMPLERS,
     check_sampler,
@@ -40,11 +41,10 @@ from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..images import Pictures, from_pil
-from .conditioning import Conditioner
 from .finite import finite_states
 from .interpolation import ends, lerp, mixed
 from .parts import check_unet
-from .pipeline import Pipeline, read_tokenizers
+from .pipeline import read_tokenizers
 from .predictor import Predictor
 from .request import (
     MOST_STEPS,
@@ -55,6 +55,7 @@ from .request import (
     takes,
     whole,
 )
+from .text_pipeline import TextPipeline
 
 STEPS, GUIDANCE = 50, 7.0
 THRESHOLDING = "none", "static", "dynamic"
@@ -163,7 +164,7 @@ class Stage(NamedTuple):
         return finite_states(states, predict)
 
 
-class Cascade(Pipeline):
+class Cascade(TextPipeline):
     """A tokenizer, a text encoder, two UNets and three noise schedules that belong together.
 
     unet, scheduler: of the base; the dict of a scheduler_config.json, whose class is the default
@@ -228,7 +229,7 @@ class Cascade(Pipeline):
         done, T = super().complete(request), self.low_res_schedule.num_train_timesteps
         steps, own = request.super_res_steps, request.super_res_guidance_scale
         steps = done.num_inference_steps if steps is None else steps
-        self.super_res_schedule.check_steps(steps)
+        self.super_res_schedule.check_steps(steps, "super_res_steps")
         level = T // 10 if request.noise_level is None else request.noise_level
         check_whole("noise_level", level, 0, T - 1)
         sampler = request.super_res_sampler or request.sampler
@@ -336,16 +337,7 @@ class Cascade(Pipeline):
         if size is None:
             raise TinyldmError("the UNet's sample_size, the size of its pictures in pixels, is "
                                "null: expected a number")
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return width, height
-
-    @property
-    def _readers(self):
-        return [(self.tokenizer, self.text_encoder)]
-
-    @property
-    def _conditioner(self):
-        return Conditioner(self._readers, None, False)
+        return sides(size)[::-1]
 
     @property
     def models_in_order(self):
@@ -356,11 +348,6 @@ class Cascade(Pipeline):
     def models(self):
         """{name of the part: model}."""
         return {"text_encoder": self.text_encoder, "unet": self.unet, "super_res": self.super_res}
-
-    @property
-    def tokenizers(self):
-        """{part: Tokenizer}."""
-        return {"tokenizer": self.tokenizer}
 
     @property
     def schedulers(self):

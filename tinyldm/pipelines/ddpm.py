@@ -1,33 +1,39 @@
 """DDPM: a seed in, a picture out. No prompt and no VAE: the latents are the pixels.
 
-    stream          seed -> pixels, denoised step by step by a sampler that calls the UNet
+    stream          seed -> pixels, denoised step by step by a sampler that calls the UNet; or from
+                    a given picture, to which noise is added first (SDEdit)
     decode          pixels -> the same, clipped
 
 A model with classes also takes a label. Any sampler draws with such a model; the public pipelines
 of DDPM, DDIM and PNDM differ only in their default sampler and number of steps.
-Source: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239, algorithm 2.
+Source: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239, algorithm 2;
+Meng et al. 2021, "SDEdit: Guided Image Synthesis and Editing with Stochastic Differential
+Equations", arXiv:2108.01073, algorithm 1.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from ..backend import is_finite
+from ..configs import sides
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.ddpm import LEARNED
-from ..diffusion.samplers.shared import State
+from ..diffusion.samplers.shared import NO_PICTURE, Origin, State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
-from ..images import Pictures
+from ..images import Pictures, from_pil, to_rgb
+from .editing import Edit
 from .finite import finite_states
-from .interpolation import as_list
+from .interpolation import as_list, ends, lerp, mixed
 from .pipeline import Pipeline
 from .predictor import Predictor
-from .request import Drawing, check_finite, check_whole, takes, whole
+from .request import Drawing, check_edit, check_finite, check_whole, decoded_ends, takes, whole
 
 # A public pipeline -> the class to which it turns every scheduler, if any, and its number of steps.
 KINDS = {"DDPMPipeline": ({}, 1000), "DDIMPipeline": ({"_class_name": "DDIMScheduler"}, 50),
          "PNDMPipeline": ({"_class_name": "PNDMScheduler"}, 50)}
+STRENGTH = 0.8              # as diffusers' image to image has it
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +51,9 @@ class DDPMOptions(Drawing):
     label: for a model with classes, and only there: a whole number from 0, or a list of them. Where
         the model's class_embed_type is "timestep", any number; where it is "identity", a vector as
         long as the time embedding.
+    image: a PIL image to begin from, also a Between of two; it is resized to the model's size, and
+        made grey for a model of grey pictures.
+    strength: 0 to 1, how much of it to draw anew: the share of the steps to make. Default: 0.8.
 
     Raises TinyldmError for a value that is wrong for every pipeline.
     """
@@ -57,6 +66,13 @@ class DDPMOptions(Drawing):
     noise: str = "torch-cpu"
     timestep_spacing: str | None = None
     label: Any = None
+    image: Any = None
+    strength: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_edit(self.image, self.strength, None)
+        object.__setattr__(self, "image", decoded_ends("image", self.image))
 
     @property
     def subjects(self):
@@ -117,24 +133,63 @@ class DDPM(Pipeline):
         """
         return self.states(self.complete(self.request(arguments, options)))
 
+    def complete(self, request):
+        """Fill in what the options leave to the model -> options.
+
+        Raises TinyldmError for a label that is missing or wrong.
+        """
+        self.conditions(request)
+        done = super().complete(request)
+        if request.image is None or request.strength is not None:
+            return done
+        return replace(done, strength=STRENGTH)
+
     def states(self, request):
         """The iterator of `stream` for options that `complete` has filled in."""
         steps, sampler, settings = request.num_inference_steps, request.sampler, self.unet.settings
         schedule, channels = self.schedule_for(request), settings.in_channels
+        first = self._left_out(request)
         options = own_options(self.scheduler, sampler)
         learned = options.get("variance_type") in LEARNED   # all other samplers do without it
-        check_sampler(sampler, schedule, steps, options=options,
+        check_sampler(sampler, schedule, steps, first, options=options,
                       outputs=settings.out_channels // channels if learned else 1)
         seeds, (width, height) = request.generators(), self.size
         shape = len(seeds), height, width, channels
         draw_noise = partial(self.draw_noise, seeds, shape)     # () -> (B,H,W,C)
         latents = self.given_latents(request, shape)
         latents = draw_noise() if latents is None else latents
+        origin = NO_PICTURE
+        if request.image is not None:
+            origin = Origin(self._picture(request.image), first)
         scale = 1000 / schedule.num_train_timesteps if self.rescale_timesteps else 1
-        predict = Predictor(self.unet, [self.conditions(request)], 1.0, keeps_variance=learned,
+        predict = Predictor(self.unet, *self.guided(request), keeps_variance=learned,
                             timestep_scale=scale)
-        states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, **options)
+        states = SAMPLERS[sampler](predict, latents, schedule, steps, draw_noise, origin, **options)
         return finite_states(states, predict)
+
+    def steps_made(self, request):
+        """The steps of a completed request that a picture to begin from does not leave out."""
+        return request.num_inference_steps - self._left_out(request)
+
+    def _left_out(self, request):
+        edit = Edit(request.image, request.strength, None, inpaints=False)
+        return edit.steps_left_out(request.num_inference_steps)
+
+    def _picture(self, image):
+        """A PIL image, or a Between of two -> (1,H,W,C) of the model's size and colours."""
+        if (own := ends(image)[0].size) != self.size:
+            note(f"the image of {own[0]}x{own[1]} pixels is resized to "
+                 f"{self.size[0]}x{self.size[1]}, the size of this model's pictures")
+        channels = self.unet.settings.in_channels
+
+        def pixels(end):
+            end = end if channels == 3 else to_rgb("image", end).convert("L")
+            return from_pil(end, self.size)[..., :channels]
+        return self.array(mixed(image, pixels, lerp))
+
+    def guided(self, request):
+        """The Predictor's conditioning and its guidance scale; here there is no guidance."""
+        return [self.conditions(request)], 1.0
 
     def conditions(self, request):
         """The UNet's keyword arguments for the labels: {"class_labels": (labels,) or (labels,E)}.
@@ -187,9 +242,7 @@ class DDPM(Pipeline):
     @property
     def size(self):
         """(width, height) of the pictures in pixels."""
-        size = self.unet.settings.sample_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return width, height
+        return sides(self.unet.settings.sample_size)[::-1]
 
     @property
     def models(self):

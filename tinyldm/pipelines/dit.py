@@ -8,9 +8,8 @@ VAE, the samplers and guidance are Stable Diffusion's.
 Source: Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", arXiv:2212.09748;
 diffusers' DiTPipeline; facebookresearch/DiT, sample.py.
 """
-import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +23,11 @@ from ..errors import TinyldmError, note
 from ..images import Pictures
 from .finite import finite_states
 from .interpolation import as_list
+from .labels import label_number, read_names, written_names
 from .parts import check_transformer
 from .pipeline import Pipeline
 from .predictor import Predictor
-from .request import Drawing, check_finite, takes, whole
+from .request import Drawing, check_finite, takes
 
 STEPS, GUIDANCE = 50, 4.0           # of diffusers' DiTPipeline
 
@@ -135,6 +135,14 @@ class DiT(Pipeline):
         """
         return self.states(self.complete(self.request(arguments, options)))
 
+    def complete(self, request):
+        """Fill in what the request leaves to the model -> request, with the labels' numbers.
+
+        Raises TinyldmError for an unknown label.
+        """
+        labels = [self.label_number(label) for label in request.subjects]
+        return replace(super().complete(request), label=labels)
+
     def states(self, request):
         """The iterator of `stream` for a request that `complete` has filled in."""
         steps, sampler, schedule = (request.num_inference_steps, request.sampler,
@@ -149,7 +157,7 @@ class DiT(Pipeline):
         draw_noise = partial(self.draw_noise, seeds, shape)         # () -> (B,h,w,C)
         latents = self.given_latents(request, shape)
         latents = draw_noise() if latents is None else latents
-        labels = [self.label_number(label) for label in request.subjects]
+        labels = request.label
         conditioning = [{"class_labels": xp.asarray(labels)}]
         if request.guidance_scale > 1:
             no_class = [settings.num_embeds_ada_norm] * len(labels)
@@ -162,33 +170,7 @@ class DiT(Pipeline):
 
     def label_number(self, label):
         """A class's number or name -> its number. Raises TinyldmError for an unknown one."""
-        last = self.transformer.settings.num_embeds_ada_norm - 1
-        if label is None:
-            raise TinyldmError("this model draws pictures of a class: give a label, a class's name "
-                               f"or a whole number from 0 to {last}")
-        if isinstance(label, str):
-            text = label.strip()
-            folded = {name.casefold(): number for name, number in reversed(self.names.items())}
-            number = self.names.get(text, folded.get(text.casefold()))
-            if number is not None:
-                return number
-            if not text.isdecimal():
-                raise self._unknown(label, last)
-            label = text[:9]                            # 4301 digits are no int for Python
-        number = whole(int(label) if isinstance(label, str) else label)
-        known = isinstance(number, int) and not isinstance(label, bool)
-        if not known or not 0 <= number <= last + 1:
-            raise TinyldmError(f"a label must be a class's name, a whole number from 0 to "
-                               f"{last}, or {last + 1} for no class, not {label!r:.80}")
-        return number
-
-    def _unknown(self, label, last):
-        if not self.names:
-            return TinyldmError(f"these weights have no names of classes, so {label!r:.80} is "
-                                f"unknown: give a number from 0 to {last}")
-        near = difflib.get_close_matches(label.strip(), self.names, 1, 0)
-        return TinyldmError(f"there is no class {label!r:.80}: did you mean {near[0]!r} "
-                            f"({self.names[near[0]]})? A number from 0 to {last} will do, too")
+        return label_number(label, self.transformer.settings.num_embeds_ada_norm, self.names)
 
     def picture_size(self, request):
         """(width, height) of the pictures, in pixels."""
@@ -209,28 +191,8 @@ class DiT(Pipeline):
         if self.transformer.settings.freq_shift == 0:
             note("these are weights of the original DiT, whose timestep embedding and guidance "
                  "differ from diffusers': there, the saved folder draws other pictures")
-        names = {}
-        for name, number in self.names.items():
-            names[number] = [*names.get(number, []), name]
         settings = super().settings() | {"_guidance_scale": self.guidance_scale}
-        if names:
-            settings["id2label"] = {str(number): ", ".join(names[number])
-                                    for number in sorted(names)}
+        settings |= written_names(self.names)
         if self.guided_channels is not None:
             settings["_guided_channels"] = self.guided_channels
         return settings
-
-
-def read_names(id2label):
-    """The id2label of a model_index.json, {"1": "goldfish, Carassius auratus"} -> {name: number}.
-
-    Of two classes with one name the later one has it, as in diffusers.
-    Raises TinyldmError for anything else.
-    """
-    names = {}
-    for number, text in (id2label or {}).items():
-        if not number.isdecimal() or len(number) > 9 or not isinstance(text, str):
-            raise TinyldmError("model_index.json: id2label must have names by number, such as "
-                               f'"1": "goldfish", not {number!r:.20}: {text!r:.60}')
-        names |= {name.strip(): int(number) for name in text.split(",") if name.strip()}
-    return names

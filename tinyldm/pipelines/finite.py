@@ -3,8 +3,8 @@
 Used by the pipeline on what it encodes, samples and decodes.
 """
 from ..backend import is_finite
+from ..bad_layer import bad_layer
 from ..errors import TinyldmError
-from ..layers import forward_hooks, named_modules
 
 
 def finite_states(states, predict):
@@ -26,30 +26,9 @@ def check_output(output, message, module, run):
 
 
 def first_bad_layer(module, run):
-    """Run a module again with a hook on every layer -> a phrase that names the first bad one.
-
-    That is the innermost layer whose inputs are finite and whose output is not.
-    """
-    culprits = []
-
-    def check(name):
-        def checked(forward, *inputs, **options):
-            clean = _all_finite([*inputs, *options.values()])
-            output = forward(*inputs, **options)
-            if clean and not culprits and not is_finite(output):
-                culprits.append(name)
-            return output
-        return checked
-
-    with forward_hooks({layer: check(name) for name, layer in named_modules(module)}):
-        run()
-    if not culprits:
+    """Run a module again -> a phrase that names the first bad layer."""
+    name, _ = bad_layer({"": module}, run)
+    if not name:
         return "no layer is to blame, so lower guidance_scale or use another sampler"
-    return (f"the first layer to produce it is {culprits[0]} of {type(module).__name__}: "
+    return (f"the first layer to produce it is {name} of {type(module).__name__}: "
             "check the weights, or use dtype float32")
-
-
-def _all_finite(values):
-    """Check arrays, also in lists such as the UNet's skips; other values pass."""
-    return all(_all_finite(value) if isinstance(value, (list, tuple))
-               else is_finite(value) if hasattr(value, "dtype") else True for value in values)

@@ -21,6 +21,7 @@ HOMES = {
     "DDPMPipeline": "ddpm.DDPM",
     "DDIMPipeline": "ddpm.DDPM",
     "PNDMPipeline": "ddpm.DDPM",
+    "GuidedDDPMPipeline": "guided_ddpm.GuidedDDPM",
     "CascadePipeline": "cascade.Cascade",
     "StableDiffusionUpscalePipeline": "upscale.Upscaler",
     "StableUnCLIPPipeline": "unclip.UnCLIP",
@@ -63,8 +64,8 @@ def load(weights: Place | None = None, device: str = "cpu", dtype: Any = None,
     vae: another VAE than the weights' own, or the one that a single file lacks: a file in either
         layout, a folder, or a name on the hub, as for weights. Its scaling factor is that of its
         own config, or else of the model that it is used in.
-    prediction_type: "epsilon", "v_prediction" or "sample", what the UNet predicts, where the
-        weights do not say it or are wrong.
+    prediction_type: "epsilon", "v_prediction" or "sample", what the UNet predicts, in a cascade
+        both UNets, where the weights do not say it or are wrong.
     Raises TinyldmError for anything missing, damaged or not supported, and for a missing GPU.
     """
     # Imported here, so that `import tinyldm` need not wait for the libraries behind them.

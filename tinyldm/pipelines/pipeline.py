@@ -40,6 +40,7 @@ class Pipeline:
     prompt_is_optional = False      # where the options have one
     language = guidance_scale = None
     tokenizers = {}                 # {part: Tokenizer}
+    takes_addons = False            # LoRAs and learned words: see TextPipeline
 
     # ---- drawing ----------------------------------------------------------------------------
 
@@ -121,6 +122,14 @@ class Pipeline:
 
     # ---- parts ------------------------------------------------------------------------------
 
+    def load_lora(self, path, weight=1.0):
+        """Raises TinyldmError: only a TextPipeline takes a LoRA."""
+        raise TinyldmError(f"{self.name} takes no LoRA: leave it out")
+
+    def load_textual_inversion(self, path, token=None):
+        """Raises TinyldmError: only a TextPipeline has a vocabulary."""
+        raise TinyldmError(f"{self.name} reads no words, so it takes no learned one: leave it out")
+
     @property
     def scale_factor(self):
         """Pixels of a picture per side of one of its latents; without a VAE these are pixels."""
@@ -139,8 +148,7 @@ class Pipeline:
         """Move all models to "cpu" or "cuda". Raises TinyldmError for a missing GPU."""
         xp = array_library(device)
         for model in self.models.values():
-            for parameter in model.parameters():
-                parameter.data = xp.asarray(parameter.data)
+            model.move_to(xp)
 
     @property
     def described(self):
@@ -162,10 +170,11 @@ class Pipeline:
     # ---- arrays -----------------------------------------------------------------------------
 
     def draw_noise(self, generators, shape):
-        """Normal numbers (B,h,w,C), in the reference's order: image by image, (C,h,w) each."""
-        _, h, w, C = shape
-        noise = np.concatenate([generator.randn((1, C, h, w)) for generator in generators])
-        return self.array(noise.transpose(0, 2, 3, 1))
+        """Normal numbers (B,h,w,C) or (B,C), in the reference's order: image by image, channels
+        first."""
+        _, *sides, C = shape
+        noise = np.concatenate([generator.randn((1, C, *sides)) for generator in generators])
+        return self.array(np.moveaxis(noise, 1, -1))
 
     def given_latents(self, request, shape):
         """A request's latents as an array of that shape; None if it has none.

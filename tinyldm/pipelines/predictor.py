@@ -3,6 +3,7 @@ from ..backend import get_xp
 from ..diffusion.guidance import classifier_free, rescale
 from ..errors import TinyldmError
 from ..layers import NO_TAPE, Module
+from ..models import UNet2DConditionModel
 
 
 class Predictor:
@@ -34,7 +35,9 @@ class Predictor:
                                               for own in self.conditioning])    # (nB,...)
                         for name in self.conditioning[0]}
         latents = [x_t] if self.extra_channels is None else [x_t, self.extra_channels]
-        latents = xp.concatenate([xp.concatenate(latents, axis=-1)] * n)
+        latents = xp.concatenate(latents, axis=-1)
+        if not (isinstance(self.unet, UNet2DConditionModel) and conditioning.keys() == {"context"}):
+            latents = xp.concatenate([latents] * n)     # that UNet itself repeats its maps, later
         self.inputs = {"latents": latents.astype(self.dtype), **conditioning,
                        "timesteps": xp.full(len(latents), t * self.timestep_scale, x_t.dtype)}
         model_output = self.unet(**self.inputs).astype(x_t.dtype)

@@ -46,6 +46,8 @@ class TextPrior:
 
     def check_steps(self, num_inference_steps):
         """Raise TinyldmError for a number of steps that the prior's schedule cannot take."""
+        self.schedule.check_steps(num_inference_steps, "prior_num_inference_steps, the number of "
+                                  "the prior's steps,")
         check_sampler(self.sampler, self.schedule, num_inference_steps, options=self._options)
 
     def __call__(self, prompts, guidance_scale, num_inference_steps, draw_noise):

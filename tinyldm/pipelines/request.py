@@ -9,7 +9,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 import numpy as np
 
@@ -70,6 +70,10 @@ class Drawing:
 
     def __post_init__(self):
         """Raises TinyldmError for a value of these fields that is wrong for every pipeline."""
+        for field in fields(self):
+            types = {field.type, *get_args(field.type)}
+            if field.name in ("seed", "label") or {int, float} & types:
+                refuse_flags(field.name, getattr(self, field.name))
         for name in ("num_inference_steps", "num_images"):
             object.__setattr__(self, name, whole(getattr(self, name)))
         if self.num_inference_steps is not None:
@@ -138,12 +142,16 @@ class Prompted(Drawing):
             raise TinyldmError("a list of prompts must have at least one: give one")
         return prompts
 
-    subjects = prompts
+    @property
+    def subjects(self):
+        """The prompts."""
+        return self.prompts
 
     @property
     def negative_prompts(self):
         """A list, one for each prompt, where one text is for all."""
-        return negatives_of(self.negative_prompt, self.prompts)
+        texts = as_list(self.negative_prompt)
+        return texts if texts != [self.negative_prompt] else texts * len(self.prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,12 +229,6 @@ class Request(Prompted):
             object.__setattr__(self, name, decoded_ends(name, getattr(self, name)))
 
 
-def negatives_of(negative_prompt, prompts):
-    """A list of negative prompts, one for each prompt, where one text is for all."""
-    texts = as_list(negative_prompt)
-    return texts if texts != [negative_prompt] else texts * len(prompts)
-
-
 def check_prompts(prompts, negative_prompts):
     """Raise TinyldmError for lists of different lengths, and for what is no text."""
     if len(negative_prompts) != len(prompts):
@@ -272,6 +274,13 @@ def whole(value):
         return int(value) if real and value.is_integer() else operator.index(value)
     except TypeError:
         return value
+
+
+def refuse_flags(name, value):
+    """Raise TinyldmError for True or False, numbers to Python, also in a list or a Between."""
+    for end in [end for item in as_list(value) for end in ends(item)]:
+        if isinstance(end, (bool, np.bool_)):
+            raise TinyldmError(f"{name} must be a number, not {end}: give one, or leave it out")
 
 
 def decoded_ends(name, image):

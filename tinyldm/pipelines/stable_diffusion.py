@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..configs import sides
 from ..diffusion.samplers import OWN_TIMESTEPS, SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
@@ -24,16 +25,17 @@ from .finite import check_output, finite_states
 from .interpolation import ends
 from .language import Language
 from .parts import check_parts
-from .pipeline import Pipeline, read_tokenizers
+from .pipeline import read_tokenizers
 from .predictor import FunctionUNet, Predictor
-from .request import Request, check_finite, check_latents, note_on_size, picture_size, takes
+from .request import Request, check_latents, note_on_size, picture_size, takes
+from .text_pipeline import TextPipeline
 
 STEPS = 50                  # where the weights recommend no number of their own
 FEW_STEPS = 4               # the same for a UNet that imitates guidance: it is made for few steps
 DISTILLED = 8               # the most steps that Turbo, Lightning and Hyper models are made for
 
 
-class StableDiffusion(Pipeline):
+class StableDiffusion(TextPipeline):
     """A tokenizer, three models and a noise schedule that belong together.
 
     scheduler: the dict of a scheduler_config.json; its class is the default sampler.
@@ -224,43 +226,6 @@ class StableDiffusion(Pipeline):
                  for name in ("text_encoder", "text_encoder_2", "unet", "vae")}
         return {name: model for name, model in parts.items() if model is not None}
 
-    # ---- add-ons ----------------------------------------------------------------------------
-
-    def load_lora(self, path, weight=1.0):
-        """Add a LoRA, times `weight`, to the weights; adding it with -weight undoes it.
-
-        path: a .safetensors file, or one that torch.save wrote, with the names of kohya, LyCORIS
-        (LoCon, LoHa, LoKr), peft or diffusers; or a name or page on the hub, owner/name or
-        owner/name/file. Several may be added one after another, also one twice. The text encoders
-        learn the words that come with it. A note names what is left out. See
-        checkpoints/addons/lora.py.
-        Raises TinyldmError, and changes nothing, for a file that does not fit this model.
-        """
-        from ..checkpoints import merge_lora, resolve_addon
-
-        check_finite("weight", weight)
-        path = resolve_addon(path, "pytorch_lora_weights")
-        merge_lora(self.models, path, float(weight), self.unet.dtype, self._encoders)
-        self.language = None                            # it may know more now
-
-    def load_textual_inversion(self, path, token=None):
-        """Add a learned word to the vocabulary, for use in prompts.
-
-        path: as for load_lora, in the layout of diffusers or of the web interfaces. token: the
-        word; the default is the file's own, or else the file's name. See
-        checkpoints/addons/textual_inversion.py.
-        Raises TinyldmError, and changes nothing, for a file that does not fit this model and for a
-        word that is already in the vocabulary.
-        """
-        from ..checkpoints import add_word, resolve_addon
-
-        add_word(self._encoders, resolve_addon(path, "learned_embeds"), token)
-        self.language = None                            # it knows one word more
-
-    @property
-    def _encoders(self):
-        return dict(zip(("text_encoder", "text_encoder_2"), self._readers))
-
     # ---- options ----------------------------------------------------------------------------
 
     def complete(self, request):
@@ -324,8 +289,7 @@ class StableDiffusion(Pipeline):
 
     def size(self, width=None, height=None, image=None, latents=None):
         """(width, height) in pixels; where None the latents', the image's, or the weights' own."""
-        own = self.unet.settings.sample_size
-        own = own if isinstance(own, (list, tuple)) else (own, own)     # (height, width)
+        own = sides(self.unet.settings.sample_size)
         if latents is not None and latents.ndim == 4:
             own, image = latents.shape[1:3], None
         return picture_size(width, height, image, own, self.vae.vae_scale_factor)

@@ -22,34 +22,33 @@ from PIL import Image
 
 from .. import ops
 from ..backend import get_xp
+from ..configs import sides
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..image_processor import ImageProcessor
 from ..images import Pictures, check_image
-from .conditioning import Conditioner
 from .finite import check_output, finite_states
-from .interpolation import as_list, ends, mixed
+from .interpolation import ends, mixed
 from .parts import check_parts
-from .pipeline import Pipeline, read_tokenizers
+from .pipeline import read_tokenizers
 from .predictor import Predictor
 from .prior import TextPrior, slerp_on_device
 from .request import (
     MOST_STEPS,
-    Drawing,
+    Prompted,
     check_finite,
     check_latents,
     check_pixels,
-    check_prompts,
     check_whole,
     decoded_ends,
-    negatives_of,
     note_on_size,
     picture_size,
     takes,
     whole,
 )
+from .text_pipeline import TextPipeline
 
 # The defaults of diffusers' pipelines.
 STEPS, GUIDANCE = 20, 10.0
@@ -57,7 +56,7 @@ PRIOR_STEPS, PRIOR_GUIDANCE = 25, 4.0
 
 
 @dataclass(frozen=True, eq=False)
-class UnCLIPRequest(Drawing):
+class UnCLIPRequest(Prompted):
     """The options, in the order in which they may be given by position.
 
     prompt: what to draw, as for Stable Diffusion; or a list of prompts. Weights that have a prior
@@ -81,6 +80,8 @@ class UnCLIPRequest(Drawing):
     prior_guidance_scale, prior_num_inference_steps: of the prior. Default: 4, and 25.
     timestep_spacing: how the steps are spread over the training timesteps, "leading", "trailing" or
         "linspace". Default: the weights' own.
+    clip_skip: how many of the last layers of the UNet's text encoder to leave out: see
+        request.Request.
 
     The prompts and the seed may also be a Between. Two prompts are mixed as two pictures are: the
     prior draws an embedding of each, from the same seed.
@@ -103,17 +104,14 @@ class UnCLIPRequest(Drawing):
     prior_guidance_scale: float | None = None
     prior_num_inference_steps: int | None = None
     timestep_spacing: str | None = None
+    clip_skip: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("width", "height", "noise_level", "prior_num_inference_steps"):
             object.__setattr__(self, name, whole(getattr(self, name)))
-        if self.negative_prompt is None:
-            object.__setattr__(self, "negative_prompt", "")
-        check_prompts(self.prompts, self.negative_prompts)
-        for name in ("guidance_scale", "prior_guidance_scale"):
-            if getattr(self, name) is not None:
-                check_finite(name, getattr(self, name))
+        if self.prior_guidance_scale is not None:
+            check_finite("prior_guidance_scale", self.prior_guidance_scale)
         for name in ("width", "height"):
             if getattr(self, name) is not None:
                 check_pixels(name, getattr(self, name))
@@ -126,20 +124,10 @@ class UnCLIPRequest(Drawing):
     @property
     def prompts(self):
         """A list, of one prompt or several; without a prompt [""]."""
-        prompts = as_list("" if self.prompt is None else self.prompt)
-        if not prompts:
-            raise TinyldmError("a list of prompts must have at least one: give one")
-        return prompts
-
-    subjects = prompts
-
-    @property
-    def negative_prompts(self):
-        """A list, one for each prompt, where one text is for all."""
-        return negatives_of(self.negative_prompt, self.prompts)
+        return [""] if self.prompt is None else super().prompts
 
 
-class UnCLIP(Pipeline):
+class UnCLIP(TextPipeline):
     """Stable Diffusion's parts, whose UNet takes image embeddings; and what makes these.
 
     scheduler, image_noising_scheduler: dicts of a scheduler_config.json, of the UNet and of the
@@ -164,7 +152,7 @@ class UnCLIP(Pipeline):
         self.feature_extractor = feature_extractor
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.low_memory = low_memory
-        check_parts([(tokenizer, text_encoder)], unet, vae, "projection")
+        check_parts(self._readers, unet, vae, "projection")
         C = image_normalizer.settings.embedding_dim
         made = (text_prior.prior.settings.embedding_dim if text_prior else
                 image_encoder.settings.projection_dim)
@@ -266,8 +254,8 @@ class UnCLIP(Pipeline):
         shape = (len(generators), size[1] // f, size[0] // f, self.vae.settings.latent_channels)
         if latents is not None:
             check_latents(latents, shape, f)
-        conditioning = Conditioner([(self.tokenizer, self.text_encoder)], None, False)(
-            request.prompts, request.negative_prompts, request.guidance_scale, *size)
+        conditioning = self._conditioner(request.prompts, request.negative_prompts,
+                                         request.guidance_scale, *size, request.clip_skip)
 
         def states():                   # the normal numbers are drawn in the order of diffusers
             labels = self.noise_embeds(self.embed(request, generators), request.noise_level,
@@ -325,8 +313,8 @@ class UnCLIP(Pipeline):
 
     def _draw_rows(self, generators):
         """Normal numbers (B,C), one row for each image."""
-        C = self.image_normalizer.settings.embedding_dim
-        return self.array(np.concatenate([generator.randn((1, C)) for generator in generators]))
+        return self.draw_noise(generators, (len(generators),
+                                            self.image_normalizer.settings.embedding_dim))
 
     # ---- parts ------------------------------------------------------------------------------
 
@@ -335,8 +323,7 @@ class UnCLIP(Pipeline):
         return self._size(request, None)
 
     def _size(self, request, latents):
-        own = self.unet.settings.sample_size
-        own = own if isinstance(own, (list, tuple)) else (own, own)     # (height, width)
+        own = sides(self.unet.settings.sample_size)
         if latents is not None and latents.ndim == 4:
             own = latents.shape[1:3]
         return picture_size(request.width, request.height, None, own, self.scale_factor)
@@ -376,7 +363,7 @@ class UnCLIP(Pipeline):
         """{part: what reads prompts, or pictures}."""
         source = ({"prior_tokenizer": self.text_prior.tokenizer} if self.text_prior else
                   {"feature_extractor": self.feature_extractor})
-        return source | {"tokenizer": self.tokenizer}
+        return source | super().tokenizers
 
     def settings(self):
         """What model_index.json says besides the parts, and of which library some are."""

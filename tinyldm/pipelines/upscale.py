@@ -31,11 +31,10 @@ from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..images import Pictures, from_pil
-from .conditioning import Conditioner
 from .finite import finite_states
 from .interpolation import ends, lerp, mixed
 from .parts import check_colours, check_unet
-from .pipeline import Pipeline, read_tokenizers
+from .pipeline import read_tokenizers
 from .predictor import Predictor
 from .request import (
     LARGEST,
@@ -45,10 +44,12 @@ from .request import (
     takes,
     whole,
 )
+from .text_pipeline import TextPipeline
 
 # Of diffusers' StableDiffusionUpscalePipeline.
 STEPS, GUIDANCE, NOISE_LEVEL, MAX_NOISE_LEVEL = 75, 9.0, 20, 350
 SCALING_FACTOR = 0.08333    # of its VAE; the first files of the weights do not say it
+PUBLIC_FACTOR = 4           # its VAE's downsampling factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ class UpscaleRequest(Prompted):
         object.__setattr__(self, "noise_level", whole(self.noise_level))
 
 
-class Upscaler(Pipeline):
+class Upscaler(TextPipeline):
     """A tokenizer, three models and two noise schedules that belong together.
 
     scheduler: the dict of a scheduler_config.json; its class is the default sampler.
@@ -135,6 +136,10 @@ class Upscaler(Pipeline):
         check_colours(vae)
         check_unet(self._readers, self.unet, (C + 3,), (C,), f"the VAE's latent_channels is {C} "
                    "and a picture has 3", "a table")
+        if self.scale_factor != PUBLIC_FACTOR:
+            note(f"the VAE's downsampling factor is {self.scale_factor}, so pictures become "
+                 f"{self.scale_factor} times as wide and high: that of the public x4 upscaler is "
+                 f"{PUBLIC_FACTOR}; use the VAE that the UNet was trained with")
         if vae.scaling_factor != SCALING_FACTOR:        # as the public pipeline corrects it
             if said := vae.config.get("scaling_factor"):
                 note(f"the VAE's scaling_factor is {said:g}, but the upscaler was trained with "
@@ -214,14 +219,6 @@ class Upscaler(Pipeline):
                                f"{LARGEST // f} pixels per side")
         return image.width // f * f, image.height // f * f
 
-    @property
-    def _readers(self):
-        return [(self.tokenizer, self.text_encoder)]
-
-    @property
-    def _conditioner(self):
-        return Conditioner(self._readers, None, False)
-
     def picture_size(self, request):
         """(width, height) of the pictures of a request, in pixels."""
         W, H = self._size_of(request.image)
@@ -231,11 +228,6 @@ class Upscaler(Pipeline):
     def models(self):
         """{name of the part: model}."""
         return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
-
-    @property
-    def tokenizers(self):
-        """{part: Tokenizer}."""
-        return {"tokenizer": self.tokenizer}
 
     @property
     def schedulers(self):

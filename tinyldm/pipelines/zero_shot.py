@@ -64,9 +64,9 @@ class ZeroShot:
         return cls(load_model(folder, dtype), tokenizer, processor)
 
     def save(self, folder, dtype=np.float16):
-        """Write all three into a new folder, from which transformers loads them, too.
+        """Write all three into a new or an empty folder, from which transformers loads them, too.
 
-        dtype: see save_model. Raises TinyldmError for a folder that is there already.
+        dtype: see save_model. Raises TinyldmError for a folder that holds something.
         """
         self.tokenizer.save(folder)
         save_model(self.model, folder, dtype)

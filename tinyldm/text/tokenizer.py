@@ -95,8 +95,8 @@ class Tokenizer:
             return cls(backend, special, int(length) if length < NO_LIMIT else MAX_LENGTH, folder)
 
     def save(self, path):
-        """Copy the files that from_folder read into a new folder, with the padding token and the
-        length added.
+        """Copy the files that from_folder read into a new or an empty folder, with the padding
+        token and the length added.
 
         Raises TinyldmError if the files are gone or cannot be written, and for a tokenizer with new
         words: the format has no place for a word of several vectors.
@@ -110,7 +110,7 @@ class Tokenizer:
                                "save: make it with Tokenizer.from_folder")
         path = Path(path)
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=not any(path.glob("*")))
             for file in (self.folder / name for name in FILES):
                 if file.exists():
                     shutil.copyfile(file, path / file.name)

@@ -1,16 +1,15 @@
-"""python -m tinyldm.training STAGE: the stages of the bundled model's recipe."""
+"""python -m tinyldm.training NAME: see options.py."""
 import sys
 
-from ..cli.console import status
+from .. import ranks
+from ..cli.console import start
 
 
 def main(arguments=None):
     """Run the command with a list of arguments (None: the process's own) -> exit status."""
-    def run():
-        from ..shapes.recipe import run  # here, so that Ctrl-C may come now
-        run(arguments)
-    return status(run, interrupted="stopped; the same command resumes")
+    return start("tinyldm.training.options", arguments,
+                 interrupted="stopped; the same command with --resume goes on")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ranks.program(main))

@@ -69,14 +69,15 @@ def read_metadata(path):
         return {}
 
 
-def write_safetensors(tensors, path):
+def write_safetensors(tensors, path, metadata=None):
     """Write {name: array} atomically, marked as PyTorch weights, as diffusers requires.
 
+    metadata: {name: text}, for the header.
     Raises TinyldmError if the file cannot be written.
     """
     tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     with replacing(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_file(tensors, temporary, metadata={"format": "pt"} | (metadata or {}))
         except SafetensorError as error:                # for instance when the disk is full
             raise OSError(str(error)) from None

@@ -2,8 +2,9 @@
 
 A single file has weights but no configs. The configs here are those of the same models' published
 folders. Source: on the Hugging Face hub stable-diffusion-v1-5, stable-diffusion-2-1,
-stable-diffusion-2-1-base, stable-diffusion-xl-base-1.0, and for inpainting
-stable-diffusion-inpainting, stable-diffusion-2-inpainting, stable-diffusion-xl-1.0-inpainting-0.1.
+stable-diffusion-2-1-base, stable-diffusion-xl-base-1.0, stable-diffusion-x4-upscaler, and for
+inpainting stable-diffusion-inpainting, stable-diffusion-2-inpainting,
+stable-diffusion-xl-1.0-inpainting-0.1.
 """
 from typing import NamedTuple
 
@@ -51,6 +52,8 @@ class Kind(NamedTuple):
     padding: str
     text_encoder_2: dict | None = None                  # SDXL's second text encoder
     padding_2: str | None = None
+    pipeline: str = "StableDiffusionPipeline"           # the public class, a key of PIPELINES
+    low_res_scheduler: dict | None = None               # the upscaler's
 
 
 SD1 = Kind("Stable Diffusion 1", SD1_UNET, SD1_VAE, SD1_TEXT,
@@ -89,7 +92,22 @@ SD2_INPAINTING = SD2_BASE._replace(
     name="Stable Diffusion 2 for inpainting", unet=SD2_BASE.unet | INPAINTING, vae=SD1_VAE)
 SDXL_INPAINTING = SDXL._replace(
     name="Stable Diffusion XL for inpainting", unet=SDXL.unet | INPAINTING)
-KNOWN = "Stable Diffusion 1, 2 and XL in the original layout (model.diffusion_model.*)"
+# x4-upscaler-ema.ckpt, Stability-AI/stablediffusion's x4-upscaling.yaml.
+BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
+UPSCALER = SD2._replace(
+    name="the x4 upscaler", unet=SD2.unet | {
+        "in_channels": 7, "sample_size": 128, "block_out_channels": [256, 512, 512, 1024],
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"], "attention_head_dim": 8,
+        "only_cross_attention": [True, True, True, False], "num_class_embeds": 1000},
+    vae=SD1_VAE | {
+        "sample_size": 256, "block_out_channels": [128, 256, 512], "scaling_factor": 0.08333,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3},
+    scheduler=SD2.scheduler | BETAS, pipeline="StableDiffusionUpscalePipeline",
+    low_res_scheduler=BETAS | {"_class_name": "DDPMScheduler", "clip_sample": True})
+KNOWN = ("Stable Diffusion 1, 2 and XL and the x4 upscaler in the original layout "
+         "(model.diffusion_model.*)")
 
 
 def recognise(stored, path, prediction_type=None):
@@ -123,10 +141,10 @@ def kind_of_unet(stored, path, prediction_type=None):
     width, channels = unet_shape(stored)
     if width is None or channels is None:
         return None
-    kinds = {kind.unet["cross_attention_dim"]: (kind, inpainting) for kind, inpainting in
-             ((SD1, SD1_INPAINTING), (SD2, SD2_INPAINTING), (SDXL, SDXL_INPAINTING))}
+    kinds = {kind.unet["cross_attention_dim"]: (kind, *others) for kind, *others in (
+        (SD1, SD1_INPAINTING), (SD2, SD2_INPAINTING, UPSCALER), (SDXL, SDXL_INPAINTING))}
     if width not in kinds:
-        known = [f"{size} ({kind.name})" for size, (kind, _) in kinds.items()]
+        known = [f"{size} ({kind.name})" for size, (kind, *_) in kinds.items()]
         raise TinyldmError(f"{path} holds the UNet of {model_of_width('context', width)}, "
                            f"supported are {', '.join(known)}")
     for kind in kinds[width]:
@@ -135,7 +153,8 @@ def kind_of_unet(stored, path, prediction_type=None):
             return SD2_BASE if kind is SD2 and not is_v else kind
     purpose = f" (made {MADE_FOR[channels]})" if channels in MADE_FOR else ""
     raise TinyldmError(f"{path} holds a {kinds[width][0].name} of {channels} input channels"
-                       f"{purpose}: this is not supported, only 4 and 9 (for inpainting)")
+                       f"{purpose}: this is not supported, only 4 and 9 (for inpainting), and 7 "
+                       f"for {UPSCALER.name}")
 
 
 def model_of_width(what, width):
@@ -185,6 +204,7 @@ LAYOUTS = (
     ("control_model.", "original", "ControlNet (not supported)"),
     ("time_embed.cond_proj.", "original",
      "Latent Consistency Model (supported only as a folder)"),
+    ("noise_augmentor.", "original", "Stable unCLIP (supported only as a folder)"),
     ("edm_mean", "original", "Playground 2.5, of other noise levels (not supported)"),
     ("edm_vpred.", "original", "CosXL, of other noise levels (not supported)"),
     ("model.diffusion_model.", "original", SINGLE_FILE),
@@ -205,7 +225,7 @@ LAYOUTS = (
 # By the width of the UNet's context, and by the number of its input channels.
 FAMILIES = {768: SD1.name, 1024: SD2.name, 2048: SDXL.name,
             1280: "Stable Diffusion XL's refiner"}
-MADE_FOR = {8: "for editing", 9: "for inpainting"}
+MADE_FOR = {7: "for enlarging", 8: "for editing", 9: "for inpainting"}
 
 
 def layout_of(names):

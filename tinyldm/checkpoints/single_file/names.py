@@ -15,7 +15,7 @@ from ...errors import TinyldmError
 from ..layout import is_leftover
 
 LAYERS = 2                  # residual blocks per level of the encoder, in every Stable Diffusion
-VAE_LEVELS = 4
+VAE_LEVELS = 4              # except in the x4 upscaler
 
 # Whatever programs put before the names: model., module., state_dict., pipeline. ...
 WRAPPERS = re.compile(r"(?:[\w-]+\.)+?"
@@ -24,9 +24,12 @@ WRAPPERS = re.compile(r"(?:[\w-]+\.)+?"
 
 UNET_NAMES = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
               "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
+              "label_emb": "class_embedding",           # a table, the x4 upscaler's
               "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
 UNET_BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,3})\.(\d)\.(.+)")
 UNET_MIDDLE = re.compile(r"middle_block\.([012])\.(.+)")
+PUBLIC_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.([a-z]+)\.(\d+)\.(.+)")
+PUBLIC_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)")
 UNET_RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
                "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
 
@@ -44,12 +47,12 @@ OPEN_CLIP_WORDS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "ml
                    "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
 
 
-def by_part(stored, text_layers):
+def by_part(stored, text_layers, vae_levels=VAE_LEVELS):
     """{name in the file: StoredTensor} -> {part: {public name: StoredTensor}}, {name: the rest}.
 
     A part has the name of its diffusers folder. text_layers: if OpenCLIP is the only text encoder,
-    how many of its layers the model uses; the next layer and what follows it are dropped. A matrix
-    with q, k and v in its rows becomes three.
+    how many of its layers the model uses; the next layer and what follows it are dropped.
+    vae_levels: how many the VAE has. A matrix with q, k and v in its rows becomes three.
     """
     found, names = {}, {}
     for name, tensor in stored.items():
@@ -62,6 +65,8 @@ def by_part(stored, text_layers):
         if rename is open_clip_names:
             dropped = _is_dropped(part, inner, text_layers)
             renamed = {} if dropped else open_clip_names(inner, tensor)
+        elif rename is vae_name:
+            renamed = {vae_name(inner, vae_levels): tensor}
         else:
             renamed = {rename(inner) if rename else inner: tensor}
         for public, piece in renamed.items():
@@ -137,8 +142,29 @@ def unet_name(name, layers=LAYERS):
     return f"{block}.attentions.{layer}.{inner}"
 
 
-def vae_name(name):
-    """A VAE's original name -> the public one.
+def original_unet_layer(layer, layers=LAYERS):
+    """The public name of a UNet's layer -> the original one: the inverse of unet_name."""
+    stems = {public: original for original, public in UNET_NAMES.items()}
+    words = {public: original for original, public in UNET_RESNET.items()}
+    if match := PUBLIC_MIDDLE.fullmatch(layer):
+        kind, number, inner = match[1], int(match[2]), match[3]
+        return (f"middle_block.1.{inner}" if kind == "attentions" else
+                f"middle_block.{2 * number}.{words.get(inner, inner)}")
+    if not (match := PUBLIC_BLOCK.fullmatch(layer)):
+        return stems.get(layer, layer)
+    way, level, kind, number, inner = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    side, first = "input" if way == "down" else "output", level * (layers + 1) + (way == "down")
+    if kind == "downsamplers":
+        return f"input_blocks.{first + layers}.0.op"
+    if kind == "upsamplers":                            # after a residual block and a transformer
+        return f"output_blocks.{first + layers}.2.conv"
+    if kind == "resnets":
+        return f"{side}_blocks.{first + number}.0.{words.get(inner, inner)}"
+    return f"{side}_blocks.{first + number}.1.{inner}"
+
+
+def vae_name(name, levels=VAE_LEVELS):
+    """A VAE's original name -> the public one. levels: how many it has.
 
     decoder.up.n counts levels from the picture; the public names count from the latents.
     """
@@ -149,7 +175,7 @@ def vae_name(name):
                  f"resnets.{number - 1}.{inner}"))
     if match := VAE_BLOCK.fullmatch(name):
         side, way, level, inner = match[1], match[2], int(match[3]), match[4]
-        level = level if way == "down" else VAE_LEVELS - 1 - level
+        level = level if way == "down" else levels - 1 - level
         inner = inner.replace("block.", "resnets.", 1).replace("nin_shortcut", "conv_shortcut")
         inner = re.sub(r"^(down|up)sample\.", r"\1samplers.0.", inner)
         return f"{side}.{way}_blocks.{level}.{inner}"

@@ -1,0 +1,1 @@
+"""What a training reads: a folder's pictures, captions and classes, and their cached latents."""
