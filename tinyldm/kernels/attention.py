@@ -14,9 +14,10 @@ import math
 
 import numpy as np
 
-from ..backend import free_threads, parallel
+from ..backend import free_threads, parallel, scratch
 
 QUERIES, KEYS = 1024, 256   # in a block: 1 MiB of scores
+QUERIES_BACK = 256          # at a time in backward, with all keys
 ITEM = 256                  # at least so many queries per item of work
 FEW = 1 << 13               # with fewer scores per head, the plain op is faster
 # Scores from -80 to 80 (exponents of 2) can stay as they are: 2^80 and 2^-80 are far from float32's
@@ -73,6 +74,58 @@ def _one_head(q, k, v, y, first):
             numerator = numerator + scores @ values
             denominator = denominator + scores @ ones[:len(keys)]
         np.divide(numerator, denominator[:, None], out=y[start:start + QUERIES])
+
+
+@np.errstate(under="ignore")            # weights close to 0
+def attention_backward(dy, cache):
+    """Twin of ops.attention_backward without a mask.
+
+    dy (B,N,C) -> dq (B,N,C), dk (B,M,C), dv (B,M,C). Worker threads share the heads. As in forward,
+    weights are powers of 2 and keep their sum, by which fewer numbers are divided later.
+    """
+    q, k, v, num_heads, causal, mask = cache
+    B, N, C = q.shape
+    if N * k.shape[1] < FEW or mask is not None:
+        return NotImplemented
+    d = C // num_heads
+    gradients = tuple(np.empty_like(x) for x in (q, k, v))
+
+    def work(item):
+        b, h = item
+        _one_head_backward(*(x[b, :, h * d:(h + 1) * d] for x in (dy, q, k, v, *gradients)), causal)
+    parallel(work, [(b, h) for b in range(B) for h in range(num_heads)])
+    return gradients
+
+
+def _one_head_backward(dy, q, k, v, dq, dk, dv, causal):
+    """dy (N,d), q (N,d), k (M,d), v (M,d) -> dq (N,d), dk (M,d), dv (M,d), written.
+
+    With e the weights before they are divided by their sum, and g = dy / sum:
+
+        dv = e.T @ g,      dp = g @ v.T,      ds = e * (dp - (sum_m e * dp) / sum)
+    """
+    N, M, scale = len(q), len(k), 1 / math.sqrt(q.shape[1])
+    exponents = q * np.float32(math.log2(math.e) * scale)
+    safe, ones = _largest_norm(exponents) * _largest_norm(k) <= SAFE, np.ones(M, np.float32)
+    dk[:], dv[:] = 0, 0
+    for start in range(0, N, QUERIES_BACK):
+        rows = slice(start, min(start + QUERIES_BACK, N))
+        e = np.matmul(exponents[rows], k.T, out=scratch("e", rows.stop - start, M))
+        if causal:
+            e[np.arange(M) > np.arange(start, rows.stop)[:, None]] = -np.inf
+        if not safe:
+            e -= e.max(axis=1, keepdims=True)
+        np.exp2(e, out=e)
+        total = (e @ ones)[:, None]                                      # (n,1)
+        g = dy[rows] / total
+        dv += e.T @ g
+        ds = np.matmul(g, v.T, out=scratch("ds", *e.shape))
+        ds -= np.einsum("nm,nm->n", e, ds)[:, None] / total
+        ds *= e
+        np.matmul(ds, k, out=dq[rows])
+        dk += ds.T @ q[rows]
+    dq *= np.float32(scale)
+    dk *= np.float32(scale)
 
 
 def _largest_norm(x):
