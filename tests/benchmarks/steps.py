@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -103,7 +104,6 @@ class Side:
 
 def serve(step):
     """Make a step for each line of the input, and answer with its seconds and its loss."""
-    import time
     for _ in sys.stdin:
         begun = time.perf_counter()
         loss = step()
