@@ -228,6 +228,20 @@ def backward_by_heads():
     return lambda: ops.attention_backward(dy, cache), plain
 
 
+@case("attention of 64 heads with 64 tokens together, not plain, forward and backward")
+def heads_together():
+    q, k, v, dy = (normal(16, 64, 96) for _ in range(4))
+
+    def ours():
+        ops.attention(q, k, v, 4)
+        ops.attention_backward(dy, (q, k, v, 4, False, None))
+
+    def plain():
+        with backend.plain():
+            ours()
+    return ours, plain
+
+
 @case("sums of weights by a product with ones, not a column of ones in v")
 def column_of_ones():
     scores, v, ones = normal(1024, 256), normal(256, 40), np.ones(256, F32)

@@ -9,9 +9,11 @@ from tinyldm import backend, ops
 from tinyldm.kernels import attention
 
 
-@pytest.fixture(autouse=True)
-def few_scores_too(monkeypatch):
-    monkeypatch.setattr(attention, "FEW", 0)
+@pytest.fixture(autouse=True, params=[0, 1000, attention.FEW])
+def few(request, monkeypatch):
+    """0: every head by itself, in blocks of keys. 1000: small ones several at a time."""
+    monkeypatch.setattr(attention, "FEW", request.param)
+    monkeypatch.setattr(attention, "SERIAL", request.param)
 
 
 def blocked(*args, **options):
