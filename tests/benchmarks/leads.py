@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from tests.benchmarks import timing
 from tinyldm import backend, ops
 from tinyldm.backend import parallel
-from tinyldm.kernels import half, im2col, product, winograd
+from tinyldm.kernels import conv, half, im2col, product, winograd
 
 F32 = np.float32
 CASES = {}
@@ -110,6 +110,28 @@ def sums_of_rows():
     return lambda: winograd.conv3x3(x, weight, None), product_only
 
 
+@case("dx without a copy of the weight, 16x16 map")
+def weight_as_it_is():
+    return turned_weight(16, 1280)
+
+
+@case("dx without a copy of the weight, 64x64 map")
+def weight_as_it_is_large():
+    return turned_weight(64, 320)
+
+
+def turned_weight(H, C):
+    dy, weight = normal(1, H, H, C), normal(3, 3, C, C, scale=(9 * C) ** -0.5)
+
+    def ours():
+        conv.conv2d_input_backward(dy, weight, dy.shape, 1, (1, 1))
+
+    def copied():
+        with replaced(conv, LARGE=1 << 40):
+            ours()
+    return ours, copied
+
+
 # ---- matrix products ------------------------------------------------------------------------
 
 @case("q, k and v as three products, not one, 64x64 map")
@@ -193,6 +215,17 @@ def blocked_attention():
         with backend.plain():
             ops.attention(q, k, v, 8)
     return lambda: ops.attention(q, k, v, 8), plain
+
+
+@case("attention's backward by heads, not plain, 4096 tokens")
+def backward_by_heads():
+    q, k, v, dy = (normal(1, 4096, 320) for _ in range(4))
+    cache = q, k, v, 8, False, None
+
+    def plain():
+        with backend.plain():
+            ops.attention_backward(dy, cache)
+    return lambda: ops.attention_backward(dy, cache), plain
 
 
 @case("sums of weights by a product with ones, not a column of ones in v")
