@@ -68,13 +68,18 @@ class Points:
 # Of 120 pairs +-a, +-b this one has the smallest error: 8e-7 of the output's standard deviation
 # (root mean square, C = 64). The usual 0, +-1, +-2 has 18e-7, and 0, +-1, 1/2, -2 has 12e-7.
 LARGE, SMALL = Points(2 / 3, 3 / 2), Points(1)
-LARGE_TILES = 64            # with at least so many, use large tiles
+PIXELS = 256                # Winograd pays from so many on, and large tiles from twice as many;
+SMALL_WEIGHT = 1 << 16      # with more pairs of channels, from twice as many each
+
+
+def _least_pixels(C, O):
+    return PIXELS if C * O <= SMALL_WEIGHT else 2 * PIXELS
 
 
 def pays(x_shape, weight_shape):
     """Whether this is faster than im2col: enough whole tiles to share the weight's transform."""
     B, H, W, C = x_shape
-    return B * H * W >= 512 and min(H, W) >= 8 and min(C, weight_shape[-1]) >= 32
+    return C >= 16 and min(H, W) >= 4 and B * H * W >= _least_pixels(C, weight_shape[-1])
 
 
 def conv3x3(x, weight, bias, padding=(1, 1)):
@@ -85,7 +90,7 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
     C, O = weight.shape[2:]
     B, H, W, _ = x.shape
     y = np.empty((B, H + sum(padding) - 2, W + sum(padding) - 2, O), np.float32)
-    points = _points(y.shape)
+    points = _points(y.shape, C)
     whole, = _strips(y.shape, points, math.prod(y.shape))
     share = whole.tiles // (2 * free_threads() + 1)
     strips = _strips(y.shape, points,
@@ -130,7 +135,7 @@ def dweight3x3(dy, x, padding=(1, 1)):
         dweight = G.T [ sum_tiles (B.T d B).T @ (A dY A.T) ] G
     """
     C, O = x.shape[-1], dy.shape[-1]
-    points = _points(dy.shape)
+    points = _points(dy.shape, C)
     n = points.size
     total = np.zeros((n, n, C, O), np.float32)
     for strip in _strips(dy.shape, points, STRIP_TILES):
@@ -143,9 +148,9 @@ def dweight3x3(dy, x, padding=(1, 1)):
     return (points.G.T @ total.reshape(points.count, -1)).reshape(3, 3, C, O)
 
 
-def _points(y_shape):
-    tiles = math.prod(y_shape[:3]) / LARGE.tile ** 2
-    return LARGE if tiles >= LARGE_TILES else SMALL
+def _points(y_shape, C):
+    B, H, W, O = y_shape
+    return LARGE if B * H * W >= 2 * _least_pixels(C, O) else SMALL
 
 
 class Strip(NamedTuple):
