@@ -28,6 +28,8 @@ def test_winograd(shape, padding, strip_tiles, columns, monkeypatch):
     with backend.plain():
         _, dweight, _ = ops.conv2d_backward(dy, (x, weight, 1, padding))
     assert_close(winograd.dweight3x3(dy, x, padding), dweight, TOLERANCE)
+    turned = winograd.conv3x3(x, winograd.turn(weight), bias, padding, turned=True)
+    assert_close(turned, y, TOLERANCE)
 
 
 def test_winograd_is_as_accurate_as_its_points_promise(monkeypatch):

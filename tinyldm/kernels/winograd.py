@@ -11,8 +11,9 @@ is its transpose. So w is evaluated at 6 points (G), the input goes through the 
 interpolation (B.T), and the products go through the transpose of evaluation (A.T). In two
 dimensions this is done along the rows and along the columns.
 
-With a tile as a column of 36 numbers, each of the three transforms is a matrix product (with the
-Kronecker product of the matrix with itself), and the products in the middle are 36 of (tiles,C) @
+The transforms are matrix products on the map as it lies in memory: one matrix for the tiles side by
+side in eight pixels of a row or column (mostly zeros, but BLAS takes a few large products faster than
+many small ones), without copying the tiles first. The products in the middle are 36 of (tiles,C) @
 (C,O). These need many tiles: small maps are cut into tiles of 2x2, with 4 points.
 Source: Lavin & Gray 2015, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308,
 section 4. The choice of points: Barabasz et al. 2020, "Error Analysis and Improving the Accuracy of
@@ -82,12 +83,13 @@ def pays(x_shape, weight_shape):
     return C >= 16 and min(H, W) >= 4 and B * H * W >= _least_pixels(C, weight_shape[-1])
 
 
-def conv3x3(x, weight, bias, padding=(1, 1)):
+def conv3x3(x, weight, bias, padding=(1, 1), turned=False):
     """ops.conv2d with stride 1, without the cache.
 
-    x (B,H,W,C), weight (3,3,C,O), bias (O,) or None -> y (B,Ho,Wo,O).
+    x (B,H,W,C), weight (3,3,C,O), bias (O,) or None -> y (B,Ho,Wo,O). turned: the weight is
+    (3,3,O,C), and stands for turn(weight): so dx is a convolution of dy with the same weight.
     """
-    C, O = weight.shape[2:]
+    C, O = weight.shape[:1:-1] if turned else weight.shape[2:]
     B, H, W, _ = x.shape
     y = np.empty((B, H + sum(padding) - 2, W + sum(padding) - 2, O), np.float32)
     points = _points(y.shape, C)
@@ -96,7 +98,7 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
     strips = _strips(y.shape, points,
                      max(STRIP_TILES, min(share, STRIP_NUMBERS // max(C, O))))
     if len(strips) >= 2 * free_threads():
-        values = _transform_weight(weight, points)
+        values = _transform_weight(weight, points, turned)
 
         def strip(item):
             tiles = scratch("tiles", points.size, item.tiles, points.size, C)
@@ -112,7 +114,8 @@ def conv3x3(x, weight, bias, padding=(1, 1)):
 
         def chunk(start):
             part = slice(start, start + step)
-            values = _transform_weight(weight[..., part], points)
+            own = weight[:, :, part] if turned else weight[..., part]
+            values = _transform_weight(own, points, turned)
             _write(_products(tiles, values), None if bias is None else bias[part],
                    whole, points, y[..., part])
         parallel(chunk, range(0, O, step))
@@ -125,6 +128,12 @@ def _products(tiles, values):
     products = scratch("products", n, count, n, values.shape[-1])
     np.matmul(tiles.swapaxes(1, 2), values.reshape(n, n, C, -1), out=products.swapaxes(1, 2))
     return products
+
+
+def turn(weight):
+    """The weight of the convolution that is the gradient of x: turned by 180 degrees, input and
+    output channels exchanged. (K,L,C,O) -> (K,L,O,C), a view."""
+    return weight[::-1, ::-1].swapaxes(2, 3)
 
 
 def dweight3x3(dy, x, padding=(1, 1)):
@@ -179,9 +188,14 @@ def _strips(y_shape, points, size):
             for row in range(0, rows, height) for r in [min(height, rows - row)]]
 
 
-def _transform_weight(weight, points):
-    """Evaluate (3,3,C,O) at the points -> (n*n,C,O)."""
+def _transform_weight(weight, points, turned=False):
+    """Evaluate (3,3,C,O) at the points -> (n*n,C,O). turned: turn(weight) -> (n*n,O,C), a view.
+
+    The columns of G are turned, not the weight, and BLAS reads a matrix in either order: so nothing
+    is copied.
+    """
     C, O = weight.shape[2:]
+    G = np.ascontiguousarray(points.G[:, ::-1]) if turned else points.G
     values = np.empty((points.count, C, O), np.float32)
     step = max(1, WEIGHTS // O)
 
@@ -189,9 +203,9 @@ def _transform_weight(weight, points):
         kernels, part = weight[:, :, c:c + step], values[:, c:c + step]
         if weight.dtype == np.float16:
             kernels = widen(kernels, scratch("kernels", *kernels.shape))
-        np.matmul(points.G, kernels.reshape(9, -1), out=part.reshape(points.count, -1))
+        np.matmul(G, kernels.reshape(9, -1), out=part.reshape(points.count, -1))
     parallel(channels, range(0, C, step))
-    return values
+    return values.swapaxes(1, 2) if turned else values
 
 
 def _transform_tiles(x, strip, padding, points, tiles):
