@@ -11,11 +11,11 @@ is its transpose. So w is evaluated at 6 points (G), the input goes through the 
 interpolation (B.T), and the products go through the transpose of evaluation (A.T). In two
 dimensions this is done along the rows and along the columns.
 
-The transforms are matrix products with the map as it lies in memory. One matrix transforms the tiles
-side by side in eight pixels of a row or column; most of its numbers are zeros, but BLAS takes a few
-large products faster than many small ones, and no tile is copied first. The products in the middle
-are 36 of (tiles,C) @ (C,O). These need many tiles: small maps are cut into tiles of 2x2, with 4
-points.
+The transforms are matrix products with the map as it lies in memory. One matrix transforms the
+tiles side by side in eight pixels of a row or column; most of its numbers are zeros, but BLAS takes
+a few large products faster than many small ones, and no tile is copied first. The products in the
+middle are 36 of (tiles,C) @ (C,O). These need many tiles: small maps are cut into tiles of 2x2,
+with 4 points.
 Source: Lavin & Gray 2015, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308,
 section 4. The choice of points: Barabasz et al. 2020, "Error Analysis and Improving the Accuracy of
 Winograd Convolution for Deep Neural Networks", arXiv:1803.10986.
