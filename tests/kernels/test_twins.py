@@ -12,8 +12,8 @@ CPU = {"silu", "gelu", "gelu_tanh", "quick_gelu", "geglu", "geglu_backward", "at
        "linear_input_backward", "group_norm", "group_norm_backward", "group_norm_silu",
        "group_norm_silu_backward", "layer_norm", "layer_norm_backward", "batch_norm_relu",
        "average_pool"}
-GPU = {"silu", "gelu", "gelu_tanh", "quick_gelu", "geglu", "attention", "conv2d", "group_norm",
-       "group_norm_silu", "layer_norm"}
+GPU = {"silu", "gelu", "gelu_tanh", "quick_gelu", "geglu", "attention", "conv2d",
+       "conv2d_backward", "conv2d_input_backward", "group_norm", "group_norm_silu", "layer_norm"}
 
 
 def twins(device):

@@ -6,16 +6,16 @@ results in registers. Matrix products are NVIDIA's: 2-D ones by CuPy's @, attent
 cuBLAS directly, because CuPy converts stacks of float16 matrices to float32 first. All statistics,
 sums and exponentials are float32. Stored results have x's dtype, float16 or float32.
 
-There are no backward kernels here: the caches are those of the plain ops, and so are the backward
-passes. The tests compile SOURCE with NVIDIA's compiler, which needs no GPU, and run it, thread by
-thread, on the host.
+Convolution's gradients are products of the same columns. All other backward passes are the plain
+ones, because the caches are those of the plain ops. The tests compile SOURCE with NVIDIA's
+compiler, which needs no GPU, and run it, thread by thread, on the host.
 """
 import functools
 import math
 
 import numpy as np
 
-from ..backend import get_xp
+from ..backend import add_up, get_xp
 from .im2col import sides
 
 COLUMNS = 1 << 26           # numbers of im2col at a time: 128 MiB in float16
@@ -355,23 +355,60 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
         return NotImplemented
     (top, bottom), (left, right) = sides(padding)
     Ho, Wo = (H + top + bottom - K) // stride + 1, (W + left + right - L) // stride + 1
-    xp, pixels = get_xp(x), B * Ho * Wo
-    maps, = _contiguous(x)
-    matrix = weight.reshape(K * L * C, O).astype(x.dtype, copy=False)
-    if K == L == stride == 1 and not top + bottom + left + right:
-        y = maps.reshape(pixels, C) @ matrix
-    else:
-        step = max(1, COLUMNS // len(matrix))
-        y = xp.empty((pixels, O), x.dtype)
-        for first in range(0, pixels, step):
-            columns = xp.empty((min(step, pixels - first), len(matrix)), x.dtype)
-            numbers = [H, W, C, K, L, stride, top, left, Ho, Wo,
-                       *np.int64([first, columns.size])]
-            _launch("im2col", x, C, [maps, columns], numbers, _blocks(columns.size))
-            xp.matmul(columns, matrix, out=y[first:first + step])
+    xp, matrix = get_xp(x), weight.reshape(K * L * C, O).astype(x.dtype, copy=False)
+    y = xp.empty((B * Ho * Wo, O), x.dtype)
+    for first, columns in _columns(x, weight.shape, stride, padding, (Ho, Wo)):
+        xp.matmul(columns, matrix, out=y[first:first + len(columns)])
     if bias is not None:
         y += bias
     return y.reshape(B, Ho, Wo, O), (x, weight, stride, padding)
+
+
+def _columns(x, kernel, stride, padding, size):
+    """For some output pixels at a time: the first one's number, and the pixels of x (B,H,W,C) that
+    each of them reads, (pixels,K*L*C). kernel: the weight's shape. size: Ho, Wo."""
+    (B, H, W, C), (K, L, *_), (Ho, Wo) = x.shape, kernel, size
+    (top, bottom), (left, right) = sides(padding)
+    xp, pixels, width = get_xp(x), B * Ho * Wo, K * L * C
+    maps, = _contiguous(x)
+    if K == L == stride == 1 and not top + bottom + left + right:
+        yield 0, maps.reshape(pixels, C)
+        return
+    step = max(1, COLUMNS // width)
+    for first in range(0, pixels, step):
+        columns = xp.empty((min(step, pixels - first), width), x.dtype)
+        numbers = [H, W, C, K, L, stride, top, left, Ho, Wo, *np.int64([first, columns.size])]
+        _launch("im2col", x, C, [maps, columns], numbers, _blocks(columns.size))
+        yield first, columns
+
+
+def conv2d_backward(dy, cache):
+    """Twin of ops.conv2d_backward: dweight is one product with the columns of x, some rows at a
+    time. dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,L,C,O), dbias (O,)."""
+    x, weight, stride, padding = cache
+    dx = conv2d_input_backward(dy, weight, x.shape, stride, padding)
+    if dx is NotImplemented:
+        return dx
+    xp, rows = get_xp(x), dy.reshape(-1, dy.shape[-1])
+    dweight = xp.zeros((math.prod(weight.shape[:3]), weight.shape[3]), np.float32)
+    for first, columns in _columns(x, weight.shape, stride, padding, dy.shape[1:3]):
+        dweight += columns.T @ rows[first:first + len(columns)]
+    dweight = dweight.astype(xp.promote_types(x.dtype, weight.dtype), copy=False)
+    return dx, dweight.reshape(weight.shape), add_up(rows, axis=0)
+
+
+def conv2d_input_backward(dy, weight, shape, stride=1, padding=(0, 0)):
+    """Twin of ops.conv2d_input_backward, stride 1: the convolution of dy with the turned kernel.
+
+    Each pixel of x is read under every position of the kernel, so its gradient is a window of dy.
+    dy (B,Ho,Wo,O), weight (K,L,C,O), shape (B,H,W,C) of x -> dx (B,H,W,C).
+    """
+    (top, bottom), (left, right) = sides(padding)
+    K, L = weight.shape[:2]
+    if stride != 1 or max(top, bottom) >= K or max(left, right) >= L:
+        return NotImplemented
+    around = (K - 1 - top, K - 1 - bottom), (L - 1 - left, L - 1 - right)
+    return conv2d(dy, weight[::-1, ::-1].swapaxes(2, 3), padding=around)[0]
 
 
 # ---- attention --------------------------------------------------------------------------------
@@ -379,7 +416,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
 def attention(q, k, v, num_heads, causal=False, mask=None):
     """Twin of ops.attention without a mask. q (B,N,C), k (B,M,C), v (B,M,C) -> y (B,N,C).
 
-    The scores are computed for one image and some queries at a time, in float32: float16 has too
+    The scores are computed for some images or some queries at a time, in float32: float16 has too
     few digits for the exponential of a large score.
     """
     xp, (B, N, C), M = get_xp(q), q.shape, k.shape[1]
@@ -388,40 +425,46 @@ def attention(q, k, v, num_heads, causal=False, mask=None):
     cache, d = (q, k, v, num_heads, causal, mask), C // num_heads
     q, k, v = _contiguous(q, k, v)
     y = xp.empty_like(q)
-    step = max(1, min(N, SCORES // (num_heads * M)))
-    for b in range(B):
+    heads = [x.reshape(B, -1, num_heads, d).swapaxes(1, 2) for x in (q, k, v, y)]       # (B,h,N,d)
+    images = max(1, SCORES // (num_heads * N * M))
+    step = max(1, SCORES // (num_heads * M))            # N or more, unless one image has too many
+    for some in (slice(first, first + images) for first in range(0, B, images)):
         for start in range(0, N, step):
-            queries = q[b, start:start + step]                           # (n,C)
-            n = len(queries)
-            scores = xp.empty((num_heads, n, M), np.float32)
+            queries, keys, values, out = (x[some] for x in heads)
+            queries, out = (x[:, :, start:start + step] for x in (queries, out))
+            I, n = len(queries), queries.shape[2]
+            scores = xp.empty((I, num_heads, n, M), np.float32)
             weights = scores if q.dtype == np.float32 else xp.empty_like(scores, q.dtype)
-            # Our rows are cuBLAS's columns. So it computes scores.T = k @ q.T and y.T = v.T @
-            # weights.T. The heads of q, k, v and y begin d numbers apart.
-            _products(xp, True, (M, n, d), d ** -0.5, (k[b], C, d), (queries, C, d),
-                      (scores, M, n * M), num_heads)
+            # One call has all heads of an image or one head of all images, whichever are more.
+            parts = range(I) if I < num_heads else [np.s_[:, head] for head in range(num_heads)]
+            for part in parts:
+                _products(queries[part], keys[part], scores[part], True, d ** -0.5)
             _launch("softmax", q, M, [scores, weights], [M, n, start, int(causal)],
-                    (num_heads * n,), (32 * min(8, -(-M // 256)),))
-            _products(xp, False, (d, n, M), 1, (v[b], C, d), (weights, M, n * M),
-                      (y[b, start:start + step], C, d), num_heads)
+                    (I * num_heads * n,), (32 * min(8, -(-M // 256)),))
+            for part in parts:
+                _products(weights[part], values[part], out[part], False)
     return y, cache
 
 
-def _products(xp, transposed, sizes, alpha, a, b, c, count):
-    """`count` products c = alpha * a @ b, or alpha * a.T @ b; cuBLAS stores matrices by columns.
+def _products(x, matrix, y, transposed, alpha=1):
+    """y[i] = alpha * x[i] @ matrix[i], or with matrix[i].T if transposed.
 
-    sizes: m, n, k of (m,k) @ (k,n). a, b, c: (array, distance from one column of a matrix to the
-    next, distance from one matrix to the next), distances in numbers.
+    x (I,n,k), matrix (I,k,m) or (I,m,k), y (I,n,m): views whose last axis is contiguous.
     """
+    xp, (I, n, m), k = get_xp(y), y.shape, x.shape[2]
     cublas, handle = xp.cuda.cublas, xp.cuda.get_cublas_handle()
     alpha, beta = np.array([alpha, 0], np.float32)[:, None]             # the call reads them
-    places = [part for array, column, matrix in (a, b, c)
-              for part in (array.data.ptr, TYPES[array.dtype], column, matrix)]
+    # cuBLAS stores matrices by columns, which are our rows. So it computes y.T = matrix.T @ x.T.
+    # Of each: where it lies, its type, and how far apart two rows and two matrices are, in numbers.
+    places = [part for array in (matrix, x, y)
+              for part in (array.data.ptr, TYPES[array.dtype], array.strides[1] // array.itemsize,
+                           array.strides[0] // array.itemsize)]
     mode = cublas.getPointerMode(handle)                # others use this handle, too
     cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)      # alpha and beta lie there
     try:
         cublas.gemmStridedBatchedEx(
             handle, cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N,
-            cublas.CUBLAS_OP_N, *sizes, alpha.ctypes.data, *places[:8], beta.ctypes.data,
-            *places[8:], count, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT)
+            cublas.CUBLAS_OP_N, m, n, k, alpha.ctypes.data, *places[:8], beta.ctypes.data,
+            *places[8:], I, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT)
     finally:
         cublas.setPointerMode(handle, mode)
