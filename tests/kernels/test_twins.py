@@ -13,7 +13,8 @@ CPU = {"silu", "gelu", "gelu_tanh", "quick_gelu", "geglu", "geglu_backward", "at
        "group_norm_silu_backward", "layer_norm", "layer_norm_backward", "batch_norm_relu",
        "average_pool"}
 GPU = {"silu", "gelu", "gelu_tanh", "quick_gelu", "geglu", "attention", "conv2d",
-       "conv2d_backward", "conv2d_input_backward", "group_norm", "group_norm_silu", "layer_norm"}
+       "group_norm", "group_norm_silu", "layer_norm"}
+GPU |= {f"{name}_backward" for name in GPU} | {"conv2d_input_backward"}
 
 
 def twins(device):
