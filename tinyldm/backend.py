@@ -56,9 +56,9 @@ def widen(x):
 def add_up(x, axis):
     """x.sum(axis) in x's dtype. float16 is added up in float32, which CuPy does not always do."""
     if axis == 0 and x.ndim == 2 and fast_on_gpu(x):
-        # CuPy has one sum per column, too few to fill a GPU where x is tall: first sums of pieces.
-        pieces = x.reshape(math.gcd(len(x), 512), -1, x.shape[1])
-        return pieces.sum(axis=1, dtype=wide(x.dtype)).sum(axis=0).astype(x.dtype, copy=False)
+        # CuPy's sum has one block of threads for some columns, too few to fill a GPU. cuBLAS adds
+        # up in float32.
+        return (get_xp(x).ones((1, len(x)), x.dtype) @ x)[0]
     return x.sum(axis=axis, dtype=wide(x.dtype)).astype(x.dtype, copy=False)
 
 

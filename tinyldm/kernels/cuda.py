@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from ..backend import add_up, get_xp
+from ..backend import add_up, get_xp, widen
 from .im2col import sides
 
 COLUMNS = 1 << 26           # numbers of im2col at a time: 128 MiB in float16
@@ -396,6 +396,11 @@ def _module(xp, dtype, pack):
     return xp.RawModule(code=SOURCE, options=options(T, pack))
 
 
+@functools.cache
+def _kernel(xp, dtype, pack, name):
+    return _module(xp, dtype, pack).get_function(name)
+
+
 def _launch(name, x, width, arrays, numbers, grid, block=(THREADS,), shared=0):
     """Queue a kernel on contiguous arrays, in packs if these divide the last axis, of `width`.
 
@@ -405,7 +410,7 @@ def _launch(name, x, width, arrays, numbers, grid, block=(THREADS,), shared=0):
     if width % pack or any(array.data.ptr % 16 for array in arrays):
         pack = 1
     numbers = [{int: np.int32, float: np.float32}.get(type(n), lambda n: n)(n) for n in numbers]
-    kernel = _module(get_xp(x), x.dtype, pack).get_function(name)
+    kernel = _kernel(get_xp(x), x.dtype, pack, name)
     kernel(grid(pack) if callable(grid) else grid, block, (*arrays, *numbers), shared_mem=shared)
 
 
@@ -633,11 +638,11 @@ def conv2d_backward(dy, cache):
     dx = conv2d_input_backward(dy, weight, x.shape, stride, padding)
     if dx is NotImplemented:
         return dx
-    xp, rows = get_xp(x), dy.reshape(-1, dy.shape[-1])
-    dweight = xp.zeros((math.prod(weight.shape[:3]), weight.shape[3]), np.float32)
+    rows, dweight = dy.reshape(-1, dy.shape[-1]), 0
     for first, columns in _columns(x, weight.shape, stride, padding, dy.shape[1:3]):
-        dweight += columns.T @ rows[first:first + len(columns)]
-    dweight = dweight.astype(xp.promote_types(x.dtype, weight.dtype), copy=False)
+        part = columns.T @ rows[first:first + len(columns)]
+        dweight = widen(dweight) + part if first else part
+    dweight = dweight.astype(np.promote_types(x.dtype, weight.dtype), copy=False)
     return dx, dweight.reshape(weight.shape), add_up(rows, axis=0)
 
 
@@ -741,18 +746,18 @@ def _products(a, b, y, factor=1, add=False):
     # cuBLAS stores matrices by columns, which are our rows. So it computes y.T = b.T @ a.T.
     turned = [cublas.CUBLAS_OP_N if _is_by_rows(x) else cublas.CUBLAS_OP_T for x in (b, a)]
     # One call has all heads of an image or one head of all images, whichever are more.
-    parts, count, axis = (range(I), h, 1) if I < h else ([np.s_[:, i] for i in range(h)], I, 0)
+    calls, count, axis = (I, h, 1) if I < h else (h, I, 0)
+    # Of each: how far apart, in numbers, two rows and two matrices of a call are.
+    steps = [(_row(x), x.strides[axis] // x.itemsize) for x in (b, a, y)]
     mode = cublas.getPointerMode(handle)                # others use this handle, too
     cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)      # the two numbers lie there
     try:
-        for part in parts:
-            # Of each: where it lies, its type, and how far apart, in numbers, two rows and two
-            # matrices are.
-            places = [number for x in (b, a, y) for number in (
-                x[part].data.ptr, TYPES[x.dtype], _row(x), x.strides[axis] // x.itemsize)]
+        for i in range(calls):
+            of_b, of_a, of_y = ((x.data.ptr + i * x.strides[1 - axis], TYPES[x.dtype], *step)
+                                for x, step in zip((b, a, y), steps))
             cublas.gemmStridedBatchedEx(
-                handle, *turned, m, n, k, numbers[0].ctypes.data, *places[:8],
-                numbers[1].ctypes.data, *places[8:], count, cublas.CUBLAS_COMPUTE_32F,
+                handle, *turned, m, n, k, numbers[0].ctypes.data, *of_b, *of_a,
+                numbers[1].ctypes.data, *of_y, count, cublas.CUBLAS_COMPUTE_32F,
                 cublas.CUBLAS_GEMM_DEFAULT)
     finally:
         cublas.setPointerMode(handle, mode)
