@@ -11,6 +11,7 @@ from tests.support.tolerance import assert_allclose
 from tinyldm.models.discriminator import PatchDiscriminator, initialise
 from tinyldm.shapes import drawing
 from tinyldm.training.optim import AdamW
+from tinyldm.training.stages import adversarial
 from tinyldm.training.stages.adversarial import Adversary
 from tinyldm.training.stages.perceptual import EncoderFeatures, Perceptual, VisionFeatures
 from tinyldm.training.stages.round_trip import AutoencoderLoss, psnr
@@ -106,6 +107,33 @@ def test_the_adaptive_weight_has_a_limit():
     images, noise = batch(np.random.default_rng(1), np.float64)
     report = ours(images, noise, START)
     assert report["adaptive_weight"] == 5000
+
+
+@pytest.mark.parametrize("step", [0, START])
+def test_the_loss_scale_is_that_of_all_gradients(step):
+    """A power of 2: bitwise."""
+    _, ours, named = pair(torch.float64, kl_weight=0.1)
+    images, noise = batch(np.random.default_rng(1), np.float64)
+    found = []
+    for scale in (1.0, 1024.0):
+        report = ours(images, noise, step, scale)
+        found.append((report, [parameter.grad for _, parameter in named]))
+        for _, parameter in named:
+            parameter.grad = None
+    (report, gradients), (other, scaled) = found
+    assert report == other and ("adaptive_weight" in report) == bool(step)
+    for one, times in zip(gradients, scaled):
+        np.testing.assert_array_equal(1024 * one, times)
+
+
+def test_a_length_that_overflows_spoils_the_gradient(monkeypatch):
+    """Or, in float16, one of the two parts would be lost, and nobody would know."""
+    _, ours, named = pair(torch.float64)
+    images, noise = batch(np.random.default_rng(1), np.float64)
+    for lengths in ([np.inf, 1.0], [1.0, np.inf]):
+        monkeypatch.setattr(adversarial, "length", lambda *_, left=lengths: left.pop())
+        ours(images, noise, START)
+        assert np.isnan(dict(named)["decoder.conv_in.weight"].grad).all()
 
 
 def test_tapes_are_empty_and_the_network_stays_frozen():

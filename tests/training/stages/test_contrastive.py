@@ -90,6 +90,16 @@ def test_checkpoints_change_no_gradient(weights, pictures):
         np.testing.assert_array_equal(gradient, plain[name])
 
 
+def test_the_loss_scale_is_that_of_all_gradients(weights, pictures):
+    """A power of 2: bitwise."""
+    pairs = pairs_of(weights, pictures)
+    report, plain = pairs.batch_loss(0, 5), gradients(pairs.model)
+    pairs.model.zero_grad()
+    assert pairs.batch_loss(0, 5, 1024.0) == report
+    for name, gradient in gradients(pairs.model).items():
+        np.testing.assert_array_equal(gradient, 1024 * plain[name])
+
+
 def test_finite_differences(weights, pictures):
     """One random direction in the space of all parameters, and the scale alone."""
     pairs, rng = pairs_of(weights, pictures), np.random.default_rng(1)

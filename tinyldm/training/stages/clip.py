@@ -28,7 +28,7 @@ from ...pipelines.zero_shot import TEMPLATES, ZeroShot
 from ...text.tokenizer import Tokenizer
 from ..data.classes import find_classes
 from ..data.pictures import PictureFolder
-from ..options import add_output, add_shared, trainer, whole
+from ..options import DTYPES, add_output, add_shared, trainer, whole
 from .contrastive import Pairs, initialise_clip
 from .retrieval import Retrieval
 
@@ -40,7 +40,6 @@ HEAD = 32                   # channels of an attention head of a new model
 NEW = {"resolution": 64, "patch": 8, "width": 96, "layers": 3}
 RATES = {True: 1e-5, False: 1e-3}                       # with weights, and without
 SETTINGS = ("weights", "tokenizer", "train", "held_out", *NEW)
-DTYPES = {"float32": np.float32, "float16": np.float16}
 EXACT = {"float32": 1e-5, "float16": 1e-2}              # of an embedding of length 1
 
 
@@ -71,10 +70,6 @@ def add_options(parser):
     add("--layers", type=whole(1, 64), metavar="N", help=f"of each half ({NEW['layers']})")
     add("--tokenizer", type=path, metavar="FOLDER", help="of a new model: that of a Stable "
         "Diffusion, for instance (the bundled model's, which has words for drawn shapes alone)")
-    add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
-        "block is computed again in backward")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
-        "(cpu)")
     add("--save-as", choices=DTYPES, default="float32", help="numbers in the file (float32)")
     add_shared(parser, steps=1000, learning_rate=RATES[False], batch=64, warmup=50,
                schedule="cosine", betas=(0.9, 0.98), weight_decay=0.2, adam_eps=1e-6)
@@ -216,7 +211,7 @@ class Stage:
 
         def batch_loss(rng):
             loop.about = pairs.describe(loop.batch, options.batch)
-            return pairs.batch_loss(loop.batch, options.batch)
+            return pairs.batch_loss(loop.batch, options.batch, loop.scale)
 
         def validate():
             loss, shares = retrieval.measure()
@@ -247,7 +242,7 @@ class Stage:
         error = max(float(abs(one - other).max()) for one, other in (
             (self.clip.embed_images(pictures), again.embed_images(pictures)),
             (self.clip.embed_texts(texts), again.embed_texts(texts))))
-        if not error <= EXACT[options.save_as]:
+        if not error <= max(EXACT[options.save_as], EXACT[options.dtype]):
             raise TinyldmError(f"{self.result}, read back, has embeddings that are off by "
                                f"{error:.2g}: go on with --resume to write it anew")
         say(f"checked: {self.result}, read back, has the embeddings of the trained model, up to "

@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 
 from ... import ops, ranks
-from ...backend import asarray, to_host
+from ...backend import asarray, to_host, widen
 from ...images import to_pil
 from ...layers import NO_TAPE, Tape
 from ...models.clip_model import LARGEST_SCALE
@@ -47,7 +47,7 @@ class Pairs:
     def pixels(self, samples):
         """Pictures as the vision transformer reads them, (B,H,W,3)."""
         images = to_pil(np.stack([self.pictures.image(sample) for sample in samples]))
-        return self.model.xp.asarray(self.clip.processor(images), self.model.dtype)
+        return self.model.xp.asarray(self.clip.processor(images), self.model.vision_model.dtype)
 
     def ids(self, captions):
         """Token ids (B,T) of the captions; T is what the longest one needs.
@@ -59,8 +59,11 @@ class Pairs:
         ids = np.concatenate([tokenizer.row(row) for row in rows])
         return ids[:, :2 + max(map(len, rows))]
 
-    def batch_loss(self, number, size):
+    def batch_loss(self, number, size, gradient_scale=1.0):
         """Add the gradients of a batch of N pairs to the parameters -> {"loss", ...}.
+
+        gradient_scale: of the gradients, Trainer.scale. The halves may compute in float16; the
+        embeddings and what follows from them are float32 then.
 
         expected: the loss of a model that knows nothing, ln N. found: the share of pictures that
         find their caption among the N. scale: exp(logit_scale). same_captions: how many pictures
@@ -74,22 +77,25 @@ class Pairs:
             tape = tapes[rows[0]] = Tape(self.checkpoints)
             image_embeds = model.encode_image(self.pixels(samples),
                                               tape if self.trains_image else NO_TAPE)
-            return image_embeds, model.encode_text(model.xp.asarray(ids),
-                                                   tape if self.trains_text else NO_TAPE)
+            text_embeds = model.encode_text(model.xp.asarray(ids),
+                                            tape if self.trains_text else NO_TAPE)
+            return widen(image_embeds), widen(text_embeds)
 
         def backward(rows, share):
             tape, rows = tapes[rows[0]], slice(rows[0] - first, rows[-1] + 1 - first)
             if self.trains_text:
-                model.encode_text_backward(dtext_embeds[rows], tape)
+                model.encode_text_backward(
+                    dtext_embeds[rows].astype(model.text_model.dtype, copy=False), tape)
             if self.trains_image:
-                model.encode_image_backward(dimage_embeds[rows], tape)
+                model.encode_image_backward(
+                    dimage_embeds[rows].astype(model.vision_model.dtype, copy=False), tape)
 
         shards = over_shards(forward, [samples, self.ids(captions), range(size)])
         image_embeds, text_embeds = map(model.xp.concatenate, zip(*shards))     # of this rank
         n, first, tape = len(image_embeds), min(tapes), Tape()
         logits = model.match(of_all_ranks(image_embeds), of_all_ranks(text_embeds), tape)
         loss, cache = ops.contrastive(logits)
-        dlogits = ops.contrastive_backward(n / size, cache)
+        dlogits = ops.contrastive_backward(gradient_scale * n / size, cache)
         dimage_embeds, dtext_embeds = (ranks.stack_backward(gradient, n) for gradient in
                                        model.match_backward(dlogits, tape))     # of this rank
         over_shards(backward, [range(size)])

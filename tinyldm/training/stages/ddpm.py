@@ -41,11 +41,11 @@ from ..options import (
 )
 from .denoising import Denoising, Latents, Pixels
 from .new_models import MODELS, new_pipeline, scheduler_config
-from .stage import DTYPES, EXACT, ROUNDED, check_free, writer
+from .stage import EXACT, ROUNDED, check_free, writer
 
 SAMPLES, SAMPLE_STEPS = 8, 25       # pictures of a row of the sheet, steps of DDIM for each
 # What a training that goes on must have in common with its beginning, besides that of all stages.
-SETTINGS = ("weights", "dtype", "model", "classes", "class_dropout", "resolution", "variance",
+SETTINGS = ("weights", "model", "classes", "class_dropout", "resolution", "variance",
             "beta_schedule", "train_timesteps", "prediction_type", "held_out")
 # Options of new models, and their defaults.
 NEW = {"model": "small", "variance": "fixed_large", "beta_schedule": "linear",
@@ -80,12 +80,6 @@ def add_options(parser):
         "second is Improved DDPM's cosine (linear)")
     add("--train-timesteps", type=whole(2, 100_000), metavar="T", help="of a new model (1000)")
     add("--prediction-type", choices=PREDICTION_TYPES, help="of a new model (epsilon)")
-    add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
-        "block is computed again in backward")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
-    add("--dtype", choices=DTYPES, default="float32", help="to compute in: float16 takes half of "
-        "the memory and is fast on a GPU; what is trained is kept in float32, too, and the loss is "
-        "scaled (float32)")
     add_shared(parser, steps=1500, learning_rate=1e-3, batch=16, warmup=100,
                schedule="constant_with_warmup", weight_decay=0.0, ema=0.999)
     add_diffusion(parser)

@@ -22,7 +22,7 @@ from ...checkpoints import save_model, write_pipeline
 from ...checkpoints.addons.writing import XL
 from ...cli.console import say
 from ...cli.options import path
-from ...errors import TinyldmError, note
+from ...errors import TinyldmError
 from ...pipelines.loading import load
 from ...pipelines.stable_diffusion import StableDiffusion
 from .. import memory
@@ -30,6 +30,7 @@ from ..data.class_pictures import draw_class_pictures
 from ..data.latents import LatentCache
 from ..data.pictures import PictureFolder
 from ..options import (
+    DTYPES,
     add_diffusion,
     add_output,
     add_shared,
@@ -43,8 +44,7 @@ from .conditions import Texts
 from .fine_tuning import FineTuning, Source
 
 END = ".safetensors"
-SETTINGS = ("weights", "dtype", "caption", "resolution", "caption_dropout")
-DTYPES = {"float32": np.float32, "float16": np.float16}
+SETTINGS = ("weights", "caption", "resolution", "caption_dropout")
 EXACT = 1e-3                # of the prediction's standard deviation, what the file may be off
 COARSE = 1e-2               # the same of a file in float16
 ROUNDED = 5e-2              # the same of a model that computes in float16
@@ -68,12 +68,6 @@ def add_options(parser, *, steps, learning_rate, output, dropout=0.0, layouts=Tr
     add("--flip", action="store_true", help="mirror half of the pictures")
     add("--strict", action="store_true", help="stop where a picture cannot be read or has no "
         "caption")
-    add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
-        "block is computed again in backward")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
-    add("--dtype", choices=DTYPES, default="float32", help="to compute in: float16 takes half of "
-        "the memory and is fast on a GPU; what is trained is kept in float32, too, and the loss is "
-        "scaled (float32)")
     if layouts:
         add("--layout", choices=("diffusers", "kohya"), default="diffusers", help="of the file: "
             "diffusers, or kohya for the web interfaces (diffusers)")
@@ -301,8 +295,6 @@ def load_weights(weights, device, dtype=np.float32, exact=()):
     names `exact`.
     Raises TinyldmError for weights of another system, and for those that are trained otherwise.
     """
-    if dtype == np.float16 and device == "cpu":
-        note("float16 is slower than float32 on a CPU: it is for --device cuda")
     pipe = load(weights, dtype=np.float32)
     check_kind(pipe, weights)
     for part, model in pipe.models.items():
