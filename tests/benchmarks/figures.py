@@ -29,8 +29,8 @@ AIMS = {"unet": 0.9, "vae": {"decoder": 0.6, "encoder": 0.7}, "text": 1,
         "ranks": None, "gpu": None, "kernels": None, "leads": None, "where": None}
 
 QUOTE = re.compile(r"<!-- (table|ours|reference|ratio|where): (.+?) -->(.*?)<!-- end -->", re.S)
-ABOUT = ("machine", "gpu", "cores", "threads", "python", "blas", "numpy", "torch", "diffusers",
-         "transformers")
+ABOUT = ("machine", "gpu", "cores", "threads", "python", "blas", "numpy", "cupy", "torch",
+         "diffusers", "transformers")
 SMALLER = {"s": "ms", "GB": "MB"}
 
 
