@@ -74,7 +74,7 @@ def small_tiles():
     _, _, ours = convolution(16, 1280, 1280)
 
     def large():
-        with replaced(winograd, LARGE_TILES=1):
+        with replaced(winograd, _points=lambda *sizes: winograd.LARGE):
             ours()
     return ours, large
 
@@ -84,7 +84,7 @@ def weights_kept(H, C, O):
     _, _, ours = convolution(H, C, O)
 
     def kept():
-        with replaced(winograd, _transform_weight=lambda weight, points: np.empty(
+        with replaced(winograd, _transform_weight=lambda weight, points, turned: np.empty(
                 (points.count, *weight.shape[2:]), F32)):
             ours()
     return ours, kept
@@ -100,14 +100,16 @@ def weights_kept_small():
     return weights_kept(32, 640, 640)
 
 
-@case("tiles transformed by sums of rows, not by one product, VAE")
-def sums_of_rows():
+@case("two or four tiles transformed by one product, not each by its own, VAE")
+def tiles_side_by_side():
     x, weight = normal(1, 256, 256, 128), normal(3, 3, 128, 128, scale=0.03)
+    with replaced(winograd, WIDTH=1):
+        single = winograd.Points(2 / 3, 3 / 2)
 
-    def product_only():
-        with replaced(winograd, LONG=1 << 30):
+    def one_by_one():
+        with replaced(winograd, LARGE=single):
             winograd.conv3x3(x, weight, None)
-    return lambda: winograd.conv3x3(x, weight, None), product_only
+    return lambda: winograd.conv3x3(x, weight, None), one_by_one
 
 
 @case("dx without a copy of the weight, 16x16 map")

@@ -23,10 +23,10 @@ def _conv2d(x, weight, bias, stride, padding):
     if weight.shape[0] == weight.shape[1] == stride == 1 and not np.any(padding):
         return product(x.reshape(-1, x.shape[-1]), weight[0, 0], bias).reshape(
             *x.shape[:-1], weight.shape[3])
-    if _suits_winograd(x, weight, stride, padding):
-        return winograd.conv3x3(x, weight, bias, padding[0])
     if stride == 1 and weight.shape[3] <= FEW:
         return few_outputs(x, weight, bias, padding)
+    if _suits_winograd(x, weight, stride, padding):
+        return winograd.conv3x3(x, weight, bias, padding[0])
     return im2col.conv2d(x, weight, bias, stride, padding)
 
 
