@@ -16,6 +16,8 @@ from tinyldm import backend
 from tinyldm.models import UNet2DModel
 from tinyldm.pipelines.ddpm import DDPM
 from tinyldm.pipelines.loading import load
+from tinyldm.tape import nbytes_of, observed
+from tinyldm.training import memory
 from tinyldm.training.__main__ import main
 from tinyldm.training.options import parse
 from tinyldm.training.report import read_log
@@ -243,6 +245,35 @@ def test_float16(more, train, tiny, tmp_path):
         np.testing.assert_array_equal(found[name], parts[name])
         errors.append((found[name] - array).ravel() / 1e-2)
     within((np.concatenate(errors) ** 2).mean() ** 0.5, 0.5, "in units of the learning rate")
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("more", [[], LEARNED, [*BY_CLASS, "--model", "dit"]], ids=str)
+def test_the_estimate_of_memory(more, checkpoints, pictures, tiny, tmp_path):
+    """Against the tape of a whole batch."""
+    stage = stage_of(pictures, tmp_path, *more, "--resolution", 16, "--batch", 4)
+    found, denoising, batch = [], stage.denoising, stage.denoising.batch(0, 4)
+    side, least = (stage.network.settings.sample_size, None) if "dit" in more else (16, 4)
+    estimate = max(memory.places(denoising.step, side, checkpoints, least))
+    assert all(parameter.grad is None for parameter in stage.network.parameters())
+    denoising.checkpoints = checkpoints
+    with observed(lambda entries: found.append(sum(size for _, size in nbytes_of(entries)))):
+        denoising.part_loss(batch, 1.0, range(4), 1.0)
+    # A DiT's table of positions is the same for all pictures, and is measured with one.
+    within(abs(4 * estimate / max(found) - 1), 1e-2 if "dit" in more else 1e-3, "memory")
+
+
+def test_the_line_on_memory(train, tiny, monkeypatch):
+    """Four pictures are four shards, of which two threads compute two at once."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(memory, "places", lambda step, side, checkpoints=False, least=None: [
+        2 ** 30, (3 - checkpoints) * 2 ** 30])
+    monkeypatch.setattr(memory, "available", lambda: 2 ** 30)
+    status, out, err = train("--resolution", 16, "--batch", 4)
+    assert status == 0, err
+    assert "activations 6.0 GiB (4.0 GiB with --checkpoints); only 1.0 GiB are free" in out
+    assert memory.division(4) == (4, 4, 2)
+    assert memory.waiting([10, 30], memory.Division(4, 8, 2)) == 8 * 10 + 2 * 20
 
 
 def test_from_weights(train, weights, tmp_path):

@@ -76,6 +76,15 @@ class Adversary:
             self.discriminator.backward(dlogits, tape)
         return {"discriminator": loss, "real": widen(real).mean(), "made": widen(made).mean()}
 
+    def step(self, image):
+        """Learn from an image (1,H,W,3) twice, for memory.py: both tapes of `_learn` as one."""
+        tape = Tape()
+        for _ in range(2):
+            logits = self.discriminator(image.astype(self.discriminator.dtype), tape)
+        for _ in range(2):
+            self.discriminator.backward(logits, tape)
+        self.discriminator.zero_grad()
+
     def wait(self):
         """Before it begins, its gradients are 0: so Adam counts the step and moves nothing."""
         for parameter in self.discriminator.parameters():

@@ -29,6 +29,7 @@ from ...images import grid, to_pil
 from ...models import AutoencoderKL
 from ...models.discriminator import PatchDiscriminator, smallest
 from ...models.discriminator import initialise as initialise_discriminator
+from .. import memory
 from ..data.pictures import PictureFolder
 from ..objectives import generators
 from ..optim import initialise
@@ -118,6 +119,10 @@ def run(options):
         f"--{name.replace('_', '-')}": value if value is None else str(value)
         for name in SETTINGS for value in [getattr(options, name)]})
     loop.models = models
+    frozen = [loss.perceptual.network] if loss.perceptual else []
+    say(memory.sentence(options, [*models.values(), *frozen], named,
+                        {kept: loss.memory(options.resolution, options.batch, kept)
+                         for kept in (False, True)}))
     watched = Watched(vae, pictures, held_out)
 
     def batch_loss(rng):

@@ -9,6 +9,7 @@ Source: Radford et al. 2021, arXiv:2103.00020; with one half frozen Zhai et al. 
 Zero-Shot Transfer with Locked-image text Tuning", arXiv:2111.07991.
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from ...layers import trainable_parameters
 from ...models import CLIPModel
 from ...pipelines.zero_shot import TEMPLATES, ZeroShot
 from ...text.tokenizer import Tokenizer
+from .. import memory
 from ..data.classes import find_classes
 from ..data.pictures import PictureFolder
 from ..options import DTYPES, add_output, add_shared, trainer, whole
@@ -208,6 +210,7 @@ class Stage:
             settings={f"--{name.replace('_', '-')}": str(getattr(options, name))
                       for name in SETTINGS})
         loop.models, loop.report.side = {"clip": self.clip.model}, SHEET
+        say(self.memory())
 
         def batch_loss(rng):
             loop.about = pairs.describe(loop.batch, options.batch)
@@ -221,6 +224,15 @@ class Stage:
 
         loop.train(batch_loss, write=self.write, sample=lambda: [retrieval.matrix()],
                    validate=validate, constrain=pairs.clamp_scale)
+
+    def memory(self):
+        """A line on the memory that the training will take."""
+        options, model = self.options, self.clip.model
+        step, side = partial(self.pairs.step, options.batch), model.settings.vision.image_size
+        parts = memory.division(options.batch)
+        found = {kept: memory.waiting(memory.places(step, side, kept), parts)
+                 for kept in (False, True)}
+        return memory.sentence(options, [model], trainable_parameters(model), found)
 
     # ---- the result -----------------------------------------------------------------------------
 

@@ -73,22 +73,13 @@ class Pairs:
         samples = self.samples(number, size)
         captions = [sample.caption for sample in samples]
 
-        def forward(samples, ids, rows, share):         # -> (B,P), (B,P)
+        def forward(samples, ids, rows, share):
             tape = tapes[rows[0]] = Tape(self.checkpoints)
-            image_embeds = model.encode_image(self.pixels(samples),
-                                              tape if self.trains_image else NO_TAPE)
-            text_embeds = model.encode_text(model.xp.asarray(ids),
-                                            tape if self.trains_text else NO_TAPE)
-            return widen(image_embeds), widen(text_embeds)
+            return self.encode(self.pixels(samples), model.xp.asarray(ids), tape)
 
         def backward(rows, share):
             tape, rows = tapes[rows[0]], slice(rows[0] - first, rows[-1] + 1 - first)
-            if self.trains_text:
-                model.encode_text_backward(
-                    dtext_embeds[rows].astype(model.text_model.dtype, copy=False), tape)
-            if self.trains_image:
-                model.encode_image_backward(
-                    dimage_embeds[rows].astype(model.vision_model.dtype, copy=False), tape)
+            self.encode_backward(dimage_embeds[rows], dtext_embeds[rows], tape)
 
         shards = over_shards(forward, [samples, self.ids(captions), range(size)])
         image_embeds, text_embeds = map(model.xp.concatenate, zip(*shards))     # of this rank
@@ -104,6 +95,30 @@ class Pairs:
                   "scale": math.exp(float(model.logit_scale.data)),
                   "same_captions": sum(n for n in Counter(captions).values() if n > 1)}
         return {name: value * n / size for name, value in report.items()}
+
+    def encode(self, pixels, ids, tape):
+        """pixels (B,H,W,3), ids (B,T) -> image_embeds and text_embeds (B,P), float32 at least."""
+        image_embeds = self.model.encode_image(pixels, tape if self.trains_image else NO_TAPE)
+        text_embeds = self.model.encode_text(ids, tape if self.trains_text else NO_TAPE)
+        return widen(image_embeds), widen(text_embeds)
+
+    def encode_backward(self, dimage_embeds, dtext_embeds, tape):
+        model = self.model
+        if self.trains_text:
+            model.encode_text_backward(dtext_embeds.astype(model.text_model.dtype, copy=False),
+                                       tape)
+        if self.trains_image:
+            model.encode_image_backward(
+                dimage_embeds.astype(model.vision_model.dtype, copy=False), tape)
+
+    def step(self, size, side, checkpoints):
+        """Forward and backward of one pair, for memory.py. Its caption is as long as those of the
+        first batch of `size` pairs."""
+        tape, xp = Tape(checkpoints), self.model.xp
+        ids = self.ids([sample.caption for sample in self.samples(0, size)])[:1]
+        pixels = xp.zeros((1, side, side, 3), self.model.vision_model.dtype)
+        self.encode_backward(*self.encode(pixels, xp.asarray(ids), tape), tape)
+        self.model.zero_grad()
 
     def clamp_scale(self):
         """As CLIPModel.clamp_scale, but in place: the optimiser holds the array."""

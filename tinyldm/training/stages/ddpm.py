@@ -26,6 +26,7 @@ from ...pipelines.ddpm import DDPM
 from ...pipelines.dit import DiT
 from ...pipelines.guided_ddpm import GuidedDDPM
 from ...pipelines.loading import load
+from .. import memory
 from ..data.classes import find_classes
 from ..data.latents import LatentCache
 from ..data.pictures import PictureFolder
@@ -211,6 +212,7 @@ class Stage:
             options, self.network.named_parameters(), data=self.pictures.fingerprint,
             settings={f"--{name.replace('_', '-')}": getattr(options, name) for name in SETTINGS})
         loop.models = self.pipe.models
+        say(self.memory())
 
         def batch_loss(rng):
             loop.about = denoising.describe(loop.batch, size)
@@ -219,6 +221,16 @@ class Stage:
         write = writer(self.pipe, options.output, [self.pipe.network], np.float32)
         loop.train(batch_loss, write=write, sample=self.sample, validate=denoising.validate)
         loop.optimizer.adopt_average()                  # the state is saved: from here on these
+
+    def memory(self):
+        """A line on the memory that the training will take."""
+        settings, at_once = self.network.settings, memory.division(self.options.batch).at_once
+        side, _ = sides(settings.sample_size)
+        least = None if isinstance(self.pipe, DiT) else 2 ** (len(settings.block_out_channels) - 1)
+        found = {kept: at_once * max(memory.places(self.denoising.step, side, kept, least))
+                 for kept in (False, True)}
+        return memory.sentence(self.options, self.pipe.models.values(),
+                               self.network.named_parameters(), found)
 
     # ---- the result -----------------------------------------------------------------------------
 

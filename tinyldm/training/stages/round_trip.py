@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from ... import ops
-from ...backend import get_xp, to_host, widen
+from ...backend import get_xp, to_host, wide, widen
 from ...layers import NO_TAPE, Tape
+from .. import memory
 from ..shards import over_shards
 
 PEAK = 2.0                  # what pixels in [-1, 1] can differ by
@@ -132,6 +133,29 @@ class AutoencoderLoss:
             loss, doutput = loss + weight * report["perceptual"], doutput + dmore
         report = {name: share * float(value) for name, value in ({"loss": loss} | report).items()}
         return Part(trip, first, share, doutput, share * self.kl_weight * scale, report)
+
+    def memory(self, side, batch, checkpoints):
+        """About how many bytes are kept for backward, of a batch of pictures of side x side."""
+        vae, decoder_only = self.vae, self.options[0]
+
+        def images(side):
+            return vae.xp.zeros((1, side, side, 3), wide(vae.dtype))
+
+        def step(side, checkpoints):
+            trip = RoundTrip(vae, images(side), 0.0, decoder_only, checkpoints)
+            trip.backward(trip.output, 0.0)
+            vae.zero_grad()
+
+        division = memory.division(batch)
+        places = memory.places(step, side, checkpoints, vae.vae_scale_factor)
+        found = division.at_once * max(places)
+        if self.adversary:
+            found = memory.waiting(places, division) + batch * max(memory.places(
+                lambda *_: self.adversary.step(images(side)), side))
+        if self.perceptual:
+            found += division.at_once * max(memory.places(
+                lambda *_: self.perceptual(images(side), images(side), 1.0), side))
+        return found
 
 
 @dataclass

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import ranks
-from ...backend import asarray, free_threads, to_host, widen
+from ...backend import asarray, to_host, widen
 from ...checkpoints import save_model, write_pipeline
 from ...checkpoints.addons.writing import XL
 from ...cli.console import say
@@ -39,7 +38,6 @@ from ..options import (
     trainer,
     whole,
 )
-from ..shards import number_of_shards
 from .conditions import Texts
 from .fine_tuning import FineTuning, Source
 
@@ -181,29 +179,10 @@ class Stage:
         if unet.add_embedding:
             conditions["time_ids"] = unet.xp.zeros((1, 6), np.float32)
         context, texts = conditions.pop("context"), tuning.texts if tuning.reads else None
-        shards = number_of_shards(options.batch)
-        own = len(ranks.share(shards)) or 1
-        at_once = min(own, free_threads()) * -(-options.batch // shards)
+        at_once = memory.division(options.batch).at_once
         found = {kept: memory.activations(unet, context, side, at_once, kept, texts, **conditions)
                  for kept in (False, True)}
-        weights = memory.weights(*self.pipe.models.values())
-        trained = sum(parameter.data.nbytes for _, parameter in named)
-        # Adam's two averages, that of the weights, and a gradient of each shard. The update needs
-        # the sum of the gradients, when the activations are gone. Beside float16 all but the
-        # shards' gradients are float32, and so are the weights once more.
-        half = options.dtype == "float16"
-        adam = ((2 + half + bool(options.ema)) * (1 + half) + own) * trained
-        total = weights + adam + max(found[options.checkpoints], (1 + half) * trained)
-        free = memory.available()
-        line = (f"memory: about {size(total)}: weights {size(weights)}, what is trained with its "
-                f"gradients and averages {size(adam)}, activations "
-                f"{size(found[options.checkpoints])}"
-                + f" ({size(found[True])} with --checkpoints)" * (not options.checkpoints))
-        # The weights are there already.
-        if unet.xp is np and free is not None and total - weights > free:
-            line += f"; only {size(free)} are free: take --checkpoints, a smaller --batch or " \
-                    "--resolution"
-        return line
+        return memory.sentence(options, self.pipe.models.values(), named, found)
 
     # ---- the file -------------------------------------------------------------------------------
 
@@ -281,11 +260,6 @@ class Stage:
         if weights := weights or self.options.weights:
             words += ["--weights", weights]
         say(f"draw with it: python -m tinyldm {' '.join(shlex.quote(str(word)) for word in words)}")
-
-
-def size(count):
-    """Bytes for people."""
-    return f"{count / 2 ** 30:.1f} GiB" if count >= 2 ** 30 else f"{count / 2 ** 20:.0f} MiB"
 
 
 def load_weights(weights, device, dtype=np.float32, exact=()):
