@@ -271,8 +271,9 @@ class Cascade(TextPipeline):
         levels = np.full(len(noise), level)
         enlarged, _ = ops.upsample_bilinear(low, noise.shape[1:3])
         noised = self.low_res_schedule.add_noise(enlarged, draw_large(), levels)
-        labels = {"class_labels": self.unet.xp.full(len(conditioning[0]["context"]), level)}
-        conditioning = [own | labels for own in conditioning]
+        xp = self.unet.xp
+        conditioning = [own | {"class_labels": xp.full(len(own["context"]), level)}
+                        for own in conditioning]
         for state in super_res.states(noise, draw_large, conditioning, noised):
             yield state._replace(step=first + state.step)
 

@@ -11,11 +11,9 @@ class Predictor:
 
     conditioning: [the prompt's], or with guidance [the negative prompt's, the prompt's], predicted
     in one batch; each a dict of the UNet's keyword arguments besides latents and timesteps, such as
-    context (prompts,M,D), each prompt for as many latents. Where only the contexts differ and all
-    else is the same arrays, a UNet2DConditionModel gets the latents once, and repeats its maps.
-    extra_channels: None, or what an inpainting UNet reads behind x_t, (B,H,W,c). guided_channels:
-    how many channels of the prediction are guided, the others are the condition's own; None for all
-    of x_t's.
+    context (prompts,M,D), each prompt for as many latents. extra_channels: None, or what an
+    inpainting UNet reads behind x_t, (B,H,W,c). guided_channels: how many channels of the
+    prediction are guided, the others are the condition's own; None for all of x_t's.
     keeps_variance: whether what a model predicts behind x_t's channels, for a learned variance, is
     handed on. timestep_scale: the model sees t times this number. The last inputs are kept in
     `inputs`, for the search for NaN.
@@ -30,23 +28,16 @@ class Predictor:
         self.guided_channels, self.keeps_variance = guided_channels, keeps_variance
         self.timestep_scale = timestep_scale
         self.inputs, self.dtype = {}, unet.dtype
-        first = conditioning[0]
-        shared = {name for name, value in first.items() if name != "context"
-                  and all(own[name] is value for own in conditioning)}
-        self.shares = isinstance(unet, UNet2DConditionModel) and first.keys() - shared == {
-            "context"}
 
     def __call__(self, x_t, t):                         # (B,H,W,C) -> (B,H,W,C)
         xp, n = get_xp(x_t), len(self.conditioning)
-        conditioning = {                                # (nB,...), or (B,...) where it is shared
-            name: xp.concatenate([own[name].repeat(len(x_t) // len(own[name]), axis=0)
-                                  for own in self.conditioning[:n if name == "context" or not
-                                                               self.shares else 1]])
-            for name in self.conditioning[0]}
+        conditioning = {name: xp.concatenate([own[name].repeat(len(x_t) // len(own[name]), axis=0)
+                                              for own in self.conditioning])    # (nB,...)
+                        for name in self.conditioning[0]}
         latents = [x_t] if self.extra_channels is None else [x_t, self.extra_channels]
         latents = xp.concatenate(latents, axis=-1)
-        if not self.shares:
-            latents = xp.concatenate([latents] * n)
+        if not (isinstance(self.unet, UNet2DConditionModel) and conditioning.keys() == {"context"}):
+            latents = xp.concatenate([latents] * n)     # that UNet itself repeats its maps, later
         self.inputs = {"latents": latents.astype(self.dtype), **conditioning,
                        "timesteps": xp.full(len(latents), t * self.timestep_scale, x_t.dtype)}
         model_output = self.unet(**self.inputs).astype(x_t.dtype)

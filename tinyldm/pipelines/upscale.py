@@ -190,8 +190,8 @@ class Upscaler(TextPipeline):
         latents = self.given_latents(request, shape)
         conditioning = self._conditioner(request.prompts, request.negative_prompts,
                                          request.guidance_scale, *size, request.clip_skip)
-        labels = {"class_labels": self.unet.xp.full(len(conditioning[0]["context"]), level)}
-        conditioning = [own | labels for own in conditioning]
+        for own in conditioning:
+            own["class_labels"] = self.unet.xp.full(len(own["context"]), level)
         picture = self.array(mixed(request.image, lambda image: from_pil(image, size, "bicubic"),
                                    lerp))
         # diffusers' order of draws: first for the picture, then for the latents.

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from tests.support import models, small_pipelines, strict
+from tests.support.command import assert_one_line
 from tests.support.pictures_to_train import write_pictures
 from tests.support.reference import nchw
 from tests.support.tolerance import assert_allclose, within
@@ -255,8 +256,7 @@ def test_a_line_for_bad_input(case, train, weights, tmp_path):
     places = {"W": weights, "T": weights / "text_encoder", "G": tmp_path / "grey.json",
               "C": weights / "vae" / "config.json", "U": weights / "unet" / "config.json"}
     status, _, err = train(*(places.get(word, word) for word in more))
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and re.search(said, lines[0]), err
+    assert_one_line(status, err, said)
     assert not (tmp_path / "vae" / "config.json").exists()
 
 

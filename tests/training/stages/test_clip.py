@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from tests.support import strict
 from tests.support.captioned import CAPTIONS, write_captioned
+from tests.support.command import assert_one_line
 from tests.support.small_clip import write_clip
 from tests.support.tolerance import within
 from tinyldm import backend
@@ -328,8 +329,7 @@ REFUSED = {
 def test_a_line_for_bad_input(case, train, tmp_path):
     more, said = REFUSED[case]
     status, _, err = train(*more)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and re.search(said, lines[0]), err
+    assert_one_line(status, err, said)
     assert not (tmp_path / "out" / "model").exists()
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.numpy import load_file
 
 import tinyldm
-from tests.support import improved_ddpm, pixel_models, strict
+from tests.support import improved_ddpm, pixel_models, small_pipelines, strict
+from tests.support.command import assert_one_line
 from tests.support.pixel_models import write_classes, write_model
 from tests.support.reference import nchw, to_ours, widen_embeddings
 from tests.support.tolerance import assert_allclose, within
@@ -307,6 +308,18 @@ def test_the_authors_files_go_on(train, weights, tmp_path):
     assert status == 0 and tinyldm.load(tmp_path / "out").rescale_timesteps, err
 
 
+def test_the_vae_of_a_new_dit(tmp_path):
+    """A pipeline's folder, its VAE's, or its VAE's file: the same VAE with the config's factor."""
+    folder = small_pipelines.smallest(tmp_path / "weights")
+    small_pipelines.change_json(folder / "vae" / "config.json", scaling_factor=0.7)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    for place in folder, folder / "vae", file:
+        vae = ddpm.vae_of(place)
+        assert vae.scaling_factor == 0.7 and vae.dtype == np.float32
+        for name, array in load_file(file).items():
+            np.testing.assert_array_equal(vae.state_dict()[name], array)
+
+
 def stage_of(pictures, tmp_path, *more):
     return Stage(parse(["ddpm", "--data", str(pictures), "--output", str(tmp_path / "a"),
                         *map(str, more)]))
@@ -356,8 +369,7 @@ REFUSED = {
 def test_a_line_for_bad_input(case, train, tmp_path):
     more, said = REFUSED[case]
     status, _, err = train(*more)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and re.search(said, lines[0]), err
+    assert_one_line(status, err, said)
     assert not (tmp_path / "out" / "model_index.json").exists()
 
 

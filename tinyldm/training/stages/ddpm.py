@@ -16,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from ...backend import asarray, to_host, widen
-from ...checkpoints import load_model, resolve_vae
 from ...cli.console import say
 from ...cli.options import path
 from ...configs import sides
@@ -40,6 +39,7 @@ from ..options import (
     trainer,
     whole,
 )
+from .autoencoder import load_from
 from .denoising import Denoising, Latents, Pixels
 from .new_models import MODELS, new_pipeline, scheduler_config
 from .stage import EXACT, ROUNDED, check_free, writer
@@ -298,8 +298,7 @@ def side_of(pipe):
 
 def vae_of(weights):
     """An AutoencoderKL in float32: of a place, or the bundled model's."""
-    return load_model(resolve_vae(weights), np.float32) if weights else load(
-        None, dtype=np.float32).vae
+    return load_from(weights) if weights else load(None, dtype=np.float32).vae
 
 
 def load_weights(weights):
