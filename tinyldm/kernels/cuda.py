@@ -1,10 +1,11 @@
 """The twins for a GPU: one kernel makes one pass over memory where CuPy's own calls make many.
 
 CuPy runs an op of a dozen array operations as a dozen kernels. Each reads and writes the whole
-array, two bytes per thread. The kernels of cuda.cu read 16 bytes per thread and keep intermediate
-results in registers; this file launches them. Matrix products are NVIDIA's: 2-D ones by CuPy's @, attention's stacks by
-cuBLAS directly, because CuPy converts stacks of float16 matrices to float32 first. All statistics,
-sums and exponentials are float32. Stored results have x's dtype, float16 or float32.
+array, two bytes per thread. The kernels of cuda.cu, which this file launches, read 16 bytes per
+thread and keep intermediate results in registers. Matrix products are NVIDIA's: 2-D ones by CuPy's
+@, attention's stacks by cuBLAS directly, because CuPy converts stacks of float16 matrices to
+float32 first. All statistics, sums and exponentials are float32. Stored results have x's dtype,
+float16 or float32.
 
 The caches are those of the plain ops, so a plain backward pass fits a forward pass from here. The
 tests compile the kernels with NVIDIA's compiler, which needs no GPU, and run them, thread by
