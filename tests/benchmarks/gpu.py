@@ -3,8 +3,8 @@
     python -m tests.benchmarks.gpu [--rounds 11] [--json PATH]
 
 Needs a CUDA device, CuPy, and PyTorch for CUDA. float32 is float32 on both sides: PyTorch's
-convolutions would round their inputs to ten bits (TF32) unless told otherwise. The batch of a
-training step is not divided. On a machine without a GPU nothing is measured.
+convolutions would round their inputs to ten bits (TF32) unless told otherwise. On a machine without
+a GPU nothing is measured.
 """
 import gc
 import sys

@@ -61,7 +61,7 @@ def make_batch(size, seed=1):
 def our_step(batch, xp=np):
     """-> the UNet, and a function that trains it one step and returns the loss.
 
-    xp: the array library. On a GPU the batch is not divided.
+    xp: the array library.
     """
     backend.keep_freed_memory()                         # as a training does
     unet = load_model(resolve() / "unet", np.float32).move_to(xp)
@@ -78,7 +78,7 @@ def our_step(batch, xp=np):
         return {"loss": share * loss}
 
     def step():
-        report = split_batch(loss_of, batch) if xp is np else loss_of(*batch, 1.0)
+        report = split_batch(loss_of, batch, xp=xp)
         optimizer.step(RATE)
         return float(report["loss"])
     return unet, step

@@ -32,7 +32,7 @@ def _conv2d(x, weight, bias, stride, padding):
 
 def _suits_winograd(x, weight, stride, padding):
     return (weight.shape[:2] == (3, 3) and stride == 1 and padding[0] == padding[1]
-            and winograd.pays(x.shape, weight.shape))
+            and winograd.pays(x.shape))
 
 
 def few_outputs(x, weight, bias, padding):
@@ -80,7 +80,7 @@ def conv2d_backward(dy, cache):
     rows, zeros = dy.reshape(-1, O), im2col.sides(padding)
     if K == L == stride == 1 and not np.any(zeros):
         dweight = product(x.reshape(-1, C).T, rows).reshape(weight.shape)
-    elif _suits_winograd(x, weight, stride, zeros):
+    elif _suits_winograd(x, weight, stride, zeros) and winograd.dweight_pays(x.shape, O):
         dweight = winograd.dweight3x3(dy, x, zeros[0])
     else:
         dweight = im2col.dweight(dy, x, (K, L), stride, zeros)

@@ -31,7 +31,7 @@ from .half import widen
 STRIP_TILES = 128           # tiles at a time: their numbers stay in the cache
 STRIP_NUMBERS = 1 << 15     # or tiles times channels: with few channels, NumPy's calls on 128 tiles
                             # are so short that threads wait for the interpreter's lock
-CHUNK = 320                 # at most so many output channels at a time, if tiles are few
+CHUNK = 160                 # at most so many output channels at a time, if tiles are few
 WIDTH = 8                   # pixels of a row or column that one product transforms
 WEIGHTS = 1 << 11           # kernels transformed at a time: their 36 numbers stay in the cache
 
@@ -70,18 +70,20 @@ class Points:
 # Of 120 pairs +-a, +-b this one has the smallest error: 8e-7 of the output's standard deviation
 # (root mean square, C = 64). The usual 0, +-1, +-2 has 18e-7, and 0, +-1, 1/2, -2 has 12e-7.
 LARGE, SMALL = Points(2 / 3, 3 / 2), Points(1)
-PIXELS = 256                # Winograd pays from so many on, and large tiles from twice as many;
-SMALL_WEIGHT = 1 << 16      # with more pairs of channels, from twice as many each
+PIXELS = 256                # Winograd pays from so many on, large tiles from twice as many;
+SMALL_WEIGHT = 1 << 16      # with more pairs of channels, from four times as many
 
 
-def _least_pixels(C, O):
-    return PIXELS if C * O <= SMALL_WEIGHT else 2 * PIXELS
-
-
-def pays(x_shape, weight_shape):
+def pays(x_shape):
     """Whether this is faster than im2col: enough whole tiles to share the weight's transform."""
     B, H, W, C = x_shape
-    return C >= 16 and min(H, W) >= 4 and B * H * W >= _least_pixels(C, weight_shape[-1])
+    return C >= 16 and min(H, W) >= 4 and B * H * W >= PIXELS
+
+
+def dweight_pays(x_shape, O):
+    """For a large weight, its sums over few pixels take longer than im2col."""
+    B, H, W, C = x_shape
+    return pays(x_shape) and (C * O <= SMALL_WEIGHT or B * H * W >= 2 * PIXELS)
 
 
 def conv3x3(x, weight, bias, padding=(1, 1), turned=False):
@@ -160,7 +162,7 @@ def dweight3x3(dy, x, padding=(1, 1)):
 
 def _points(y_shape, C):
     B, H, W, O = y_shape
-    return LARGE if B * H * W >= 2 * _least_pixels(C, O) else SMALL
+    return LARGE if B * H * W >= (2 if C * O <= SMALL_WEIGHT else 4) * PIXELS else SMALL
 
 
 class Strip(NamedTuple):

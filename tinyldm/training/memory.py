@@ -20,15 +20,17 @@ from .shards import number_of_shards
 class Division(NamedTuple):
     """How a batch is computed."""
 
-    shards: int                                         # of this rank, each with a gradient
+    shards: int                                         # computed apart, each with a gradient
     pictures: int                                       # of this rank
     at_once: int                                        # pictures, in all worker threads
 
 
-def division(batch):
-    """A batch of so many pictures -> Division."""
+def division(batch, xp=np):
+    """A batch of so many pictures, computed by an array library -> Division."""
     shards = number_of_shards(batch)
     own, each = len(ranks.share(shards)) or 1, -(-batch // shards)
+    if xp is not np:                                    # in one piece
+        return Division(1, own * each, own * each)
     return Division(own, own * each, min(own, free_threads()) * each)
 
 
@@ -101,7 +103,7 @@ def sentence(options, models, named, found):
     # Adam's two averages, that of the weights, and a gradient of each shard. The update needs the
     # sum of the gradients, when the activations are gone. Beside float16 all but the shards'
     # gradients are float32, and so are the weights once more.
-    half, shards = options.dtype == "float16", division(options.batch).shards
+    half, shards = options.dtype == "float16", division(options.batch, models[0].xp).shards
     adam = ((2 + half + bool(options.ema)) * (1 + half) + shards) * trained
     own = weights(*models)
     total = own + adam + max(found[options.checkpoints], (1 + half) * trained)

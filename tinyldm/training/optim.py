@@ -22,7 +22,9 @@ def initialise(module, rng):
     """Fill every parameter of a module, float32, from a numpy Generator.
 
     Weights are normal with variance 1/fan_in, norms 1, biases 0. The last layer of every residual
-    branch starts at 0, so that at first every block is the identity (as in Ho et al. 2020).
+    branch starts at 0, so that at first every block is the identity (as in Ho et al. 2020). Not for
+    a CLIPModel: without its branches all pictures have the class token's embedding, and nothing
+    would be learned. It has contrastive.initialise_clip.
     """
     for name, parameter in module.named_parameters():
         shape = parameter.shape

@@ -229,7 +229,7 @@ class Stage:
         """A line on the memory that the training will take."""
         options, model = self.options, self.clip.model
         step, side = partial(self.pairs.step, options.batch), model.settings.vision.image_size
-        parts = memory.division(options.batch)
+        parts = memory.division(options.batch, model.xp)
         found = {kept: memory.waiting(memory.places(step, side, kept), parts)
                  for kept in (False, True)}
         return memory.sentence(options, [model], trainable_parameters(model), found)

@@ -81,7 +81,7 @@ class Pairs:
             tape, rows = tapes[rows[0]], slice(rows[0] - first, rows[-1] + 1 - first)
             self.encode_backward(dimage_embeds[rows], dtext_embeds[rows], tape)
 
-        shards = over_shards(forward, [samples, self.ids(captions), range(size)])
+        shards = over_shards(forward, [samples, self.ids(captions), range(size)], xp=model.xp)
         image_embeds, text_embeds = map(model.xp.concatenate, zip(*shards))     # of this rank
         n, first, tape = len(image_embeds), min(tapes), Tape()
         logits = model.match(of_all_ranks(image_embeds), of_all_ranks(text_embeds), tape)
@@ -89,7 +89,7 @@ class Pairs:
         dlogits = ops.contrastive_backward(gradient_scale * n / size, cache)
         dimage_embeds, dtext_embeds = (ranks.stack_backward(gradient, n) for gradient in
                                        model.match_backward(dlogits, tape))     # of this rank
-        over_shards(backward, [range(size)])
+        over_shards(backward, [range(size)], xp=model.xp)
         found = logits.argmax(axis=1) == model.xp.arange(size)
         report = {"loss": float(loss), "expected": math.log(size), "found": float(found.mean()),
                   "scale": math.exp(float(model.logit_scale.data)),

@@ -224,7 +224,8 @@ class Stage:
 
     def memory(self):
         """A line on the memory that the training will take."""
-        settings, at_once = self.network.settings, memory.division(self.options.batch).at_once
+        settings = self.network.settings
+        at_once = memory.division(self.options.batch, self.network.xp).at_once
         side, _ = sides(settings.sample_size)
         least = None if isinstance(self.pipe, DiT) else 2 ** (len(settings.block_out_channels) - 1)
         found = {kept: at_once * max(memory.places(self.denoising.step, side, kept, least))

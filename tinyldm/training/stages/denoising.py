@@ -103,7 +103,8 @@ class Denoising:
         expected: the loss of a model that knows nothing. scale: of the gradients, Trainer.scale.
         """
         batch = self.batch(number, size)
-        return split_batch(partial(self.part_loss, batch, scale), [range(size)])
+        return split_batch(partial(self.part_loss, batch, scale), [range(size)],
+                           xp=self.model.xp)
 
     def part_loss(self, batch, scale, rows, share):
         """The loss of some rows of a Batch, and its gradients -> as batch_loss, times share.

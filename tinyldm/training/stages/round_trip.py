@@ -100,7 +100,7 @@ class AutoencoderLoss:
                 part.backward()
             return part
 
-        parts = over_shards(forward, [range(len(images))])
+        parts = over_shards(forward, [range(len(images))], xp=self.vae.xp)
         report = {name: sum(part.report[name] for part in parts) for name in parts[0].report}
         share = sum(part.share for part in parts)       # 1, or that of this rank
         mean, square = report.pop("z") / share, report.pop("z^2") / share
@@ -108,7 +108,8 @@ class AutoencoderLoss:
         if adversary:
             report |= adversary(parts, images, self.vae.decoder.conv_out, scale)
             waiting = {part.first: part for part in parts}
-            over_shards(lambda rows, _: waiting[rows[0]].backward(), [range(len(images))])
+            over_shards(lambda rows, _: waiting[rows[0]].backward(), [range(len(images))],
+                        xp=self.vae.xp)
         elif self.adversary:
             self.adversary.wait()
         return report
@@ -146,7 +147,7 @@ class AutoencoderLoss:
             trip.backward(trip.output, 0.0)
             vae.zero_grad()
 
-        division = memory.division(batch)
+        division = memory.division(batch, vae.xp)
         places = memory.places(step, side, checkpoints, vae.vae_scale_factor)
         found = division.at_once * max(places)
         if self.adversary:

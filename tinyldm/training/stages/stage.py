@@ -179,7 +179,7 @@ class Stage:
         if unet.add_embedding:
             conditions["time_ids"] = unet.xp.zeros((1, 6), np.float32)
         context, texts = conditions.pop("context"), tuning.texts if tuning.reads else None
-        at_once = memory.division(options.batch).at_once
+        at_once = memory.division(options.batch, unet.xp).at_once
         found = {kept: memory.activations(unet, context, side, at_once, kept, texts, **conditions)
                  for kept in (False, True)}
         return memory.sentence(options, self.pipe.models.values(), named, found)
