@@ -20,7 +20,7 @@ PAGES = ROOT / "README.md", ROOT / "docs" / "systems.md"
 KINDS = ("code", "docstrings", "comments", "blank")
 # What a text becomes a picture with, and the gradients of it; and what only the other systems use.
 # All else is the rest.
-CORE = ("ops/", "tape.py", "layers.py", "models/", "diffusion/", "text/", "noise.py",
+CORE = ("ops/", "tape.py", "module.py", "layers.py", "models/", "diffusion/", "text/", "noise.py",
         "pipelines/__init__.py", "pipelines/stable_diffusion.py", "pipelines/request.py",
         "pipelines/pipeline.py", "pipelines/text_pipeline.py", "pipelines/parts.py",
         "pipelines/conditioning.py", "pipelines/predictor.py")

@@ -208,7 +208,8 @@ NEW = {
 
 @pytest.mark.parametrize("stage, dtype", [
     *((stage, dtype) for stage in OF_WEIGHTS for dtype in (np.float32, np.float16)),
-    *((stage, np.float32) for stage in NEW), ("ddpm", np.float16)])
+    *((stage, np.float32) for stage in NEW), ("ddpm", np.float16), ("autoencoder", np.float16),
+    ("clip", np.float16)])
 def test_training(stage, dtype, xp, tmp_path):
     """Two updates: their losses, and the gradients, whose average is what AdamW remembers."""
     own = (OF_WEIGHTS | NEW)[stage]
@@ -228,7 +229,8 @@ def test_training(stage, dtype, xp, tmp_path):
     assert_allclose(device["history"], host["history"], rtol=MODEL[dtype] / 10)
     error = np.linalg.norm(device["m"] - host["m"]) / np.linalg.norm(host["m"])
     within(error, MODEL[dtype], "the gradients")
-    assert (device["scaling"][2] == 0) if half else "scaling" not in device
+    # CLIP's gradient is so large that the first scale is too much for float16.
+    assert ((device["scaling"][2] == 0) != (stage == "clip")) if half else "scaling" not in device
 
 
 def test_the_recipe(xp, tmp_path, monkeypatch):

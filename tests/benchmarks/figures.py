@@ -26,11 +26,11 @@ MACHINES = "avx512",
 AIMS = {"unet": 0.9, "vae": {"decoder": 0.6, "encoder": 0.7}, "text": 1,
         "ddpm": 1, "upscale": 1, "dit": 1, "prior": 1, "clip_vision": 1, "inception": 1,
         "picture": {"time": 0.8, "memory": 0.7}, "startup": 1, "training": 1, "memory": 1,
-        "ranks": None, "kernels": None, "leads": None, "where": None}
+        "ranks": None, "gpu": None, "kernels": None, "leads": None, "where": None}
 
 QUOTE = re.compile(r"<!-- (table|ours|reference|ratio|where): (.+?) -->(.*?)<!-- end -->", re.S)
-ABOUT = ("machine", "cores", "threads", "python", "blas", "numpy", "torch", "diffusers",
-         "transformers")
+ABOUT = ("machine", "gpu", "cores", "threads", "python", "blas", "numpy", "cupy", "torch",
+         "diffusers", "transformers")
 SMALLER = {"s": "ms", "GB": "MB"}
 
 
@@ -62,7 +62,7 @@ def read(folder=MEASURED):
 
 def _read(path):
     content = json.loads(path.read_text("utf-8"))
-    about = ", ".join(f"{key} {content['about'][key]}" for key in ABOUT)
+    about = ", ".join(f"{key} {content['about'][key]}" for key in ABOUT if key in content["about"])
     if "tables" in content:
         return content["tables"], about
     name, figures = content["reference"], []

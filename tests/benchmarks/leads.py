@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from tests.benchmarks import timing
 from tinyldm import backend, ops
 from tinyldm.backend import parallel
-from tinyldm.kernels import half, im2col, product, winograd
+from tinyldm.kernels import conv, half, im2col, product, winograd
 
 F32 = np.float32
 CASES = {}
@@ -74,7 +74,7 @@ def small_tiles():
     _, _, ours = convolution(16, 1280, 1280)
 
     def large():
-        with replaced(winograd, LARGE_TILES=1):
+        with replaced(winograd, _points=lambda *sizes: winograd.LARGE):
             ours()
     return ours, large
 
@@ -84,7 +84,7 @@ def weights_kept(H, C, O):
     _, _, ours = convolution(H, C, O)
 
     def kept():
-        with replaced(winograd, _transform_weight=lambda weight, points: np.empty(
+        with replaced(winograd, _transform_weight=lambda weight, points, turned: np.empty(
                 (points.count, *weight.shape[2:]), F32)):
             ours()
     return ours, kept
@@ -100,14 +100,38 @@ def weights_kept_small():
     return weights_kept(32, 640, 640)
 
 
-@case("tiles transformed by sums of rows, not by one product, VAE")
-def sums_of_rows():
+@case("two or four tiles transformed by one product, not each by its own, VAE")
+def tiles_side_by_side():
     x, weight = normal(1, 256, 256, 128), normal(3, 3, 128, 128, scale=0.03)
+    with replaced(winograd, WIDTH=1):
+        single = winograd.Points(2 / 3, 3 / 2)
 
-    def product_only():
-        with replaced(winograd, LONG=1 << 30):
+    def one_by_one():
+        with replaced(winograd, LARGE=single):
             winograd.conv3x3(x, weight, None)
-    return lambda: winograd.conv3x3(x, weight, None), product_only
+    return lambda: winograd.conv3x3(x, weight, None), one_by_one
+
+
+@case("dx without a copy of the weight, 16x16 map")
+def weight_as_it_is():
+    return turned_weight(16, 1280)
+
+
+@case("dx without a copy of the weight, 64x64 map")
+def weight_as_it_is_large():
+    return turned_weight(64, 320)
+
+
+def turned_weight(H, C):
+    dy, weight = normal(1, H, H, C), normal(3, 3, C, C, scale=(9 * C) ** -0.5)
+
+    def ours():
+        conv.conv2d_input_backward(dy, weight, dy.shape, 1, (1, 1))
+
+    def copied():
+        with replaced(conv, LARGE=1 << 40):
+            ours()
+    return ours, copied
 
 
 # ---- matrix products ------------------------------------------------------------------------
@@ -193,6 +217,31 @@ def blocked_attention():
         with backend.plain():
             ops.attention(q, k, v, 8)
     return lambda: ops.attention(q, k, v, 8), plain
+
+
+@case("attention's backward by heads, not plain, 4096 tokens")
+def backward_by_heads():
+    q, k, v, dy = (normal(1, 4096, 320) for _ in range(4))
+    cache = q, k, v, 8, False, None
+
+    def plain():
+        with backend.plain():
+            ops.attention_backward(dy, cache)
+    return lambda: ops.attention_backward(dy, cache), plain
+
+
+@case("attention of 64 heads with 64 tokens together, not plain, forward and backward")
+def heads_together():
+    q, k, v, dy = (normal(16, 64, 96) for _ in range(4))
+
+    def ours():
+        ops.attention(q, k, v, 4)
+        ops.attention_backward(dy, (q, k, v, 4, False, None))
+
+    def plain():
+        with backend.plain():
+            ours()
+    return ours, plain
 
 
 @case("sums of weights by a product with ones, not a column of ones in v")

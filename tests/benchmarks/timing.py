@@ -112,12 +112,13 @@ def _processor():
         return platform.processor()
 
 
-def report(title, rows, reference, path=None):
+def report(title, rows, reference, path=None, **more):
     """Print the medians and ratio of each row as soon as it is there; to a path, write JSON too.
+    more: of the machine.
 
     rows: (what, unit, {contestant: [numbers]}) each, the contestants "tinyldm" and the reference.
     """
-    about = machine()
+    about = machine() | more
     print(f"\n{title}\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
     print(f"{'':46}{'tinyldm':>12}{reference:>18}{'ratio':>8}")
     figures = []

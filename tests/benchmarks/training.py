@@ -17,6 +17,7 @@ from tests.benchmarks import timing
 from tests.support.reference import nchw, to_ours
 from tests.support.tolerance import within
 from tinyldm import backend, load_model, ops
+from tinyldm.backend import to_host
 from tinyldm.checkpoints import resolve
 from tinyldm.diffusion.objective import target
 from tinyldm.diffusion.schedule import Schedule
@@ -57,10 +58,14 @@ def make_batch(size, seed=1):
     return x_t, timesteps, context, target(schedule, latents, noise, timesteps)
 
 
-def our_step(batch):
-    """-> the UNet, and a function that trains it one step and returns the loss."""
+def our_step(batch, xp=np):
+    """-> the UNet, and a function that trains it one step and returns the loss.
+
+    xp: the array library.
+    """
     backend.keep_freed_memory()                         # as a training does
-    unet = load_model(resolve() / "unet", np.float32)
+    unet = load_model(resolve() / "unet", np.float32).move_to(xp)
+    batch = [xp.asarray(part) for part in batch]
     optimizer = AdamW(unet.named_parameters(), beta1=0.9, beta2=0.99, clip=0, decay_vectors=True,
                       **OPTIONS)
 
@@ -73,21 +78,23 @@ def our_step(batch):
         return {"loss": share * loss}
 
     def step():
-        report = split_batch(loss_of, batch)
+        report = split_batch(loss_of, batch, xp=xp)
         optimizer.step(RATE)
-        return report["loss"]
+        return float(report["loss"])
     return unet, step
 
 
-def their_step(batch):
+def their_step(batch, device="cpu"):
     """The same of diffusers' UNet."""
     unet = ReferenceUNet.from_pretrained(resolve(), subfolder="unet", torch_dtype=torch.float32,
                                          low_cpu_mem_usage=False)
-    unet.train()
+    unet.train().to(device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, betas=(0.9, 0.99), **OPTIONS)
     x_t, timesteps, context, target = batch
     x_t, target = nchw(x_t), nchw(target)
-    timesteps, context = torch.from_numpy(timesteps), torch.from_numpy(context).requires_grad_()
+    x_t, target, timesteps, context = (x.to(device) for x in (
+        x_t, target, torch.from_numpy(timesteps), torch.from_numpy(context)))
+    context.requires_grad_()
 
     def step():
         loss = F.mse_loss(unet(x_t, timesteps, context).sample, target)
@@ -105,14 +112,14 @@ def assert_same_work(unet, ours, reference, theirs):
     AdamW's first step is the learning rate times the gradient's sign, nearly, which rounding turns
     where the gradient is almost 0: single weights may part, their mean square may not.
     """
-    before = [parameter.data.copy() for parameter in unet.parameters()]
+    before = [to_host(parameter.data).copy() for parameter in unet.parameters()]
     losses = ours(), theirs()
     within(abs(losses[0] - losses[1]), 1e-5 * losses[1], f"losses {losses}")
     published, moved, apart = dict(reference.named_parameters()), 0.0, 0.0
     for (name, parameter), old in zip(unet.named_parameters(), before):
-        new = to_ours(published[name])
+        new = to_ours(published[name].cpu())
         moved += ((new - old) ** 2).sum()
-        apart += ((parameter.data - new) ** 2).sum()
+        apart += ((to_host(parameter.data) - new) ** 2).sum()
     within(apart ** 0.5, 1e-2 * moved ** 0.5, "the weights' distance, of their step")
 
 

@@ -5,13 +5,15 @@ import pytest
 from tests.support.arrays import normal
 from tests.support.tolerance import assert_close
 from tests.support.twins import TOLERANCE, plain
-from tinyldm import ops
+from tinyldm import backend, ops
 from tinyldm.kernels import attention
 
 
-@pytest.fixture(autouse=True)
-def few_scores_too(monkeypatch):
-    monkeypatch.setattr(attention, "FEW", 0)
+@pytest.fixture(autouse=True, params=[0, 1000, attention.FEW])
+def few(request, monkeypatch):
+    """0: every head by itself, in blocks of keys. 1000: small ones several at a time."""
+    monkeypatch.setattr(attention, "FEW", request.param)
+    monkeypatch.setattr(attention, "SERIAL", request.param)
 
 
 def blocked(*args, **options):
@@ -67,3 +69,52 @@ def test_attention_passes_nan_on_and_does_not_overflow():
     broken[0, 5] = np.nan
     y = blocked(broken, k, v, 2)
     assert np.isnan(y[0, 5]).all() and np.isfinite(np.delete(y, 5, axis=1)).all()
+
+
+# ---- backward -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("B, N, M, C, heads", [
+    (2, 64, 64, 32, 4), (1, 1, 1, 4, 1), (3, 63, 77, 40, 5), (2, 300, 1, 12, 3),
+    (1, 600, 700, 8, 1), (1, 77, 77, 48, 12)])
+@pytest.mark.parametrize("scale", [1, 12])          # 12: scores of 1000, one weight near 1
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_backward(B, N, M, C, heads, scale, causal):
+    M = N if causal else M
+    q, k = normal(B, N, C, scale=scale), normal(B, M, C, seed=1, scale=scale)
+    v, dy = normal(B, M, C, seed=2), normal(B, N, C, seed=3)
+    ours = attention.attention_backward(dy, (q, k, v, heads, causal, None))
+    own, exact = ([*plain_backward(dy, q, k, v, heads, causal, dtype)]
+                  for dtype in (np.float32, np.float64))
+    for gradient, plainly, wanted in zip(ours, own, exact, strict=True):
+        # Large scores have float32's relative error of 6e-8, in the plain op as well.
+        allowed = max(TOLERANCE, 3 * abs(plainly - wanted).max() / max(wanted.std(), 1e-30))
+        assert gradient.dtype == np.float32
+        if wanted.std() > 1e-12:                    # of one key alone, dq and dk are 0
+            assert_close(gradient, wanted, allowed)
+        else:
+            assert abs(gradient).max() < 1e-4
+
+
+def plain_backward(dy, q, k, v, heads, causal, dtype):
+    dy, q, k, v = (x.astype(dtype) for x in (dy, q, k, v))
+    with backend.plain():
+        return ops.attention_backward(dy, (q, k, v, heads, causal, None))
+
+
+@pytest.mark.parametrize("size", [79.0, 81.0])
+def test_attention_backward_on_both_sides_of_its_bound(size):
+    """As in forward; all queries and keys point the same way, so that scores come near the bound.
+    """
+    q, k = abs(normal(1, 300, 8)) + 1, abs(normal(1, 600, 8, seed=1)) + 1
+    v, dy = normal(1, 600, 8, seed=2), normal(1, 300, 8, seed=3)
+    q = q * np.float32(size * np.sqrt(8) / np.log2(np.e) /
+                       (attention._largest_norm(q[0]) * attention._largest_norm(k[0])))
+    ours = attention.attention_backward(dy, (q, k, v, 1, False, None))
+    for gradient, wanted in zip(ours, plain_backward(dy, q, k, v, 1, False, np.float64)):
+        assert_close(gradient, wanted, TOLERANCE)
+
+
+def test_attention_backward_leaves_masks_to_the_op():
+    q = normal(1, 300, 8)
+    cache = q, q, q, 2, False, np.zeros((1, 300, 300), np.float32)
+    assert attention.attention_backward(q, cache) is NotImplemented

@@ -80,6 +80,24 @@ def test_conv2d_backward(shape, out, K, padding, stride, rng):
          stride=stride, padding=padding)
 
 
+@pytest.mark.parametrize("shape, out, K, padding", [
+    (shape, out, K, padding) for shape, out in CONVOLUTIONS for K, padding in KERNELS
+    if min(shape[1:3]) + sum(padding) >= K], ids=str)
+def test_the_gradient_of_x_where_the_weight_is_not_copied(shape, out, K, padding, rng, monkeypatch):
+    monkeypatch.setattr(conv, "LARGE", 0)
+    test_conv2d_backward(shape, out, K, padding, 1, rng)
+
+
+def test_the_gradient_of_x_of_a_large_weight_in_float16():
+    for size in (4, 24):                                # im2col, Winograd
+        weight = normal(3, 3, 240, 250, scale=0.02).astype(np.float16)
+        dy, shape = normal(1, size, size, 250, seed=1), (1, size, size, 240)
+        assert weight.size >= conv.LARGE
+        np.testing.assert_array_equal(
+            ops.conv2d_input_backward(dy, weight, shape, 1, (1, 1)),
+            ops.conv2d_input_backward(dy, weight.astype(np.float32), shape, 1, (1, 1)))
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("out", [3, 40])
 @pytest.mark.parametrize("kernel, padding", [

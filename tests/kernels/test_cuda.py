@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import cuda_host, strict
 from tests.support.arrays import normal
-from tests.support.checks import FLOAT16, KERNEL
+from tests.support.checks import FLOAT16, KERNEL, gradients_of
 from tests.support.gpu import LARGE
 from tests.support.tolerance import assert_allclose, assert_close, within
 from tinyldm import backend, ops
@@ -71,16 +71,23 @@ def test_the_source_compiles(arch, T, whole):
     ("attention", [(3, 9, 32), (3, 77, 32), (3, 77, 32)], {"num_heads": 4}),
     ("attention", [(2, 300, 10), (2, 300, 10), (2, 300, 10)], {"num_heads": 2, "causal": True}),
     ("attention", [(1, 1, 8), (1, 1, 8), (1, 1, 8)], {"num_heads": 1}),
+    ("attention", [(2, 5, 8), (2, 1, 8), (2, 1, 8)], {"num_heads": 4}),     # one key
+    ("attention", [(5, 6, 8), (5, 3, 8), (5, 3, 8)], {"num_heads": 2}),     # more images than heads
 ], ids=lambda value: value if isinstance(value, str) else None)
 def test_kernels(op, shapes, params, dtype, xp):
-    """Against the plain op in float64. The cache is the plain op's, so its backward fits both."""
+    """Against the plain op in float64, forward and backward. The cache is the plain op's."""
     inputs = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    backward = getattr(ops, f"{op}_backward")
     y, cache = getattr(ops, op)(*map(xp.asarray, inputs), **params)
+    dy = normal(*y.shape, dtype=dtype, seed=9)
+    found = [y, *gradients_of(backward, xp.asarray(dy), cache, inputs).values()]
     with backend.plain():
-        expected, _ = getattr(ops, op)(*(x.astype(np.float64) for x in inputs), **params)
+        expected, wide = getattr(ops, op)(*(x.astype(np.float64) for x in inputs), **params)
+        expected = [expected, *gradients_of(backward, dy.astype(np.float64), wide, inputs).values()]
         _, same = getattr(ops, op)(*map(xp.asarray, inputs), **params)
-    assert y.dtype == dtype
-    within(abs(y.get() - expected).max(), TOLERANCE[dtype] * abs(expected).max())
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.dtype == dtype
+        within(abs(ours.get() - theirs).max(), TOLERANCE[dtype] * abs(theirs).max(), f"result {i}")
     for ours, plain in zip(flat(cache), flat(same), strict=True):
         if isinstance(plain, strict.Array):
             assert ours.dtype == plain.dtype and ours.shape == plain.shape
@@ -99,16 +106,23 @@ def flat(cache):
 def test_some_pixels_or_queries_at_a_time(monkeypatch, xp):
     """As if the columns of a map, or the scores, were too many for one piece."""
     x, weight = xp.asarray(normal(2, 7, 9, 8)), xp.asarray(normal(3, 3, 8, 16, seed=1))
-    q, k, v = (xp.asarray(normal(2, 11, 16, seed=seed)) for seed in range(3))
+    q, k, v = (xp.asarray(normal(3, 11, 16, seed=seed)) for seed in range(3))
 
     def results():
-        return [ops.conv2d(x, weight, None, padding=(1, 1))[0].get(),
-                ops.attention(q, k, v, 4, causal=True)[0].get()]
-    whole = results()
+        for op, inputs, params in (("conv2d", [x, weight, None], {"padding": (1, 1)}),
+                                   ("attention", [q, k, v], {"num_heads": 4, "causal": True})):
+            y, cache = getattr(ops, op)(*inputs, **params)
+            yield y.get()
+            dy = xp.asarray(normal(*y.shape, seed=9))
+            backward = getattr(ops, f"{op}_backward")
+            for gradient in gradients_of(backward, dy, cache, inputs).values():
+                yield gradient.get()
+    whole = list(results())
     monkeypatch.setattr(cuda, "COLUMNS", 72 * 50)       # 126 pixels: three pieces
-    monkeypatch.setattr(cuda, "SCORES", 4 * 11 * 3)
-    for ours, expected in zip(results(), whole):
-        within(abs(ours - expected).max(), KERNEL * abs(expected).max())
+    for scores in (4 * 11 * 3, 2 * 4 * 11 * 11):        # three queries; two of the three images
+        monkeypatch.setattr(cuda, "SCORES", scores)
+        for ours, expected in zip(results(), whole, strict=True):
+            within(abs(ours - expected).max(), KERNEL * abs(expected).max())
 
 
 def test_attention_leaves_cublas_as_it_was(xp):

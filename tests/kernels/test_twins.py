@@ -7,13 +7,14 @@ import pytest
 from tests.support import strict
 from tinyldm import backend, kernels, ops
 
-CPU = {"silu", "gelu", "gelu_tanh", "quick_gelu", "geglu", "geglu_backward", "attention", "conv2d",
-       "conv2d_backward", "conv2d_input_backward", "upsample_nearest", "linear", "linear_backward",
-       "linear_input_backward", "group_norm", "group_norm_backward", "group_norm_silu",
-       "group_norm_silu_backward", "layer_norm", "layer_norm_backward", "batch_norm_relu",
-       "average_pool"}
-GPU = {"silu", "gelu", "gelu_tanh", "quick_gelu", "geglu", "attention", "conv2d", "group_norm",
-       "group_norm_silu", "layer_norm"}
+CPU = {"silu", "gelu", "gelu_tanh", "quick_gelu", "geglu", "geglu_backward", "attention",
+       "attention_backward", "conv2d", "conv2d_backward", "conv2d_input_backward",
+       "upsample_nearest", "linear", "linear_backward", "linear_input_backward", "group_norm",
+       "group_norm_backward", "group_norm_silu", "group_norm_silu_backward", "layer_norm",
+       "layer_norm_backward", "batch_norm_relu", "average_pool"}
+GPU = {"silu", "gelu", "gelu_tanh", "quick_gelu", "geglu", "attention", "conv2d",
+       "group_norm", "group_norm_silu", "layer_norm"}
+GPU |= {f"{name}_backward" for name in GPU} | {"conv2d_input_backward"}
 
 
 def twins(device):

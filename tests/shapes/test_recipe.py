@@ -17,6 +17,7 @@ from tinyldm.errors import TinyldmError
 from tinyldm.shapes import autoencoder as vae_stage
 from tinyldm.shapes import denoiser as unet_stage
 from tinyldm.shapes import evaluation, export
+from tinyldm.shapes.comparison import table
 from tinyldm.training.report import read_log
 
 SHORT_TRAINING = """
@@ -192,3 +193,11 @@ def test_from_training_to_a_folder(tmp_path, monkeypatch):
         assert state["begun"] == 3
     with pytest.raises(TinyldmError, match="holds a training already"):
         export.restore(output, again)
+
+
+def test_without_matplotlib_a_note_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for plot, name in (export.plot_losses, "loss.png"), (table.plot_sizes, "sizes.png"):
+        with pytest.warns(UserWarning, match=rf"{name} is left out: .* 'tinyldm\[curves\]'"):
+            plot({}, tmp_path / name)
+        assert not (tmp_path / name).exists()

@@ -21,6 +21,12 @@ def run(*arguments, folder):
                           text=True, timeout=300)
 
 
+def assert_one_line(status, err, said):
+    """A command in this process ended with status 2 and one line, in which `said` is found."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1 and re.search(said, lines[0]), err
+
+
 def assert_refused(process, message, folder):
     """One clear line, exit status 2, no traceback, nothing written."""
     assert process.returncode == 2, process.stderr

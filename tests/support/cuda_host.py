@@ -189,7 +189,7 @@ class Cublas:
                              B, Btype, ldb, strideB, beta, C, Ctype, ldc, strideC, count, compute,
                              algo):
         """The names are those of cuBLAS's manual."""
-        assert (compute, algo) == (68, -1) and transb == 0
+        assert (compute, algo) == (68, -1)
         assert self.pointer_mode == self.CUBLAS_POINTER_MODE_HOST, "alpha and beta are on the host"
         alpha, beta = (ctypes.c_float.from_address(place).value for place in (alpha, beta))
 
@@ -203,7 +203,8 @@ class Cublas:
             return np.lib.stride_tricks.as_strided(memory, (count, rows, columns), strides)
 
         a = matrix(A, Atype, *((k, m) if transa else (m, k)), lda, strideA).astype(np.float32)
-        b = matrix(B, Btype, k, n, ldb, strideB).astype(np.float32)
+        b = matrix(B, Btype, *((n, k) if transb else (k, n)), ldb, strideB).astype(np.float32)
+        a, b = a.swapaxes(1, 2) if transa else a, b.swapaxes(1, 2) if transb else b
         c = matrix(C, Ctype, m, n, ldc, strideC)
-        product = alpha * ((a.swapaxes(1, 2) if transa else a) @ b)
+        product = alpha * (a @ b)
         c[:] = product if beta == 0 else product + beta * c

@@ -15,7 +15,7 @@ from tinyldm.layers import Linear, Module, Parameter, Tape
 from tinyldm.training import loop
 from tinyldm.training.loop import Trainer
 from tinyldm.training.optim import AdamW, initialise, load_ema
-from tinyldm.training.shards import split_batch
+from tinyldm.training.shards import over_shards, split_batch
 from tinyldm.training.state import locked
 
 
@@ -28,6 +28,21 @@ def test_shards_add_up_to_the_batch():
     batch = list(range(7)), "abcdefg"
     assert split_batch(loss, batch, np.random.default_rng(0)) == {"loss": pytest.approx(2.0)}
     assert sorted(seen) == [(0, "a"), (1, 2, "b", "c"), (3, 4, "d", "e"), (5, 6, "f", "g")]
+
+
+def test_on_a_gpu_shards_are_computed_as_one():
+    """One call, with the draws that the shards of a CPU would make."""
+    def drawn(rows, rng, share):
+        noise = rng.standard_normal((len(rows), 3), np.float32)
+        return rows, noise, rng.normal(-1, 2, len(rows)), share
+
+    apart, (together,) = (over_shards(drawn, [list(range(10))], np.random.default_rng(0), xp)
+                          for xp in (np, object()))
+    assert len(apart) == 4 and sum(part[3] for part in apart) == together[3] == 1
+    assert sum((part[0] for part in apart), []) == together[0]
+    for place in (1, 2):
+        np.testing.assert_array_equal(np.concatenate([part[place] for part in apart]),
+                                      together[place])
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "3", "8"])

@@ -108,11 +108,14 @@ def test_small_gradients_survive():
     assert parameter.grad.dtype == np.float32 and parameter.grad[0] == 180000
 
 
-def test_the_scale_has_an_end():
-    """Where it is 1 a gradient that is infinite is an error, which names the parameter."""
+@pytest.mark.parametrize("terms", [1, 4, 5])
+def test_the_scale_has_an_end(terms):
+    """Where it is 1 a gradient that is infinite is an error, which names the parameter. The
+    gradient of a sum of four numbers has the same end as that of their mean."""
     parameter = Parameter(1)
     parameter.data = np.ones(1, np.float32)
-    optimizer = AdamW([("x", parameter)], ema=None, scaling=LossScale(2.0))
+    optimizer = AdamW([("x", parameter)], ema=None, scaling=LossScale(2.0, terms=terms))
+    assert optimizer.scaling.scale == 2.0 / (4 if terms > 1 else 1)
     for expected in (Overflow, NotFinite):
         parameter.add_grad(np.full(1, np.inf, np.float16))
         with pytest.raises(NotFinite, match="infinite") as caught:

@@ -7,6 +7,8 @@ from .half import widened
 from .product import column_sums, product
 
 FEW = 8                     # output channels: with no more than this, few_outputs is fastest
+LARGE = 1 << 19             # numbers of a weight: to copy so many in another order takes a tenth
+                            # of a convolution or more; of small maps, most of the time
 
 
 def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
@@ -21,16 +23,16 @@ def _conv2d(x, weight, bias, stride, padding):
     if weight.shape[0] == weight.shape[1] == stride == 1 and not np.any(padding):
         return product(x.reshape(-1, x.shape[-1]), weight[0, 0], bias).reshape(
             *x.shape[:-1], weight.shape[3])
-    if _suits_winograd(x, weight, stride, padding):
-        return winograd.conv3x3(x, weight, bias, padding[0])
     if stride == 1 and weight.shape[3] <= FEW:
         return few_outputs(x, weight, bias, padding)
+    if _suits_winograd(x, weight, stride, padding):
+        return winograd.conv3x3(x, weight, bias, padding[0])
     return im2col.conv2d(x, weight, bias, stride, padding)
 
 
 def _suits_winograd(x, weight, stride, padding):
     return (weight.shape[:2] == (3, 3) and stride == 1 and padding[0] == padding[1]
-            and winograd.pays(x.shape, weight.shape))
+            and winograd.pays(x.shape))
 
 
 def few_outputs(x, weight, bias, padding):
@@ -78,7 +80,7 @@ def conv2d_backward(dy, cache):
     rows, zeros = dy.reshape(-1, O), im2col.sides(padding)
     if K == L == stride == 1 and not np.any(zeros):
         dweight = product(x.reshape(-1, C).T, rows).reshape(weight.shape)
-    elif _suits_winograd(x, weight, stride, zeros):
+    elif _suits_winograd(x, weight, stride, zeros) and winograd.dweight_pays(x.shape, O):
         dweight = winograd.dweight3x3(dy, x, zeros[0])
     else:
         dweight = im2col.dweight(dy, x, (K, L), stride, zeros)
@@ -94,10 +96,12 @@ def conv2d_input_backward(dy, weight, shape, stride=1, padding=(0, 0)):
         return product(rows, weight[0, 0].T).reshape(shape)
     (top, bottom), (left, right) = padding
     rest = (K - 1 - top, K - 1 - bottom), (L - 1 - left, L - 1 - right)
-    if stride == 1 and np.min(rest) >= 0:       # dx is a convolution with the flipped kernel, and
-                                                # with input and output channels exchanged
-        flipped = np.ascontiguousarray(weight[::-1, ::-1].transpose(0, 1, 3, 2))
-        return _conv2d(dy, flipped, None, 1, rest)
+    if stride == 1 and np.min(rest) >= 0:       # dx is a convolution of dy
+        turned = winograd.turn(weight)
+        if weight.size < LARGE or C <= FEW:
+            return _conv2d(dy, np.ascontiguousarray(turned), None, 1, rest)
+        if _suits_winograd(dy, turned, 1, rest):
+            return winograd.conv3x3(dy, weight, None, rest[0], turned=True)
     (_, Ho, Wo, _), (B, H, W, _) = dy.shape, shape
     weight = widened(weight.reshape(-1, O)).reshape(weight.shape)
     dx = np.zeros((B, H + top + bottom, W + left + right, C), np.float32)

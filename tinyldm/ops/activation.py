@@ -28,6 +28,7 @@ def silu(x):
     return (x * _sigmoid(x)).astype(x.dtype, copy=False), x
 
 
+@fast_twin(gpu=cuda.silu_backward)
 def silu_backward(dy, x):
     """dx = dy * s * (1 + x * (1 - s)),  s = sigmoid(x).  Product rule, with s' = s * (1 - s)."""
     s = _sigmoid(x)
@@ -64,6 +65,7 @@ def gelu(x):
     return (x * _normal_cdf(x)).astype(x.dtype, copy=False), x
 
 
+@fast_twin(gpu=cuda.gelu_backward)
 @np.errstate(under="ignore")            # phi of a large x is 0
 def gelu_backward(dy, x):
     """dx = dy * (Phi(x) + x * phi(x)),  phi = exp(-x^2/2) / sqrt(2 pi), the derivative of Phi."""
@@ -81,6 +83,7 @@ def quick_gelu(x):
     return (x * _sigmoid(1.702 * widen(x))).astype(x.dtype, copy=False), x
 
 
+@fast_twin(gpu=cuda.quick_gelu_backward)
 def quick_gelu_backward(dy, x):
     """dx = dy * s * (1 + 1.702 x (1 - s)),  s = sigmoid(1.702 x)."""
     x_wide = 1.702 * widen(x)
@@ -103,6 +106,7 @@ def _tanh_argument(x):
     return x * (ROOT + ROOT * CUBE * (x * x))
 
 
+@fast_twin(gpu=cuda.gelu_tanh_backward)
 @np.errstate(over="ignore")
 def gelu_tanh_backward(dy, x):
     """dx = dy * s * (1 + 2 x u' (1 - s)),  s = sigmoid(2u) = (1 + tanh(u)) / 2.
@@ -126,7 +130,7 @@ def geglu(x):
     return x[..., :F] * gelu(x[..., F:])[0], x
 
 
-@fast_twin(cpu=activation.geglu_backward)
+@fast_twin(cpu=activation.geglu_backward, gpu=cuda.geglu_backward)
 def geglu_backward(dy, x):
     """dy (..., F) -> dx (..., 2F):  dvalue = dy * gelu(gate),  dgate = dy * value * gelu'(gate)."""
     F = x.shape[-1] // 2

@@ -54,6 +54,7 @@ def attention(q, k, v, num_heads, causal=False, mask=None):
     return _merge_heads(y).astype(q.dtype, copy=False), (q, k, v, num_heads, causal, mask)
 
 
+@fast_twin(cpu=blocked.attention_backward, gpu=cuda.attention_backward)
 @np.errstate(under="ignore")
 def attention_backward(dy, cache):
     """dy (B,N,C) -> dq (B,N,C), dk (B,M,C), dv (B,M,C).

@@ -44,7 +44,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=(0, 0)):
     return y.astype(x.dtype, copy=False), (x, weight, stride, padding)
 
 
-@fast_twin(cpu=conv.conv2d_backward)
+@fast_twin(cpu=conv.conv2d_backward, gpu=cuda.conv2d_backward)
 def conv2d_backward(dy, cache):
     """dy (B,Ho,Wo,O) -> dx (B,H,W,C), dweight (K,L,C,O), dbias (O,).
 
@@ -64,7 +64,7 @@ def conv2d_backward(dy, cache):
     return dx.astype(x.dtype, copy=False), dweight, add_up(rows, axis=0)
 
 
-@fast_twin(cpu=conv.conv2d_input_backward)
+@fast_twin(cpu=conv.conv2d_input_backward, gpu=cuda.conv2d_input_backward)
 def conv2d_input_backward(dy, weight, shape, stride=1, padding=(0, 0)):
     """dy (B,Ho,Wo,O), weight (K,L,C,O), shape (B,H,W,C) of x -> dx (B,H,W,C) alone.
 

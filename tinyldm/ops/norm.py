@@ -33,7 +33,7 @@ def _normalise(x, mean, rstd):
     return ((x.reshape(B, -1, G, C // G) - mean) * rstd).reshape(x.shape)
 
 
-@fast_twin(cpu=norm.group_norm_backward)
+@fast_twin(cpu=norm.group_norm_backward, gpu=cuda.group_norm_backward)
 def group_norm_backward(dy, cache, frozen=False):
     """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
 
@@ -71,7 +71,7 @@ def group_norm_silu(x, weight, bias, num_groups, eps):
     return silu(y)[0], (bias, cache)
 
 
-@fast_twin(cpu=norm.group_norm_silu_backward)
+@fast_twin(cpu=norm.group_norm_silu_backward, gpu=cuda.group_norm_silu_backward)
 def group_norm_silu_backward(dy, cache, frozen=False):
     """dy (B,...,C) -> dx (B,...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
 
@@ -97,7 +97,7 @@ def layer_norm(x, weight, bias, eps):
     return y, (x, weight, mean, rstd)
 
 
-@fast_twin(cpu=norm.layer_norm_backward)
+@fast_twin(cpu=norm.layer_norm_backward, gpu=cuda.layer_norm_backward)
 def layer_norm_backward(dy, cache, frozen=False):
     """dy (...,C) -> dx (...,C), dweight (C,), dbias (C,). frozen: only dx is needed.
 

@@ -48,7 +48,7 @@ def _train(vae, trainer, decoder_only=False):
     loss = partial(vae_loss, vae, decoder_only=decoder_only)
 
     def batch_loss(rng):
-        return split_batch(loss, [vae.xp.asarray(drawing.crowds(rng, BATCH))], rng)
+        return split_batch(loss, [vae.xp.asarray(drawing.crowds(rng, BATCH))], rng, vae.xp)
 
     shown = drawing.crowds(np.random.default_rng(4), SHOWN)
 

@@ -119,7 +119,7 @@ def train_unet(run, steps, batch=BATCH, learning_rate=1e-3, validate_every=0, sa
         latents *= np.float32(factor)
         ids = pool["ids"][chosen].astype(np.int64)
         ids[rng.random(batch) < NO_CAPTION] = pool["no_caption"]
-        return split_batch(loss, [xp.asarray(latents), xp.asarray(ids)], rng)
+        return split_batch(loss, [xp.asarray(latents), xp.asarray(ids)], rng, xp)
 
     def validate():
         context = text_encoder(xp.asarray(pool["ids"][:VALIDATED].astype(np.int64)))

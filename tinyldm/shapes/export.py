@@ -8,7 +8,7 @@ from ..checkpoints import load_model, write_pipeline
 from ..errors import TinyldmError, note
 from ..files import new_folder, read_json, write_json
 from ..training.optim import AdamW, load_ema
-from ..training.report import averages
+from ..training.report import averages, new_figure, save_figure
 from ..training.state import read_npz, write_npz
 from .autoencoder import decoder_parameters, load_vae, trained
 from .configs import GUIDANCE, LATENT_CHANNELS, OPTIMIZER, SCHEDULER, STEPS, UNET
@@ -96,13 +96,11 @@ def _history(path):
 def plot_losses(record, path):
     """Plot the loss of every stage over its steps into a picture file, if matplotlib is there."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        note(f"without matplotlib {path.name} is left out: pip install 'tinyldm[curves]'")
+        figure = new_figure(9, 3)
+    except TinyldmError as error:
+        note(f"{path.name} is left out: {error}")
         return
-
-    figure = Figure(figsize=(9, 3), layout="constrained")
     for axes, (stage, values) in zip(figure.subplots(1, len(record)), record.items()):
         axes.plot(*zip(*values["loss"]))
         axes.set(xlabel="step", ylabel="loss", title=stage, yscale="log")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)

@@ -279,7 +279,7 @@ class Trainer:
                 except Overflow:
                     return None
                 if self.constrain:
-                    self.constrain()
+                    self.optimizer.constrain(self.constrain)
                 self.history.append((self.step, report["loss"]))
         except NotFinite as error:
             raise self._bad(f"{error} at step {self.step}", rate, run_again) from None

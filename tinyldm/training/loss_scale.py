@@ -10,8 +10,11 @@ the weights in float32, and the model has copies in float16.
 Source: Micikevicius et al. 2017, "Mixed Precision Training", arXiv:1710.03740, sections 3.1 and
 3.2; torch.amp.GradScaler, whose rules and defaults these are.
 """
+import math
+
 import numpy as np
 
+FIRST = 2.0 ** 16
 LEAST = 1.0             # a gradient that is infinite with this scale is not so because of it
 
 
@@ -19,12 +22,15 @@ class LossScale:
     """The scale of a loss, which finds its size itself.
 
     scale: the first one. growth, backoff: what it is multiplied by, after `interval` updates in a
-    row, and where a gradient is not finite. A power of 2 rounds nothing.
+    row, and where a gradient is not finite. A power of 2 rounds nothing. terms: a loss that is the
+    sum of so many numbers, not their mean, begins and ends with scales that much smaller.
     skipped: how many gradients were not finite.
     """
 
-    def __init__(self, scale=2.0 ** 16, growth=2.0, backoff=0.5, interval=2000):
-        self.scale, self.growth, self.backoff, self.interval = scale, growth, backoff, interval
+    def __init__(self, scale=FIRST, growth=2.0, backoff=0.5, interval=2000, terms=1):
+        mean = 2.0 ** -round(math.log2(terms))
+        self.scale, self.least = scale * mean, LEAST * mean
+        self.growth, self.backoff, self.interval = growth, backoff, interval
         self.good = self.skipped = 0                    # good: updates since the last change
 
     def update(self, finite):

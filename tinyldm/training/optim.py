@@ -11,7 +11,6 @@ import numpy as np
 
 from ..backend import asarray, get_xp, is_finite, parallel, to_host, widen
 from ..errors import TinyldmError
-from .loss_scale import LEAST
 from .state import read_npz
 
 BLOCK = 1 << 16         # numbers that a worker updates at a time: four such arrays fit into L2
@@ -23,7 +22,9 @@ def initialise(module, rng):
     """Fill every parameter of a module, float32, from a numpy Generator.
 
     Weights are normal with variance 1/fan_in, norms 1, biases 0. The last layer of every residual
-    branch starts at 0, so that at first every block is the identity (as in Ho et al. 2020).
+    branch starts at 0, so that at first every block is the identity (as in Ho et al. 2020). Not for
+    a CLIPModel: without its branches all pictures have the class token's embedding, and nothing
+    would be learned. It has contrastive.initialise_clip.
     """
     for name, parameter in module.named_parameters():
         shape = parameter.shape
@@ -162,7 +163,7 @@ class AdamW:
         grad = self.gradient() if grad is None else grad
         if self.scaling:
             grad *= 1 / self.scaling.scale
-            finite, last = is_finite(grad), self.scaling.scale <= LEAST
+            finite, last = is_finite(grad), self.scaling.scale <= self.scaling.least
             self.scaling.update(finite)
             if not finite and not last:
                 raise Overflow(f"the gradient is infinite; the loss's scale is now "
@@ -196,6 +197,17 @@ class AdamW:
         flat = self.data if self.ema is None else self.ema
         if not exact:
             flat = self.shown if self.ema is None else flat.astype(self.shown.dtype, copy=False)
+        with self._views_of(flat):
+            yield
+
+    def constrain(self, change):
+        """change() changes the weights in place: those of the flat vector, not their copies."""
+        with self._views_of(self.data):
+            change()
+        self.show()
+
+    @contextmanager
+    def _views_of(self, flat):
         try:
             for _, parameter, span, _ in self.places:
                 parameter.data = flat[span].reshape(parameter.shape)

@@ -9,11 +9,13 @@ import sys
 from functools import partial
 from importlib import import_module
 
+import numpy as np
+
 from .. import ranks
 from ..backend import num_threads
 from ..cli.console import notes, say
 from ..cli.options import Formatter, Parser, path
-from ..errors import TinyldmError
+from ..errors import TinyldmError, note
 from . import optim, rates
 from .loop import Trainer
 from .loss_scale import LossScale
@@ -30,12 +32,13 @@ STAGES = {"lora": "train a LoRA: a small file that teaches a model a new thing o
 # python -m tinyldm.shapes
 RECIPE = ("vae", "unet", "decoder", "export", "restore", "evaluate", "pictures", "compare")
 MOST = 10 ** 9
+DTYPES = {"float32": np.float32, "float16": np.float16}
 EMAS = {"constant": optim.constant_decay, "ldm": optim.ldm_decay,
         "diffusers": optim.diffusers_decay, "warmup": optim.diffusers_warmup_decay}
 # What a training that goes on must have in common with its beginning.
 KEPT = ("batch", "learning_rate", "schedule", "warmup", "cycles", "power", "rules", "accumulate",
         "clip", "weight_decay", "decay_vectors", "betas", "adam_eps", "ema", "ema_form", "seed",
-        "min_snr", "noise_offset", "timesteps")
+        "min_snr", "noise_offset", "timesteps", "dtype")
 TO_THE_END = ("linear", "cosine", "cosine_with_restarts", "polynomial")     # they depend on --steps
 DESCRIPTION = """Train on your own pictures. Each NAME has its own --help.
 
@@ -110,6 +113,17 @@ def add_shared(parser, *, steps, learning_rate, batch=1, warmup=0, schedule="con
         f"an average of the weights with the decay D, such as 0.999; 0 switches it off ({ema:g})")
     add("--ema-form", choices=EMAS, default="ldm", metavar="NAME", help="how the decay rises to "
         f"D: {', '.join(EMAS)} (ldm)")
+    add_computing(parser)
+
+
+def add_computing(parser):
+    add = parser.add_argument_group("computing").add_argument
+    add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
+        "block is computed again in backward")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
+    add("--dtype", choices=DTYPES, default="float32", help="to compute in: float16 takes half of "
+        "the memory and is fast on a GPU; what is trained is kept in float32, too, and the loss is "
+        "scaled (float32)")
 
 
 def add_diffusion(parser):
@@ -188,12 +202,13 @@ def rules(text):
 
 # ---- the loop that they ask for ---------------------------------------------------------------
 
-def trainer(options, named_parameters, *, data="", batches_per_epoch=None, settings=None):
+def trainer(options, named_parameters, *, data="", batches_per_epoch=None, settings=None,
+            terms=1):
     """The Trainer of the options; its state lies in state.npz of the folder --output.
 
     named_parameters: pairs of a name and a Parameter to train. data: the fingerprint of the
     pictures. batches_per_epoch: see Trainer. settings: what else the training depends on, {option:
-    value}.
+    value}. terms: of how many numbers the loss is a sum, where it is no mean: see LossScale.
     """
     if ranks.size() > 1:
         if options.batch < ranks.size():
@@ -206,12 +221,15 @@ def trainer(options, named_parameters, *, data="", batches_per_epoch=None, setti
         "piecewise_constant": partial(rates.piecewise_constant,
                                       rules=rates.parse_rules(options.rules)),
     }.get(options.schedule, rates.SCHEDULES[options.schedule])
+    half = options.dtype == "float16"
+    if half and options.device == "cpu":
+        note("float16 is slower than float32 on a CPU: it is for --device cuda")
     beta1, beta2 = options.betas
     optimizer = partial(
         optim.AdamW, weight_decay=options.weight_decay, beta1=beta1, beta2=beta2,
         eps=options.adam_eps, clip=options.clip, decay_vectors=options.decay_vectors,
         ema=partial(EMAS[options.ema_form], most=options.ema) if options.ema else None,
-        scaling=LossScale() if getattr(options, "dtype", None) == "float16" else None)
+        scaling=LossScale(terms=terms) if half else None)
     kept = KEPT + (("steps",) if options.schedule in TO_THE_END else ())
     kept = {f"--{name.replace('_', '-')}": getattr(options, name) for name in kept
             if hasattr(options, name)}

@@ -203,11 +203,7 @@ def averages(history):
 
 def plot(history, validations, path):
     """Draw the loss over the steps, and the validation loss of each timestep, as a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TinyldmError("matplotlib is missing: pip install 'tinyldm[curves]'") from None
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     if len(history):
         left.plot(*zip(*history), color="lightgrey", linewidth=0.5)
@@ -219,8 +215,22 @@ def plot(history, validations, path):
     if validations:
         right.legend(fontsize="small")
     right.set(xlabel="step", title="validation, by fixed pictures", yscale="log")
+    save_figure(figure, path)
+
+
+def new_figure(width, height):
+    """An empty figure of matplotlib, in inches. Raises TinyldmError where that is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise TinyldmError("matplotlib is missing: pip install 'tinyldm[curves]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path, dpi=100):
+    """Write a figure as a PNG, whole or not at all."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+        figure.savefig(temporary, dpi=dpi, format="png")
 
 
 def memory():

@@ -7,10 +7,12 @@ from tests.support.autoencoder import Reference, encoder_features, patch_gan, pe
 from tests.support.models import VISIONS
 from tests.support.pairs import vae_pair, vision_pair
 from tests.support.reference import copy_weights, nchw, randomise, to_ours
-from tests.support.tolerance import assert_allclose
+from tests.support.tolerance import assert_allclose, within
 from tinyldm.models.discriminator import PatchDiscriminator, initialise
 from tinyldm.shapes import drawing
+from tinyldm.tape import nbytes_of, observed
 from tinyldm.training.optim import AdamW
+from tinyldm.training.stages import adversarial
 from tinyldm.training.stages.adversarial import Adversary
 from tinyldm.training.stages.perceptual import EncoderFeatures, Perceptual, VisionFeatures
 from tinyldm.training.stages.round_trip import AutoencoderLoss, psnr
@@ -108,6 +110,33 @@ def test_the_adaptive_weight_has_a_limit():
     assert report["adaptive_weight"] == 5000
 
 
+@pytest.mark.parametrize("step", [0, START])
+def test_the_loss_scale_is_that_of_all_gradients(step):
+    """A power of 2: bitwise."""
+    _, ours, named = pair(torch.float64, kl_weight=0.1)
+    images, noise = batch(np.random.default_rng(1), np.float64)
+    found = []
+    for scale in (1.0, 1024.0):
+        report = ours(images, noise, step, scale)
+        found.append((report, [parameter.grad for _, parameter in named]))
+        for _, parameter in named:
+            parameter.grad = None
+    (report, gradients), (other, scaled) = found
+    assert report == other and ("adaptive_weight" in report) == bool(step)
+    for one, times in zip(gradients, scaled):
+        np.testing.assert_array_equal(1024 * one, times)
+
+
+def test_a_length_that_overflows_spoils_the_gradient(monkeypatch):
+    """Or, in float16, one of the two parts would be lost, and nobody would know."""
+    _, ours, named = pair(torch.float64)
+    images, noise = batch(np.random.default_rng(1), np.float64)
+    for lengths in ([np.inf, 1.0], [1.0, np.inf]):
+        monkeypatch.setattr(adversarial, "length", lambda *_, left=lengths: left.pop())
+        ours(images, noise, START)
+        assert np.isnan(dict(named)["decoder.conv_in.weight"].grad).all()
+
+
 def test_tapes_are_empty_and_the_network_stays_frozen():
     _, ours, named = pair(torch.float64)
     images, noise = batch(np.random.default_rng(1), np.float64)
@@ -120,6 +149,60 @@ def test_tapes_are_empty_and_the_network_stays_frozen():
         assert all(of_discriminator) if step else not any(of_discriminator)
         assert all(p.grad is None for p in ours.perceptual.network.parameters())
     assert all(parameter.trainable for _, parameter in named)
+
+
+class Observed:
+    """The bytes of tapes, wherever they get shorter."""
+
+    def __init__(self):
+        self.found = []
+
+    def __call__(self, entries):
+        self.found.append(sum(size for _, size in nbytes_of(entries)))
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("decoder_only", [False, True])
+def test_the_estimate_of_memory(decoder_only, checkpoints, monkeypatch):
+    """Against the tapes of a batch of two pictures, which are two shards, in one thread."""
+    _, ours, _ = pair(torch.float32, decoder_only=decoder_only, checkpoints=checkpoints)
+    perceptual, adversary, ours.perceptual, ours.adversary = (
+        ours.perceptual, ours.adversary, None, None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    images, noise = batch(np.random.default_rng(1), np.float32, 2)
+    images, noise = images.repeat(2, axis=1).repeat(2, axis=2), noise.repeat(2, 1).repeat(2, 2)
+
+    # A shard's images are a view of the batch's, which its tape counts as a whole.
+    others = 0 if decoder_only else images[0].nbytes
+    alone = ours.memory(48, 2, checkpoints)
+    assert all(parameter.grad is None for parameter in ours.vae.parameters())
+    with observed(seen := Observed()):
+        ours(images, noise, START)
+    within(abs(alone / (max(seen.found) - others) - 1), 1e-3, "memory")
+    ours.perceptual = perceptual
+    with observed(seen := Observed()):
+        perceptual(images[:1], images[:1], 1.0)
+    more = ours.memory(48, 2, checkpoints)
+    within(abs((more - alone) / max(seen.found) - 1), 1e-3, "perceptual")
+
+    def adversary_between(parts, *arguments):
+        """It runs when all round trips wait."""
+        kept.append(sum(part.trip.tape.nbytes - others for part in parts))
+        with observed(seen):
+            adversary(parts, *arguments)
+        return {}
+    kept, seen, adversary_between.start = [], Observed(), START
+    ours.perceptual, ours.adversary = None, adversary_between
+    ours(images, noise, START)
+    ours.adversary = adversary
+    _, *learning = seen.found                           # the first is the generator's
+    own = [p.grad for p in adversary.discriminator.parameters()]
+    expected, found = kept[0] + sum(learning), ours.memory(48, 2, checkpoints)
+    assert len(learning) == 2 and all(grad is not None for grad in own)
+    if checkpoints:                                     # and then one block of one picture
+        assert 0 < found - expected < alone
+    else:
+        within(abs(found / expected - 1), 1e-3, "with a discriminator")
 
 
 @pytest.mark.parametrize("name", VISIONS)

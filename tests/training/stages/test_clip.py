@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from tests.support import strict
 from tests.support.captioned import CAPTIONS, write_captioned
+from tests.support.command import assert_one_line
 from tests.support.small_clip import write_clip
 from tests.support.tolerance import within
 from tinyldm import backend
@@ -138,6 +139,44 @@ def test_on_a_device(train, weights, tmp_path):
                     for name in ("host", "device"))
     for name, array in host.items():                    # in units of the learning rate, 1e-2
         within(abs(array - device[name]).max(), 1e-4, name)
+
+
+@pytest.mark.parametrize("half", ["both", "text", "image"])
+def test_computing_in_float16(half, train, weights, tmp_path):
+    """Like float32, up to the rounding of the gradients; exact in going on, as in float32."""
+    more = ["--weights", weights, "--train", half, "--held-out", 0]
+    assert train(*more, output="whole", steps=4, new=False)[0] == 0
+    own = [*more, "--dtype", "float16"]
+    status, _, err = train(*own, output="half", steps=4, new=False)
+    assert status == 0 and "float16 is slower than float32 on a CPU" in err, err
+    assert train(*own, new=False)[0] == 0
+    assert train(*own, "--resume", steps=4, new=False)[0] == 0
+    whole, found, parts = (load_file(tmp_path / name / "model" / "model.safetensors")
+                           for name in ("whole", "half", "out"))
+    before, errors = load_file(weights / "model.safetensors"), []
+    for name, array in whole.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], parts[name])
+        assert (found[name] == before[name]).all() == (array == before[name]).all(), name
+        errors.append((found[name] - array).ravel() / 1e-2)
+    within((np.concatenate(errors) ** 2).mean() ** 0.5, 0.5, "in units of the learning rate")
+
+
+def test_the_limit_of_the_scale_is_that_of_the_float32_weights(train, weights, tmp_path):
+    clip = ZeroShot.load(weights)
+    clip.model.logit_scale.data = np.float32(np.log(100) + 1)
+    clip.save(tmp_path / "clip", np.float32)
+    status, _, err = train("--weights", tmp_path / "clip", "--dtype", "float16", steps=1, new=False)
+    assert status == 0, err
+    found = load_file(tmp_path / "out" / "model" / "model.safetensors")["logit_scale"]
+    assert found == np.float32(np.log(100)) != np.float16(found)
+
+
+def test_float16_on_a_device(train, weights):
+    with strict.installed(), backend.plain():
+        status, _, err = train("--weights", weights, "--device", "cuda", "--dtype", "float16",
+                               new=False)
+    assert status == 0 and "slower" not in err, err
 
 
 # ---- the accuracy --------------------------------------------------------------------------------
@@ -290,8 +329,7 @@ REFUSED = {
 def test_a_line_for_bad_input(case, train, tmp_path):
     more, said = REFUSED[case]
     status, _, err = train(*more)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and re.search(said, lines[0]), err
+    assert_one_line(status, err, said)
     assert not (tmp_path / "out" / "model").exists()
 
 

@@ -1,5 +1,6 @@
 """CLIP's loss over shards, against the whole batch at once, transformers, finite differences."""
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from tinyldm import ops
 from tinyldm.layers import Tape
 from tinyldm.models import CLIPModel
 from tinyldm.pipelines.zero_shot import ZeroShot
+from tinyldm.tape import nbytes_of, observed
+from tinyldm.training import memory
 from tinyldm.training.data.pictures import PictureFolder
 from tinyldm.training.options import parse
 from tinyldm.training.report import read_log
@@ -90,6 +93,16 @@ def test_checkpoints_change_no_gradient(weights, pictures):
         np.testing.assert_array_equal(gradient, plain[name])
 
 
+def test_the_loss_scale_is_that_of_all_gradients(weights, pictures):
+    """A power of 2: bitwise."""
+    pairs = pairs_of(weights, pictures)
+    report, plain = pairs.batch_loss(0, 5), gradients(pairs.model)
+    pairs.model.zero_grad()
+    assert pairs.batch_loss(0, 5, 1024.0) == report
+    for name, gradient in gradients(pairs.model).items():
+        np.testing.assert_array_equal(gradient, 1024 * plain[name])
+
+
 def test_finite_differences(weights, pictures):
     """One random direction in the space of all parameters, and the scale alone."""
     pairs, rng = pairs_of(weights, pictures), np.random.default_rng(1)
@@ -108,6 +121,26 @@ def test_finite_differences(weights, pictures):
         slope = sum((own[name] * direction).sum() for name, direction in directions.items())
         assert abs(slope) > 1e-3
         assert_allclose((losses[0] - losses[1]) / 2e-6, slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_the_estimate_of_memory(checkpoints, weights, pictures, monkeypatch):
+    """Against the tapes of a batch of four pairs: four shards, one after the other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pairs, kept, found = pairs_of(weights, pictures), [], []
+    places = memory.places(partial(pairs.step, 4), 12, checkpoints)
+    assert not gradients(pairs.model)
+    pairs.checkpoints, whole = checkpoints, pairs.encode_backward
+
+    def backward(*arguments):
+        kept.append(arguments[-1].nbytes)
+        whole(*arguments)
+    pairs.encode_backward = backward
+    with observed(lambda entries: found.append(sum(size for _, size in nbytes_of(entries)))):
+        pairs.batch_loss(0, 4)
+    within(abs(memory.waiting(places, memory.division(4))
+               / (sum(kept) + max(found[1:]) - max(kept)) - 1), 1e-3, "memory")
+    assert max(places) > places[0] or not checkpoints
 
 
 def test_same_captions_are_counted(weights, tmp_path):

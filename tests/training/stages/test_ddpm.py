@@ -8,7 +8,8 @@ import torch
 from safetensors.numpy import load_file
 
 import tinyldm
-from tests.support import improved_ddpm, pixel_models, strict
+from tests.support import improved_ddpm, pixel_models, small_pipelines, strict
+from tests.support.command import assert_one_line
 from tests.support.pixel_models import write_classes, write_model
 from tests.support.reference import nchw, to_ours, widen_embeddings
 from tests.support.tolerance import assert_allclose, within
@@ -16,6 +17,8 @@ from tinyldm import backend
 from tinyldm.models import UNet2DModel
 from tinyldm.pipelines.ddpm import DDPM
 from tinyldm.pipelines.loading import load
+from tinyldm.tape import nbytes_of, observed
+from tinyldm.training import memory
 from tinyldm.training.__main__ import main
 from tinyldm.training.options import parse
 from tinyldm.training.report import read_log
@@ -245,6 +248,35 @@ def test_float16(more, train, tiny, tmp_path):
     within((np.concatenate(errors) ** 2).mean() ** 0.5, 0.5, "in units of the learning rate")
 
 
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("more", [[], LEARNED, [*BY_CLASS, "--model", "dit"]], ids=str)
+def test_the_estimate_of_memory(more, checkpoints, pictures, tiny, tmp_path):
+    """Against the tape of a whole batch."""
+    stage = stage_of(pictures, tmp_path, *more, "--resolution", 16, "--batch", 4)
+    found, denoising, batch = [], stage.denoising, stage.denoising.batch(0, 4)
+    side, least = (stage.network.settings.sample_size, None) if "dit" in more else (16, 4)
+    estimate = max(memory.places(denoising.step, side, checkpoints, least))
+    assert all(parameter.grad is None for parameter in stage.network.parameters())
+    denoising.checkpoints = checkpoints
+    with observed(lambda entries: found.append(sum(size for _, size in nbytes_of(entries)))):
+        denoising.part_loss(batch, 1.0, range(4), 1.0)
+    # A DiT's table of positions is the same for all pictures, and is measured with one.
+    within(abs(4 * estimate / max(found) - 1), 1e-2 if "dit" in more else 1e-3, "memory")
+
+
+def test_the_line_on_memory(train, tiny, monkeypatch):
+    """Four pictures are four shards, of which two threads compute two at once."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(memory, "places", lambda step, side, checkpoints=False, least=None: [
+        2 ** 30, (3 - checkpoints) * 2 ** 30])
+    monkeypatch.setattr(memory, "available", lambda: 2 ** 30)
+    status, out, err = train("--resolution", 16, "--batch", 4)
+    assert status == 0, err
+    assert "activations 6.0 GiB (4.0 GiB with --checkpoints); only 1.0 GiB are free" in out
+    assert memory.division(4) == (4, 4, 2)
+    assert memory.waiting([10, 30], memory.Division(4, 8, 2)) == 8 * 10 + 2 * 20
+
+
 def test_from_weights(train, weights, tmp_path):
     """They keep their schedule and their classes; untouched parts are copied."""
     folder = weights("guided", "learned", "epsilon", 50)
@@ -274,6 +306,18 @@ def test_the_authors_files_go_on(train, weights, tmp_path):
     """Their UNet sees rescaled timesteps, which the result keeps."""
     status, _, err = train("--weights", weights("rescaled", "learned", "epsilon", 50))
     assert status == 0 and tinyldm.load(tmp_path / "out").rescale_timesteps, err
+
+
+def test_the_vae_of_a_new_dit(tmp_path):
+    """A pipeline's folder, its VAE's, or its VAE's file: the same VAE with the config's factor."""
+    folder = small_pipelines.smallest(tmp_path / "weights")
+    small_pipelines.change_json(folder / "vae" / "config.json", scaling_factor=0.7)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    for place in folder, folder / "vae", file:
+        vae = ddpm.vae_of(place)
+        assert vae.scaling_factor == 0.7 and vae.dtype == np.float32
+        for name, array in load_file(file).items():
+            np.testing.assert_array_equal(vae.state_dict()[name], array)
 
 
 def stage_of(pictures, tmp_path, *more):
@@ -325,8 +369,7 @@ REFUSED = {
 def test_a_line_for_bad_input(case, train, tmp_path):
     more, said = REFUSED[case]
     status, _, err = train(*more)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and re.search(said, lines[0]), err
+    assert_one_line(status, err, said)
     assert not (tmp_path / "out" / "model_index.json").exists()
 
 

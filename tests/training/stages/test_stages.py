@@ -8,6 +8,7 @@ import safetensors
 from safetensors.numpy import load_file
 
 from tests.support import small_pipelines, strict
+from tests.support.command import assert_one_line
 from tests.support.pictures_to_train import write_pictures
 from tests.support.tolerance import within
 from tinyldm import backend
@@ -194,8 +195,7 @@ REFUSED = {
 def test_a_line_for_bad_input(case, train, tmp_path):
     stage, more, said = REFUSED[case]
     status, _, err = train(stage, *more)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and re.search(said, lines[0]), err
+    assert_one_line(status, err, said)
     assert not (tmp_path / "dog.safetensors").exists()
 
 

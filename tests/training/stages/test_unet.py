@@ -8,6 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from tests.support import small_pipelines, strict
+from tests.support.command import assert_one_line
 from tests.support.drawing import Reference, assert_same_drawing, ours
 from tests.support.fine_tuning import TorchSteps, stage_of
 from tests.support.reference import to_ours
@@ -243,8 +244,7 @@ def test_a_line_for_bad_input(case, train, weights, tmp_path):
     elif more[-1] == "{vae}":
         more = [more[0], weights / "vae" / "config.json"]
     status, _, err = train(*more)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and re.search(said, lines[0]), err
+    assert_one_line(status, err, said)
     assert not (tmp_path / "out" / "model_index.json").exists()
 
 

@@ -45,6 +45,7 @@ from ...training.optim import AdamW, initialise, initialise_dit, load_ema
 from ...training.report import Report
 from ...training.shards import split_batch
 from ...training.stages.contrastive import initialise_clip
+from ...training.stages.round_trip import RoundTrip, latent_shape
 from ..configs import OPTIMIZER, SCHEDULER, TEXT_ENCODER, UNET
 from ..drawing import draw, to_images
 from .data import CLASSES, SEED, label_of, normal
@@ -139,21 +140,16 @@ def vae(data, folder, steps, batch=FULL_SIZE_BATCH):
     model = AutoencoderKL(VAE)
 
     def loss(rows, rngs, share):
-        images, tape = data.images(rows), Tape()
-        mean, logvar = model.encode(images, tape)
-        std, D = np.exp(0.5 * logvar), images[0].size
-        noise = normal(rngs, mean.shape[1:])
-        output = model.decode(mean + std * noise, tape)
-        mse, cache = ops.mse(output, images)
-        kl, kl_cache = ops.kl_normal(mean, logvar)
-        bits = share / math.log(2)
+        images = data.images(rows)
+        trip = RoundTrip(model, images, normal(rngs, latent_shape(model, images)))
+        mse, cache = ops.mse(trip.output, images)
+        bits, D = share / math.log(2), images[0].size
         doutput, _ = ops.mse_backward(float(bits * 0.5 / mse), cache)
-        dz = model.decode_backward(doutput, tape)
-        dmean, dlogvar = ops.kl_normal_backward(bits / D, kl_cache)
-        model.encode_backward(dmean + dz, dlogvar + dz * (0.5 * std * noise), tape)
-        nats = 0.5 * math.log(2 * math.pi * math.e * mse) + float(kl) / D
+        trip.backward(doutput, bits / D)
+        kl = float(trip.kl)
+        nats = 0.5 * math.log(2 * math.pi * math.e * mse) + kl / D
         return {"loss": bits * nats + share * math.log2(127.5), "mse": share * float(mse),
-                "kl": share * float(kl)}
+                "kl": share * kl}
 
     train(data, folder, steps, batch, {"vae": model}, loss)
     side = 64 // model.vae_scale_factor

@@ -9,6 +9,7 @@ import re
 
 from ...errors import TinyldmError, note
 from ...files import make_folder, read_json, replacing, write_json
+from ...training.report import new_figure, save_figure
 
 QUOTE = re.compile(r"(<!-- comparison: (systems|sizes) -->).*?(<!-- end -->)", re.S)
 TITLES = {"true": "true drawings", "round-trip": "true drawings, through the bundled VAE",
@@ -110,11 +111,10 @@ def side_by_side(run, systems):
 def plot_sizes(sizes, path):
     """Two lines over the parameters: where the text encoder grows, and where the UNet does."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        note(f"without matplotlib {path.name} is left out")
+        figure = new_figure(9, 3.5)
+    except TinyldmError as error:
+        note(f"{path.name} is left out: {error}")
         return
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
     for axes, (what, label) in zip(figure.subplots(1, 2), [
             ("asked", "as asked"), ("kid", "KID, by the bundled VAE")]):
         for part, names in LINES.items():
@@ -123,5 +123,4 @@ def plot_sizes(sizes, path):
                       [sizes[name][what] for name in names], marker="o", label=f"larger {part}")
         axes.set(xlabel="parameters, millions", ylabel=label, xscale="log")
         axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=80, format="png")
+    save_figure(figure, path, dpi=80)

@@ -11,10 +11,11 @@ Source: Rombach et al. 2022, arXiv:2112.10752, section 3.1, eq. 25; Esser, Romba
 CompVis/latent-diffusion, ldm/modules/losses/contperceptual.py. There the discriminator sees a
 second round trip, made after the autoencoder's update; here it is the same one, half the work.
 """
+import math
 from contextlib import contextmanager
 
 from ... import ops, ranks
-from ...backend import asarray, get_xp, to_host
+from ...backend import asarray, get_xp, to_host, widen
 from ...layers import Tape
 
 LEAST, MOST = 1e-4, 1e4     # added to the denominator; the largest adaptive weight
@@ -32,33 +33,38 @@ class Adversary:
     def __init__(self, discriminator, start=0, weight=0.5):
         self.discriminator, self.start, self.weight = discriminator, start, weight
 
-    def __call__(self, parts, images, last_layer):
+    def __call__(self, parts, images, last_layer, scale=1.0):
         """Add its gradients to each part's doutput, and the discriminator's to its parameters.
 
         parts: this rank's of the batch `images`, whose forward has run. last_layer: that of the
-        decoder. -> {"generator": g, "adaptive_weight": a, "discriminator": its hinge loss, "real",
-        "made": its mean logits}, times this rank's share. Batch norm sees the whole batch, real and
+        decoder. scale: of all gradients, Trainer.scale.
+        -> {"generator": g, "adaptive_weight": a, "discriminator": its hinge loss, "real", "made":
+        its mean logits}, times this rank's share. Batch norm sees the whole batch, real and
         made pictures apart: so each rank runs the discriminator on all rows.
         """
         output = get_xp(images).concatenate([part.trip.output for part in parts])
         if ranks.size() > 1:
             output = asarray(ranks.stack(to_host(output)), like=images)
+        dtype = self.discriminator.dtype
         with frozen(self.discriminator):
             tape = Tape()
-            logits = self.discriminator(output, tape)
-            dlogits = get_xp(logits).full_like(logits, -1 / logits.size)
-            doutput = self.discriminator.backward(dlogits, tape)
+            logits = self.discriminator(output.astype(dtype, copy=False), tape)
+            dlogits = get_xp(logits).full_like(logits, -scale / logits.size)
+            doutput = widen(self.discriminator.backward(dlogits, tape))
         own = [doutput[part.first:part.first + len(part.doutput)] for part in parts]
         rest = [part.doutput for part in parts]
-        a = self.weight * min(length(last_layer, parts, rest)
-                              / (length(last_layer, parts, own) + LEAST), MOST)
+        rest, mine = (length(last_layer, parts, gradients) for gradients in (rest, own))
+        # A length that overflows float16 spoils the gradient, and the scale becomes smaller.
+        a = self.weight * (min(rest / (mine + LEAST * scale), MOST)
+                           if math.isfinite(rest + mine) else math.nan)
         for part, dmore in zip(parts, own):
             part.doutput = part.doutput + a * dmore
-        found = {"generator": -logits.mean(), "adaptive_weight": a} | self._learn(images, output)
+        found = {"generator": -widen(logits).mean(), "adaptive_weight": a} | self._learn(
+            images.astype(dtype, copy=False), output.astype(dtype, copy=False), scale)
         share = sum(part.share for part in parts)
         return {name: share * float(value) for name, value in found.items()}
 
-    def _learn(self, images, output):
+    def _learn(self, images, output, scale):
         """Add the discriminator's gradients -> its loss and its mean answers.
 
         The gradients are divided by the number of ranks, because each adds the same.
@@ -66,9 +72,18 @@ class Adversary:
         tapes = [Tape(), Tape()]
         real, made = (self.discriminator(x, tape) for x, tape in zip((images, output), tapes))
         loss, cache = ops.hinge(real, made)
-        for dlogits, tape in zip(ops.hinge_backward(1 / ranks.size(), cache), tapes):
+        for dlogits, tape in zip(ops.hinge_backward(scale / ranks.size(), cache), tapes):
             self.discriminator.backward(dlogits, tape)
-        return {"discriminator": loss, "real": real.mean(), "made": made.mean()}
+        return {"discriminator": loss, "real": widen(real).mean(), "made": widen(made).mean()}
+
+    def step(self, image):
+        """Learn from an image (1,H,W,3) twice, for memory.py: both tapes of `_learn` as one."""
+        tape = Tape()
+        for _ in range(2):
+            logits = self.discriminator(image.astype(self.discriminator.dtype), tape)
+        for _ in range(2):
+            self.discriminator.backward(logits, tape)
+        self.discriminator.zero_grad()
 
     def wait(self):
         """Before it begins, its gradients are 0: so Adam counts the step and moves nothing."""
@@ -85,7 +100,7 @@ def length(layer, parts, gradients):
     for part, dy in zip(parts, gradients):
         owner, cache = part.trip.tape.entries[-1]
         assert owner is layer, f"{type(owner).__name__} ran last, not the decoder's last layer"
-        total = total + layer.op_backward(dy, cache)[1]
+        total = total + widen(layer.op_backward(dy.astype(layer.dtype, copy=False), cache)[1])
     ranks.add_up(total)
     return float(to_host((total * total).sum())) ** 0.5
 

@@ -29,14 +29,15 @@ from ...images import grid, to_pil
 from ...models import AutoencoderKL
 from ...models.discriminator import PatchDiscriminator, smallest
 from ...models.discriminator import initialise as initialise_discriminator
+from .. import memory
 from ..data.pictures import PictureFolder
 from ..objectives import generators
 from ..optim import initialise
-from ..options import add_output, add_shared, real, trainer, whole
+from ..options import DTYPES, add_output, add_shared, real, trainer, whole
 from .adversarial import Adversary
 from .perceptual import BUNDLED, load_perceptual
-from .round_trip import AutoencoderLoss, decoder_parameters, latent_shape, psnr
-from .stage import COARSE, DTYPES, EXACT
+from .round_trip import AutoencoderLoss, decode, decoder_parameters, encode, latent_shape, psnr
+from .stage import COARSE, EXACT, ROUNDED
 
 CREATION = 2 ** 32 - 1      # the key of the first numbers; the steps have smaller ones
 CHANNELS, LATENTS, LAYERS, RESOLUTION = (64, 128, 256), 4, 1, 64        # of a new VAE
@@ -68,10 +69,6 @@ def add_options(parser):
     add("--flip", action="store_true", help="mirror half of the pictures")
     add("--random-crop", action="store_true", help="cut at a random place, not in the middle")
     add("--strict", action="store_true", help="stop where a picture cannot be read")
-    add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
-        "block is computed again in backward")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
-        "(cpu)")
     add("--save-as", choices=DTYPES, default="float32", help="numbers in the file (float32)")
     add("--set-scaling-factor", action="store_true", help="write 1 / std of the latents into the "
         "config: a UNet that is trained next needs it")
@@ -117,17 +114,22 @@ def run(options):
     if loss.adversary:                                  # both networks, one optimiser
         models["discriminator"] = loss.adversary.discriminator
         named += models["discriminator"].named_parameters("discriminator.")
-    loop = trainer(options, named, data=pictures.fingerprint, settings={
+    loop = trainer(options, named, data=pictures.fingerprint, terms=3 * options.resolution ** 2,
+                   settings={
         f"--{name.replace('_', '-')}": value if value is None else str(value)
         for name in SETTINGS for value in [getattr(options, name)]})
     loop.models = models
+    frozen = [loss.perceptual.network] if loss.perceptual else []
+    say(memory.sentence(options, [*models.values(), *frozen], named,
+                        {kept: loss.memory(options.resolution, options.batch, kept)
+                         for kept in (False, True)}))
     watched = Watched(vae, pictures, held_out)
 
     def batch_loss(rng):
         images, _, indices = pictures.batch(options.seed, loop.batch, options.batch)
         loop.about = "pictures " + ", ".join(pictures.items[i].name for i in indices)
         noise = draw_noise(vae, images, options.seed, loop.batch)
-        return loss(vae.xp.asarray(images), noise, loop.step)
+        return loss(vae.xp.asarray(images), noise, loop.step, loop.scale)
 
     def write():
         save_model(vae, output, options.save_as)
@@ -136,12 +138,14 @@ def run(options):
         found = watched.measure()
         if options.set_scaling_factor:
             set_scaling_factor(vae, found["latent_std"])
-            write()
+            loop.averaged(write, exact=True)()
         say(summary(found, len(watched.images), options.set_scaling_factor))
-        check_file(vae, output, watched.images[0], options.save_as == "float16")
+        check_file(vae, output, watched.images[0], ROUNDED if options.dtype == "float16" else
+                   COARSE if options.save_as == "float16" else EXACT)
 
     loop.train(batch_loss, write=write, sample=watched.sample, validate=watched.validate)
-    loop.averaged(finish)()
+    loop.optimizer.adopt_average()                      # the state is saved
+    finish()
 
 
 def loss_from(options, vae):
@@ -250,7 +254,7 @@ class Watched:
                        for i in (held_out or range(len(pictures.items)))[:MEASURED]]
 
     def round_trip(self, image):
-        return self.vae.decode(self.vae.encode(image)[0])
+        return round_trip(self.vae, image)
 
     def sample(self):
         """Two pictures above, their round trips below, in each of a few PIL images."""
@@ -272,14 +276,20 @@ class Watched:
         vae, reports, latents = self.vae, [], []
         for i, image in enumerate(self.images):
             noise = draw_noise(vae, image, 0, i)
-            mean, logvar = vae.encode(image)
-            output, (kl, _) = vae.decode(mean), ops.kl_normal(mean, logvar)
+            mean, logvar = encode(vae, image)
+            output, (kl, _) = decode(vae, mean), ops.kl_normal(mean, logvar)
             z = mean + vae.xp.exp(0.5 * logvar) * noise
             latents.append(to_host(vae.to_latents(z)) / vae.scaling_factor)
             reports.append((abs(output - image).mean(), psnr(((output - image) ** 2).mean()[None]),
                             kl / math.log(2)))
         l1, decibels, bits = np.mean([[float(x) for x in report] for report in reports], axis=0)
         return {"l1": l1, "psnr": decibels, "kl_bits": bits, "latent_std": float(np.std(latents))}
+
+
+def round_trip(vae, images):
+    """Images (B,H,W,3) -> what their latents' mean is decoded to."""
+    mean, _ = encode(vae, images)
+    return decode(vae, mean)
 
 
 def set_scaling_factor(vae, std):
@@ -297,16 +307,15 @@ def summary(found, count, was_set):
             + (", which the config has now" if was_set else ": see --set-scaling-factor"))
 
 
-def check_file(vae, folder, image, coarse):
+def check_file(vae, folder, image, allowed):
     """Compare a round trip of the trained VAE with that of the written one.
 
-    Raises TinyldmError where the two differ.
+    Raises TinyldmError where the two differ by more than `allowed` standard deviations.
     """
-    again = load_model(folder)
-    trained, read = (to_host(model.decode(model.encode(model.xp.asarray(to_host(image)))[0]))
-                     for model in (vae, again))
+    trained, read = (to_host(round_trip(model, model.xp.asarray(to_host(image))))
+                     for model in (vae, load_model(folder)))
     error = float(abs(read - trained).max() / trained.std())
-    if not error <= (COARSE if coarse else EXACT):
+    if not error <= allowed:
         raise TinyldmError(f"{folder}, read back, changes the round trip by {error:.2g} of its "
                            "standard deviation: go on with --resume and --save-as float32")
     say(f"checked: {folder}, read back, makes the same round trip, up to {error:.1g} of its "

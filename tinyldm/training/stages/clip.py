@@ -9,6 +9,7 @@ Source: Radford et al. 2021, arXiv:2103.00020; with one half frozen Zhai et al. 
 Zero-Shot Transfer with Locked-image text Tuning", arXiv:2111.07991.
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ from ...layers import trainable_parameters
 from ...models import CLIPModel
 from ...pipelines.zero_shot import TEMPLATES, ZeroShot
 from ...text.tokenizer import Tokenizer
+from .. import memory
 from ..data.classes import find_classes
 from ..data.pictures import PictureFolder
-from ..options import add_output, add_shared, trainer, whole
+from ..options import DTYPES, add_output, add_shared, trainer, whole
 from .contrastive import Pairs, initialise_clip
 from .retrieval import Retrieval
 
@@ -40,7 +42,6 @@ HEAD = 32                   # channels of an attention head of a new model
 NEW = {"resolution": 64, "patch": 8, "width": 96, "layers": 3}
 RATES = {True: 1e-5, False: 1e-3}                       # with weights, and without
 SETTINGS = ("weights", "tokenizer", "train", "held_out", *NEW)
-DTYPES = {"float32": np.float32, "float16": np.float16}
 EXACT = {"float32": 1e-5, "float16": 1e-2}              # of an embedding of length 1
 
 
@@ -71,10 +72,6 @@ def add_options(parser):
     add("--layers", type=whole(1, 64), metavar="N", help=f"of each half ({NEW['layers']})")
     add("--tokenizer", type=path, metavar="FOLDER", help="of a new model: that of a Stable "
         "Diffusion, for instance (the bundled model's, which has words for drawn shapes alone)")
-    add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
-        "block is computed again in backward")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute, in float32 "
-        "(cpu)")
     add("--save-as", choices=DTYPES, default="float32", help="numbers in the file (float32)")
     add_shared(parser, steps=1000, learning_rate=RATES[False], batch=64, warmup=50,
                schedule="cosine", betas=(0.9, 0.98), weight_decay=0.2, adam_eps=1e-6)
@@ -213,10 +210,11 @@ class Stage:
             settings={f"--{name.replace('_', '-')}": str(getattr(options, name))
                       for name in SETTINGS})
         loop.models, loop.report.side = {"clip": self.clip.model}, SHEET
+        say(self.memory())
 
         def batch_loss(rng):
             loop.about = pairs.describe(loop.batch, options.batch)
-            return pairs.batch_loss(loop.batch, options.batch)
+            return pairs.batch_loss(loop.batch, options.batch, loop.scale)
 
         def validate():
             loss, shares = retrieval.measure()
@@ -226,6 +224,15 @@ class Stage:
 
         loop.train(batch_loss, write=self.write, sample=lambda: [retrieval.matrix()],
                    validate=validate, constrain=pairs.clamp_scale)
+
+    def memory(self):
+        """A line on the memory that the training will take."""
+        options, model = self.options, self.clip.model
+        step, side = partial(self.pairs.step, options.batch), model.settings.vision.image_size
+        parts = memory.division(options.batch, model.xp)
+        found = {kept: memory.waiting(memory.places(step, side, kept), parts)
+                 for kept in (False, True)}
+        return memory.sentence(options, [model], trainable_parameters(model), found)
 
     # ---- the result -----------------------------------------------------------------------------
 
@@ -247,7 +254,7 @@ class Stage:
         error = max(float(abs(one - other).max()) for one, other in (
             (self.clip.embed_images(pictures), again.embed_images(pictures)),
             (self.clip.embed_texts(texts), again.embed_texts(texts))))
-        if not error <= EXACT[options.save_as]:
+        if not error <= max(EXACT[options.save_as], EXACT[options.dtype]):
             raise TinyldmError(f"{self.result}, read back, has embeddings that are off by "
                                f"{error:.2g}: go on with --resume to write it anew")
         say(f"checked: {self.result}, read back, has the embeddings of the trained model, up to "

@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 
 from ... import ops, ranks
-from ...backend import asarray, to_host
+from ...backend import asarray, to_host, widen
 from ...images import to_pil
 from ...layers import NO_TAPE, Tape
 from ...models.clip_model import LARGEST_SCALE
@@ -47,7 +47,7 @@ class Pairs:
     def pixels(self, samples):
         """Pictures as the vision transformer reads them, (B,H,W,3)."""
         images = to_pil(np.stack([self.pictures.image(sample) for sample in samples]))
-        return self.model.xp.asarray(self.clip.processor(images), self.model.dtype)
+        return self.model.xp.asarray(self.clip.processor(images), self.model.vision_model.dtype)
 
     def ids(self, captions):
         """Token ids (B,T) of the captions; T is what the longest one needs.
@@ -59,8 +59,11 @@ class Pairs:
         ids = np.concatenate([tokenizer.row(row) for row in rows])
         return ids[:, :2 + max(map(len, rows))]
 
-    def batch_loss(self, number, size):
+    def batch_loss(self, number, size, gradient_scale=1.0):
         """Add the gradients of a batch of N pairs to the parameters -> {"loss", ...}.
+
+        gradient_scale: of the gradients, Trainer.scale. The halves may compute in float16; the
+        embeddings and what follows from them are float32 then.
 
         expected: the loss of a model that knows nothing, ln N. found: the share of pictures that
         find their caption among the N. scale: exp(logit_scale). same_captions: how many pictures
@@ -70,34 +73,52 @@ class Pairs:
         samples = self.samples(number, size)
         captions = [sample.caption for sample in samples]
 
-        def forward(samples, ids, rows, share):         # -> (B,P), (B,P)
+        def forward(samples, ids, rows, share):
             tape = tapes[rows[0]] = Tape(self.checkpoints)
-            image_embeds = model.encode_image(self.pixels(samples),
-                                              tape if self.trains_image else NO_TAPE)
-            return image_embeds, model.encode_text(model.xp.asarray(ids),
-                                                   tape if self.trains_text else NO_TAPE)
+            return self.encode(self.pixels(samples), model.xp.asarray(ids), tape)
 
         def backward(rows, share):
             tape, rows = tapes[rows[0]], slice(rows[0] - first, rows[-1] + 1 - first)
-            if self.trains_text:
-                model.encode_text_backward(dtext_embeds[rows], tape)
-            if self.trains_image:
-                model.encode_image_backward(dimage_embeds[rows], tape)
+            self.encode_backward(dimage_embeds[rows], dtext_embeds[rows], tape)
 
-        shards = over_shards(forward, [samples, self.ids(captions), range(size)])
+        shards = over_shards(forward, [samples, self.ids(captions), range(size)], xp=model.xp)
         image_embeds, text_embeds = map(model.xp.concatenate, zip(*shards))     # of this rank
         n, first, tape = len(image_embeds), min(tapes), Tape()
         logits = model.match(of_all_ranks(image_embeds), of_all_ranks(text_embeds), tape)
         loss, cache = ops.contrastive(logits)
-        dlogits = ops.contrastive_backward(n / size, cache)
+        dlogits = ops.contrastive_backward(gradient_scale * n / size, cache)
         dimage_embeds, dtext_embeds = (ranks.stack_backward(gradient, n) for gradient in
                                        model.match_backward(dlogits, tape))     # of this rank
-        over_shards(backward, [range(size)])
+        over_shards(backward, [range(size)], xp=model.xp)
         found = logits.argmax(axis=1) == model.xp.arange(size)
         report = {"loss": float(loss), "expected": math.log(size), "found": float(found.mean()),
                   "scale": math.exp(float(model.logit_scale.data)),
                   "same_captions": sum(n for n in Counter(captions).values() if n > 1)}
         return {name: value * n / size for name, value in report.items()}
+
+    def encode(self, pixels, ids, tape):
+        """pixels (B,H,W,3), ids (B,T) -> image_embeds and text_embeds (B,P), float32 at least."""
+        image_embeds = self.model.encode_image(pixels, tape if self.trains_image else NO_TAPE)
+        text_embeds = self.model.encode_text(ids, tape if self.trains_text else NO_TAPE)
+        return widen(image_embeds), widen(text_embeds)
+
+    def encode_backward(self, dimage_embeds, dtext_embeds, tape):
+        model = self.model
+        if self.trains_text:
+            model.encode_text_backward(dtext_embeds.astype(model.text_model.dtype, copy=False),
+                                       tape)
+        if self.trains_image:
+            model.encode_image_backward(
+                dimage_embeds.astype(model.vision_model.dtype, copy=False), tape)
+
+    def step(self, size, side, checkpoints):
+        """Forward and backward of one pair, for memory.py. Its caption is as long as those of the
+        first batch of `size` pairs."""
+        tape, xp = Tape(checkpoints), self.model.xp
+        ids = self.ids([sample.caption for sample in self.samples(0, size)])[:1]
+        pixels = xp.zeros((1, side, side, 3), self.model.vision_model.dtype)
+        self.encode_backward(*self.encode(pixels, xp.asarray(ids), tape), tape)
+        self.model.zero_grad()
 
     def clamp_scale(self):
         """As CLIPModel.clamp_scale, but in place: the optimiser holds the array."""

@@ -16,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from ...backend import asarray, to_host, widen
-from ...checkpoints import load_model, resolve_vae
 from ...cli.console import say
 from ...cli.options import path
 from ...configs import sides
@@ -26,6 +25,7 @@ from ...pipelines.ddpm import DDPM
 from ...pipelines.dit import DiT
 from ...pipelines.guided_ddpm import GuidedDDPM
 from ...pipelines.loading import load
+from .. import memory
 from ..data.classes import find_classes
 from ..data.latents import LatentCache
 from ..data.pictures import PictureFolder
@@ -39,13 +39,14 @@ from ..options import (
     trainer,
     whole,
 )
+from .autoencoder import load_from
 from .denoising import Denoising, Latents, Pixels
 from .new_models import MODELS, new_pipeline, scheduler_config
-from .stage import DTYPES, EXACT, ROUNDED, check_free, writer
+from .stage import EXACT, ROUNDED, check_free, writer
 
 SAMPLES, SAMPLE_STEPS = 8, 25       # pictures of a row of the sheet, steps of DDIM for each
 # What a training that goes on must have in common with its beginning, besides that of all stages.
-SETTINGS = ("weights", "dtype", "model", "classes", "class_dropout", "resolution", "variance",
+SETTINGS = ("weights", "model", "classes", "class_dropout", "resolution", "variance",
             "beta_schedule", "train_timesteps", "prediction_type", "held_out")
 # Options of new models, and their defaults.
 NEW = {"model": "small", "variance": "fixed_large", "beta_schedule": "linear",
@@ -80,12 +81,6 @@ def add_options(parser):
         "second is Improved DDPM's cosine (linear)")
     add("--train-timesteps", type=whole(2, 100_000), metavar="T", help="of a new model (1000)")
     add("--prediction-type", choices=PREDICTION_TYPES, help="of a new model (epsilon)")
-    add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
-        "block is computed again in backward")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
-    add("--dtype", choices=DTYPES, default="float32", help="to compute in: float16 takes half of "
-        "the memory and is fast on a GPU; what is trained is kept in float32, too, and the loss is "
-        "scaled (float32)")
     add_shared(parser, steps=1500, learning_rate=1e-3, batch=16, warmup=100,
                schedule="constant_with_warmup", weight_decay=0.0, ema=0.999)
     add_diffusion(parser)
@@ -217,6 +212,7 @@ class Stage:
             options, self.network.named_parameters(), data=self.pictures.fingerprint,
             settings={f"--{name.replace('_', '-')}": getattr(options, name) for name in SETTINGS})
         loop.models = self.pipe.models
+        say(self.memory())
 
         def batch_loss(rng):
             loop.about = denoising.describe(loop.batch, size)
@@ -225,6 +221,17 @@ class Stage:
         write = writer(self.pipe, options.output, [self.pipe.network], np.float32)
         loop.train(batch_loss, write=write, sample=self.sample, validate=denoising.validate)
         loop.optimizer.adopt_average()                  # the state is saved: from here on these
+
+    def memory(self):
+        """A line on the memory that the training will take."""
+        settings = self.network.settings
+        at_once = memory.division(self.options.batch, self.network.xp).at_once
+        side, _ = sides(settings.sample_size)
+        least = None if isinstance(self.pipe, DiT) else 2 ** (len(settings.block_out_channels) - 1)
+        found = {kept: at_once * max(memory.places(self.denoising.step, side, kept, least))
+                 for kept in (False, True)}
+        return memory.sentence(self.options, self.pipe.models.values(),
+                               self.network.named_parameters(), found)
 
     # ---- the result -----------------------------------------------------------------------------
 
@@ -291,8 +298,7 @@ def side_of(pipe):
 
 def vae_of(weights):
     """An AutoencoderKL in float32: of a place, or the bundled model's."""
-    return load_model(resolve_vae(weights), np.float32) if weights else load(
-        None, dtype=np.float32).vae
+    return load_from(weights) if weights else load(None, dtype=np.float32).vae
 
 
 def load_weights(weights):

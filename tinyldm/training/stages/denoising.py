@@ -103,7 +103,8 @@ class Denoising:
         expected: the loss of a model that knows nothing. scale: of the gradients, Trainer.scale.
         """
         batch = self.batch(number, size)
-        return split_batch(partial(self.part_loss, batch, scale), [range(size)])
+        return split_batch(partial(self.part_loss, batch, scale), [range(size)],
+                           xp=self.model.xp)
 
     def part_loss(self, batch, scale, rows, share):
         """The loss of some rows of a Batch, and its gradients -> as batch_loss, times share.
@@ -126,6 +127,15 @@ class Denoising:
         own |= {"tape": tape[0]} if tape else {}
         t = asarray(timesteps * self.timestep_scale, like=x_t)
         return widen(self.model(x_t.astype(self.model.dtype, copy=False), t, **own))
+
+    def step(self, side, checkpoints):
+        """Forward and backward of one picture, for memory.py."""
+        x_t, tape = self.array(np.zeros((1, side, side, self.model.settings.in_channels))), Tape(
+            checkpoints, only_trained=True)
+        labels = None if self.labels is None else self.labels[:1]
+        output = self.predict(x_t, np.zeros(1), labels, tape)
+        self.model.backward(output.astype(self.model.dtype, copy=False), tape)
+        self.model.zero_grad()
 
     def array(self, values):
         """Numbers as the model's arrays, float32 at least."""

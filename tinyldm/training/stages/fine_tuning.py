@@ -114,7 +114,8 @@ class FineTuning:
 
         expected: the loss of a model that knows nothing. scale: of the gradients, Trainer.scale.
         """
-        reports = [split_batch(partial(self.part_loss, batch, scale), [range(len(batch.captions))])
+        reports = [split_batch(partial(self.part_loss, batch, scale), [range(len(batch.captions))],
+                               xp=self.unet.xp)
                    for batch in self.batches(number)]
         return {name: sum(report[name] for report in reports) for name in reports[0]}
 

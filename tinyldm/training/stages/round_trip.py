@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from ... import ops
-from ...backend import get_xp, to_host, widen
+from ...backend import get_xp, to_host, wide, widen
 from ...layers import NO_TAPE, Tape
+from .. import memory
 from ..shards import over_shards
 
 PEAK = 2.0                  # what pixels in [-1, 1] can differ by
@@ -29,25 +30,38 @@ class RoundTrip:
         z = mean + exp(logvar / 2) noise,    output = decode(z),    kl = KL(N(mean, var), N(0, 1))
 
     kl is the sum over a picture's latents, the mean over the batch. noise: normal numbers
-    (B,h,w,C). decoder_only: backward ends at z.
+    (B,h,w,C). decoder_only: backward ends at z. Where the encoder or the decoder computes in
+    float16, all that is between them, before and behind is float32.
     """
 
     def __init__(self, vae, images, noise, decoder_only=False, checkpoints=False):
         self.vae, self.tape, self.decoder_only = vae, Tape(checkpoints), decoder_only
-        self.mean, self.logvar = vae.encode(images, NO_TAPE if decoder_only else self.tape)
+        self.mean, self.logvar = encode(vae, images, NO_TAPE if decoder_only else self.tape)
         self.spread = get_xp(images).exp(0.5 * self.logvar) * noise
         self.z = self.mean + self.spread
-        self.output = vae.decode(self.z, self.tape)
+        self.output = decode(vae, self.z, self.tape)
         self.kl, self.cache = ops.kl_normal(self.mean, self.logvar)
 
     def backward(self, doutput, dkl):
         """Add the gradients of the parameters. doutput like images, dkl a number."""
-        dz = self.vae.decode_backward(doutput, self.tape)
+        encoder, decoder = self.vae.encoder.dtype, self.vae.decoder.dtype
+        dz = self.vae.decode_backward(doutput.astype(decoder, copy=False), self.tape)
         if not self.decoder_only:
             dmean, dlogvar = ops.kl_normal_backward(dkl, self.cache)
             dmean = dmean + dz                          # z = mean + spread
             dlogvar = dlogvar + dz * (0.5 * self.spread)                # std' = std / 2
-            self.vae.encode_backward(dmean, dlogvar, self.tape)
+            self.vae.encode_backward(dmean.astype(encoder, copy=False),
+                                     dlogvar.astype(encoder, copy=False), self.tape)
+
+
+def encode(vae, images, tape=NO_TAPE):
+    """vae.encode, in the encoder's dtype -> mean, logvar (B,h,w,C), float32 at least."""
+    return map(widen, vae.encode(images.astype(vae.encoder.dtype, copy=False), tape))
+
+
+def decode(vae, z, tape=NO_TAPE):
+    """vae.decode, in the decoder's dtype -> (B,H,W,3), float32 at least."""
+    return widen(vae.decode(z.astype(vae.decoder.dtype, copy=False), tape))
 
 
 class AutoencoderLoss:
@@ -69,11 +83,11 @@ class AutoencoderLoss:
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self.adversary, self.options = adversary, (decoder_only, checkpoints)
 
-    def __call__(self, images, noise, step=0):
+    def __call__(self, images, noise, step=0, scale=1.0):
         """Add the gradients of one batch -> a report.
 
         images (B,H,W,3) in [-1, 1], noise (B,h,w,C). step: of the training, at which an adversary
-        may begin.
+        may begin. scale: of the gradients, Trainer.scale.
         -> {"loss", "l1": mean |d|, "psnr": in dB, mean over the pictures, "kl_bits": kl in bits,
         "latent_std": of z, perhaps "perceptual": p, and those of Adversary}. The adversary's part
         is not in "loss": its size follows that of the rest.
@@ -81,32 +95,33 @@ class AutoencoderLoss:
         adversary = self.adversary if self.adversary and step >= self.adversary.start else None
 
         def forward(rows, share):
-            part = self._part(images, noise, rows[0], rows[-1] + 1, share)
+            part = self._part(images, noise, rows[0], rows[-1] + 1, share, scale)
             if adversary is None:                       # its tape need not wait for other shards
                 part.backward()
             return part
 
-        parts = over_shards(forward, [range(len(images))])
+        parts = over_shards(forward, [range(len(images))], xp=self.vae.xp)
         report = {name: sum(part.report[name] for part in parts) for name in parts[0].report}
         share = sum(part.share for part in parts)       # 1, or that of this rank
         mean, square = report.pop("z") / share, report.pop("z^2") / share
         report["latent_std"] = share * math.sqrt(max(0.0, square - mean * mean))
         if adversary:
-            report |= adversary(parts, images, self.vae.decoder.conv_out)
+            report |= adversary(parts, images, self.vae.decoder.conv_out, scale)
             waiting = {part.first: part for part in parts}
-            over_shards(lambda rows, _: waiting[rows[0]].backward(), [range(len(images))])
+            over_shards(lambda rows, _: waiting[rows[0]].backward(), [range(len(images))],
+                        xp=self.vae.xp)
         elif self.adversary:
             self.adversary.wait()
         return report
 
-    def _part(self, images, noise, first, end, share):
+    def _part(self, images, noise, first, end, share, scale):
         """Some rows of a batch, up to the gradient of their output -> Part."""
         images = images[first:end]
         trip = RoundTrip(self.vae, images, noise[first:end], *self.options)
         distance, backward = self.pixels
         n = images[0].size
         loss, cache = distance(trip.output, images)
-        doutput, _ = backward(share * n, cache)
+        doutput, _ = backward(share * n * scale, cache)
         loss = n * loss + self.kl_weight * trip.kl
         difference, z = widen(trip.output - images), widen(trip.z)
         squares = (difference * difference).mean(axis=(1, 2, 3))
@@ -114,10 +129,34 @@ class AutoencoderLoss:
                   "kl_bits": trip.kl / math.log(2), "z": z.mean(), "z^2": (z * z).mean()}
         if self.perceptual:
             weight = n * self.perceptual_weight
-            report["perceptual"], dmore = self.perceptual(trip.output, images, share * weight)
+            report["perceptual"], dmore = self.perceptual(trip.output, images,
+                                                          share * weight * scale)
             loss, doutput = loss + weight * report["perceptual"], doutput + dmore
         report = {name: share * float(value) for name, value in ({"loss": loss} | report).items()}
-        return Part(trip, first, share, doutput, share * self.kl_weight, report)
+        return Part(trip, first, share, doutput, share * self.kl_weight * scale, report)
+
+    def memory(self, side, batch, checkpoints):
+        """About how many bytes are kept for backward, of a batch of pictures of side x side."""
+        vae, decoder_only = self.vae, self.options[0]
+
+        def images(side):
+            return vae.xp.zeros((1, side, side, 3), wide(vae.dtype))
+
+        def step(side, checkpoints):
+            trip = RoundTrip(vae, images(side), 0.0, decoder_only, checkpoints)
+            trip.backward(trip.output, 0.0)
+            vae.zero_grad()
+
+        division = memory.division(batch, vae.xp)
+        places = memory.places(step, side, checkpoints, vae.vae_scale_factor)
+        found = division.at_once * max(places)
+        if self.adversary:
+            found = memory.waiting(places, division) + batch * max(memory.places(
+                lambda *_: self.adversary.step(images(side)), side))
+        if self.perceptual:
+            found += division.at_once * max(memory.places(
+                lambda *_: self.perceptual(images(side), images(side), 1.0), side))
+        return found
 
 
 @dataclass

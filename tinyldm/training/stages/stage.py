@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import ranks
-from ...backend import asarray, free_threads, to_host, widen
+from ...backend import asarray, to_host, widen
 from ...checkpoints import save_model, write_pipeline
 from ...checkpoints.addons.writing import XL
 from ...cli.console import say
 from ...cli.options import path
-from ...errors import TinyldmError, note
+from ...errors import TinyldmError
 from ...pipelines.loading import load
 from ...pipelines.stable_diffusion import StableDiffusion
 from .. import memory
@@ -30,6 +29,7 @@ from ..data.class_pictures import draw_class_pictures
 from ..data.latents import LatentCache
 from ..data.pictures import PictureFolder
 from ..options import (
+    DTYPES,
     add_diffusion,
     add_output,
     add_shared,
@@ -38,13 +38,11 @@ from ..options import (
     trainer,
     whole,
 )
-from ..shards import number_of_shards
 from .conditions import Texts
 from .fine_tuning import FineTuning, Source
 
 END = ".safetensors"
-SETTINGS = ("weights", "dtype", "caption", "resolution", "caption_dropout")
-DTYPES = {"float32": np.float32, "float16": np.float16}
+SETTINGS = ("weights", "caption", "resolution", "caption_dropout")
 EXACT = 1e-3                # of the prediction's standard deviation, what the file may be off
 COARSE = 1e-2               # the same of a file in float16
 ROUNDED = 5e-2              # the same of a model that computes in float16
@@ -68,12 +66,6 @@ def add_options(parser, *, steps, learning_rate, output, dropout=0.0, layouts=Tr
     add("--flip", action="store_true", help="mirror half of the pictures")
     add("--strict", action="store_true", help="stop where a picture cannot be read or has no "
         "caption")
-    add("--checkpoints", action="store_true", help="less memory and more time: the inside of each "
-        "block is computed again in backward")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (cpu)")
-    add("--dtype", choices=DTYPES, default="float32", help="to compute in: float16 takes half of "
-        "the memory and is fast on a GPU; what is trained is kept in float32, too, and the loss is "
-        "scaled (float32)")
     if layouts:
         add("--layout", choices=("diffusers", "kohya"), default="diffusers", help="of the file: "
             "diffusers, or kohya for the web interfaces (diffusers)")
@@ -187,29 +179,10 @@ class Stage:
         if unet.add_embedding:
             conditions["time_ids"] = unet.xp.zeros((1, 6), np.float32)
         context, texts = conditions.pop("context"), tuning.texts if tuning.reads else None
-        shards = number_of_shards(options.batch)
-        own = len(ranks.share(shards)) or 1
-        at_once = min(own, free_threads()) * -(-options.batch // shards)
+        at_once = memory.division(options.batch, unet.xp).at_once
         found = {kept: memory.activations(unet, context, side, at_once, kept, texts, **conditions)
                  for kept in (False, True)}
-        weights = memory.weights(*self.pipe.models.values())
-        trained = sum(parameter.data.nbytes for _, parameter in named)
-        # Adam's two averages, that of the weights, and a gradient of each shard. The update needs
-        # the sum of the gradients, when the activations are gone. Beside float16 all but the
-        # shards' gradients are float32, and so are the weights once more.
-        half = options.dtype == "float16"
-        adam = ((2 + half + bool(options.ema)) * (1 + half) + own) * trained
-        total = weights + adam + max(found[options.checkpoints], (1 + half) * trained)
-        free = memory.available()
-        line = (f"memory: about {size(total)}: weights {size(weights)}, what is trained with its "
-                f"gradients and averages {size(adam)}, activations "
-                f"{size(found[options.checkpoints])}"
-                + f" ({size(found[True])} with --checkpoints)" * (not options.checkpoints))
-        # The weights are there already.
-        if unet.xp is np and free is not None and total - weights > free:
-            line += f"; only {size(free)} are free: take --checkpoints, a smaller --batch or " \
-                    "--resolution"
-        return line
+        return memory.sentence(options, self.pipe.models.values(), named, found)
 
     # ---- the file -------------------------------------------------------------------------------
 
@@ -289,11 +262,6 @@ class Stage:
         say(f"draw with it: python -m tinyldm {' '.join(shlex.quote(str(word)) for word in words)}")
 
 
-def size(count):
-    """Bytes for people."""
-    return f"{count / 2 ** 30:.1f} GiB" if count >= 2 ** 30 else f"{count / 2 ** 20:.0f} MiB"
-
-
 def load_weights(weights, device, dtype=np.float32, exact=()):
     """The pipeline of some weights -> StableDiffusion.
 
@@ -301,8 +269,6 @@ def load_weights(weights, device, dtype=np.float32, exact=()):
     names `exact`.
     Raises TinyldmError for weights of another system, and for those that are trained otherwise.
     """
-    if dtype == np.float16 and device == "cpu":
-        note("float16 is slower than float32 on a CPU: it is for --device cuda")
     pipe = load(weights, dtype=np.float32)
     check_kind(pipe, weights)
     for part, model in pipe.models.items():

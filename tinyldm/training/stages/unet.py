@@ -18,7 +18,8 @@ from ...layers import trainable_parameters
 from ...models import UNet2DConditionModel
 from ...pipelines.stable_diffusion import StableDiffusion
 from ..optim import initialise
-from .stage import DTYPES, Stage, check_free, check_kind, load_weights, writer
+from ..options import DTYPES
+from .stage import Stage, check_free, check_kind, load_weights, writer
 from .stage import add_options as add_common
 
 CREATION = 2 ** 32 - 1      # the key of the first numbers; the steps have smaller ones
