@@ -49,7 +49,7 @@ SCHEDULER = {
 }
 
 STEPS = 25                  # that this model needs per picture
-GUIDANCE = 5.0              # at 7.5 edges get halos, at 3 shapes are less sure
+GUIDANCE = 6.5              # at 3 shapes are less sure, at 8 colours
 
 # How the recipe trains: squares of gradients are averaged over the last 100 updates only, and
 # biases and norms decay as all weights do.

@@ -11,10 +11,10 @@ from ..training.optim import AdamW, load_ema
 from ..training.report import averages, new_figure, save_figure
 from ..training.state import read_npz, write_npz
 from .autoencoder import decoder_parameters, load_vae, trained
-from .configs import GUIDANCE, LATENT_CHANNELS, OPTIMIZER, SCHEDULER, STEPS, UNET
+from .configs import GUIDANCE, LATENT_CHANNELS, OPTIMIZER, SCHEDULER, STEPS
 from .denoiser import build, make_pool, named_parameters
 from .vocabulary import LANGUAGE, write_tokenizer
-from .widen import deepen, widen
+from .widen import widen
 
 STAGES = ("vae", "unet", "decoder")
 
@@ -48,8 +48,7 @@ def restore(weights, run):
     """Turn a folder that `export` wrote back into the state of a training, to continue it.
 
     The averaged weights become the trained ones. The optimiser's averages begin anew, with a
-    warm-up. Models with fewer than LATENT_CHANNELS are widened, and their steps count from 0; a UNet
-    with less attention than UNET is deepened.
+    warm-up. Models with fewer than LATENT_CHANNELS are widened, and their steps count from 0.
     Raises TinyldmError where `run` holds a training already, or anything else.
     """
     if any((run / f"{stage}.npz").exists() for stage in STAGES):
@@ -60,7 +59,6 @@ def restore(weights, run):
     if vae.settings.latent_channels < LATENT_CHANNELS:
         vae, unet = (widen(model, LATENT_CHANNELS) for model in (vae, unet))
         record = {stage: {"steps": 0, "loss": []} for stage in ("vae", "unet")}
-    unet = deepen(unet, UNET)
     parameters = {"vae": vae.named_parameters(), "decoder": decoder_parameters(vae),
                   "unet": named_parameters(text_encoder, unet)}
     with new_folder(run) as folder:

@@ -1,7 +1,7 @@
-"""A larger network from a trained one, whose outputs stay the same at first: wider or deeper.
+"""More latent channels for a trained model, whose outputs stay the same at first.
 
-In a new latent channel the encoder mixes its features at random, and nothing reads it yet; training
-finds a use for it. A new attention block adds nothing to its input yet.
+In a new channel the encoder mixes its features at random, and nothing reads it yet; training finds
+a use for it.
 """
 import numpy as np
 
@@ -32,21 +32,3 @@ def widen(model, channels):
         new.data[..., at[-1]] = 0                       # the old channels ignore the new ones
         new.data[np.ix_(*at)] = old.data
     return wide
-
-
-def deepen(unet, config):
-    """A UNet of `config` that computes what `unet` does, though it has attention at more levels.
-
-    If the configs name the same parameters, `unet` is returned as it is.
-    """
-    deep = type(unet)(config)
-    old = dict(unet.named_parameters())
-    if old.keys() == dict(deep.named_parameters()).keys():
-        return unet
-    initialise(deep, np.random.default_rng(6))
-    for name, parameter in deep.named_parameters():
-        if name in old:
-            parameter.data[...] = old[name].data
-        elif ".proj_out." in name:
-            parameter.data[...] = 0                     # the last layer of a new block
-    return deep
