@@ -26,14 +26,16 @@ def test_the_lessons_are_what_the_page_says():
     and by the validation at the end, as a share of the first one."""
     def shares(name):
         lines = KEPT[name]
-        last = [line for line in lines if "loss" in line][-20:]
-        share = sum(line["loss"] for line in last) / sum(line["expected"] for line in last)
+        steps = [line for line in lines if "loss" in line]
+        begins, ends = (sum(line["loss"] for line in part) / sum(line["expected"] for line in part)
+                        for part in (steps[:20], steps[-20:]))
         looks = [line["validation"] for line in lines if "validation" in line]
         first, end = (sum(look.values()) for look in (looks[0], looks[-1]))
-        return share, end / first
+        return begins, ends, end / first
     assert [*KEPT] == [*curves.REFERENCE, *curves.LESSONS]
-    (good, fell), (high, rose), (low, _), (other, _) = map(shares, curves.LESSONS)
+    ((first, good, fell), (_, high, rose), (low_first, low, _), (other_first, other, _)) = map(
+        shares, curves.LESSONS)
     assert good < 0.9 and fell < 0.85
     assert high > 1 and rose > 1
-    assert low < good / 2
-    assert other > 1.5
+    assert low < good / 2 and low_first < first / 2
+    assert other_first > 2 * first and other < good         # only the beginning tells
