@@ -119,7 +119,7 @@ def test_to_pil_is_public(small):
 
 def test_the_repr_of_a_pipeline_is_one_telling_line():
     assert repr(tinyldm.load()) == (
-        "<Stable Diffusion: text_encoder 0.683M, unet 5.6M, vae 1.54M; float32 on cpu; dpmpp_2m, "
+        "<Stable Diffusion: text_encoder 0.683M, unet 5.9M, vae 1.54M; float32 on cpu; dpmpp_2m, "
         "25 steps>")
 
 
