@@ -50,7 +50,8 @@ def test_committed_measurements(path):
     for row in content["figures"]:
         medians = [statistics.median(samples) for samples in row["samples"].values()]
         assert row["ratio"] == medians[0] / medians[1]
-        assert min(map(len, row["samples"].values())) >= 5, f"{row['what']}: too few rounds"
+        once = path.stem == "steps" and row["unit"] == "GB"             # the peak of all rounds
+        assert once or min(map(len, row["samples"].values())) >= 5, f"{row['what']}: too few rounds"
 
 
 def test_performance_states_no_figure_of_its_own():
