@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.steps [--only lora ddpm] [--rounds 5] [--json PATH]
 
-Each side of a stage is a process of its own, steps_ours.py or steps_torch.py: it builds the model
-from the same random weights, and makes one step whenever it is told to, in turns with the other. A
-step is forward, the stage's loss, backward and AdamW; the batch is given. The losses of all steps
-must agree: those after the first one tell whether the updates were alike. Memory is the peak of the
-process. The other one waits while one works.
+Each side of a stage is a process of its own, steps_ours.py or steps_torch.py. Both build the model
+from the same random weights, and then make one step at a time, in turns; one waits while the other
+works. A step is forward, the stage's loss, backward and AdamW; the batch is given. The losses of
+all steps must agree: those after the first one tell whether the updates were alike. Memory is the
+peak of the process.
 """
 import json
 import math

@@ -37,7 +37,7 @@ def attention(q, k, v, num_heads, causal=False, mask=None):
     if C % num_heads or mask is not None:
         return NotImplemented
     y = np.empty_like(q)
-    heads = [_split_heads(x, num_heads) for x in (q, k, v, y)]
+    heads = [split_heads(x, num_heads) for x in (q, k, v, y)]
     if N * M <= FEW:
         _over_heads(lambda *parts: _few_scores(*parts, causal), heads)
         return y, (q, k, v, num_heads, causal, mask)
@@ -53,7 +53,7 @@ def attention(q, k, v, num_heads, causal=False, mask=None):
     return y, (q, k, v, num_heads, causal, mask)
 
 
-def _split_heads(x, num_heads):                         # (B,N,h*d) -> (B,h,N,d), a view
+def split_heads(x, num_heads):                         # (B,N,h*d) -> (B,h,N,d), a view
     B, N, C = x.shape
     return x.reshape(B, N, num_heads, C // num_heads).swapaxes(1, 2)
 
@@ -145,7 +145,7 @@ def attention_backward(dy, cache):
         return NotImplemented
     gradients = tuple(np.empty_like(x) for x in (q, k, v))
     _over_heads(lambda *parts: _heads_backward(*parts, causal),
-                [_split_heads(x, num_heads) for x in (q, k, v, dy, *gradients)])
+                [split_heads(x, num_heads) for x in (q, k, v, dy, *gradients)])
     return gradients
 
 

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from ..backend import add_up, get_xp, widen
+from .attention import split_heads
 from .im2col import sides
+from .winograd import turn
 
 COLUMNS = 1 << 26           # numbers of im2col at a time: 128 MiB in float16
 SCORES = 1 << 26            # attention scores at a time: 256 MiB
@@ -302,7 +304,7 @@ def conv2d_input_backward(dy, weight, shape, stride=1, padding=(0, 0)):
     if stride != 1 or max(top, bottom) >= K or max(left, right) >= L:
         return NotImplemented
     around = (K - 1 - top, K - 1 - bottom), (L - 1 - left, L - 1 - right)
-    return conv2d(dy, weight[::-1, ::-1].swapaxes(2, 3), padding=around)[0]
+    return conv2d(dy, turn(weight), padding=around)[0]
 
 
 # ---- attention --------------------------------------------------------------------------------
@@ -318,7 +320,7 @@ def attention(q, k, v, num_heads, causal=False, mask=None):
     cache = q, k, v, num_heads, causal, mask
     q, k, v = _contiguous(q, k, v)
     y = get_xp(q).empty_like(q)
-    queries, keys, values, out = (_heads(x, num_heads) for x in (q, k, v, y))
+    queries, keys, values, out = (split_heads(x, num_heads) for x in (q, k, v, y))
     for start, some, rows in _pieces(queries, keys):
         weights = _weights(queries[rows], keys[some], start, causal)
         _products(weights, values[some], out[rows])
@@ -334,7 +336,7 @@ def attention_backward(dy, cache):
     xp = get_xp(q)
     dq, dk, dv = xp.empty_like(q), *(xp.empty(k.shape, np.float32) for _ in range(2))
     queries, keys, values, dout, dqueries, dkeys, dvalues = (
-        _heads(x, num_heads) for x in (q, k, v, dy, dq, dk, dv))
+        split_heads(x, num_heads) for x in (q, k, v, dy, dq, dk, dv))
     for start, some, rows in _pieces(queries, keys):
         weights = _weights(queries[rows], keys[some], start, causal)
         dweights, dscores = xp.empty(weights.shape, np.float32), xp.empty_like(weights)
@@ -347,11 +349,6 @@ def attention_backward(dy, cache):
         _products(dscores.swapaxes(2, 3), queries[rows], dkeys[some], add=later)
         _products(weights.swapaxes(2, 3), dout[rows], dvalues[some], add=later)
     return tuple(d.astype(x.dtype, copy=False) for d, x in zip((dq, dk, dv), qkv))
-
-
-def _heads(x, num_heads):
-    """(B,N,C) -> a view (B,h,N,d)."""
-    return x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
 
 
 def _pieces(queries, keys):
