@@ -39,10 +39,10 @@ def attention_maps(pipe, prompt, *, seed=0, num_inference_steps=25, guidance_sca
         sums[name] = sums.get(name, 0) + weights.mean(axis=0)
 
     with forward_hooks(cross_attention_hooks(network, see)):
-        for _ in progress("drawing", pipe.states(request), pipe.steps_made(request)):
-            pass
+        states = [*progress("drawing", pipe.states(request), pipe.steps_made(request))]
     size = latents_size(pipe, request)
-    maps = mean_maps({name: host_map(own[None], *size) for name, own in sums.items()})  # (h,w,M)
+    maps = mean_maps({name: host_map(own[None] / len(states), *size)
+                      for name, own in sums.items()})                   # (h,w,M)
     _, words, _ = read_prompt(pipe, prompt)
     found = {}
     for word in words:
