@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from tests import sizes
+from tests import links, sizes
 from tests.support import extra
 from tests.support.reference import has_avx2
 from tests.support.tolerance import assert_allclose, within
@@ -23,7 +23,6 @@ ALL = [*PAGES, ROOT / "README.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
 PICTURE = re.compile(r"!\[[^]]*\]\(([\w-]+\.png)\)")          # beside its page: drawn by it
-LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 DOTTED = re.compile(r"\btinyldm(?:\.\w+)+")
 PATH = re.compile(r"\b(?:tinyldm|tests|docs|weights)/[\w./-]*\w")
 
@@ -61,7 +60,7 @@ def test_snippets_print_what_the_page_shows(page, tmp_path, monkeypatch):
 
 
 def assert_same_picture(drawn, shown):
-    """Matplotlib signs its pictures. Another version draws other letters, so only the size counts."""
+    """Matplotlib signs its pictures. Another version draws other letters: only sizes count."""
     drawn, shown, name = Image.open(drawn), Image.open(shown), shown.name
     assert drawn.size == shown.size, name
     if drawn.info.get("Software") == shown.info.get("Software"):
@@ -115,10 +114,35 @@ def test_pictures_are_compared(name, colour, software, same, tmp_path):
 
 
 @each(ALL)
-def test_links_lead_to_files(page):
-    for link in LINK.findall(page.read_text(encoding="utf-8")):
-        if "://" not in link:
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+def test_links_lead_to_files_and_sections(page):
+    for file, section in links.LINK.findall(links.FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if "://" in file:
+            continue
+        target = page.parent / file if file else page
+        assert target.exists(), f"{page.name} links to {file}"
+        if section and target.suffix == ".md":
+            assert section in links.sections(target), f"{page.name} links to {file}#{section}"
+
+
+@each(ALL)
+def test_links_lead_to_the_line_of_the_code(page):
+    """`python -m tests.sizes --fill` writes the numbers of the lines."""
+    text = page.read_text(encoding="utf-8")
+    assert len(links.CODE_LINK.findall(text)) == text.count(".py#"), "a link to code shows one name"
+    assert links.fill(page, text) == text
+
+
+def test_lines_of_code_are_found(tmp_path):
+    file, page = tmp_path / "code.py", tmp_path / "page.md"
+    file.write_text("import a\nX = a.b\n\n@a\ndef f(x):\n    y = x\n\n\nclass C:\n"
+                    "    def f(self):\n        y = X\n\n    def g(self):\n        pass\n")
+    text = ("[X](code.py#L), [`f`](code.py#L99) [`code.f()`](code.py#L1), [`C.f`](code.py#L5), "
+            "[g](code.py#L)")
+    lines = re.findall(r"#L(\d+)", links.fill(page, text))
+    assert lines == ["2", "5", "5", "10", "13"]
+    for name in ("h", "g.y", "C.x", "D.f"):
+        with pytest.raises(ValueError, match=f"code.py .* {name};"):
+            links.fill(page, f"[`{name}`](code.py#L1)")
 
 
 @each(ALL)
@@ -203,5 +227,6 @@ def test_lines_are_counted_by_kind():
 
 def test_every_page_is_in_the_order_to_read():
     first = DOCS / "README.md"
-    listed = LINK.findall(first.read_text(encoding="utf-8"))
+    listed = [file for file, _ in links.LINK.findall(first.read_text(encoding="utf-8"))
+              if file.endswith(".md")]
     assert sorted(listed) == [page.relative_to(DOCS).as_posix() for page in PAGES if page != first]
