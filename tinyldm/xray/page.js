@@ -229,6 +229,12 @@ const families = {
     };
   },
 
+  /** One block for the whole U: its last attention. */
+  u() {
+    const index = facts.blocks.findLastIndex(block => block.kind === "Transformer2DModel");
+    return index < 0 ? null : families.activation(index);
+  },
+
   gradient(index) {
     const block = facts.blocks[index];
     const {shape: [h, w], values} = part(`gradient/${block.name}`, gradientIndex());
@@ -249,6 +255,7 @@ const families = {
   },
 
   context() {
+    if (!arrays.context) return null;
     const {shape: [h, w], values} = arrays.context;
     return {h, w, value: i => values[i], colour: i => signed(values[i] / 2),
             what: "the vectors that the U-Net reads, one row per word",
@@ -308,8 +315,8 @@ const textOf = reader => {
 };
 
 /** down_blocks.0.attentions.1.transformer_blocks.0.attn2 -> down 0.1 */
-const layerName = name => name.replace("_blocks", "").replace("_block", "")
-  .replace(/\.attentions/, "").replace(/\.transformer_blocks\.0\.attn2$/, "").replace(".", " ");
+const layerName = name => name.replace(".transformer_blocks.0.attn2", "").replace(".attentions", "")
+  .replace(/_blocks?\./, " ");
 
 /** Gradients are taken at a few steps: the index of the one nearest to the chosen step. */
 function gradientIndex() {
@@ -351,6 +358,8 @@ function canvasOf(key, options = {}) {
 function drawMaps(root) {
   for (const canvas of root.querySelectorAll("canvas[data-map]")) {
     const key = canvas.dataset.map, map = mapOf(key);
+    canvas.parentElement.hidden = !map;
+    if (!map) continue;
     paint(canvas, map);
     canvas.setAttribute("aria-label", map.what);
     const rects = (canvas.dataset.cells ?? key) === state.map ? [cellRect()] : [];

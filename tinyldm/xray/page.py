@@ -23,11 +23,11 @@ from ..images import grid
 from .places import PANELS, nodes, place
 
 LARGEST = 3_000_000         # bytes of the page
-STRIP = 8                   # pictures of the strip at the top, which needs no JavaScript
-# What is kept, in the order of what is tried until the page is small enough: the most steps, and
-# whether the heads of the attention are kept apart.
-KEPT = (25, True), (25, False), (13, False), (7, False), (3, False)
-LATENTS, MAP, PICTURE = 32, 16, 96      # the longest side of latents, of maps, of pictures
+STRIP, STRIP_SIDE = 8, 96   # pictures of the strip at the top, which needs no JavaScript
+# What is kept, in the order of what is tried until the page is small enough: the most steps,
+# whether the heads of the attention are kept apart, and the longest side of pictures.
+KEPT = (25, True, 96), (25, False, 96), (13, False, 64), (7, False, 48), (3, False, 32)
+LATENTS, MAP = 32, 16       # the longest side of latents, of maps
 EXACT = 1e-3                # the largest error of x_start as a linear function
 COMPONENTS = 3              # principal components of an activation: red, green, blue
 
@@ -37,8 +37,8 @@ def page(record):
 
     Raises TinyldmError if even the least of it is larger.
     """
-    for steps, heads in KEPT:
-        kept = Kept(record, steps, heads)
+    for limits in KEPT:
+        kept = Kept(record, *limits)
         text = fill(kept.facts, kept.arrays, strip(record))
         if len(text.encode()) <= LARGEST:
             return text
@@ -51,7 +51,8 @@ def fill(facts, arrays, pictures):
     places, packed = pack(arrays)
     # A prompt may hold </script>, which would end the element: as \u003c it cannot.
     data = json.dumps(facts | {"arrays": places}, allow_nan=False).replace("<", "\\u003c")
-    parts = {"style": read("page.css"), "script": read("page.js") + read("panels.js"), "facts": data, "packed": packed,
+    parts = {"style": read("page.css"), "script": read("page.js") + read("panels.js"),
+             "facts": data, "packed": packed,
              "prompt": html.escape(facts["prompt"]), "strip": png(pictures),
              "strip_width": pictures.width, "strip_height": pictures.height,
              "about": html.escape(facts["about"]),
@@ -71,7 +72,7 @@ class Kept:
     An array is raw uint8, float32, or a pair (integers, scale of the last axis): see `quantise`.
     """
 
-    def __init__(self, record, most_steps, heads):
+    def __init__(self, record, most_steps, heads, side):
         self.record, self.arrays, self.merged = record, {}, []
         found = record.arrays
         total = len(found["timesteps"])
@@ -84,7 +85,7 @@ class Kept:
                     "without": found.get("without", ())}
         for name, images in pictures.items():
             if len(images):
-                self.arrays[name] = np.stack([resized(image) for image in images])
+                self.arrays[name] = np.stack([resized(image, side) for image in images])
         self._attention(heads)
         self._blocks()
         self._words()
@@ -130,14 +131,15 @@ class Kept:
 
     def _attention(self, heads):
         """Weights by layer: those of a word's tokens are added, and those of all padding."""
-        groups = [reader["tokens"] for reader in self.facts["readers"]]
+        added = np.zeros((len(self.record.tokens), len(self.facts["readers"])), np.float32)
+        for i, reader in enumerate(self.facts["readers"]):
+            added[reader["tokens"], i] = 1
         self.facts["layers"] = []
         for name, weights in family(self.record.arrays, "attention/"):
-            weights = weights[self.steps]                               # (S,heads,h,w,M)
-            weights = np.stack([weights[..., group].sum(-1) for group in groups], -1)
+            weights = weights[self.steps] @ added                   # (S,heads,h,w,readers)
             if not heads:
                 weights = weights.mean(axis=1, keepdims=True)
-            weights = self._shrunk("attention", weights, MAP)           # (S,heads,h,w,readers)
+            weights = self._shrunk("attention", weights, MAP)
             self.arrays[f"attention/{name}"] = quantise(weights, np.uint8)
             self.facts["layers"].append(name)
         if self.facts["layers"]:
@@ -302,10 +304,10 @@ def rounded(values):
     return [float(f"{value:.4g}") for value in np.asarray(values, float)]
 
 
-def resized(image):
-    """(H,W,3) uint8 -> the same, no side longer than PICTURE."""
+def resized(image, side):
+    """(H,W,3) uint8 -> the same, with no longer sides."""
     picture = Image.fromarray(image)
-    picture.thumbnail((PICTURE, PICTURE), Image.Resampling.BOX)
+    picture.thumbnail((side, side), Image.Resampling.BOX)
     return np.asarray(picture)
 
 
@@ -321,13 +323,14 @@ def pack(arrays):
         if array.itemsize == 1:
             # Steps differ little from one to the next: their differences, modulo 256, need half
             # the space.
-            array = np.diff(array.view(np.uint8), axis=0, prepend=np.zeros_like(array[:1], np.uint8))
+            start = np.zeros_like(array[:1], np.uint8)
+            array = np.diff(array.view(np.uint8), axis=0, prepend=start)
         if scale is not None:
             places[name]["scale"] = [float(value) for value in scale]
         padding = -array.nbytes % 4                 # a Float32Array begins at a multiple of 4
         parts += [array.tobytes(), bytes(padding)]
         offset += array.nbytes + padding
-    packed = gzip.compress(b"".join(parts), mtime=0)
+    packed = gzip.compress(b"".join(parts), 6, mtime=0)
     return places, base64.b64encode(packed).decode()
 
 
@@ -349,7 +352,7 @@ def unpack(text):
 def strip(record):
     """A few of the predicted pictures side by side -> a PIL image."""
     chosen = spread(len(record.arrays["images"]), STRIP)
-    return grid([Image.fromarray(resized(record.arrays["images"][i])) for i in chosen],
+    return grid([Image.fromarray(resized(record.arrays["images"][i], STRIP_SIDE)) for i in chosen],
                 len(chosen), 2)
 
 
