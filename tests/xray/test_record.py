@@ -190,6 +190,7 @@ def test_without_gradients(small):
     assert record.left_out == ["gradients and the pictures without each word: gradients=False"]
 
 
+@pytest.mark.filterwarnings("ignore:.*is read in 2 chunks")
 def test_a_long_and_weighted_prompt(small):
     record = recorded(small, "a (red:1.5) cat, " * 20)
     assert len(record.tokens) == len(record["context"]) > 77
