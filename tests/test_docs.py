@@ -60,12 +60,18 @@ def test_snippets_print_what_the_page_shows(page, tmp_path, monkeypatch):
 
 
 def assert_same_picture(drawn, shown):
-    """Matplotlib signs its pictures. Another version draws other letters: only sizes count."""
+    """Matplotlib signs its pictures. Another version draws other letters: only sizes count.
+
+    What a model draws has other last digits on another processor, most where a page spoils it on
+    purpose: 998 of 1,000 pixels are within 8 levels, all within 32. A line that moves differs more.
+    """
     drawn, shown, name = Image.open(drawn), Image.open(shown), shown.name
     assert drawn.size == shown.size, name
     if drawn.info.get("Software") == shown.info.get("Software"):
         drawn, shown = (np.asarray(picture.convert("RGB"), int) for picture in (drawn, shown))
-        within(abs(drawn - shown).max(), 8, name)
+        error = abs(drawn - shown).max(axis=-1)
+        within(np.quantile(error, 0.998), 8, name)
+        within(error.max(), 32, name)
 
 
 def assert_same_output(printed, shown, where):
@@ -92,20 +98,24 @@ def test_outputs_are_compared(printed, shown, same):
             assert_same_output(printed, shown, "here")
 
 
-@pytest.mark.parametrize("name, colour, software, same", [
-    ("here.png", 9, None, True), ("here.png", 20, None, False), ("a-b.png", 9, "plot 2", True),
-    ("a-b.png", 20, "plot 2", False), ("a-b.png", 20, "plot 3", True)])
-def test_pictures_are_compared(name, colour, software, same, tmp_path):
-    def save(path, colour, software):
+@pytest.mark.parametrize("name, everywhere, at_one_pixel, software, same", [
+    ("here.png", 8, 32, None, True), ("here.png", 9, 0, None, False),
+    ("here.png", 0, 33, None, False), ("a-b.png", 0, 0, "plot 2", True),
+    ("a-b.png", 9, 0, "plot 2", False), ("a-b.png", 9, 0, "plot 3", True)])
+def test_pictures_are_compared(name, everywhere, at_one_pixel, software, same, tmp_path):
+    def save(path, pixels, software):
         signed = PngImagePlugin.PngInfo()
         if software:
             signed.add_text("Software", software)
-        Image.new("RGB", (4, 4), (colour, 0, 0)).save(path, pnginfo=signed)
+        Image.fromarray(pixels).save(path, pnginfo=signed)
 
     assert PICTURE.findall(f"![What it\nshows]({name})") == [name]
     shown, drawn = tmp_path / name, tmp_path / "drawn.png"
-    save(shown, 1, software and "plot 2")
-    save(drawn, colour, software)
+    pixels = np.zeros((30, 30, 3), np.uint8)
+    save(shown, pixels, software and "plot 2")
+    pixels += np.uint8(everywhere)
+    pixels[3, 4, 1] = max(everywhere, at_one_pixel)
+    save(drawn, pixels, software)
     if same:
         assert_same_picture(drawn, shown)
     else:
