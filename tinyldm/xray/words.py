@@ -1,12 +1,13 @@
 """What a word does: where its attention and its gradient lie, and the picture without it.
 
-    boxes               [Box], the areas that the judge of the bundled model's pictures finds
-    attention_share     (words,boxes), the share of a word's attention in each area: of the mean of
-                        attention over steps, heads and layers, as attention_maps gives it
+    Record.boxes        [Box], the areas that the judge of the bundled model's pictures finds
+    attention_share     (words,boxes), the share of a word's attention that lies in each area: of
+                        the mean over steps, heads and layers that attention_maps gives
     gradient_share      (words,boxes), the same of embedding_gradient, the mean over its steps
-    without             (words,H,W,3) uint8, the picture of the same seed without the word
+    without             (words,H,W,3) uint8, the picture of the same seed without each word
 
-The areas of the boxes cover the picture once, so the shares of a word sum to 1.
+The boxes cover the picture once, so the shares of a word sum to 1; a word that acts everywhere
+alike has the areas themselves as its shares.
 """
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,9 +17,10 @@ import numpy as np
 from ..errors import TinyldmError
 from ..images import to_pil
 from ..layers import forward_hooks
+from ..pipelines.stable_diffusion import StableDiffusion
 from ..shapes import judge
 from .attention import mean_maps
-from .drawing import progress
+from .drawing import pooled, progress, read_prompt
 
 
 class Box(NamedTuple):
@@ -29,16 +31,16 @@ class Box(NamedTuple):
     mask: Any           # (H,W) bool
 
 
-def find_boxes(record):
-    """The Boxes of a picture of the bundled model; [] for a prompt outside its language."""
-    image = np.asarray(record.image)
+def find_boxes(record, pipe):
+    """The Boxes of a picture of the bundled model; [] for another, and outside its language."""
+    if not pipe.language:
+        return []
     try:
-        masks = judge.areas(image, record.prompt)
+        masks = judge.areas(np.asarray(record.image), record.prompt)
     except TinyldmError:
         return []
-    claim = judge.read_caption(record.prompt)
     texts, boxes, start = [word.text for word in record.words], [], 0
-    for (size, _, shape), mask in zip(claim.objects, masks):
+    for (size, _, shape), mask in zip(judge.read_caption(record.prompt).objects, masks):
         start = texts.index(size, start)
         boxes.append(Box(f"the {shape}", [start, start + 1, start + 2], mask))
         start += 3
@@ -46,22 +48,8 @@ def find_boxes(record):
     return [*boxes, Box("the ground", [len(texts) - 2, len(texts) - 1], ground)]
 
 
-def shares(maps, boxes):
-    """Maps (words,h,w), not negative -> the share of each one's sum in each box (words,boxes)."""
-    maps = maps / maps.sum(axis=(1, 2), keepdims=True)
-    h, w = maps.shape[1:]
-    inside = np.stack([area_of(box.mask, h, w) for box in boxes])        # (boxes,h,w)
-    return np.einsum("whv,bhv->wb", maps, inside).astype(np.float32)
-
-
-def area_of(mask, h, w):
-    """A mask (H,W) -> (h,w), the share of each cell that lies in it."""
-    H, W = mask.shape
-    return mask.reshape(h, H // h, w, W // w).mean(axis=(1, 3), dtype=np.float32)
-
-
 def record_shares(record):
-    """Fill in attention_share and gradient_share."""
+    """Fill in attention_share and gradient_share, where there are boxes."""
     if not record.boxes:
         return
     attention = {name: array for name, array in record.arrays.items() if "attention/" in name}
@@ -74,24 +62,38 @@ def record_shares(record):
         record.arrays[name] = shares(own, record.boxes)
 
 
+def shares(maps, boxes):
+    """Maps (words,h,w), not negative -> the share of each one's sum in each box (words,boxes)."""
+    inside = np.stack([box.mask for box in boxes], axis=-1)
+    inside = pooled(inside, *maps.shape[1:])                            # (h,w,boxes)
+    total = maps.sum(axis=(1, 2))[:, None]
+    return (np.einsum("nhw,hwb->nb", maps, inside) / total).astype(np.float32)
+
+
 # ---- pictures without a word ------------------------------------------------------------------
 
-def pictures_without(pipe, request, ids, words):
-    """Draw the request once without each word -> (words,H,W,3) uint8.
+def record_without(record, pipe, request):
+    """Fill in `without`, or add a line to left_out."""
+    if "embedding_gradient" not in record.arrays:       # a line says why
+        return
+    if not isinstance(pipe, StableDiffusion) or request.image is not None:
+        record.left_out.append("the pictures without a word: they are drawn for Stable Diffusion "
+                               "from noise alone")
+        return
+    record.arrays["without"] = pictures_without(pipe, request, record.words)
 
-    The word's tokens are cut out behind the embeddings, which the positions are part of already:
-    all other tokens keep their positions, and none of them reads the word. The last padding token
-    is repeated in the end, as a shorter prompt has more padding. Everything else is as it was.
-    """
-    xp, n = pipe.unet.xp, len(words)
+
+def pictures_without(pipe, request, words):
+    """Draw a request once without each word, all in one batch -> (words,H,W,3) uint8."""
+    n, xp, (ids, _) = len(words), pipe.unet.xp, read_prompt(pipe, request.prompt)
     contexts = xp.concatenate([context_without(pipe.text_encoder, ids, word) for word in words])
 
     def call(forward, **inputs):                        # the prompts' half comes last
         inputs["context"] = xp.concatenate([inputs["context"][:-n], contexts])
         return forward(**inputs)
 
-    several = replace(request, prompt=[request.prompt] * n, seed=[request.seed] * n,
-                      negative_prompt=[request.negative_prompt] * n)
+    several = replace(request, prompt=[request.prompt] * n, seed=request.seeds() * n,
+                      negative_prompt=request.negative_prompts * n)
     with forward_hooks({pipe.unet: call}):
         for state in progress("drawing without each word", pipe.states(several),
                               pipe.steps_made(several)):
@@ -100,7 +102,12 @@ def pictures_without(pipe, request, ids, words):
 
 
 def context_without(encoder, ids, word):
-    """ids (1,M), a Word -> the context (1,M,D) that the encoder makes of the other tokens."""
+    """Token ids (1,M), a Word -> the context (1,M,D) that the encoder makes of all other tokens.
+
+    The word's tokens are cut out behind the embeddings, where positions have been added: the others
+    keep their positions, and none of them reads the word. The last padding token is repeated in the
+    end, as a shorter prompt has more of it.
+    """
     xp, M = encoder.xp, ids.shape[1]
     kept = xp.asarray([i for i in range(M) if i not in word.tokens])
 
@@ -108,5 +115,5 @@ def context_without(encoder, ids, word):
         return forward(*inputs, **options)[:, kept]
 
     with forward_hooks({encoder.text_model.embeddings: cut}):
-        context = encoder(xp.asarray(ids))                              # (1,M-tokens,D)
+        context = encoder(xp.asarray(ids))                              # (1,kept,D)
     return xp.concatenate([context, context[:, -1:].repeat(len(word.tokens), axis=1)], axis=1)
