@@ -48,10 +48,10 @@ class WeightedOp(Module):
         self._save(x, cache, tape)
         return y
 
-    def again(self, x, tape):                           # the cache holds no result
+    def again(self, x, tape=NO_TAPE):                   # the cache holds no result
         self._save(x, (x, self.weight.data, *self.options), tape)
 
-    def _save(self, x, cache, tape):
+    def _save(self, x, cache, tape=NO_TAPE):
         tape.save(self, cache if self.is_trained() else self.input_cache(x, cache))
 
     def backward(self, dy, tape):

@@ -197,7 +197,7 @@ class Sequence(Module):
             h = layer(h, tape)
         return h
 
-    def again(self, h, tape):
+    def again(self, h, tape=NO_TAPE):
         *layers, last = self.layers()
         for layer in layers:
             h = layer(h, tape)

@@ -65,7 +65,7 @@ class LoRA(Module):
         y += self.lora_B(u)                             # in place: nothing else uses y
         return y
 
-    def again(self, x, tape):
+    def again(self, x, tape=NO_TAPE):
         self.base_layer.again(x, tape)
         tape.save(self, x)
 

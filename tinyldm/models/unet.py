@@ -416,10 +416,10 @@ class Transformer2DModel(Module):
         h = self._blocks(x, context, tape)
         return for_contexts(x, h) + self.proj_out(h, tape)
 
-    def again(self, x, context, tape):
+    def again(self, x, context, tape=NO_TAPE):
         self.proj_out.again(self._blocks(x, context, tape), tape)
 
-    def _blocks(self, x, context, tape):                # (B,H,W,C), (nB,M,D) -> (nB,H,W,C)
+    def _blocks(self, x, context, tape=NO_TAPE):        # (B,H,W,C), (nB,M,D) -> (nB,H,W,C)
         B, H, W, C = x.shape
         h = self.norm(x, tape)
         h = self.proj_in(h, tape).reshape(B, -1, C)     # (B,N,C)
