@@ -38,6 +38,9 @@ REFERENCE = {
         "--learning-rate 1e-2", "textual-inversion"),
     "training unet": (training, "unet --from-scratch --data drawings --batch 4 "
                       "--learning-rate 1e-3", "unet"),
+    "training autoencoder": (training, "autoencoder --data drawings --batch 4 --channels 16 32 48 "
+                             "--perceptual bundled --discriminator 3 --learning-rate 1e-3",
+                             "autoencoder"),
     "training ddpm": (training, "ddpm --data drawings --batch 4", "ddpm"),
     "training clip": (training, "clip --data drawings --held-out 4 --batch 8 --schedule constant "
                       "--width 96 --layers 3 --learning-rate 1e-3 --sample-every 0", "clip"),

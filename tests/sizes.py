@@ -1,7 +1,8 @@
 """Lines of the package by room: code, docstrings, comments, blank.
 
     python -m tests.sizes               # prints the table
-    python -m tests.sizes --fill        # and writes the sums that PAGES quote
+    python -m tests.sizes --fill        # and writes the sums that PAGES quote, and the lines of
+                                        # code to which the links of all pages lead: tests/links.py
 
 A page quotes a sum between two comments, which must not begin a line: of a room, rounded to
 hundreds, or of files and folders, rounded to tens.
@@ -13,6 +14,8 @@ import ast
 import re
 import sys
 from pathlib import Path
+
+from tests import links
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinyldm"
@@ -120,5 +123,7 @@ def fill(text):
 if __name__ == "__main__":
     print(table())
     if "--fill" in sys.argv[1:]:
-        for page in PAGES:
-            page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in links.PAGES:
+            text = page.read_text(encoding="utf-8")
+            text = links.fill(page, fill(text) if page in PAGES else text)
+            page.write_text(text, encoding="utf-8")

@@ -3,24 +3,25 @@ import contextlib
 import importlib
 import io
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from tests import sizes
+from tests import links, sizes
 from tests.support import extra
 from tests.support.reference import has_avx2
-from tests.support.tolerance import assert_allclose, within
+from tests.support.shown import assert_same_output, assert_same_picture
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), *(DOCS / "book").glob("*.md")])
 ALL = [*PAGES, ROOT / "README.md"]
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
-LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+PICTURE = re.compile(r"!\[[^]]*\]\(([\w-]+\.png)\)")          # beside its page: drawn by it
 DOTTED = re.compile(r"\btinyldm(?:\.\w+)+")
 PATH = re.compile(r"\b(?:tinyldm|tests|docs|weights)/[\w./-]*\w")
 
@@ -37,8 +38,9 @@ def test_snippets_print_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                                     # the README saves a picture
     text = page.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
-    if missing := [name for name in extra.MISSING if re.search(rf"^import {name}\b", text, re.M)]:
-        pytest.skip(f"the page imports {missing[0]}, of the test extra")
+    for name in (*extra.NAMES, "matplotlib"):
+        if re.search(rf"^(?:import|from) {name}\b", text, re.M) and not find_spec(name):
+            pytest.skip(f"the page imports {name}, of the test extra")
     assert text.count("```") == 2 * len(blocks), "a fence is not closed, or says no language"
     names = {"__name__": page.stem}
     for block, following in zip(blocks, [*blocks[1:], None]):
@@ -50,22 +52,10 @@ def test_snippets_print_what_the_page_shows(page, tmp_path, monkeypatch):
             exec(compile("\n" * line + block[2], str(page), "exec"), names)
         shown = following[2] if following and following[1] == "text" else ""
         assert_same_output(printed.getvalue(), shown, f"{page.name}, snippet in line {line + 1}")
-    for picture in re.findall(r"!\[[^]]*\]\((\w+\.png)\)", text):   # beside its page: drawn by it
-        drawn, shown = (np.asarray(Image.open(path / picture), int)
-                        for path in (tmp_path, page.parent))
-        assert drawn.shape == shown.shape, picture
-        within(abs(drawn - shown).max(), 8, picture)
-
-
-def assert_same_output(printed, shown, where):
-    """Words are the same; numbers agree to 1e-3; an error shown as 1e-15 may be 10 times that."""
-    message = f"{where} printed\n{printed}where the page shows\n{shown}"
-    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split(), message
-    for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown)):
-        if "e-" in theirs:
-            within(abs(float(ours)), 10 * float(theirs), message)
-        else:
-            assert_allclose(float(ours), float(theirs), rtol=1e-3, what=message)
+    for picture in PICTURE.findall(text):
+        assert_same_picture(tmp_path / picture, page.parent / picture)
+    if "matplotlib" in text:
+        importlib.import_module("matplotlib.pyplot").close("all")
 
 
 @pytest.mark.parametrize("printed, shown, same", [
@@ -81,11 +71,61 @@ def test_outputs_are_compared(printed, shown, same):
             assert_same_output(printed, shown, "here")
 
 
+@pytest.mark.parametrize("name, everywhere, at_one_pixel, software, same", [
+    ("here.png", 8, 32, None, True), ("here.png", 9, 0, None, False),
+    ("here.png", 0, 33, None, False), ("a-b.png", 0, 0, "plot 2", True),
+    ("a-b.png", 9, 0, "plot 2", False), ("a-b.png", 9, 0, "plot 3", True)])
+def test_pictures_are_compared(name, everywhere, at_one_pixel, software, same, tmp_path):
+    def save(path, pixels, software):
+        signed = PngImagePlugin.PngInfo()
+        if software:
+            signed.add_text("Software", software)
+        Image.fromarray(pixels).save(path, pnginfo=signed)
+
+    assert PICTURE.findall(f"![What it\nshows]({name})") == [name]
+    shown, drawn = tmp_path / name, tmp_path / "drawn.png"
+    pixels = np.zeros((30, 30, 3), np.uint8)
+    save(shown, pixels, software and "plot 2")
+    pixels += np.uint8(everywhere)
+    pixels[3, 4, 1] = max(everywhere, at_one_pixel)
+    save(drawn, pixels, software)
+    if same:
+        assert_same_picture(drawn, shown)
+    else:
+        with pytest.raises(AssertionError, match=name):
+            assert_same_picture(drawn, shown)
+
+
 @each(ALL)
-def test_links_lead_to_files(page):
-    for link in LINK.findall(page.read_text(encoding="utf-8")):
-        if "://" not in link:
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+def test_links_lead_to_files_and_sections(page):
+    for file, section in links.LINK.findall(links.FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if "://" in file:
+            continue
+        target = page.parent / file if file else page
+        assert target.exists(), f"{page.name} links to {file}"
+        if section and target.suffix == ".md":
+            assert section in links.sections(target), f"{page.name} links to {file}#{section}"
+
+
+@each(ALL)
+def test_links_lead_to_the_line_of_the_code(page):
+    """`python -m tests.sizes --fill` writes the numbers of the lines."""
+    text = page.read_text(encoding="utf-8")
+    assert len(links.CODE_LINK.findall(text)) == text.count(".py#"), "a link to code shows one name"
+    assert links.fill(page, text) == text
+
+
+def test_lines_of_code_are_found(tmp_path):
+    file, page = tmp_path / "code.py", tmp_path / "page.md"
+    file.write_text("import a\nX = a.b\n\n@a\ndef f(x):\n    y = x\n\n\nclass C:\n"
+                    "    def f(self):\n        y = X\n\n    def g(self):\n        pass\n")
+    text = ("[X](code.py#L), [`f`](code.py#L99) [`code.f()`](code.py#L1), [`C.f`](code.py#L5), "
+            "[g](code.py#L)")
+    lines = re.findall(r"#L(\d+)", links.fill(page, text))
+    assert lines == ["2", "5", "5", "10", "13"]
+    for name in ("h", "g.y", "C.x", "D.f"):
+        with pytest.raises(ValueError, match=f"code.py .* {name};"):
+            links.fill(page, f"[`{name}`](code.py#L1)")
 
 
 @each(ALL)
@@ -112,7 +152,7 @@ def resolve(name):
 
 def test_pages_named_in_the_code_exist():
     for file in (ROOT / "tinyldm").rglob("*.py"):
-        for path in re.findall(r"(?<!/)\bdocs/[\w-]+\.md", file.read_text(encoding="utf-8")):
+        for path in re.findall(r"(?<!/)\bdocs/[\w/-]+\.md", file.read_text(encoding="utf-8")):
             assert (ROOT / path).exists(), f"{file.relative_to(ROOT)} names {path}"
 
 
@@ -169,6 +209,7 @@ def test_lines_are_counted_by_kind():
 
 
 def test_every_page_is_in_the_order_to_read():
-    first = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    listed = LINK.findall(first)
-    assert sorted(listed) == [page.name for page in PAGES if page.name != "README.md"]
+    first = DOCS / "README.md"
+    listed = [file for file, _ in links.LINK.findall(first.read_text(encoding="utf-8"))
+              if file.endswith(".md")]
+    assert sorted(listed) == [page.relative_to(DOCS).as_posix() for page in PAGES if page != first]

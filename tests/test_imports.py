@@ -45,6 +45,8 @@ MAY_IMPORT = {
                           "cli"},
     "shapes": BOTTOM | {"noise", "images", "ops", "layers", "models", "diffusion", "text",
                         "checkpoints", "pipelines", "training", "metrics", "cli"},
+    "xray": BOTTOM | {"__version__", "noise", "images", "ops", "layers", "bad_layer", "models",
+                      "diffusion", "text", "checkpoints", "pipelines", "shapes", "cli"},
 }
 ENTRY_POINTS = {"__init__.py", "__main__.py"}
 # Besides the standard library. CuPy is asked for by backend, and used by the kernels made for it.

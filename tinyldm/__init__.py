@@ -27,20 +27,22 @@ if TYPE_CHECKING:
     from .pipelines.interpolation import Between as Between
     from .pipelines.loading import load as load
     from .pipelines.stable_diffusion import StableDiffusion as StableDiffusion
+    from .xray.attention import attention_maps as attention_maps
+    from .xray.record import xray as xray
 
 __version__ = "0.1.0"
-__all__ = ["Between", "StableDiffusion", "TinyldmError", "load", "load_model", "noise", "save",
-           "to_pil"]
+__all__ = ["Between", "StableDiffusion", "TinyldmError", "attention_maps", "load", "load_model",
+           "noise", "save", "to_pil", "xray"]
 
 _HOMES = {"Between": "pipelines.interpolation",
           "StableDiffusion": "pipelines.stable_diffusion", "TinyldmError": "errors",
-          "load": "pipelines.loading", "load_model": "checkpoints", "save": "checkpoints",
-          "to_pil": "images"}
+          "attention_maps": "xray.attention", "load": "pipelines.loading",
+          "load_model": "checkpoints", "save": "checkpoints", "to_pil": "images"}
 
 
 def _get(name):
-    if name == "noise":
-        return importlib.import_module(".noise", __name__)
+    if name in ("noise", "xray"):
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'tinyldm' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -2,7 +2,6 @@
 
 The conversions are those of diffusers' image processor. A bad file ends in a TinyldmError.
 """
-import base64
 import io
 import os
 import textwrap
@@ -30,6 +29,7 @@ FLAT = 16                   # levels of 255: colours that differ by less count a
 HEIC = b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"    # brands of its files
 ORIENTATION = 0x0112        # EXIF's number of it
 LETTER, LINE = 6, 13        # pixels of the default font: about a letter's width, a line's height
+SHEET, CELL, GAP = 1024, 256, 4     # pixels, in a notebook: a row's width, a few pictures', between
 
 
 class UnreadablePicture(TinyldmError):
@@ -366,18 +366,24 @@ def check_mask_size(mask, image):
 
 
 class Pictures(list["Image.Image"]):
-    """A list of PIL images, which a notebook shows as pictures."""
+    """A list of PIL images, which a notebook shows on one sheet.
 
-    def _repr_html_(self):
-        return "".join(f'<img alt="picture {i}" src="data:image/png;base64,{_png(image)}">'
-                       for i, image in enumerate(self))
+    The sheet is a PNG, as PIL's own images show themselves: the sites that show notebooks leave out
+    what lies within HTML.
+    """
 
+    def sheet(self):
+        """All on one PIL image, in rows; small ones are a whole number of times as large."""
+        side = CELL if len(self) <= SHEET // CELL else CELL // 2
+        cells = [enlarged(image, side) for image in self]
+        return grid(cells, min(len(cells), max(1, SHEET // cells[0].width)), GAP)
 
-def _png(image):
-    """A PIL image as a PNG in base64."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    def _repr_png_(self):
+        if not self:
+            return None
+        file = io.BytesIO()
+        self.sheet().save(file, "PNG")
+        return file.getvalue()
 
 
 def to_pil(images: Any) -> Pictures:
@@ -400,15 +406,21 @@ def to_pil(images: Any) -> Pictures:
 
 
 def grid(images, columns, gap):
-    """PIL images of one size, so many per row, with `gap` pixels between them -> one PIL image."""
+    """PIL images, so many per row, with at least `gap` pixels between them -> one PIL image."""
     from PIL import Image
 
-    W, H = images[0].size
+    W, H = (max(sides) for sides in zip(*(image.size for image in images)))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (W + gap) - gap, rows * (H + gap) - gap), "white")
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * (W + gap), i // columns * (H + gap)))
     return sheet
+
+
+def enlarged(image, side):
+    """A small PIL image, a whole number of times as large: about `side`, its longer side."""
+    times = max(1, round(side / max(image.size)))
+    return image.resize((times * image.width, times * image.height), 0)         # the nearest pixel
 
 
 def labelled(image, text, side, lines=3):

@@ -336,3 +336,69 @@ def test_what_the_library_raises_becomes_a_line(toy):
             raise KeyboardInterrupt
     tokenizer = Tokenizer.from_folder(toy)
     assert tokenizer.ids("a\0cat")
+
+
+# ---- tokens and words, both ways ---------------------------------------------------------------
+
+def test_every_token_of_a_prompt_belongs_to_one_word(bytes_folder):
+    """The words are those that the text is cut into, and cover exactly what is between the ends."""
+    tokenizer = Tokenizer.from_folder(bytes_folder)
+    for text in TEXTS + random_texts(200):
+        ids = tokenizer.ids(text)
+        words = tokenizer.words(ids)
+        if not {tokenizer.start, tokenizer.end} & set(ids):     # typed ones look like a row's
+            covered = [i for word in words for i in word.tokens]
+            assert covered == [*range(len(ids))], text
+            whole = tokenizer.backend.normalizer.normalize_str(text).replace(" ", "")
+            assert "".join(word.text for word in words) == whole
+        for word in words:                              # a word alone has the same tokens
+            own = [ids[i] for i in word.tokens]
+            assert tokenizer.words(own) == [(word.text, range(len(own)))]
+
+
+def test_a_row_has_start_end_and_padding(bytes_folder):
+    tokenizer = Tokenizer.from_folder(bytes_folder)
+    row = tokenizer("a red circle")
+    words = tokenizer.words(row)
+    assert [word.text for word in words] == ["a", "red", "circle"]
+    assert words[0].tokens[0] == 1 and words == tokenizer.words(row[0].tolist())
+    texts, end = tokenizer.texts(row), words[-1].tokens.stop
+    assert len(texts) == 77 and texts[0] == "<start>" and texts[end] == "<end>"
+    assert set(texts[end + 1:]) == {"<padding>"}
+    assert "".join(texts[1:end]).replace("-", "") == "aredcircle"
+
+
+@pytest.mark.clip_vocabulary
+def test_words_of_several_tokens():
+    tokenizer = Tokenizer.from_folder(VOCABULARY)
+    row = tokenizer("A supercalifragilistic caf\u00e9, \u4e2d\u6587")
+    assert tokenizer.words(row) == [
+        ("a", range(1, 2)), ("supercalifragilistic", range(2, 7)), ("caf\u00e9", range(7, 8)),
+        (",", range(8, 9)), ("\u4e2d\u6587", range(9, 13))]
+    assert tokenizer.texts(row)[:8] == ["<start>", "a", "super-", "cali-", "frag-", "ili-", "stic",
+                                        "caf\u00e9"]
+
+
+def test_learned_words_are_words(toy):
+    write_settings(toy, "!")
+    tokenizer = Tokenizer.from_folder(toy)
+    new = tokenizer.learn(tokenizer.new_tokens("<frida>", 3))
+    row = tokenizer("a <frida> cat! <frida>")
+    assert tokenizer.words(row) == [("a", range(1, 2)), ("<frida>", range(2, 5)),
+                                    ("cat", range(5, 6)), ("!", range(6, 7)),
+                                    ("<frida>", range(7, 10))]
+    assert tokenizer.texts(row)[:8] == ["<start>", "a", "<frida>-", "<frida>_1-", "<frida>_2",
+                                        "cat", "!", "<frida>-"]
+    assert tokenizer.texts(row)[10:13] == ["<end>", "<padding>", "<padding>"]
+    assert len(new) == 3
+
+
+def test_words_that_were_cut_off_and_ids_that_are_unknown(toy):
+    write_settings(toy, END)
+    tokenizer = Tokenizer.from_folder(toy)
+    row = tokenizer("dog " * 25 + "dog")                # 75 of 78 tokens: d, o, g</w>
+    assert tokenizer.words(row)[-1] == ("dog", range(73, 76))
+    row = tokenizer("a " + "dog " * 25)                 # the last dog loses its g
+    assert tokenizer.words(row)[-1] == ("do", range(74, 76))
+    with pytest.raises(TinyldmError, match="none of them with the id 5000: give ids of this"):
+        tokenizer.words([1, 5000])

@@ -108,7 +108,8 @@ def draw_pictures(args, todo, paths, films, pipeline, profile=None):
     with timed("loading"), stage("loading"):
         from ..images import grid, save
         from ..pipelines.loading import load
-        from .preview import Live, Preview, save_film
+        from ..pipelines.preview import Preview
+        from .preview import Live, save_film
         pipe = load(args.weights, args.device, args.dtype, args.low_memory, args.ema,
                     vae=args.vae, prediction_type=args.prediction_type)
         if type(pipe) is not pipeline:
@@ -199,7 +200,7 @@ class Picture(NamedTuple):
                 step = state.step + 1
                 wanted = args.preview and step % args.preview == 0
                 if wanted or step_film or self.live:
-                    early = self.preview(state.pred_x0)
+                    early, = self.preview(state.pred_x0)
                 if self.live:
                     self.live.show(early)
                 if step_film:

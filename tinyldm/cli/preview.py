@@ -1,6 +1,6 @@
-"""Previews while a picture is drawn, animations, and pictures in the terminal.
+"""Pictures in the terminal, while one is drawn, and animations.
 
-Every state of a sampler has a prediction of the clean latents, State.pred_x0; a preview shows it.
+The pictures come from pipelines/preview.py.
 """
 import os
 import shutil
@@ -10,48 +10,10 @@ import warnings
 import numpy as np
 from tqdm import tqdm
 
-from ..backend import to_host
-from ..images import save, to_pil
+from ..images import save
 
-DECODED = 256 * 256         # pixels: up to this size the VAE is fast enough for previews
-PATCHES = 8                 # per side, of one colour each, to which the linear map is fitted
 FRAME, LAST_FRAME = 120, 2000   # milliseconds
 BAR = 2                     # lines below a picture in the terminal: two progress bars
-
-
-class Preview:
-    """Pictures of predicted latents: by the VAE if they are small, else by a fast linear map.
-
-    Colours are nearly a linear function of a latent's channels. When the map is first needed, it is
-    fitted to the pipeline's own VAE: least squares between patches of random latents and the mean
-    colours of the decoded patches.
-    """
-
-    def __init__(self, pipe):
-        self.pipe, self.map = pipe, None
-
-    def __call__(self, latents):
-        """Clean latents (1,h,w,C) -> a PIL image of the picture's size."""
-        _, h, w, C = latents.shape
-        factor = self.pipe.scale_factor
-        if factor == 1 or h * w * factor ** 2 <= DECODED:
-            return to_pil(self.pipe.decode(latents))[0]
-        if self.map is None:
-            self.map = self._fit(C)
-        image, = to_pil(with_ones(to_host(latents)) @ self.map)
-        return image.resize((w * factor, h * factor))                   # bicubic
-
-    def _fit(self, C):                                  # -> (C+1,3)
-        patches = np.random.default_rng(0).standard_normal((1, PATCHES, PATCHES, C), np.float32)
-        images = to_host(self.pipe.decode(patches.repeat(2, axis=1).repeat(2, axis=2)))
-        side = images.shape[1] // PATCHES
-        colours = images.reshape(PATCHES, side, PATCHES, side, 3).mean(axis=(1, 3))
-        return np.linalg.lstsq(with_ones(patches).reshape(-1, C + 1), colours.reshape(-1, 3))[0]
-
-
-def with_ones(x):
-    """x (...,C) -> (...,C+1): a column of ones for the map's constant."""
-    return np.concatenate([x, np.ones_like(x[..., :1])], axis=-1)
 
 
 # ---- the terminal -----------------------------------------------------------------------------

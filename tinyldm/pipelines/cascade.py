@@ -37,7 +37,6 @@ from ..diffusion.samplers import (
     own_options,
 )
 from ..diffusion.samplers.ddpm import LEARNED
-from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..images import Pictures, from_pil
@@ -46,6 +45,7 @@ from .interpolation import ends, lerp, mixed
 from .parts import check_unet
 from .pipeline import read_tokenizers
 from .predictor import Predictor
+from .preview import ShownState
 from .request import (
     MOST_STEPS,
     Prompted,
@@ -214,7 +214,7 @@ class Cascade(TextPipeline):
         return self.draw(arguments, options)
 
     @takes(CascadeRequest)
-    def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[ShownState]:
         """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
 
         First come the states of the base, then those of the second stage, of larger latents; their
@@ -222,7 +222,7 @@ class Cascade(TextPipeline):
         Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
         finite, with the step and the layer.
         """
-        return self.states(self.complete(self.request(arguments, options)))
+        return self.follow(arguments, options)
 
     def complete(self, request):
         """Fill in what the request leaves to the model -> request, of both stages."""

@@ -19,7 +19,7 @@ from ..backend import is_finite
 from ..configs import sides
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.ddpm import LEARNED
-from ..diffusion.samplers.shared import NO_PICTURE, Origin, State
+from ..diffusion.samplers.shared import NO_PICTURE, Origin
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..images import Pictures, from_pil, to_rgb
@@ -28,6 +28,7 @@ from .finite import finite_states
 from .interpolation import as_list, ends, lerp, mixed
 from .pipeline import Pipeline
 from .predictor import Predictor
+from .preview import ShownState
 from .request import Drawing, check_edit, check_finite, check_whole, decoded_ends, takes, whole
 
 # A public pipeline -> the class to which it turns every scheduler, if any, and its number of steps.
@@ -125,13 +126,13 @@ class DDPM(Pipeline):
         return self.draw(arguments, options)
 
     @takes(DDPMOptions)
-    def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[ShownState]:
         """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
 
         The arguments are the fields of DDPMOptions. Raises TinyldmError at once for a bad argument,
         and while drawing, if the latents stop being finite.
         """
-        return self.states(self.complete(self.request(arguments, options)))
+        return self.follow(arguments, options)
 
     def complete(self, request):
         """Fill in what the options leave to the model -> options.

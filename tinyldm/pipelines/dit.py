@@ -17,7 +17,6 @@ import numpy as np
 
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
 from ..diffusion.samplers.ddpm import LEARNED
-from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..images import Pictures
@@ -27,6 +26,7 @@ from .labels import label_number, read_names, written_names
 from .parts import check_transformer
 from .pipeline import Pipeline
 from .predictor import Predictor
+from .preview import ShownState
 from .request import Drawing, check_finite, takes
 
 STEPS, GUIDANCE = 50, 4.0           # of diffusers' DiTPipeline
@@ -127,13 +127,13 @@ class DiT(Pipeline):
         return self.draw(arguments, options)
 
     @takes(DiTOptions)
-    def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[ShownState]:
         """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
 
         Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
         finite, with the step and the layer.
         """
-        return self.states(self.complete(self.request(arguments, options)))
+        return self.follow(arguments, options)
 
     def complete(self, request):
         """Fill in what the request leaves to the model -> request, with the labels' numbers.

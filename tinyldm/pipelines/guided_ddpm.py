@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..diffusion.samplers.shared import State
 from ..errors import TinyldmError
 from ..images import Pictures
 from .ddpm import DDPM, DDPMOptions
 from .labels import label_number, read_names, written_names
+from .preview import ShownState
 from .request import check_finite, takes
 
 GUIDANCE = 2.0
@@ -68,7 +68,7 @@ class GuidedDDPM(DDPM):
         return self.draw(arguments, options)
 
     @takes(GuidedDDPMOptions)
-    def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[ShownState]:
         """Draw, one model call at a time -> iterator of State, as DDPM.stream."""
         return super().stream(*arguments, **options)
 

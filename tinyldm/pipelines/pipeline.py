@@ -28,6 +28,7 @@ from ..diffusion.samplers import OWN_TIMESTEPS, default_sampler, find_sampler
 from ..errors import TinyldmError, note
 from ..images import to_pil
 from .finite import check_output
+from .preview import shown
 from .progress import with_bar
 from .request import check_latents, own_names
 
@@ -51,6 +52,10 @@ class Pipeline:
         for state in with_bar(self.states(request), self.steps_made(request)):
             latents = state.latents
         return to_pil(self.decode(latents))
+
+    def follow(self, arguments, options):
+        """What stream gives: an iterator of ShownState. Raises TinyldmError at once."""
+        return shown(self.states(self.complete(self.request(arguments, options))), self)
 
     def request(self, arguments, options):
         """The options of a call, checked."""

@@ -15,7 +15,6 @@ from typing import Any
 
 from ..configs import sides
 from ..diffusion.samplers import OWN_TIMESTEPS, SAMPLERS, check_sampler, own_options
-from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..images import Pictures
@@ -27,6 +26,7 @@ from .language import Language
 from .parts import check_parts
 from .pipeline import read_tokenizers
 from .predictor import FunctionUNet, Predictor
+from .preview import ShownState
 from .request import Request, check_latents, note_on_size, picture_size, takes
 from .text_pipeline import TextPipeline
 
@@ -87,14 +87,14 @@ class StableDiffusion(TextPipeline):
         return self.draw(arguments, options)
 
     @takes(Request)
-    def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[ShownState]:
         """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
 
         The arguments are the fields of Request, in their order: see request.py.
         Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
         finite, with the step and the layer.
         """
-        return self.states(self.complete(self.request(arguments, options)))
+        return self.follow(arguments, options)
 
     def states(self, request):
         """The iterator of `stream` for a Request that `complete` has filled in."""

@@ -24,7 +24,6 @@ from .. import ops
 from ..backend import get_xp
 from ..configs import sides
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
-from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..image_processor import ImageProcessor
@@ -34,6 +33,7 @@ from .interpolation import ends, mixed
 from .parts import check_parts
 from .pipeline import read_tokenizers
 from .predictor import Predictor
+from .preview import ShownState
 from .prior import TextPrior, slerp_on_device
 from .request import (
     MOST_STEPS,
@@ -205,13 +205,13 @@ class UnCLIP(TextPipeline):
         return self.draw(arguments, options)
 
     @takes(UnCLIPRequest)
-    def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[ShownState]:
         """Draw, one call of the UNet at a time -> iterator of State; the last latents are clean.
 
         The prior makes all its steps before the first one. Raises TinyldmError at once for a bad
         argument; and while drawing, if numbers stop being finite, with the step and the layer.
         """
-        return self.states(self.complete(self.request(arguments, options)))
+        return self.follow(arguments, options)
 
     def complete(self, request):
         """Fill in what the request leaves to the model -> request.

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 
 from ..diffusion.samplers import SAMPLERS, check_sampler, own_options
-from ..diffusion.samplers.shared import State
 from ..diffusion.schedule import Schedule
 from ..errors import TinyldmError, note
 from ..images import Pictures, from_pil
@@ -36,6 +35,7 @@ from .interpolation import ends, lerp, mixed
 from .parts import check_colours, check_unet
 from .pipeline import read_tokenizers
 from .predictor import Predictor
+from .preview import ShownState
 from .request import (
     LARGEST,
     Prompted,
@@ -166,13 +166,13 @@ class Upscaler(TextPipeline):
         return self.draw(arguments, options)
 
     @takes(UpscaleRequest)
-    def stream(self, *arguments: Any, **options: Any) -> Iterator[State]:
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[ShownState]:
         """Draw, one model call at a time -> iterator of State; the last one's latents are clean.
 
         Raises TinyldmError at once for a bad argument; and while drawing, if the latents stop being
         finite, with the step and the layer.
         """
-        return self.states(self.complete(self.request(arguments, options)))
+        return self.follow(arguments, options)
 
     def complete(self, request):
         """Fill in what the request leaves to the model -> request."""

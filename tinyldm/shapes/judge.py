@@ -103,17 +103,34 @@ def read_caption(caption):
 
 def look(image):
     """uint8 (H,W,3) -> the background's colour and a list of Found, the largest first."""
+    ground, found = _regions(image)
+    return ground, [thing for thing, _ in found]
+
+
+def areas(image, caption):
+    """uint8 (H,W,3) -> where the objects that the caption names are: masks (H,W), in its order.
+
+    A mask has no pixel where an object is missing. Raises TinyldmError as read_caption does.
+    """
+    claim = read_caption(caption)
+    _, found = _regions(image)
+    shown, _ = _in_order([thing for thing, _ in found[:len(claim.objects)]], claim)
+    nothing = np.zeros(image.shape[:2], bool)
+    return [next((mask for thing, mask in found if thing is named), nothing) for named in shown]
+
+
+def _regions(image):
+    """uint8 (H,W,3) -> the background's colour and [(Found, its mask (H,W))], the largest first."""
     pixels = image.astype(np.float32)
     edge = max(1, image.shape[0] // 32)
     inner = np.zeros(image.shape[:2], bool)
     inner[edge:-edge, edge:-edge] = True
     ground = np.median(pixels[~inner], axis=0)                            # (3,)
     labels = label(_mask(pixels, ground))
-    names, areas = np.unique(labels[labels > 0], return_counts=True)
-    found = [_describe(pixels, labels == name)
-             for name, area in sorted(zip(names, areas), key=lambda pair: -pair[1])
-             if area >= LEAST_AREA * labels.size]
-    return _nearest_colour(ground), found
+    names, counts = np.unique(labels[labels > 0], return_counts=True)
+    masks = [labels == name for name, count in sorted(zip(names, counts), key=lambda pair: -pair[1])
+             if count >= LEAST_AREA * labels.size]
+    return _nearest_colour(ground), [(_describe(pixels, mask), mask) for mask in masks]
 
 
 def judge(image, caption):

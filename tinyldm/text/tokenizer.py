@@ -14,10 +14,11 @@ arXiv:1508.07909; Radford et al. 2021 (CLIP), arXiv:2103.00020; the file format 
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import TinyldmError
 from ..files import read_json, write_json
@@ -36,6 +37,13 @@ PROBE = "a Cat's 7, \u00e9\u732b!\0"                     # whatever an encoder m
 # Special tokens, English endings, words, single digits, runs of anything else except spaces.
 WORDS = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
          r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+
+
+class Word(NamedTuple):
+    """A word of a prompt, and the positions of its tokens in the row of ids."""
+
+    text: str
+    tokens: range
 
 
 class Tokenizer:
@@ -146,6 +154,65 @@ class Tokenizer:
             found = self.backend.encode(text, add_special_tokens=False).ids
         return [number for first in found for number in self.learned.get(first, [first])]
 
+    def texts(self, ids):
+        """ids (M,), or (1,M) as __call__ gives them -> the list of their M texts, for people.
+
+        Start, end and padding are "<start>", "<end>" and "<padding>"; where the padding token is
+        the end token, the first one of a row is "<end>". Of a word of several tokens, each but the
+        last has a hyphen: "super-", "cali-", "stic". Raises TinyldmError for an unknown id.
+        """
+        names, ended = [], False
+        for number, text in self._pieces(ids):
+            if number == self.start:
+                text, ended = "<start>", False
+            elif ended and number in (self.padding, self.end):
+                text = "<padding>"
+            elif number == self.end:
+                text, ended = "<end>", True
+            else:
+                text = _read(text) + "-" * (not self._ends_word(number, text))
+            names.append(text)
+        return names
+
+    def words(self, ids):
+        """ids (M,), or (1,M) as __call__ gives them -> the list of Words, in their order.
+
+        A word is what was cut out of the text before its bytes were joined (a word, a sign or a
+        digit), or a learned word with all of its vectors. Start, end and padding belong to none, so
+        each position lies in the range of one word or of none. Raises TinyldmError for an unknown
+        id.
+        """
+        found, letters, ended = [], [], False
+        for i, (number, text) in enumerate(self._pieces(ids)):
+            inside = number not in (self.start, self.end) and not (
+                ended and number == self.padding)
+            if inside:
+                letters.append(text)
+            else:
+                ended = number != self.start
+            if letters and (not inside or self._ends_word(number, text)):   # or it was cut off
+                stop = i + inside
+                first = self.backend.token_to_id(letters[0])
+                text = letters[0] if first in self.learned else "".join(letters)
+                found.append(Word(_read(text), range(stop - len(letters), stop)))
+                letters = []
+        return found
+
+    def _pieces(self, ids):
+        """[(id, its entry in the vocabulary)]. Raises TinyldmError for an id that has none."""
+        ids = np.asarray(ids).reshape(-1).tolist()
+        pieces = [(number, self.backend.id_to_token(number)) for number in ids]
+        if unknown := [number for number, text in pieces if text is None]:
+            raise TinyldmError(f"the vocabulary has {len(self)} tokens, none of them with the id "
+                               f"{unknown[0]}: give ids of this tokenizer")
+        return pieces
+
+    def _ends_word(self, number, text):
+        """Whether no token of the same word follows this one."""
+        if any(number in ids[:-1] for ids in self.learned.values()):
+            return False
+        return text.endswith("</w>") or number in self.backend.get_added_tokens_decoder()
+
     def __len__(self):
         return self.backend.get_vocab_size()
 
@@ -190,6 +257,11 @@ class Tokenizer:
         except (AttributeError, UnicodeEncodeError):
             raise TinyldmError(f"{what} must be a string of valid Unicode, "
                                f"got {text!a:.80}: pass plain text") from None
+
+
+def _read(text):
+    """Entries of the vocabulary, joined -> the text: their letters stand for bytes."""
+    return decoders.ByteLevel().decode([text.replace("</w>", "")])
 
 
 @contextmanager

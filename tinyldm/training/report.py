@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..errors import TinyldmError, note
 from ..files import make_folder, replacing
-from ..images import grid, labelled
+from ..images import enlarged, grid, labelled
 
 # What the bar also shows of a step's numbers.
 SHOWN = {"l1": "l1 {:.4f}", "psnr": "PSNR {:.1f} dB", "kl_bits": "KL {:.0f} bits",
@@ -186,12 +186,6 @@ def sample_sheet(folder, last, side=SIDE):
     cells = [labelled(enlarged(Image.open(file), side), f"step {int(file.stem.split('-')[0])}",
                       side, lines=1) for file in files]
     return grid(cells, columns, GAP)
-
-
-def enlarged(image, side):
-    """A small PIL image, a whole number of times as large: about `side`, its longer side."""
-    times = max(1, round(side / max(image.size)))
-    return image.resize((times * image.width, times * image.height), 0)         # the nearest pixel
 
 
 def averages(history):
