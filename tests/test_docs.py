@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from tests import links, sizes
 from tests.support import extra
 from tests.support.reference import has_avx2
-from tests.support.tolerance import assert_allclose, within
+from tests.support.shown import assert_same_output, assert_same_picture
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -21,7 +21,6 @@ PAGES = sorted([*DOCS.glob("*.md"), *(DOCS / "book").glob("*.md")])
 ALL = [*PAGES, ROOT / "README.md"]
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
 PICTURE = re.compile(r"!\[[^]]*\]\(([\w-]+\.png)\)")          # beside its page: drawn by it
 DOTTED = re.compile(r"\btinyldm(?:\.\w+)+")
 PATH = re.compile(r"\b(?:tinyldm|tests|docs|weights)/[\w./-]*\w")
@@ -57,32 +56,6 @@ def test_snippets_print_what_the_page_shows(page, tmp_path, monkeypatch):
         assert_same_picture(tmp_path / picture, page.parent / picture)
     if "matplotlib" in text:
         importlib.import_module("matplotlib.pyplot").close("all")
-
-
-def assert_same_picture(drawn, shown):
-    """Matplotlib signs its pictures. Another version draws other letters: only sizes count.
-
-    What a model draws has other last digits on another processor, most where a page spoils it on
-    purpose: 998 of 1,000 pixels are within 8 levels, all within 32. A line that moves differs more.
-    """
-    drawn, shown, name = Image.open(drawn), Image.open(shown), shown.name
-    assert drawn.size == shown.size, name
-    if drawn.info.get("Software") == shown.info.get("Software"):
-        drawn, shown = (np.asarray(picture.convert("RGB"), int) for picture in (drawn, shown))
-        error = abs(drawn - shown).max(axis=-1)
-        within(np.quantile(error, 0.998), 8, name)
-        within(error.max(), 32, name)
-
-
-def assert_same_output(printed, shown, where):
-    """Words are the same; numbers agree to 1e-3; an error shown as 1e-15 may be 10 times that."""
-    message = f"{where} printed\n{printed}where the page shows\n{shown}"
-    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split(), message
-    for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown)):
-        if "e-" in theirs:
-            within(abs(float(ours)), 10 * float(theirs), message)
-        else:
-            assert_allclose(float(ours), float(theirs), rtol=1e-3, what=message)
 
 
 @pytest.mark.parametrize("printed, shown, same", [

@@ -366,20 +366,23 @@ def check_mask_size(mask, image):
 
 
 class Pictures(list["Image.Image"]):
-    """A list of PIL images, which a notebook shows on one sheet, the small ones enlarged.
+    """A list of PIL images, which a notebook shows on one sheet.
 
-    It is a PNG, as PIL's own images show themselves: the sites that show notebooks leave out what
-    lies within HTML.
+    The sheet is a PNG, as PIL's own images show themselves: the sites that show notebooks leave out
+    what lies within HTML.
     """
+
+    def sheet(self):
+        """All on one PIL image, in rows; small ones are a whole number of times as large."""
+        side = CELL if len(self) <= SHEET // CELL else CELL // 2
+        cells = [enlarged(image, side) for image in self]
+        return grid(cells, min(len(cells), max(1, SHEET // cells[0].width)), GAP)
 
     def _repr_png_(self):
         if not self:
             return None
-        cells = [enlarged(image, CELL if len(self) <= SHEET // CELL else CELL // 2)
-                 for image in self]
-        columns = min(len(cells), max(1, SHEET // cells[0].width))
         file = io.BytesIO()
-        grid(cells, columns, GAP).save(file, "PNG")
+        self.sheet().save(file, "PNG")
         return file.getvalue()
 
 
