@@ -60,3 +60,7 @@ def stand_in(words=WORDS, steps=STEPS, layers=LAYERS, blocks=BLOCKS, side=16, he
                SimpleNamespace(what="the ground", words=[6, 7], mask=~star)],
         colours={"weight": normal(CHANNELS, 3), "bias": normal(3)},
         check={"claimed": 0.12345, "measured": 0.12346, "step": 1e-3})
+
+
+def copied(record, **changes):
+    return type(record)(**vars(record) | changes)

@@ -2,11 +2,12 @@
 import html
 import json
 import re
+import time
 
 import numpy as np
 import pytest
 
-from tests.support.xray import LAYERS, WORDS, stand_in
+from tests.support.xray import LAYERS, WORDS, copied, stand_in
 from tinyldm.xray import page as pages
 from tinyldm.xray.__main__ import main
 from tinyldm.xray.page import LARGEST, page, unpack
@@ -180,11 +181,30 @@ def test_a_drawing_without_text_and_gradients(record):
     assert facts["readers"] == facts["layers"] == facts["boxes"] == facts["gradient_steps"] == []
 
 
-def copied(record, **changes):
-    return type(record)(**vars(record) | changes)
-
-
 # ---- the command ------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_page_is_small_and_takes_less_than_a_minute(tmp_path, monkeypatch, capsys):
+    """The whole: 25 steps of the bundled model with all gradients. Processor time, as others may
+    use the machine, too."""
+    monkeypatch.chdir(tmp_path)
+    start = time.process_time()
+    assert main(["a big red star left of a small blue circle on a yellow background"]) == 0
+    assert time.process_time() - start < 60
+    assert capsys.readouterr().out == "xray.html\n"
+    text = (tmp_path / "xray.html").read_text(encoding="utf-8")
+    facts = facts_of(text)
+    assert len(text.encode()) <= LARGEST and len(facts["steps"]) == 25
+    assert facts["left_out"] == [] and "averaged" not in " ".join(facts["merged"])
+
+
+def test_the_command_writes_a_page(tmp_path, capsys):
+    path = tmp_path / "inside.html"
+    assert main(["a big red star on a blue background", "--steps", "2", "--no-gradients",
+                 "--output", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n" and [*tmp_path.iterdir()] == [path]
+    assert facts_of(path.read_text(encoding="utf-8"))["steps"] == [1, 2]
+
 
 @pytest.mark.parametrize("arguments, message", [
     (["a", "--output", "a.png"], "--output must name an .html file"),

@@ -14,10 +14,11 @@ const arrays = {};
 // ---- state ------------------------------------------------------------------------------------
 
 const state = {
-  step: facts.steps.length - 1,     // index into facts.steps
-  reader: firstColour(),            // index into facts.readers: the chosen word, or end, padding
+  step: Math.floor(0.3 * facts.steps.length),       // index into facts.steps; there most happens
+  reader: firstReader(),            // index into facts.readers: the chosen word, or end, padding
   hover: null,                      // a reader under the pointer, shown while it is there
-  layer: "", head: "",              // of the attention; "" means all of them, averaged
+  layer: "", head: "",              // of the attention: "" means all of them, averaged; a layer is
+                                    // an index into facts.layers, or a size such as 8×8
   scale: facts.guidance_scale ?? 1, // of panel 6 alone
   map: null, row: 0, column: 0,     // the cell that the numbers are about
   pinned: false,                    // whether the numbers stay in sight
@@ -25,12 +26,20 @@ const state = {
 
 function choose(changes) {
   Object.assign(state, changes);
+  cache.clear();
   render();
 }
 
-/** The reader that shows most at first sight: the last word but one says a colour in the bundled
-    model's language; elsewhere it is as good as any. */
-function firstColour() {
+/** What several panels need is computed once for each state. */
+const cache = new Map();
+
+function cached(key, make) {
+  if (!cache.has(key)) cache.set(key, make());
+  return cache.get(key);
+}
+
+/** The third word: in the bundled model's language a colour, elsewhere as good as any. */
+function firstReader() {
   const words = facts.readers.flatMap((reader, i) => reader.kind === "word" ? [i] : []);
   return words[Math.min(2, words.length - 1)] ?? 0;
 }
@@ -100,14 +109,16 @@ const LATENTS = {
   without: step => xStart(0, step),
   with: step => xStart(1, step),
   difference: step => {
-    const off = xStart(0, step);
-    return xStart(1, step).map((value, i) => value - off[i]);
+    const off = latent("without", step);
+    return latent("with", step).map((value, i) => value - off[i]);
   },
   noise: step => {
-    const [signal, spread] = scales(step), start = LATENTS.x_start(step);
+    const [signal, spread] = scales(step), start = latent("x_start", step);
     return part("x_t", step).values.map((value, i) => (value - signal * start[i]) / spread);
   },
 };
+
+const latent = (name, step) => cached(`${name} ${step}`, () => LATENTS[name](step));
 
 function scales(step) {
   const alphaBar = facts.alpha_bar[step];
@@ -115,8 +126,8 @@ function scales(step) {
 }
 
 // ---- maps -------------------------------------------------------------------------------------
-/* A map is {h, w, what, value(i), colour(i), formula(i), in}: cell i lies in row i / w. `value` is a
-   number or, of a colour, three. */
+/* A map is {h, w, what, value(i), colour(i), formula(i)}: cell i lies in row i / w. `value` is a number
+   or, of a colour, three. */
 
 const LATENT_NAMES = {
   x_t: "x_t", model_output: "the model's answer", noise: "predicted noise",
@@ -158,8 +169,8 @@ const PREDICTION = {
 
 const families = {
   latent(name, channel) {
-    const [, h, w, C] = arrays.x_t.shape, values = LATENTS[name](state.step);
-    const at = i => other => LATENTS[other](state.step)[i * C + +channel];
+    const [, h, w, C] = arrays.x_t.shape, values = latent(name, state.step);
+    const at = i => other => latent(other, state.step)[i * C + +channel];
     return {
       h, w, what: `${LATENT_NAMES[name]}, channel ${+channel + 1}`,
       value: i => values[i * C + +channel],
@@ -168,24 +179,20 @@ const families = {
     };
   },
 
-  /** The latents as colours, by the best linear map: a decoder of eleven numbers a colour. */
+  /** Latents as a picture, by the linear decoder. shift: at a later step, or at the first. */
   colours(name, shift = 0) {
-    if (!facts.colours) return null;
-    const step = Math.min(state.step + +shift, facts.steps.length - 1);
-    const [, h, w, C] = arrays.x_t.shape, values = LATENTS[name](shift === "first" ? 0 : step);
-    const {weight, bias} = facts.colours;
-    const value = i => bias.map((start, k) =>
-      weight.reduce((sum, row, c) => sum + row[k] * values[i * C + c], start));
+    if (!arrays.decoder) return null;
+    const step = shift === "first" ? 0 : Math.min(state.step + +shift, facts.steps.length - 1);
+    const {h, w, values} = cached(`colours ${name} ${step}`, () => linearlyDecoded(latent(name, step)));
+    const value = i => [...values.subarray(3 * i, 3 * i + 3)];
     return {
-      h, w, value, what: `${LATENT_NAMES[name]} as colours, by a linear map`,
-      colour: i => value(i).map(v => 255 * v),
-      formula: i => `red, green, blue = bias + weight · the ${C} channels, fitted to this drawing's `
-        + "own pictures",
+      h, w, value, colour: value, what: `${LATENT_NAMES[name]} as colours, by a linear decoder`,
+      formula: () => `red, green, blue = bias + weight · the ${arrays.x_t.shape[3]} channels of 3 × 3 cells`,
     };
   },
 
   change() {
-    const [, h, w, C] = arrays.x_t.shape, values = LATENTS.difference(state.step);
+    const [, h, w, C] = arrays.x_t.shape, values = latent("difference", state.step);
     const size = i => Math.hypot(...values.subarray(i * C, (i + 1) * C));
     const most = largest(h * w, size);
     return {h, w, value: size, what: "size of what the prompt changes",
@@ -206,13 +213,11 @@ const families = {
     const {h, w, values} = attentionMap(layer, head, shownReader());
     const most = largest(h * w, i => values[i]);
     return {
-      h, w, value: i => values[i], what: `attention to “${textOf(shownReader())}”, `
-        + `${layer === "" ? "all layers" : layerName(facts.layers[layer])}, `
+      h, w, value: i => values[i], what: `attention to “${textOf(shownReader())}”, ${layersText(layer)}, `
         + `${head === "" ? "all heads" : "head " + (+head + 1)}`,
       colour: i => heat(values[i] / most),
-      formula: i => `softmax of q · k / √d over all tokens, so that they sum to 1; this cell reads: `
+      formula: i => "softmax of q · k / √d over all tokens, so that they sum to 1; this cell reads: "
         + mostRead(layer, head, i),
-      in: layer === "" ? "" : facts.layers[layer],
     };
   },
 
@@ -283,9 +288,28 @@ function mapOf(key) {
 
 // ---- attention --------------------------------------------------------------------------------
 
+const mapSize = index => arrays[`attention/${facts.layers[index]}`].shape.slice(2, 4).join("×");
+const mapSizes = () => [...new Set(facts.layers.map((_, i) => mapSize(i)))];
+
+/** What state.layer stands for: the indices of one layer, of those of one size, or of all. */
+function layersOf(layer) {
+  const all = facts.layers.map((_, i) => i);
+  return layer === "" ? all : `${layer}`.includes("×") ? all.filter(i => mapSize(i) === layer) : [+layer];
+}
+
+const layersText = layer => layer === "" ? "all layers"
+  : `${layer}`.includes("×") ? `all layers of ${layer}` : layerName(facts.layers[layer]);
+
+/** The size that shows words best, and that tinyldm.attention_maps averages: nearest to 8×8. */
+const bestSize = () => mapSizes().sort((a, b) =>
+  Math.abs(Math.log2(parseInt(a) / 8)) - Math.abs(Math.log2(parseInt(b) / 8)))[0] ?? "";
+
+const attentionMap = (layer, head, reader) =>
+  cached(`attention ${layer} ${head} ${reader}`, () => meanAttention(layer, head, reader));
+
 /** Weights of a reader, averaged over the layers and heads that are left open. */
-function attentionMap(layer, head, reader) {
-  const layers = layer === "" ? facts.layers.map((_, i) => i) : [+layer];
+function meanAttention(layer, head, reader) {
+  const layers = layersOf(layer);
   const shapes = layers.map(i => arrays[`attention/${facts.layers[i]}`].shape);
   const h = Math.max(...shapes.map(shape => shape[2])), w = Math.max(...shapes.map(shape => shape[3]));
   const values = new Float32Array(h * w);
@@ -324,6 +348,30 @@ function gradientIndex() {
   return far.indexOf(Math.min(...far));
 }
 
+// ---- the linear decoder ----------------------------------------------------------------------
+
+/** Latents -> {h, w, values}: the pixels of a cell are a linear function of 3 × 3 cells around it. */
+function linearlyDecoded(latents) {
+  const [, h, w, C] = arrays.x_t.shape, {shape: [, outputs], values: weight} = arrays.decoder;
+  const f = Math.round(Math.sqrt(outputs / 3)), values = new Float32Array(f * h * f * w * 3);
+  const bias = weight.subarray(9 * C * outputs), pixels = new Float32Array(outputs);
+  for (let row = 0; row < h; row++) for (let column = 0; column < w; column++) {
+    pixels.set(bias);
+    for (let tap = 0; tap < 9; tap++) {
+      const y = clamp(row + Math.floor(tap / 3) - 1, h), x = clamp(column + tap % 3 - 1, w);
+      for (let c = 0; c < C; c++) {
+        const value = latents[(y * w + x) * C + c], at = (tap * C + c) * outputs;
+        for (let k = 0; k < outputs; k++) pixels[k] += value * weight[at + k];
+      }
+    }
+    for (let k = 0; k < f; k++)     // a row of the cell's pixels at a time
+      values.set(pixels.subarray(k * f * 3, (k + 1) * f * 3), ((row * f + k) * w * f + column * f) * 3);
+  }
+  return {h: f * h, w: f * w, values};
+}
+
+const clamp = (index, count) => Math.max(0, Math.min(count - 1, index));
+
 // ---- drawing ----------------------------------------------------------------------------------
 
 /** -1 to 1 -> blue over white to orange: both signs are told apart by the colour-blind, too. */
@@ -345,7 +393,10 @@ function paint(canvas, map) {
   canvas.width = map.w;
   canvas.height = map.h;
   const context = canvas.getContext("2d"), image = context.createImageData(map.w, map.h);
-  for (let i = 0; i < map.h * map.w; i++) image.data.set([...map.colour(i), 255], 4 * i);
+  for (let i = 0; i < map.h * map.w; i++) {
+    const [red, green, blue] = map.colour(i);
+    image.data.set([red, green, blue, 255], 4 * i);
+  }
   context.putImageData(image, 0, 0);
 }
 

@@ -80,12 +80,12 @@ class Kept:
         if len(self.steps) < total:
             self.merged.append(f"{len(self.steps)} of {total} steps are kept")
         self.facts = self._facts()
-        self._latents()
         pictures = {"images": found["images"][self.steps], "picture": [np.asarray(record.image)],
                     "without": found.get("without", ())}
         for name, images in pictures.items():
             if len(images):
                 self.arrays[name] = np.stack([resized(image, side) for image in images])
+        self._latents()
         self._attention(heads)
         self._blocks()
         self._words()
@@ -125,9 +125,9 @@ class Kept:
         if not exact:
             self.facts["left_out"].append("guidance by hand: this sampler clips x_start, so it is "
                                           "no linear function of the predictions")
-        if self.record.colours:
-            self.facts["colours"] = {name: np.asarray(value, float).tolist()
-                                     for name, value in self.record.colours.items()}
+        start = self._shrunk("latents", found["x_start"], LATENTS)
+        if (weight := decoder(start, self.arrays["images"])) is not None:
+            self.arrays["decoder"] = weight
 
     def _attention(self, heads):
         """Weights by layer: those of a word's tokens are added, and those of all padding."""
@@ -262,6 +262,29 @@ def linear(x_t, model_output, x_start):
     both = np.stack([x_t.ravel(), model_output.ravel()], 1).astype(float)
     (a, b), *_ = np.linalg.lstsq(both, x_start.ravel().astype(float), rcond=None)
     return [float(a), float(b), float(abs(both @ (a, b) - x_start.ravel()).max())]
+
+
+def decoder(x_start, images):
+    """The best linear decoder, by least squares: 3 x 3 cells of latents -> the pixels of the middle
+    one.
+
+    x_start (S,h,w,C), images (S,f h,f w,3) uint8 -> (9 C + 1, f f 3), the last row is the bias.
+    None where a cell is no whole number of pixels. It is fitted to the second half of the steps:
+    before, x_start is far from what the VAE was trained on, and colours are cut off at 0 and 255.
+    """
+    S, h, w, _ = x_start.shape
+    f = images.shape[1] // h
+    if images.shape[1:3] != (f * h, f * w):
+        return None
+    x, y = (array[S // 2:].astype(float) for array in (x_start, images))
+    around = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+    parts = [around[:, i:i + h, j:j + w] for i in range(3) for j in range(3)]
+    rows = np.concatenate([*parts, np.ones_like(x[..., :1])], axis=-1)
+    rows = rows.reshape(-1, rows.shape[-1])                             # (S h w, 9 C + 1)
+    pixels = y.reshape(-1, h, f, w, f, 3).swapaxes(2, 3).reshape(len(rows), -1)
+    square = rows.T @ rows
+    square += 1e-4 * np.trace(square) / len(square) * np.eye(len(square))   # few steps, many rows
+    return np.linalg.solve(square, rows.T @ pixels).astype(np.float32)
 
 
 def components(x):

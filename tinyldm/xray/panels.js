@@ -14,11 +14,13 @@ const panels = {
         const {dataset: {node, title}} = link, place = facts.nodes[node];
         list.append(el("li", {}, el("b", {}, title), el("span", {class: "place"},
                                                        `${placeText(place)}: ${place.name}`)));
-        link.setAttribute("aria-label", `${title}: ${placeText(place)}`);
+        const small = link.querySelector(".small").textContent;
+        link.setAttribute("aria-label", `${title}, ${small}: ${placeText(place)}`);
       }
       root.querySelector(".columns").append(list);
     },
     render(root) {
+      root.querySelector("#machine-word").textContent = facts.readers.length ? textOf(shownReader()) : "";
       for (const image of root.querySelectorAll("image[data-thumb]")) {
         const map = mapOf(image.dataset.thumb);
         if (!map) continue;
@@ -71,20 +73,21 @@ const panels = {
     needs: () => facts.layers.length ? null : "attention",
     build(root) {
       const heads = arrays[`attention/${facts.layers[0]}`].shape[1];
-      const layers = facts.layers.map((name, i) => [i, layerName(name), mapSize(name)]);
+      const sizes = mapSizes().map(size => [size, `all layers of ${size}`]);
+      const layers = facts.layers.map((name, i) => [i, `${layerName(name)} (${mapSize(i)})`]);
+      state.layer = bestSize();
       root.append(
         chips(facts.readers.map((_, i) => i), "Tokens; a word's tokens are taken together"),
         el("div", {class: "columns"},
            el("div", {},
               canvasOf("lit|attention||", {"data-lit": ""}),
               el("div", {class: "choices"},
-                 select("layer", "Layer", [["", "all layers"], ...layers.map(([i, name, size]) =>
-                   [i, `${name} (${size})`])]),
+                 select("layer", "Layer", [["", "all layers"], ...sizes, ...layers]),
                  select("head", "Head", [["", "all heads"], ...[...Array(heads).keys()].map(i =>
                    [i, `head ${i + 1}`])])),
               el("p", {class: "quiet", "aria-live": "polite", "data-text": ""})),
            el("div", {},
-              attentionGrid(layers, heads),
+              attentionGrid([["", "all layers"], ...sizes, ...layers], heads),
               scale(heat, "0", "most"))));
     },
     render(root) {
@@ -105,14 +108,15 @@ const panels = {
   meaning: {
     needs: () => "word_gradient" in arrays || "without" in arrays ? null : "word_gradient",
     build(root) {
-      const views = [["lit|attention||", "attention||", "Attention, all layers and heads"],
+      const attention = `attention|${bestSize()}|`;
+      const views = [[`lit|${attention}`, attention, `Attention, ${layersText(bestSize())}`],
                      ["lit|effect|word_gradient", "effect|word_gradient", "Gradient by the vector that the U-Net reads"],
                      ["lit|effect|embedding_gradient", "effect|embedding_gradient", "Gradient by the word itself, through the text encoder"],
                      ["picture|picture", "picture|picture", "The picture"],
                      ["picture|without|0", "", "The picture without the word"]];
       const there = views.filter(([key]) => !key.includes("effect") || key.split("|")[2] in arrays)
                          .filter(([key]) => !key.includes("without") || "without" in arrays)
-                         .filter(([key]) => !key.includes("attention|") || facts.layers.length);
+                         .filter(([key]) => !key.includes("attention") || facts.layers.length);
       root.append(el("div", {class: "cells"}, ...there.map(([key, cells, text]) => {
         const options = cells ? {"data-cells": cells} : {"data-without": ""};
         return el("figure", {}, canvasOf(key, options), el("figcaption", {}, text));
@@ -165,7 +169,7 @@ const panels = {
   },
 
   guidance: {
-    needs: () => hasGuidance() && facts.is_linear && facts.colours ? null : "guidance",
+    needs: () => hasGuidance() && facts.is_linear && arrays.decoder ? null : "guidance",
     build(root) {
       const input = el("input", {type: "range", id: "scale", min: 0, max: 10, step: 0.1,
                                  "aria-label": "Guidance scale",
@@ -179,8 +183,8 @@ const panels = {
         el("div", {class: "cells"}, ...views.map(([key, text]) =>
           el("figure", {}, canvasOf(key), el("figcaption", {}, text)))),
         el("p", {class: "number", id: "guided-numbers"}),
-        el("p", {class: "quiet"}, "Colours by a linear map from the channels of the latents, fitted to "
-           + "this drawing: blurred, but fast enough to follow your hand."));
+        el("p", {class: "quiet"}, "The browser has no VAE. These pictures come from a linear decoder, "
+           + "fitted to the later steps of this drawing, so at the first steps it exaggerates."));
     },
     render(root) {
       root.querySelector("#scale").value = state.scale;
@@ -189,10 +193,10 @@ const panels = {
       const mean = values.reduce((a, b) => a + b, 0) / values.length;
       const std = Math.sqrt(values.reduce((a, b) => a + (b - mean) ** 2, 0) / values.length);
       const out = [...Array(colours.h * colours.w).keys()]
-        .filter(i => colours.value(i).some(v => v < -0.02 || v > 1.02)).length;
+        .filter(i => colours.value(i).some(v => v < -8 || v > 263)).length;
       root.querySelector("#guided-numbers").textContent =
         `x_start(s) = without + s · (with − without):  mean ${n(mean)}, std ${n(std)}; `
-        + `${(100 * out / colours.h / colours.w).toFixed(0)} % of the cells leave the range of colours.`;
+        + `${(100 * out / colours.h / colours.w).toFixed(0)} % of the pixels are brighter or darker than a screen can show.`;
     },
   },
 
@@ -286,17 +290,15 @@ function scale(colour, from, to) {
   return el("div", {class: "scale quiet"}, from, canvas, to);
 }
 
-const mapSize = name => arrays[`attention/${name}`].shape.slice(2, 4).join("×");
-
 /** Layers by heads; a click chooses one. The two lists below the picture do the same by keyboard. */
 function attentionGrid(layers, heads) {
   const columns = heads > 1 ? ["", ...[...Array(heads).keys()].map(String)] : [""];
   const title = head => head === "" ? "all" : `head ${+head + 1}`;
   const box = el("div", {class: "grid", "aria-hidden": "true", style:
-    `grid-template-columns: minmax(56px, 120px) repeat(${columns.length}, minmax(0, 64px))`});
+    `grid-template-columns: minmax(64px, 130px) repeat(${columns.length}, minmax(0, 64px))`});
   box.append(el("span"), ...columns.map(head => el("span", {class: "label"}, title(head))));
-  for (const [index, name, size] of [["", "all layers", ""], ...layers]) {
-    box.append(el("span", {class: "label"}, `${name} ${size}`));
+  for (const [index, name] of layers) {
+    box.append(el("span", {class: "label"}, name));
     for (const head of columns) {
       const options = {"data-layer": index, "data-head": head,
                        onclick: () => choose({layer: `${index}`, head})};
@@ -314,9 +316,9 @@ function sharesTable() {
     el("td", {class: "number"}, share(box.area)),
     el("td", {class: "number"}, share(facts.attention_share[word][b])),
     el("td", {class: "number"}, facts.gradient_share ? share(facts.gradient_share[word][b]) : ""))));
-  return el("div", {class: "scroll"}, el("table", {},
-    el("caption", {class: "quiet"}, "How much of a word's attention and gradient lies inside its own object. "
-       + "More than the object's share of the picture: the word points there."),
+  const caption = "How much of a word's attention, and of its gradient through the text encoder, lies "
+    + "inside its own object. More than the object's area: the word points there.";
+  return el("div", {}, el("p", {class: "quiet"}, caption), el("table", {"aria-label": caption},
     el("thead", {}, el("tr", {}, ...["word", "its object", "area", "attention", "gradient"].map((text, i) =>
       el("th", {scope: "col", class: i > 1 ? "number" : ""}, text)))),
     el("tbody", {}, ...rows)));
@@ -342,7 +344,8 @@ function slopeChart({claimed, measured, step, distances, responses}) {
   const W = 320, H = 180;
   // Without a curve, the two points that were measured lie on a line of the measured slope.
   const xs = distances ?? [-step, step], ys = responses ?? xs.map(x => measured * x);
-  const middle = ys.reduce((a, b) => a + b, 0) / ys.length, far = Math.max(...xs.map(Math.abs));
+  const far = Math.max(...xs.map(Math.abs)), nearest = xs.indexOf(xs.reduce((a, b) => Math.abs(a) < Math.abs(b) ? a : b));
+  const middle = responses ? ys[nearest] : 0;
   const high = Math.max(...ys.map(y => Math.abs(y - middle)), Math.abs(claimed) * far) || 1;
   const x = value => W / 2 + 0.44 * W * value / far, y = value => H / 2 - 0.42 * H * (value - middle) / high;
   return el("svg", {class: "chart", viewBox: `0 0 ${W} ${H}`, role: "img",
@@ -351,7 +354,7 @@ function slopeChart({claimed, measured, step, distances, responses}) {
     el("line", {class: "marker", x1: x(-far), x2: x(far), y1: y(middle - claimed * far),
                 y2: y(middle + claimed * far)}),
     ...xs.map((own, i) => el("circle", {class: "point", cx: x(own), cy: y(ys[i]), r: 4})),
-    el("text", {x: 6, y: 14}, "line: claimed slope; points: measured"));
+    el("text", {x: 6, y: 14}, "line: the claimed slope"), el("text", {x: 6, y: 28}, "points: measured"));
 }
 
 // ---- the U ------------------------------------------------------------------------------------
@@ -359,19 +362,20 @@ function slopeChart({claimed, measured, step, distances, responses}) {
 const KINDS = {Conv2d: "convolution", ResnetBlock2D: "resnet", Transformer2DModel: "attention",
                Downsample2D: "halve", Upsample2D: "double", GroupNormSiLU: "norm"};
 
-/** Rows of the U, one for each size of the map: [the way down, the way up] as elements. */
+/** Rows of the U: for each size of the map its way down and its way up, and the middle below. */
 function levels() {
+  const way = name => el("div", {class: `way ${name}`});
   const middle = facts.blocks.findIndex(block => block.name.startsWith("mid_block"));
-  const rows = new Map();
+  const rows = new Map(), bottom = way("middle");
   facts.blocks.forEach((block, index) => {
-    const size = block.shape[0];
-    if (!rows.has(size)) rows.set(size, [el("div", {class: "way down"}), el("div", {class: "way up"})]);
-    const up = middle >= 0 && index >= middle && !block.name.startsWith("mid_block");
-    rows.get(size)[up ? 1 : 0].append(blockCard(block, index));
+    const size = block.shape[0], up = middle >= 0 && index > middle ? 1 : 0;
+    if (!rows.has(size)) rows.set(size, [way("down"), way("up")]);
+    const place = block.name.startsWith("mid_block") ? bottom : rows.get(size)[up];
+    place.append(blockCard(block, index));
   });
   rows.values().next().value[0].prepend(el("figure", {"data-block": "x_t", class: "block"},
-    canvasOf("colours|x_t"), el("b", {}, "x_t"), el("span", {}, "as colours")));
-  return [...rows.values()];
+    canvasOf("latent|x_t|0"), el("b", {}, "x_t"), el("span", {}, "channel 1")));
+  return [...rows.values(), [bottom]];
 }
 
 function blockCard(block, index) {
@@ -432,7 +436,7 @@ function numberedMaps() {
   return [
     ...latents.flatMap(name => channels.map(c => `latent|${name}|${c}`)),
     "picture|images",
-    ...facts.layers.length ? ["attention||", ...facts.layers.map((_, i) => `attention|${i}|`)] : [],
+    ...facts.layers.length ? ["attention||", ...mapSizes().map(size => `attention|${size}|`), ...facts.layers.map((_, i) => `attention|${i}|`)] : [],
     ...facts.blocks.map((_, i) => `activation|${i}`),
   ].map(key => [key, mapOf(key).what]);
 }
