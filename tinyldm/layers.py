@@ -45,8 +45,14 @@ class WeightedOp(Module):
         self.check_input(x)
         bias = self.bias and self.bias.data
         y, cache = self.op(x, self.weight.data, bias, *self.options)
-        tape.save(self, cache if self.is_trained() else self.input_cache(x, cache))
+        self._save(x, cache, tape)
         return y
+
+    def again(self, x, tape=NO_TAPE):                   # the cache holds no result
+        self._save(x, (x, self.weight.data, *self.options), tape)
+
+    def _save(self, x, cache, tape=NO_TAPE):
+        tape.save(self, cache if self.is_trained() else self.input_cache(x, cache))
 
     def backward(self, dy, tape):
         cache = tape.load(self)
@@ -118,6 +124,8 @@ class Conv2d(WeightedOp):
 
 
 class _Norm(WeightedOp):
+    again = Module.again                                # the cache holds the statistics of x
+
     def __init__(self, channels, *options):
         self.weight, self.bias = Parameter(channels), Parameter(channels)
         self.options = options

@@ -86,6 +86,14 @@ class Module:
                 forward = partial(hooks[self], forward)
         return forward(*inputs, **options)
 
+    def again(self, *inputs, **options):
+        """Run forward again for the tape alone, as a checkpoint's backward does.
+
+        Nothing is returned. So a module whose last layer fills the tape without computing anything
+        (Linear, Conv2d) calls that layer's `again`, too.
+        """
+        self(*inputs, **options)
+
     @property
     def dtype(self):
         """The dtype of activations: the widest of all parameters, without those of LoRAs.
@@ -188,6 +196,12 @@ class Sequence(Module):
         for layer in self.layers():
             h = layer(h, tape)
         return h
+
+    def again(self, h, tape=NO_TAPE):
+        *layers, last = self.layers()
+        for layer in layers:
+            h = layer(h, tape)
+        last.again(h, tape)
 
     def backward(self, dh, tape):
         for layer in reversed(self.layers()):

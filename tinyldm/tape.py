@@ -114,13 +114,14 @@ def checkpoint(block, tape, *inputs, **options):
 
 
 def checkpoint_backward(block, dy, tape):
-    """block.backward(dy, tape). With checkpoints, the block first runs forward again."""
+    """block.backward(dy, tape). With checkpoints, the block first runs forward again, only
+    to fill a tape."""
     if not tape.checkpoints:
         return block.backward(dy, tape)
     inputs, options = tape.load(block)
     # The lowest entry is the first trained one: inside its block, too, backward may end early.
     inner = Tape(only_trained=tape.only_trained and not tape.entries)
-    block(*inputs, inner, **options)
+    block.again(*inputs, inner, **options)
     tape._note(tape.entries + inner.entries)
     return block.backward(dy, inner)
 

@@ -22,7 +22,9 @@ from ..backend import free_threads, parallel, scratch
 QUERIES, KEYS = 1024, 256   # in a block: 1 MiB of scores
 QUERIES_BACK = 256          # at a time in backward, with all keys
 ITEM = 256                  # at least so many queries per item of work
-FEW = 1 << 16               # heads with so many scores or fewer are computed together: 256 KiB
+FEW = 1 << 16               # heads with so many scores or fewer are computed together,
+TOGETHER = 1 << 18          # up to so many scores: 1 MiB. Then NumPy's calls are long enough that
+                            # threads seldom wait for the interpreter's lock
 SERIAL = 1 << 17            # for fewer scores in all, waking a thread costs more than it saves
 # Scores from -80 to 80 (exponents of 2) can stay as they are: 2^80 and 2^-80 are far from float32's
 # limits 2^127 and 2^-126, even multiplied with values up to 1e10 and summed over thousands of keys.
@@ -60,9 +62,10 @@ def split_heads(x, num_heads):                         # (B,N,h*d) -> (B,h,N,d),
 
 def _over_heads(function, arrays):
     """function(*parts of the arrays), over worker threads. arrays: (B,h,N or M,d); the first two
-    are queries and keys. A part is of as many heads as have FEW scores, but of one at least."""
+    are queries and keys. A part is of as many heads as have TOGETHER scores, but of one at least.
+    """
     (B, h, N, _), M = arrays[0].shape, arrays[1].shape[2]
-    most = max(1, FEW // max(1, N * M))                 # heads per part
+    most = max(1, min(TOGETHER // max(1, N * M), B * h // free_threads()))     # heads per part
     heads, images = -(-h // -(-h // most)), max(1, most // h)
     places = [(slice(b, b + images), slice(i, i + heads))
               for b in range(0, B, images) for i in range(0, h, heads)]

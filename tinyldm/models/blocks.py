@@ -144,6 +144,19 @@ class ResnetBlock2D(Module):
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if changes else None
 
     def forward(self, x, tape=NO_TAPE, *, temb=None):   # (B,H,W,C), (B,E) -> (B,H,W,O)
+        h, x = self._branches(x, tape, temb=temb)
+        h = self.conv2(h, tape)
+        h += self.conv_shortcut(x, tape) if self.conv_shortcut else x
+        return h
+
+    def again(self, x, tape=NO_TAPE, *, temb=None):
+        h, x = self._branches(x, tape, temb=temb)
+        self.conv2.again(h, tape)
+        if self.conv_shortcut:
+            self.conv_shortcut.again(x, tape)
+
+    def _branches(self, x, tape=NO_TAPE, *, temb=None):
+        """-> the inputs of the last convolutions: of conv2, and of conv_shortcut."""
         check_condition(self, "temb_channels", self.time_emb_proj, "temb", temb)
         h = self.norm1(x, tape)
         if self.resample:
@@ -159,9 +172,7 @@ class ResnetBlock2D(Module):
                 e = for_contexts(e, h)
                 h += e[:, None, None, :]                # in place: nothing else uses conv1's output
             h = self.norm2(h, tape)
-        h = self.conv2(h, tape)
-        h += self.conv_shortcut(x, tape) if self.conv_shortcut else x
-        return h
+        return h, x
 
     def backward(self, dy, tape):                       # (B,H,W,O) -> (B,H,W,C), (B,E) or None
         dx = self.conv_shortcut.backward(dy, tape) if self.conv_shortcut else dy

@@ -65,6 +65,10 @@ class LoRA(Module):
         y += self.lora_B(u)                             # in place: nothing else uses y
         return y
 
+    def again(self, x, tape=NO_TAPE):
+        self.base_layer.again(x, tape)
+        tape.save(self, x)
+
     def backward(self, dy, tape):
         """With u = scale * x A^T, y = x W^T + u B^T:
 

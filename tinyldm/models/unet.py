@@ -413,13 +413,19 @@ class Transformer2DModel(Module):
                                    for _ in range(num_layers)]
 
     def forward(self, x, context, tape=NO_TAPE):        # (B,H,W,C), (nB,M,D) -> (nB,H,W,C)
-        B, _, _, C = x.shape
+        h = self._blocks(x, context, tape)
+        return for_contexts(x, h) + self.proj_out(h, tape)
+
+    def again(self, x, context, tape=NO_TAPE):
+        self.proj_out.again(self._blocks(x, context, tape), tape)
+
+    def _blocks(self, x, context, tape=NO_TAPE):        # (B,H,W,C), (nB,M,D) -> (nB,H,W,C)
+        B, H, W, C = x.shape
         h = self.norm(x, tape)
         h = self.proj_in(h, tape).reshape(B, -1, C)     # (B,N,C)
         for block in self.transformer_blocks:
             h = block(h, context, tape)
-        x = for_contexts(x, h)
-        return x + self.proj_out(h.reshape(x.shape), tape)
+        return h.reshape(-1, H, W, C)
 
     def backward(self, dy, tape):                       # -> (B,H,W,C), (B,M,D)
         B, _, _, C = dy.shape
