@@ -452,6 +452,9 @@ function n(value) {
   return text.replace("-", "−");
 }
 
+/** Two digits, where there is little room. */
+const brief = value => `${Number(value.toPrecision(2))}`.replace("-", "−");
+
 const show = value => Array.isArray(value) ? value.map(n).join(", ") : n(value);
 const placeText = ({file, line}) => `${file}, line ${line}`;
 

@@ -160,8 +160,8 @@ const panels = {
         if (!block) return;
         card.querySelector("canvas").dataset.map = `${shows}|${index}`;
         card.querySelector(".stats").textContent =
-          `mean ${n(block.mean[state.step])}\nstd ${n(block.std[state.step])}`
-          + (block.gradient ? `\ngradient ${n(block.gradient[g])}` : "");
+          `mean ${brief(block.mean[state.step])}\nstd ${brief(block.std[state.step])}`
+          + (block.gradient ? `\ngradient ${brief(block.gradient[g])}` : "");
         if (block.gradient) card.querySelector(".bar").style.width = percent(block.gradient[g] / most);
       });
       showReads(root);
