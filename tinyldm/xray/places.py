@@ -32,7 +32,9 @@ ANY_MODEL = {"trajectory", "gradient", "noise", "x_t", "x_start", "sampler", "pi
 
 
 def places(sampler, reads_text):
-    """Where the code of the panels and of the machine's parts is -> {panel: [place]}, {part: place}.
+    """Where the code of the panels and of the machine's parts is.
+
+    -> {panel: [place]}, {part: place}, with place = {"name", "file", "line"}.
 
     reads_text: whether the model is one of Stable Diffusion's; of others only what all share.
     """
