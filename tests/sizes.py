@@ -19,7 +19,7 @@ from tests import links
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinyldm"
-PAGES = ROOT / "README.md", ROOT / "docs" / "systems.md"
+PAGES = ROOT / "README.md", ROOT / "docs" / "code.md", ROOT / "docs" / "systems.md"
 KINDS = ("code", "docstrings", "comments", "blank")
 # What a text becomes a picture with, and the gradients of it; and what only the other systems use.
 # All else is the rest.

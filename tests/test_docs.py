@@ -156,11 +156,11 @@ def test_pages_named_in_the_code_exist():
             assert (ROOT / path).exists(), f"{file.relative_to(ROOT)} names {path}"
 
 
-# ---- README.md ------------------------------------------------------------------------------
+# ---- docs/code.md ---------------------------------------------------------------------------
 
 def tree():
-    """Every path in README.md's tree: two spaces more are one folder deeper."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Every path in the tree of docs/code.md: two spaces more are one folder deeper."""
+    text = (DOCS / "code.md").read_text(encoding="utf-8")
     block = re.search(r"^    tinyldm/\n(?:    .*\n)+", text, re.M)[0]
     folders, found = [], []
     for line in block.splitlines():

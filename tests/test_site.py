@@ -56,7 +56,7 @@ def pages(site):
 def test_links_lead_to_files_and_places(pages):
     for path, page in pages.items():
         for link in page.links + page.loaded:
-            if re.match(r"https?:|javascript:|mailto:", link):
+            if re.match(r"https?:|javascript:|mailto:|data:", link):
                 continue
             file, _, place = link.partition("#")
             target = (path.parent / unquote(file.partition("?")[0])).resolve() if file else path
@@ -75,8 +75,7 @@ def test_nothing_is_loaded_from_elsewhere(site, pages):
 
 def test_the_pages_follow_each_other_as_docs_readme_lists_them(site, pages):
     first = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    listed = [file.replace(".md", ".html") for file, _ in links.LINK.findall(first)
-              if file.endswith(".md")]
+    listed = [f"{file.removesuffix('.md')}.html" for file, _ in links.LINK.findall(first)]
     path, found = site / "docs" / "index.html", []
     while pages[path].next:
         path = (path.parent / pages[path].next).resolve()

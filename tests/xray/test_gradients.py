@@ -11,6 +11,8 @@ from tests.support.tolerance import assert_close
 from tinyldm.diffusion.schedule import Schedule
 from tinyldm.layers import forward_hooks, named_modules
 from tinyldm.models import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from tinyldm.tape import nbytes_of, observed
+from tinyldm.xray import drawing, gradients
 from tinyldm.xray.gradients import (
     Prediction,
     block_gradients,
@@ -86,8 +88,23 @@ def test_gradients_of_every_block(kind, prediction_type, guided, rng):
                                    err_msg=name)        # gradients are kept in float32
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_large_network_runs_its_blocks_again(kind, monkeypatch):
+    network = fill(NETWORKS[kind])
+    layers = {name: layer for name, layer in named_modules(network) if BLOCKS.fullmatch(name)}
+    kept, found = [], []
+    for few in (10**9, 0):                              # parameters: small, and large
+        monkeypatch.setattr(drawing, "FEW", few)
+        with frozen(network), observed(lambda entries: kept.append(nbytes_of(entries))):
+            found.append(block_gradients(prediction(network), AREA, layers))
+    sizes = [sum(size for _, size in entries) for entries in (kept[0], kept[1])]
+    assert sizes[1] < sizes[0]                          # the tape after the forward
+    for name in layers:
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
-def test_token_gradients_equal_those_of_torch(prediction_type):
+def test_token_gradients_equal_those_of_torch(prediction_type, monkeypatch):
     reference, module, latents, timesteps, context = unet_pair(
         UNETS["as SD 2"], torch.float64, (8, 4), batch=1)
     other = np.random.default_rng(5).standard_normal(latents.shape)
@@ -111,6 +128,7 @@ def test_token_gradients_equal_those_of_torch(prediction_type):
     call = {"latents": latents, "timesteps": timesteps, "context": context,
             "output": np.concatenate([other, nhwc(output)])}
     own = Prediction(module, schedule(prediction_type), call, ALPHA_BAR, 4)
+    monkeypatch.setattr(gradients, "AT_ONCE", 5 * 32)   # five rows at a time
     with frozen(module):
         found = token_gradients(own)                    # (32,7,D)
     assert_close(found, np.stack(expected), 1e-6, "token gradients")
@@ -137,7 +155,7 @@ def test_cells_of_a_larger_map_are_squares():
     np.testing.assert_allclose(found[2 * 8 + 5], expected[0], rtol=1e-6, atol=1e-12)
 
 
-def test_through_the_text_encoder_as_in_transformers():
+def test_through_the_text_encoder_as_in_transformers(monkeypatch):
     torch.manual_seed(0)
     reference, module = clip_pair(CLIPS["as SD 1"], torch.float64)
     rng = np.random.default_rng(7)
@@ -151,6 +169,7 @@ def test_through_the_text_encoder_as_in_transformers():
     handle.remove()
     expected = [torch.autograd.grad((context * torch.from_numpy(dy)).sum(), kept[0],
                                     retain_graph=True)[0][0].numpy() for dy in dcontext]
+    monkeypatch.setattr(gradients, "AT_ONCE", 2 * 9)    # two rows at a time
     with frozen(module):
         found = through_text_encoder(module, ids, dcontext)
     assert_close(found, np.stack(expected), 1e-6, "embeddings")

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 import tinyldm
+from tests.support import strict
 from tests.support.pixel_models import write_model
 from tests.support.small_pipelines import (
     CONFIGURATIONS,
@@ -15,6 +16,7 @@ from tests.support.small_pipelines import (
     upscaler,
 )
 from tests.support.small_unclip import unclip
+from tinyldm import backend
 from tinyldm.errors import TinyldmError
 from tinyldm.layers import named_modules
 from tinyldm.xray import drawing, gradients
@@ -220,6 +222,25 @@ def test_what_is_not_one_network(tmp_path):
     pipe = tinyldm.load(write_model(tmp_path / "model", "plain"))
     with pytest.raises(TinyldmError, match="guidance_scale"):
         tinyldm.xray(pipe, guidance_scale=3.0)
+
+
+@pytest.mark.parametrize("dtype, share", [("float32", 1e-3), ("float16", 0.1)])
+def test_on_a_device(small_folder, dtype, share):
+    """On strict arrays, which allow what CuPy allows: the record is the host's."""
+    options = {"prompt": "a cat", "num_inference_steps": 2}
+    with backend.plain():
+        expected = tinyldm.xray(tinyldm.load(small_folder), **options)
+        with strict.installed():
+            found = tinyldm.xray(tinyldm.load(small_folder, device="cuda", dtype=dtype), **options)
+            maps = tinyldm.attention_maps(tinyldm.load(small_folder, device="cuda"), **options)
+    assert found.arrays.keys() == expected.arrays.keys() and not found.left_out
+    for name, array in found.arrays.items():
+        assert type(array) is np.ndarray, name
+        if name != "without" and array.dtype == np.float32:
+            scale = abs(expected[name]).max() + 1e-12
+            np.testing.assert_allclose(array, expected[name], atol=share * scale, err_msg=name)
+    assert abs(found.check["claimed"] / found.check["measured"] - 1) < 1e-4
+    assert type(maps["cat"]) is np.ndarray
 
 
 def test_the_module_is_the_function():

@@ -32,11 +32,11 @@ from ..bad_layer import backward_hooks
 from ..diffusion.objective import to_x_start_and_noise
 from ..layers import Tape, named_modules
 from ..models import CLIPTextModel
-from .drawing import SMALL, as_map, is_small, parts, pooled, progress, read_prompt
+from .drawing import as_map, is_small, parts, pooled, progress, read_prompt
 
 SHARES = 0.2, 0.5, 0.8              # of the calls, where gradients are taken
 CELLS = 8                           # a side of the coarse picture
-AT_ONCE = 32                        # rows of a batch
+AT_ONCE = 32 * 256                  # positions of a batch, 32 rows of the bundled model
 STEP = 1e-3                         # of the check's differences
 FAR, POINTS = 0.2, 11               # its curve: so far either way, in norms of the input
 
@@ -100,6 +100,7 @@ class Prediction:
 
     def __init__(self, network, schedule, call, alpha_bar, channels):
         self.network, self.schedule, self.channels = network, schedule, channels
+        self.is_small = is_small(network, *call["latents"].shape[1:3])
         self.inputs = {name: value[-1:] for name, value in call.items() if name != "output"}
         self.scales = alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5
         x_starts = [widen(self.x_start(row[None], self.inputs["latents"]))
@@ -127,7 +128,7 @@ class Prediction:
         """
         inputs = {name: value.repeat(len(directions), axis=0)
                   for name, value in (self.inputs | changes).items()}
-        tape = Tape(checkpoints=directions[..., 0].size > AT_ONCE * SMALL // 4)
+        tape = Tape(checkpoints=not self.is_small)
         output = self.network(**inputs, tape=tape)
         # x_start is linear in output and latents: what it makes of d is d's gradient, too.
         dy, nothing = get_xp(output).zeros_like(output), 0 * directions
@@ -175,23 +176,25 @@ def token_gradients(prediction):
     h, w = prediction.change.shape[1:3]
     rows, columns = map(parts, cell_counts(h, w), (h, w))
     masks = (rows[:, None, :, None] & columns[None, :, None, :]).reshape(-1, h, w)
-    directions = prediction.directions(masks)
-    return get_xp(directions).concatenate([prediction.gradients(directions[i:i + AT_ONCE])[1]
-                                           for i in range(0, len(directions), AT_ONCE)])
+    directions, rows = prediction.directions(masks), max(1, AT_ONCE // (h * w))
+    return get_xp(directions).concatenate([prediction.gradients(directions[i:i + rows])[1]
+                                           for i in range(0, len(directions), rows)])
 
 
 def through_text_encoder(encoder, ids, dcontext):
     """ids (1,M), dcontext (n,M,D) -> the gradients of the tokens' embeddings (n,M,D)."""
-    found, tape = [], Tape()
+    found, rows = [], max(1, AT_ONCE // ids.size)
 
     def see(backward, dy, *rest):
         found.append(dy)
         return backward(dy, *rest)
 
-    encoder(ids.repeat(len(dcontext), axis=0), tape)
     with backward_hooks({encoder.text_model.embeddings.token_embedding: see}):
-        encoder.backward(dcontext, tape)
-    return found[0]
+        for i in range(0, len(dcontext), rows):
+            tape, own = Tape(), dcontext[i:i + rows]
+            encoder(ids.repeat(len(own), axis=0), tape)
+            encoder.backward(own, tape)
+    return get_xp(dcontext).concatenate(found)
 
 
 def norms(gradients, h, w):
