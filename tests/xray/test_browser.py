@@ -1,11 +1,14 @@
 """The x-ray's page in a real browser: every panel, every interaction, and the numbers it shows."""
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
 import tinyldm
 from tests.support import browser
+from tests.support.pixel_models import write_model
+from tests.support.small_pipelines import CONFIGURATIONS, dit, sdxl
 from tests.support.xray import WORDS, copied, stand_in
 from tinyldm.xray.page import decoder, page
 
@@ -342,6 +345,28 @@ def test_what_is_left_out_is_said(driver, record, tmp_path):
     assert "no text: <b>reads</b> no prompt" in shown.text("#left-out")
     shown.move("#step", 0)
     shown.click('[data-block="2"] canvas')
+    shown.check_quiet()
+
+
+KINDS = {"stable_diffusion": (CONFIGURATIONS[0], "a red cat!", []),
+         "xl": (sdxl, "a red cat!", []),
+         "dit": (dit, 1, ["words", "meaning"]),
+         "pixels": (partial(write_model, kind="plain"), "", ["words", "meaning", "guidance"])}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_models(kind, driver, tmp_path):
+    build, prompt, left_out = KINDS[kind]
+    pipe = tinyldm.load(build(tmp_path / "model"))
+    record = tinyldm.xray(pipe, prompt, num_inference_steps=2)
+    (tmp_path / "x.html").write_text(page(record), encoding="utf-8")
+    shown = Page(driver, tmp_path / "x.html")
+    missing = [panel for panel in PANELS if "Left out" in shown.text(f"#{panel} .body")]
+    assert missing == left_out
+    assert bool(shown.text("#left-out")) == bool(record.left_out)
+    shown.move("#step", 1)
+    found = shown.js("return [...xray.LATENTS.x_start(1)]")
+    assert abs(np.array(found) - record["x_start"][1].ravel()).max() < 1e-3
     shown.check_quiet()
 
 

@@ -178,6 +178,7 @@ def test_a_drawing_without_text_and_gradients(record):
                        guidance_scale=None, left_out=["no text: this pipeline reads no prompt"]))
     facts = facts_of(text)
     assert facts["left_out"] == ["no text: this pipeline reads no prompt"]
+    assert "encoder" not in facts["nodes"] and "sampler" in facts["nodes"]
     assert facts["readers"] == facts["layers"] == facts["boxes"] == facts["gradient_steps"] == []
 
 

@@ -77,6 +77,13 @@ def test_the_shares_of_a_record_are_those_of_its_arrays():
         np.testing.assert_allclose(record[name][1, 0], own[:4].sum() / own.sum(), rtol=1e-5)
 
 
+def test_boxes_without_maps_have_no_shares():
+    """So it is where a function is in the UNet's place."""
+    record = Record("", 0, "", None, "", "", boxes=[Box("all", [], np.ones((4, 4), bool))])
+    record_shares(record)
+    assert record.arrays == {}
+
+
 @pytest.mark.parametrize("size", [(3, 2), (5, 7), (9, 7)])
 def test_pooled_is_the_mean_of_each_part(size):
     maps = np.random.default_rng(1).standard_normal((2, 9, 7, 3))

@@ -65,7 +65,7 @@ def _over_heads(function, arrays):
     are queries and keys. A part is of as many heads as have TOGETHER scores, but of one at least.
     """
     (B, h, N, _), M = arrays[0].shape, arrays[1].shape[2]
-    most = max(1, min(TOGETHER // max(1, N * M), B * h // free_threads()))     # heads per part
+    most = max(1, min(TOGETHER // max(1, N * M), B * h // (2 * free_threads())))    # heads per part
     heads, images = -(-h // -(-h // most)), max(1, most // h)
     places = [(slice(b, b + images), slice(i, i + heads))
               for b in range(0, B, images) for i in range(0, h, heads)]

@@ -71,8 +71,9 @@ def record_gradients(record, pipe, request, calls):
     record.arrays["gradient_steps"] = steps
     record.arrays |= {name: np.stack(values) for name, values in found.items()}
     if not small:
-        record.left_out.append("word_gradient, embedding_gradient and the checked slope: they "
-                               "would take hours for a network and a picture of this size")
+        record.left_out.append("word_gradient, embedding_gradient, the pictures without each word "
+                               "and the checked slope: they would take hours for a network and a "
+                               "picture of this size")
 
 
 def _text_encoder(record, pipe, request):

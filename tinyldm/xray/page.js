@@ -1,6 +1,6 @@
 "use strict";
-/* The x-ray's page, first half: the record's arrays, the maps made of them, and how a map is drawn.
-   The second half, panels.js, has one build and one render function for each panel.
+/* The x-ray's page, first part: the record's arrays, the maps made of them, and how a map is drawn.
+   parts.js has what panels are made of; panels.js one build and one render function for each panel.
 
      arrays      what page.py has packed, by name
      state       what the reader has chosen; choose({...}) changes it and draws everything again

@@ -1,4 +1,4 @@
-"""A Record as one HTML page: template.html with page.css, page.js and the arrays put into it.
+"""A Record as one HTML page: template.html with page.css, the scripts and the arrays put into it.
 
     page(record) -> html        needs no other file and no network: it opens from file://
 
@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..errors import TinyldmError
 from ..images import grid
-from .places import PANELS, nodes, place
+from .places import places
 
 LARGEST = 3_000_000         # bytes of the page
 STRIP, STRIP_SIDE = 8, 96   # pictures of the strip at the top, which needs no JavaScript
@@ -29,6 +29,7 @@ STRIP, STRIP_SIDE = 8, 96   # pictures of the strip at the top, which needs no J
 KEPT = (25, True, 96), (25, False, 96), (13, False, 64), (7, False, 48), (3, False, 32)
 LATENTS, MAP = 32, 16       # the longest side of latents, of maps
 EXACT = 1e-3                # the largest error of x_start as a linear function
+SCRIPTS = "page.js", "parts.js", "panels.js"
 COMPONENTS = 3              # principal components of an activation: red, green, blue
 
 
@@ -48,10 +49,10 @@ def page(record):
 
 def fill(facts, arrays, pictures):
     """The template with everything in it -> html."""
-    places, packed = pack(arrays)
+    packed_places, packed = pack(arrays)
     # A prompt may hold </script>, which would end the element: as \u003c it cannot.
-    data = json.dumps(facts | {"arrays": places}, allow_nan=False).replace("<", "\\u003c")
-    parts = {"style": read("page.css"), "script": read("page.js") + read("panels.js"),
+    data = json.dumps(facts | {"arrays": packed_places}, allow_nan=False).replace("<", "\\u003c")
+    parts = {"style": read("page.css"), "script": "\n".join(map(read, SCRIPTS)),
              "facts": data, "packed": packed,
              "prompt": html.escape(facts["prompt"]), "strip": png(pictures),
              "strip_width": pictures.width, "strip_height": pictures.height,
@@ -94,17 +95,16 @@ class Kept:
         record, found = self.record, self.record.arrays
         alpha_bar = found["alpha_bar"][self.steps].astype(float)
         readers = readers_of(record)
+        panels, parts = places(record.sampler, bool(readers))
         return {
-            "prompt": record.prompt, "guidance_scale": record.guidance_scale,
+            "prompt": title(record.prompt), "guidance_scale": record.guidance_scale,
             "about": about(record),
             "steps": [int(step) + 1 for step in self.steps],
             "of_steps": len(found["timesteps"]),
             "timesteps": [float(t) for t in found["timesteps"][self.steps]],
             "alpha_bar": alpha_bar.tolist(), "readers": readers,
             "prediction_type": record.prediction_type, "gradient_area": record.gradient_area,
-            "panels": {panel: [place(thing) for thing in things]
-                       for panel, things in PANELS.items()},
-            "nodes": {node: place(thing) for node, thing in nodes(record.sampler).items()},
+            "panels": panels, "nodes": parts,
             "check": {name: np.asarray(value).tolist() for name, value in record.check.items()}
             if record.check else None,
             "left_out": [*record.left_out], "merged": self.merged,
@@ -210,6 +210,11 @@ class Kept:
 def spread(total, most):
     """Up to `most` of the numbers below `total`, evenly spread, the first and the last of them."""
     return np.unique(np.linspace(0, total - 1, min(total, most)).round().astype(int))
+
+
+def title(prompt):
+    """A prompt, as text or as the number of a class, or what stands in its place."""
+    return prompt or "without a prompt" if isinstance(prompt, str) else f"class {prompt}"
 
 
 def about(record):
@@ -338,10 +343,10 @@ def resized(image, side):
 
 def pack(arrays):
     """{name: array or (integers, scale)} -> {name: where it lies}, base64 of the gzipped bytes."""
-    places, parts, offset = {}, [], 0
+    where, parts, offset = {}, [], 0
     for name, array in arrays.items():
         array, scale = array if isinstance(array, tuple) else (array, None)
-        places[name] = {"dtype": array.dtype.name, "shape": array.shape, "offset": offset}
+        where[name] = {"dtype": array.dtype.name, "shape": array.shape, "offset": offset}
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         if array.itemsize == 1:
             # Steps differ little from one to the next: their differences, modulo 256, need half
@@ -349,12 +354,12 @@ def pack(arrays):
             start = np.zeros_like(array[:1], np.uint8)
             array = np.diff(array.view(np.uint8), axis=0, prepend=start)
         if scale is not None:
-            places[name]["scale"] = [float(value) for value in scale]
+            where[name]["scale"] = [float(value) for value in scale]
         padding = -array.nbytes % 4                 # a Float32Array begins at a multiple of 4
         parts += [array.tobytes(), bytes(padding)]
         offset += array.nbytes + padding
     packed = gzip.compress(b"".join(parts), 6, mtime=0)
-    return places, base64.b64encode(packed).decode()
+    return where, base64.b64encode(packed).decode()
 
 
 def unpack(text):

@@ -1,6 +1,6 @@
 """Where in the code the page's panels and parts stand: found when a page is made.
 
-page.py -> place(thing) -> "tinyldm/diffusion/guidance.py:4"
+page.py -> places(sampler, reads_text)
 """
 import inspect
 
@@ -28,10 +28,23 @@ PANELS = {
     "guidance": [classifier_free],
     "gradient": [attention_backward],
 }
+ANY_MODEL = {"trajectory", "gradient", "noise", "x_t", "x_start", "sampler", "picture"}
 
 
-def nodes(sampler):
-    """{part of the machine's diagram: what computes it}."""
+def places(sampler, reads_text):
+    """Where the code of the panels and of the machine's parts is.
+
+    -> {panel: [place]}, {part: place}, with place = {"name", "file", "line"}.
+
+    reads_text: whether the model is one of Stable Diffusion's; of others only what all share.
+    """
+    panels = {panel: [place(thing) for thing in things] for panel, things in PANELS.items()}
+    parts = {part: place(thing) for part, thing in _parts(sampler).items()}
+    return tuple({name: own for name, own in found.items() if reads_text or name in ANY_MODEL}
+                 for found in (panels, parts))
+
+
+def _parts(sampler):
     return {"prompt": Tokenizer.__call__, "encoder": CLIPTextTransformer.forward, "noise": randn,
             "x_t": State, "picture": to_pil,
             "unet": UNet2DConditionModel.forward, "predictions": Predictor.__call__,

@@ -168,8 +168,9 @@ def _draw(record, pipe, request):
         if seen.blocks:
             record.arrays[name] = record.arrays[name].reshape(len(calls), len(seen.blocks))
     if not layers:
-        record.left_out.append("activations, attention and gradients: a function is in the "
-                               "network's place, whose layers nobody knows")
+        record.left_out.append("activations, attention, gradients and the pictures without each "
+                               "word: a function is in the network's place, whose layers nobody "
+                               "knows")
     return calls, states
 
 

@@ -49,10 +49,10 @@ def find_boxes(record, pipe):
 
 
 def record_shares(record):
-    """Fill in attention_share and gradient_share, where there are boxes."""
-    if not record.boxes:
-        return
+    """Fill in attention_share and gradient_share, where there are boxes and maps."""
     attention = {name: array for name, array in record.arrays.items() if "attention/" in name}
+    if not record.boxes or not attention:
+        return
     of_tokens = {"attention_share": mean_maps(attention)}               # (h,w,M)
     if "embedding_gradient" in record.arrays:
         gradient = record["embedding_gradient"].mean(axis=0)            # (M,h,w)
