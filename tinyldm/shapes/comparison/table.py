@@ -122,5 +122,7 @@ def plot_sizes(sizes, path):
             axes.plot([sizes[name]["parameters"] / 1e6 for name in names],
                       [sizes[name][what] for name in names], marker="o", label=f"larger {part}")
         axes.set(xlabel="parameters, millions", ylabel=label, xscale="log")
+        axes.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+        axes.minorticks_off()
         axes.legend()
     save_figure(figure, path, dpi=80)
