@@ -2,7 +2,6 @@
 
 The conversions are those of diffusers' image processor. A bad file ends in a TinyldmError.
 """
-import io
 import os
 import textwrap
 import threading
@@ -379,11 +378,7 @@ class Pictures(list["Image.Image"]):
         return grid(cells, min(len(cells), max(1, SHEET // cells[0].width)), GAP)
 
     def _repr_png_(self):
-        if not self:
-            return None
-        file = io.BytesIO()
-        self.sheet().save(file, "PNG")
-        return file.getvalue()
+        return self.sheet()._repr_png_() if self else None
 
 
 def to_pil(images: Any) -> Pictures:

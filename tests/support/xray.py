@@ -1,4 +1,9 @@
-"""A Record of random arrays with the shapes of the real one, for tests of the x-ray's page."""
+"""For tests of the x-ray's page: a Record of random arrays with the shapes of the real one, and
+what a page holds."""
+import base64
+import gzip
+import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,3 +69,22 @@ def stand_in(words=WORDS, steps=STEPS, layers=LAYERS, blocks=BLOCKS, side=16, he
 
 def copied(record, **changes):
     return type(record)(**vars(record) | changes)
+
+
+def facts_of(text):
+    """The page -> the dict that page.js reads first."""
+    return json.loads(re.search(r'<script id="facts"[^>]*>(.*?)</script>', text, re.S)[1])
+
+
+def unpack(text):
+    """The page -> {name: array in float32}, as page.js reads it."""
+    packed = re.search(r'<script id="packed"[^>]*>(.*?)</script>', text, re.S)[1]
+    data = gzip.decompress(base64.b64decode(packed))
+    arrays = {}
+    for name, where in facts_of(text)["arrays"].items():
+        count = int(np.prod(where["shape"]))
+        array = np.frombuffer(data, where["dtype"], count, where["offset"]).reshape(where["shape"])
+        if array.itemsize == 1:
+            array = np.cumsum(array, axis=0, dtype=array.dtype)
+        arrays[name] = array * np.asarray(where.get("scale", 1), np.float32)
+    return arrays

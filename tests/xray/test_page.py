@@ -1,16 +1,15 @@
 """The x-ray's page without a browser: what it holds, how large it is, and its command."""
 import html
-import json
 import re
 import time
 
 import numpy as np
 import pytest
 
-from tests.support.xray import LAYERS, WORDS, copied, stand_in
+from tests.support.xray import LAYERS, WORDS, copied, facts_of, stand_in, unpack
 from tinyldm.xray import page as pages
 from tinyldm.xray.__main__ import main
-from tinyldm.xray.page import LARGEST, page, unpack
+from tinyldm.xray.page import LARGEST, page
 
 ATTENTION = "attention/{}.attentions.0.transformer_blocks.0.attn2"
 
@@ -23,10 +22,6 @@ def record():
 @pytest.fixture(scope="module")
 def text(record):
     return page(record)
-
-
-def facts_of(text):
-    return json.loads(re.search(r'<script id="facts"[^>]*>(.*?)</script>', text, re.S)[1])
 
 
 # ---- what it holds ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from .activation import softmax, softmax_backward
 ROWS = 512
 
 
-def _split_heads(x, num_heads):                                     # (B,N,h*d) -> (B,h,N,d), a view
+def split_heads(x, num_heads):                                      # (B,N,h*d) -> (B,h,N,d), a view
     B, N, C = x.shape
     assert C % num_heads == 0, f"{C} channels do not divide into {num_heads} heads"
     return x.reshape(B, N, num_heads, C // num_heads).swapaxes(1, 2)
@@ -21,7 +21,7 @@ def _merge_heads(x):                                                # (B,h,N,d) 
     return x.swapaxes(1, 2).reshape(B, N, h * d)
 
 
-def _weights(q, k, start, causal, mask):
+def weights(q, k, start, causal, mask):
     """softmax(q @ k.T / sqrt(d)), queries from `start` on: (B,h,n,d), (B,h,M,d) -> (B,h,n,M)."""
     xp = get_xp(q)
     scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)              # (B,h,n,M)
@@ -46,11 +46,11 @@ def attention(q, k, v, num_heads, causal=False, mask=None):
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1 and section 3.2.2.
     """
     # float16 scores could overflow, and CuPy multiplies stacks of matrices in float32 anyway.
-    heads = [widen(_split_heads(x, num_heads)) for x in (q, k, v)]
+    heads = [widen(split_heads(x, num_heads)) for x in (q, k, v)]
     y = get_xp(q).empty_like(heads[0])
     for start in range(0, q.shape[1], ROWS):
         rows = slice(start, start + ROWS)
-        y[:, :, rows] = _weights(heads[0][:, :, rows], heads[1], start, causal, mask) @ heads[2]
+        y[:, :, rows] = weights(heads[0][:, :, rows], heads[1], start, causal, mask) @ heads[2]
     return _merge_heads(y).astype(q.dtype, copy=False), (q, k, v, num_heads, causal, mask)
 
 
@@ -67,12 +67,12 @@ def attention_backward(dy, cache):
     All queries share the keys and values, so dk and dv are sums over the blocks of rows.
     """
     *qkv, num_heads, causal, mask = cache
-    q, k, v, dy = (widen(_split_heads(x, num_heads)) for x in (*qkv, dy))
+    q, k, v, dy = (widen(split_heads(x, num_heads)) for x in (*qkv, dy))
     xp, scale = get_xp(q), q.shape[-1] ** -0.5
     dq, dk, dv = xp.empty_like(q), xp.zeros_like(k), xp.zeros_like(v)
     for start in range(0, q.shape[2], ROWS):
         rows = slice(start, start + ROWS)
-        p = _weights(q[:, :, rows], k, start, causal, mask)         # (B,h,n,M)
+        p = weights(q[:, :, rows], k, start, causal, mask)         # (B,h,n,M)
         dv += p.swapaxes(-1, -2) @ dy[:, :, rows]
         dp = dy[:, :, rows] @ v.swapaxes(-1, -2)
         ds = softmax_backward(dp, p) * scale                        # causal: p = 0, so ds = 0

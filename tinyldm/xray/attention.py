@@ -17,11 +17,11 @@ from functools import partial
 
 import numpy as np
 
-from .. import ops
 from ..backend import to_host, widen
 from ..errors import TinyldmError
 from ..layers import NO_TAPE, forward_hooks, named_modules
 from ..models.unet import BasicTransformerBlock
+from ..ops.attention import split_heads, weights
 from .drawing import latents_size, one_picture, progress, read_prompt
 
 
@@ -74,9 +74,9 @@ def attention_weights(layer, x, context):
 
     x (N,C), context (M,D) -> (h,N,M), float32 at least; the weights of each position sum to 1.
     """
-    q, k = (widen(y).reshape(len(y), layer.num_heads, -1).swapaxes(0, 1)
-            for y in (layer.to_q(x), layer.to_k(context)))              # (h,N,d), (h,M,d)
-    return ops.softmax((q * q.shape[-1] ** -0.5) @ k.swapaxes(1, 2))[0]
+    q, k = (widen(split_heads(y[None], layer.num_heads))
+            for y in (layer.to_q(x), layer.to_k(context)))              # (1,h,N,d), (1,h,M,d)
+    return weights(q, k, 0, causal=False, mask=None)[0]
 
 
 def cross_attentions(network):

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..errors import TinyldmError
 from ..images import grid
+from ..pipelines.preview import with_ones
 from .places import places
 
 LARGEST = 3_000_000         # bytes of the page
@@ -38,9 +39,10 @@ def page(record):
 
     Raises TinyldmError if even the least of it is larger.
     """
+    pictures = strip(record)
     for limits in KEPT:
         kept = Kept(record, *limits)
-        text = fill(kept.facts, kept.arrays, strip(record))
+        text = fill(kept.facts, kept.arrays, pictures)
         if len(text.encode()) <= LARGEST:
             return text
     raise TinyldmError(f"the page would have {len(text.encode())} bytes, more than {LARGEST}: use "
@@ -284,7 +286,7 @@ def decoder(x_start, images):
     x, y = (array[S // 2:].astype(float) for array in (x_start, images))
     around = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
     parts = [around[:, i:i + h, j:j + w] for i in range(3) for j in range(3)]
-    rows = np.concatenate([*parts, np.ones_like(x[..., :1])], axis=-1)
+    rows = with_ones(np.concatenate(parts, axis=-1))
     rows = rows.reshape(-1, rows.shape[-1])                             # (S h w, 9 C + 1)
     pixels = y.reshape(-1, h, f, w, f, 3).swapaxes(2, 3).reshape(len(rows), -1)
     square = rows.T @ rows
@@ -360,21 +362,6 @@ def pack(arrays):
         offset += array.nbytes + padding
     packed = gzip.compress(b"".join(parts), 6, mtime=0)
     return where, base64.b64encode(packed).decode()
-
-
-def unpack(text):
-    """The page -> {name: array in float32}, as page.js reads it."""
-    facts = json.loads(re.search(r'<script id="facts"[^>]*>(.*?)</script>', text, re.S)[1])
-    packed = re.search(r'<script id="packed"[^>]*>(.*?)</script>', text, re.S)[1]
-    data = gzip.decompress(base64.b64decode(packed))
-    arrays = {}
-    for name, where in facts["arrays"].items():
-        count = int(np.prod(where["shape"]))
-        array = np.frombuffer(data, where["dtype"], count, where["offset"]).reshape(where["shape"])
-        if array.itemsize == 1:
-            array = np.cumsum(array, axis=0, dtype=array.dtype)
-        arrays[name] = array * np.asarray(where.get("scale", 1), np.float32)
-    return arrays
 
 
 def strip(record):

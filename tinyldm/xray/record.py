@@ -33,6 +33,7 @@ from ..diffusion.samplers.shared import sigmas_at
 from ..errors import TinyldmError
 from ..images import to_pil
 from ..layers import forward_hooks, named_modules
+from ..pipelines.preview import with_ones
 from .attention import cross_attention_hooks, host_map
 from .drawing import (
     SMALL,
@@ -295,7 +296,5 @@ def best_colours(latents, images):
     """
     *_, h, w, C = latents.shape
     colours = pooled(images / np.float32(255), h, w).reshape(-1, 3)
-    latents = latents.reshape(-1, C)
-    latents = np.hstack([latents, np.ones((len(latents), 1), np.float32)])
-    solution, *_ = np.linalg.lstsq(latents, colours, rcond=None)
+    solution, *_ = np.linalg.lstsq(with_ones(latents.reshape(-1, C)), colours, rcond=None)
     return {"weight": solution[:C], "bias": solution[C]}
